@@ -1,0 +1,1 @@
+"""Low-memory fine-tuning of 4-bit LLaMA models with mixtures of LoRA."""
