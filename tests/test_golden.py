@@ -15,7 +15,7 @@ NAMES = ("x", "A", "B", "router_down", "router_up")
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_output_and_gradients_equal_the_published_layer(path: Path) -> None:
     with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
         meta = file.metadata()
     leaves = {name: tensors[name].clone().requires_grad_() for name in NAMES}
     y = torch.nn.functional.linear(leaves["x"], tensors["weight"], tensors.get("bias"))
