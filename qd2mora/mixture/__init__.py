@@ -1,1 +1,13 @@
-"""The mixture layer: down experts, up experts and a small token-wise matrix between them."""
+"""The heart: one layer for every mixture of LoRA, as a PEFT method.
+
+Importing this part registers the method with PEFT.
+"""
+
+from qd2mora.mixture.config import MixtureConfig
+from qd2mora.mixture.layer import MixtureLinear
+from qd2mora.mixture.registration import register
+from qd2mora.mixture.tuner import MixtureModel, add_adapter, mixture_layers, orthogonality
+
+register(MixtureConfig, MixtureModel)
+
+__all__ = ["MixtureConfig", "MixtureLinear", "MixtureModel", "add_adapter", "mixture_layers", "orthogonality"]

@@ -1,27 +1,84 @@
 """The mixture in rank space, as pure functions of tensors.
 
 Every method here is y_t = W x_t + b + s * B K_t A x_t. It is computed K first: one product u = A x, a step in rank
-space z = K_t u, one product B z, so that no tensor of tokens x d_out is ever formed per expert.
+space v = K_t u, one product B v, so that no tensor of tokens x d_out is ever formed per expert. Gates are softmaxes
+in float32, and so is everything in rank space; the two large products run in the dtype of x.
 
-Shapes: T tokens, D d_in, O d_out, R rank, M down experts, N up experts.
+Shapes: ... any leading axes (batch, tokens), D d_in, O d_out, R rank of one expert, M down experts, N up experts,
+E paired experts, P, Q rank of the core.
 """
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 
-def chain_delta(
-    x_TD: Tensor, A_MRD: Tensor, B_NOR: Tensor, router_down_MD: Tensor, router_up_NR: Tensor, scaling: float
-) -> Tensor:
-    """Return s * sum_j beta_j B_j sum_i alpha_i A_i x, shape (T, O), gates in float32 (D2MoRA, iLearn-Lab layer)."""
-    num_down, rank, d_in = A_MRD.shape
-    num_up, d_out, _ = B_NOR.shape
-    u_TMR = (x_TD @ A_MRD.reshape(num_down * rank, d_in).T).unflatten(-1, (num_down, rank))
-    gate_TM = (x_TD @ router_down_MD.T).float().softmax(-1).to(u_TMR.dtype)
-    mixed_TR = (gate_TM.unsqueeze(-1) * u_TMR).sum(-2)
-    gate_TN = (mixed_TR @ router_up_NR.T).float().softmax(-1).to(mixed_TR.dtype)
-    z_TNR = gate_TN.unsqueeze(-1) * mixed_TR.unsqueeze(-2)
-    return scaling * z_TNR.flatten(-2) @ B_NOR.permute(0, 2, 1).reshape(num_up * rank, d_out)
+def stack_rows(A_MRD: Tensor) -> Tensor:
+    """Return the down experts as one matrix (M*R, D); a view."""
+    return A_MRD.flatten(0, 1)
 
 
-__all__ = ["chain_delta"]
+def stack_columns(B_NOR: Tensor) -> Tensor:
+    """Return the up experts as one matrix (O, N*R); expert j owns columns j*R to (j+1)*R."""
+    return B_NOR.permute(1, 0, 2).flatten(1)
 
+
+def down_product(x: Tensor, A_MRD: Tensor) -> Tensor:
+    """Return u = A x for all down experts at once, (..., M, R) float32; one product in the dtype of x."""
+    u = F.linear(x, stack_rows(A_MRD).to(x.dtype))
+    return u.unflatten(-1, A_MRD.shape[:2]).float()
+
+
+def down_product_per_expert(x: Tensor, A_MRD: Tensor, dropout: float) -> Tensor:
+    """As down_product, with an independent dropout mask for each down expert (the authors' code)."""
+    u = [F.linear(F.dropout(x, dropout), A_RD.to(x.dtype)) for A_RD in A_MRD]
+    return torch.stack(u, -2).float()
+
+
+def gate(features: Tensor, router: Tensor) -> Tensor:
+    """Return softmax(router @ features) over experts, in float32, (..., experts)."""
+    return F.linear(features, router.to(features.dtype)).float().softmax(-1)
+
+
+def mix_down(u: Tensor, gate_down: Tensor | None) -> Tensor:
+    """Return z = sum_i gate_i u_i, (..., R); with one ungated expert, that expert's u."""
+    if gate_down is None:
+        return u.squeeze(-2)
+    # A product and a sum rather than a matmul: autocast would lower a matmul to 16 bits.
+    return (gate_down.unsqueeze(-1) * u).sum(-2)
+
+
+def apply_core(z: Tensor, core_PQ: Tensor | None) -> Tensor:
+    """Return C z in float32, or z where there is no core."""
+    return z if core_PQ is None else F.linear(z, core_PQ.float())
+
+
+def spread_up(z: Tensor, gate_up: Tensor | None) -> Tensor:
+    """Return v with block j = gate_j z, (..., N*R)."""
+    if gate_up is None:
+        return z
+    return (gate_up.unsqueeze(-1) * z.unsqueeze(-2)).flatten(-2)
+
+
+def pair(u: Tensor, gate_pair: Tensor) -> Tensor:
+    """Return v of paired experts: block e = gate_e u_e, (..., E*R). `gate_pair` broadcasts over tokens."""
+    return (gate_pair.unsqueeze(-1) * u).flatten(-2)
+
+
+def up_product(v: Tensor, B_NOR: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """Return s * B v, (..., O), one product in `dtype`."""
+    return F.linear((v * scaling).to(dtype), stack_columns(B_NOR).to(dtype))
+
+
+__all__ = [
+    "apply_core",
+    "down_product",
+    "down_product_per_expert",
+    "gate",
+    "mix_down",
+    "pair",
+    "spread_up",
+    "stack_columns",
+    "stack_rows",
+    "up_product",
+]

@@ -1,0 +1,289 @@
+"""The frozen model: a LLaMA-family folder or hub id in NF4, or random weights of a named shape.
+
+Norms, embeddings and the residual stream stay in the compute dtype: PEFT's k-bit preparation would lift them to
+float32, which costs memory and time and buys nothing for a frozen base.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers import logging as transformers_logging
+
+from qd2mora.errors import InputRefused
+from qd2mora.recipe import Base
+
+# It reports, at import, that an optional CPU kernel is not installed.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
+
+RANDOM = "random:"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a LLaMA: what a random base is built from."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int = 32_000
+    max_length: int = 4096
+    tied: bool = False
+
+    def config(self) -> LlamaConfig:
+        """Return transformers' configuration of this shape."""
+        return LlamaConfig(
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=self.max_length,
+            tie_word_embeddings=self.tied,
+            pad_token_id=0,
+        )
+
+
+SHAPES = {
+    "tiny": Shape(64, 192, 2, 4, 2, vocab=512, max_length=512),
+    "llama-7b": Shape(4096, 11008, 32, 32, 32, max_length=2048),
+    "llama2-7b": Shape(4096, 11008, 32, 32, 32),
+    "llama2-13b": Shape(5120, 13824, 40, 40, 40),
+    "llama2-70b": Shape(8192, 28672, 80, 64, 8),
+    "llama3-8b": Shape(4096, 14336, 32, 32, 8, vocab=128_256, max_length=8192),
+}
+
+
+def default_device() -> torch.device:
+    """Return this process's CUDA device where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
+    """Return the dtype that products run in: bfloat16 or float16 on a GPU, float32 on a CPU (16-bit is slow there)."""
+    if base.compute_dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[base.compute_dtype]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def base_config(base: Base) -> LlamaConfig:
+    """Return the model's configuration without reading weights. Raises InputRefused."""
+    if base.model.startswith(RANDOM):
+        return _shape(base.model).config()
+    _refuse_missing(base.model)
+    try:
+        config = AutoConfig.from_pretrained(base.model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputRefused(f"base.model: '{base.model}' cannot be loaded: {_first_line(error)}") from error
+    return config
+
+
+def load_base(base: Base, device: torch.device | None = None) -> PreTrainedModel:
+    """Load the frozen model, linears in NF4 where the recipe says so, in evaluation mode on one device.
+
+    Raises InputRefused where the model is not there or not loadable without running its own code.
+    """
+    device = device or default_device()
+    dtype = compute_dtype(base, device)
+    if base.model.startswith(RANDOM):
+        return random_base(_shape(base.model), base, device)
+    base_config(base)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base.model,
+            quantization_config=_quantization(base, dtype),
+            dtype=dtype,
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputRefused(f"base.model: '{base.model}' cannot be loaded: {_first_line(error)}") from error
+    return _finished(model)
+
+
+def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer with a pad token that is never mistaken for the end of a text.
+
+    Where none is declared: the unknown token, else an existing reserved token, else the end token; padding is masked
+    by position in any case, so that a real end token in a row keeps its label. Raises InputRefused.
+    """
+    if folder.startswith(RANDOM):
+        raise InputRefused(f"base.model: '{folder}' has random weights and no tokenizer; it can be planned and timed")
+    _refuse_missing(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputRefused(f"base.model: no tokenizer in '{folder}': {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputRefused(f"base.model: the tokenizer of '{folder}' has no end token; set eos_token in its config")
+    if tokenizer.pad_token_id is None:
+        known = tokenizer.get_vocab()
+        names = ("<pad>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
+        reserved = [name for name in names if name in known]
+        tokenizer.pad_token = reserved[0] if reserved else tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def random_base(shape: Shape, base: Base, device: torch.device, seed: int = 0) -> PreTrainedModel:
+    """Build a model of random weights, quantising linear by linear: the 16-bit model is never in memory."""
+    dtype = compute_dtype(base, device)
+    config = shape.config()
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(dtype)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head" and base.quantization == "nf4":
+            weight = torch.empty(module.weight.shape, device=device, dtype=dtype).normal_(0, 0.02, generator=generator)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, _nf4_linear(weight, base, dtype))
+    # Norm weights start at one; rotary tables are buffers that the meta build leaves empty.
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            value = torch.empty(parameter.shape, device=device, dtype=dtype)
+            value = value.fill_(1.0) if parameter.dim() == 1 else value.normal_(0, 0.02, generator=generator)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, nn.Parameter(value, requires_grad=False))
+    with device:
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    model.tie_weights()
+    return _finished(model)
+
+
+def is_nf4(linear: nn.Module) -> bool:
+    """Tell whether a linear holds 4-bit weights."""
+    return hasattr(getattr(linear, "weight", None), "quant_state")
+
+
+def dense_weight(linear: nn.Linear) -> Tensor:
+    """Return a linear's weight as float32, (d_out, d_in), dequantised where it is 4-bit; a fresh tensor."""
+    if not is_nf4(linear):
+        return linear.weight.detach().float().clone()
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight: Any = linear.weight
+    return dequantize_4bit(weight.data, weight.quant_state).float()
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def fingerprint(base: Base) -> str:
+    """Return a hash that tells bases apart: configuration, file sizes, and the first and last MiB of each weight file.
+
+    A hub id is hashed by name. Whole-file hashes of a 7B would cost minutes at every start.
+    """
+    digest = hashlib.sha256(json.dumps(base.model_dump(exclude={"model"}), sort_keys=True).encode())
+    folder = Path(base.model)
+    if not folder.is_dir():
+        digest.update(base.model.encode())
+        return digest.hexdigest()
+    digest.update((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, path.stat().st_size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _finished(model: PreTrainedModel) -> PreTrainedModel:
+    for module in model.modules():
+        if is_nf4(module):
+            # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a weight in place at its first forward in evaluation:
+            # absmax is rounded to bfloat16, backward fails, and widths not divisible by 32 raise.
+            linear: Any = module
+            linear.support_avx512bf16_for_cpu = False
+    return model.requires_grad_(False).eval()
+
+
+def _nf4_linear(weight: Tensor, base: Base, dtype: torch.dtype) -> nn.Linear:
+    import bitsandbytes as bnb
+
+    linear = bnb.nn.Linear4bit(
+        weight.shape[1], weight.shape[0], bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
+    )
+    linear.weight = bnb.nn.Params4bit(
+        weight, requires_grad=False, quant_type="nf4", compress_statistics=base.double_quant, module=linear
+    ).to(weight.device)
+    return linear
+
+
+def _quantization(base: Base, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if base.quantization == "none":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=base.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _shape(model: str) -> Shape:
+    name = model.removeprefix(RANDOM)
+    if name not in SHAPES:
+        raise InputRefused(f"base.model: no shape '{name}'; there are {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
+def _refuse_missing(model: str) -> None:
+    """A name with more than one slash, or one that starts like a path, is a folder; it must hold a config."""
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
+    if Path(model).is_dir():
+        if not (Path(model) / "config.json").exists():
+            raise InputRefused(f"base.model: '{model}' holds no config.json; name the folder of a Hugging Face model")
+    elif Path(model).exists():
+        raise InputRefused(f"base.model: '{model}' is a file; name the folder of a Hugging Face model")
+    elif looks_like_path:
+        raise InputRefused(f"base.model: no folder '{model}'; give a model's folder, a hub id or random:SHAPE")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+__all__ = [
+    "SHAPES",
+    "Shape",
+    "base_config",
+    "compute_dtype",
+    "default_device",
+    "dense_weight",
+    "enable_checkpointing",
+    "fingerprint",
+    "is_nf4",
+    "load_base",
+    "load_tokenizer",
+    "random_base",
+]

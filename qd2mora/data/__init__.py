@@ -1,0 +1,20 @@
+"""Data: files to rows, rows to tokens, tokens to batches, in an order that is a pure function of the seed."""
+
+from qd2mora.data.collate import collate
+from qd2mora.data.mix import Mixture
+from qd2mora.data.prepare import IGNORE, Row, TaskRows, encode, prepare
+from qd2mora.data.read import FORMATS, Pair, content_hash, read_pairs
+
+__all__ = [
+    "FORMATS",
+    "IGNORE",
+    "Mixture",
+    "Pair",
+    "Row",
+    "TaskRows",
+    "collate",
+    "content_hash",
+    "encode",
+    "prepare",
+    "read_pairs",
+]

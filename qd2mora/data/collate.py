@@ -1,0 +1,26 @@
+"""Rows to one padded batch; padding is masked by position, never by token, so a real end token keeps its label."""
+
+import torch
+from torch import Tensor
+
+from qd2mora.data.prepare import IGNORE, Row
+
+
+def collate(rows: list[Row], pad: int, multiple: int = 8, side: str = "right") -> dict[str, Tensor]:
+    """Return input_ids, attention_mask, labels, each (rows, longest row rounded up), and task_index (rows,), int64."""
+    width = -(-max(len(row.ids) for row in rows) // multiple) * multiple
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORE)
+    for number, row in enumerate(rows):
+        tokens = torch.from_numpy(row.ids.astype("int64"))
+        start = 0 if side == "right" else width - len(tokens)
+        stop = start + len(tokens)
+        ids[number, start:stop] = tokens
+        mask[number, start:stop] = 1
+        labels[number, start + row.masked : stop] = tokens[row.masked :]
+    task_index = torch.tensor([row.task for row in rows])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "task_index": task_index}
+
+
+__all__ = ["collate"]

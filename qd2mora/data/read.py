@@ -1,0 +1,170 @@
+"""Rows of a task, read from a file or a hub data set and checked; every refusal names the file and the row."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qd2mora.data import completion, instruction
+from qd2mora.errors import InputRefused
+from qd2mora.recipe import Task
+
+HUB = "hub:"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a row becomes a prompt and an answer."""
+
+    fields: tuple[str, ...]
+    split: Callable[[dict[str, Any]], tuple[str, str]]
+
+
+FORMATS = {
+    "instruction": Format(instruction.FIELDS, instruction.split),
+    "completion": Format(completion.FIELDS, completion.split),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One example as text."""
+
+    prompt: str
+    answer: str
+
+
+def find_format(task: Task) -> Format:
+    """Return the task's format. Raises InputRefused naming the nearest one."""
+    if task.format not in FORMATS:
+        near = difflib.get_close_matches(task.format, FORMATS, 1, 0.4)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(FORMATS)}"
+        raise InputRefused(f"data.tasks.{task.name}.format: unknown format '{task.format}'; {hint}")
+    return FORMATS[task.format]
+
+
+def read_pairs(task: Task, path: str) -> list[Pair]:
+    """Read and check all rows of `path` as the task's format. Raises InputRefused with file and row."""
+    form = find_format(task)
+    rows = _read_rows(path, task)
+    for field in task.select or {}:
+        if rows and field not in rows[0]:
+            raise InputRefused(f"data.tasks.{task.name}.select: rows of {path} have no field '{field}'")
+    chosen = [
+        (number, row)
+        for number, row in enumerate(rows, 1)
+        if all(str(row.get(field)) == value for field, value in (task.select or {}).items())
+    ]
+    if not chosen:
+        wanted = f" with {task.select}" if task.select else ""
+        raise InputRefused(f"{path}: no rows{wanted} for task '{task.name}'")
+    return [_checked(form, row, f"{path}, row {number}") for number, row in chosen[: task.limit]]
+
+
+def content_hash(path: str) -> str:
+    """Return the SHA-256 of a data file, or of the name of a hub data set."""
+    if path.startswith(HUB):
+        return hashlib.sha256(path.encode()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checked(form: Format, row: Any, where: str) -> Pair:
+    if not isinstance(row, dict):
+        raise InputRefused(f"{where}: a row is an object with {', '.join(form.fields)}, this is {_short(row)}")
+    for field in form.fields:
+        if field not in row:
+            raise InputRefused(f"{where}: no field '{field}'; the row has {', '.join(map(str, row)) or 'no fields'}")
+    for field in {*form.fields, "input"} & row.keys():
+        if not isinstance(row[field], str) and not (field == "input" and row[field] is None):
+            raise InputRefused(f"{where}: field '{field}' should be text, it is {_short(row[field])}")
+    prompt, answer = form.split(row)
+    if not answer.strip():
+        raise InputRefused(f"{where}: field '{form.fields[-1]}' is empty, there is nothing to learn")
+    return Pair(prompt, answer)
+
+
+def _read_rows(path: str, task: Task) -> list[Any]:
+    if path.startswith(HUB):
+        return _read_hub(path, task)
+    file = Path(path)
+    if not file.exists():
+        raise InputRefused(f"data.tasks.{task.name}: no file '{path}'")
+    if not file.is_file():
+        raise InputRefused(f"data.tasks.{task.name}: '{path}' is a folder; name a json, jsonl, csv or parquet file")
+    if file.stat().st_size == 0:
+        raise InputRefused(f"{path}: the file is empty")
+    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_table, ".parquet": _read_table}
+    if file.suffix not in readers:
+        raise InputRefused(f"{path}: unknown kind of file '{file.suffix}'; there are {', '.join(readers)}")
+    return readers[file.suffix](file)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputRefused(f"{file}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+    except OSError as error:
+        raise InputRefused(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def _read_json(file: Path) -> list[Any]:
+    text = _text(file)
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return _read_jsonl(file)  # JSON lines under the name .json
+        raise InputRefused(f"{file}, line {error.lineno}: not JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise InputRefused(f"{file}: nested too deeply") from error
+    if not isinstance(content, list):
+        raise InputRefused(f"{file}: a JSON data file is a list of rows, this is {_short(content)}")
+    return content
+
+
+def _read_jsonl(file: Path) -> list[Any]:
+    rows = []
+    for number, line in enumerate(_text(file).split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except (json.JSONDecodeError, RecursionError) as error:
+                message = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+                raise InputRefused(f"{file}, line {number}: not JSON: {message}") from error
+    return rows
+
+
+def _read_table(file: Path) -> list[Any]:
+    """Columnar and comma-separated files through `datasets`; text columns keep their text."""
+    import datasets
+
+    kind = file.suffix.removeprefix(".")
+    options = {"keep_default_na": False, "dtype": str} if kind == "csv" else {}
+    try:
+        return list(datasets.load_dataset(kind, data_files=str(file), split="train", **options))
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+        cause = str(error.__cause__ or error).splitlines()[0]
+        raise InputRefused(f"{file}: not a {kind} file: {cause}") from error
+
+
+def _read_hub(path: str, task: Task) -> list[Any]:
+    import datasets
+
+    name, _, split = path.removeprefix(HUB).partition(":")
+    try:
+        return list(datasets.load_dataset(name, split=split or "train"))
+    except (datasets.exceptions.DatasetNotFoundError, ValueError, OSError) as error:
+        raise InputRefused(f"data.tasks.{task.name}: '{path}' cannot be got: {str(error).splitlines()[0]}") from error
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
+
+
+__all__ = ["FORMATS", "Format", "Pair", "content_hash", "find_format", "read_pairs"]

@@ -1,0 +1,49 @@
+"""What stops a command: each error is one line for the user and one exit code.
+
+A message names the thing, where it stands, its value and what would do.
+"""
+
+
+class StopError(Exception):
+    """A command cannot go on; `exit_code` is what the process returns."""
+
+    exit_code = 1
+
+
+class InputRefused(StopError):  # noqa: N818 - reads as the sentence it is
+    """The recipe, the data or a path is not acceptable."""
+
+    exit_code = 2
+
+
+class WillNotFit(StopError):  # noqa: N818
+    """The plan does not fit the budget."""
+
+    exit_code = 3
+
+
+class NotFinite(StopError):  # noqa: N818
+    """Loss or gradients are not finite."""
+
+    exit_code = 4
+
+
+class DiskTrouble(StopError):  # noqa: N818
+    """The disk is full or not writable."""
+
+    exit_code = 5
+
+
+class DamagedFile(StopError):  # noqa: N818
+    """A file on disk is not what was written."""
+
+    exit_code = 6
+
+
+class SignalStop(StopError):  # noqa: N818
+    """A signal arrived; state is saved and the run can be resumed."""
+
+    exit_code = 75
+
+
+__all__ = ["DamagedFile", "DiskTrouble", "InputRefused", "NotFinite", "SignalStop", "StopError", "WillNotFit"]

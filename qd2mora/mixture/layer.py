@@ -1,0 +1,203 @@
+"""MixtureLinear: a frozen linear with one or more mixtures beside it.
+
+Tensors of an adapter (safetensors keys end in these):
+mixture_A (M, r, d_in), mixture_B (N, d_out, r), mixture_router_down (M, d_in), mixture_router_up (N, r), or (N, d_in)
+where the method's up router reads x; mixture_core (r, r); mixture_task_embedding (tasks + 1, width) and
+mixture_router_task (E, width) where the gate reads the task.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from qd2mora.mixture import ops
+from qd2mora.mixture.config import MixtureConfig
+from qd2mora.mixture.presets import STATIC, Method
+
+TENSORS = (
+    "mixture_A",
+    "mixture_B",
+    "mixture_router_down",
+    "mixture_router_up",
+    "mixture_core",
+    "mixture_task_embedding",
+    "mixture_router_task",
+)
+
+
+@dataclass
+class Routing:
+    """What routers need beside the hidden states: the task of each row, (batch,) int64."""
+
+    task_index: Tensor | None = None
+
+
+def tensor_shapes(config: MixtureConfig, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+    """Return name to shape of every tensor that one adapter of this configuration has on a (d_out, d_in) linear."""
+    row, num_down, num_up = config.row, config.num_down, config.num_up
+    assert config.rank is not None
+    shapes: dict[str, tuple[int, ...]] = {
+        "mixture_A": (num_down, config.rank, d_in),
+        "mixture_B": (num_up, d_out, config.rank),
+    }
+    if row.gate_down and row.gate_down.input == "x":
+        shapes["mixture_router_down"] = (num_down, d_in)
+    if row.gate_up:
+        shapes["mixture_router_up"] = (num_up, d_in if row.gate_up.input == "x" else config.rank)
+    if row.core == "dense":
+        shapes["mixture_core"] = (config.rank, config.rank)
+    if row.task_embedding is not None:
+        assert config.num_tasks is not None and config.task_embedding is not None
+        # One row more than tasks, as in the authors' code.
+        shapes["mixture_task_embedding"] = (config.num_tasks + 1, config.task_embedding)
+        shapes["mixture_router_task"] = (num_down, config.task_embedding)
+    return shapes
+
+
+class MixtureLinear(nn.Module, BaseTunerLayer):
+    """y = base(x) + sum over active adapters of s B K_t A x."""
+
+    adapter_layer_names = TENSORS
+    other_param_names = ("mixture_config",)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MixtureConfig, routing: Routing) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        linear: Any = self.get_base_layer()
+        self.in_features: int = linear.in_features
+        self.out_features: int = linear.out_features
+        self.routing = routing
+        self.mixture_config: dict[str, MixtureConfig] = {}
+        for name in TENSORS:
+            setattr(self, name, nn.ParameterDict())
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: MixtureConfig) -> None:
+        """Add a freshly initialised adapter beside those that are there."""
+        self.mixture_config[adapter_name] = config
+        for name, shape in tensor_shapes(config, self.in_features, self.out_features).items():
+            getattr(self, name)[adapter_name] = nn.Parameter(_initial(name, shape, config.row))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        """Return the adapter's tensors by name."""
+        return {name: getattr(self, name)[adapter_name] for name in TENSORS if adapter_name in getattr(self, name)}
+
+    def rank_space(self, x: Tensor, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """Return u = A x, (..., M*r), and v = K_t u, (..., N*r), both float32; s B v is the adapter's output."""
+        config = self.mixture_config[adapter_name]
+        row, tensors = config.row, self.tensors(adapter_name)
+        u = self._down(x, tensors["mixture_A"], config)
+        if row.pairing == "tied":
+            return u.flatten(-2), ops.pair(u, self._task_gate(x, tensors))
+        gate_down = ops.gate(x, tensors["mixture_router_down"]) if row.gate_down else None
+        z = ops.apply_core(ops.mix_down(u, gate_down), tensors.get("mixture_core"))
+        gate_up = None
+        if row.gate_up:
+            gate_up = ops.gate(x if row.gate_up.input == "x" else z, tensors["mixture_router_up"])
+        return u.flatten(-2), ops.spread_up(z, gate_up)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the base output plus the active adapters' (..., d_out), in the base output's dtype."""
+        if self.disable_adapters or self.merged:
+            if self.merged and self.disable_adapters:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        for name in self.active_adapters:
+            if name in self.mixture_config:
+                _, v = self.rank_space(x, name)
+                up = self.tensors(name)["mixture_B"]
+                delta = ops.up_product(v, up, self.mixture_config[name].scaling, x.dtype)
+                y = y + delta.to(y.dtype)
+        return y
+
+    def _down(self, x: Tensor, A_MRD: Tensor, config: MixtureConfig) -> Tensor:
+        if not self.training or config.dropout == 0:
+            return ops.down_product(x, A_MRD)
+        if config.dropout_per_expert:
+            return ops.down_product_per_expert(x, A_MRD, config.dropout)
+        return ops.down_product(F.dropout(x, config.dropout), A_MRD)
+
+    def _task_gate(self, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        index = self.routing.task_index
+        table = tensors["mixture_task_embedding"]
+        if index is None:
+            raise ValueError("this adapter routes by task: pass task_index=(batch,) to the model's forward")
+        if int(index.max()) >= table.shape[0] - 1 or int(index.min()) < 0:
+            raise ValueError(f"task_index {index.tolist()} is outside the {table.shape[0] - 1} tasks of this adapter")
+        gate = ops.gate(table[index.to(table.device)].float(), tensors["mixture_router_task"])
+        return gate.view(gate.shape[0], *([1] * (x.dim() - 2)), gate.shape[1])
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """Return s B C A, (d_out, d_in) float32. Raises ValueError where K depends on the token or the task."""
+        config, tensors = self.mixture_config[adapter_name], self.tensors(adapter_name)
+        if config.row.depends_on != STATIC:
+            raise ValueError(merge_refusal(config.row))
+        A_RD = tensors["mixture_A"][0].float()
+        if "mixture_core" in tensors:
+            A_RD = tensors["mixture_core"].float() @ A_RD
+        return config.scaling * tensors["mixture_B"][0].float() @ A_RD
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold static adapters into a dense base weight. Raises ValueError for routed ones and for a 4-bit base."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            delta = self.get_delta_weight(name)
+            weight = self._dense_weight()
+            merged = (weight.data.float() + delta).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"merging adapter '{name}' gives weights that are not finite")
+            weight.data = merged
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take merged adapters out again."""
+        while self.merged_adapters:
+            delta = self.get_delta_weight(self.merged_adapters.pop())
+            weight = self._dense_weight()
+            weight.data = (weight.data.float() - delta).to(weight.dtype)
+
+    def _dense_weight(self) -> nn.Parameter:
+        linear: Any = self.get_base_layer()
+        weight: nn.Parameter = linear.weight
+        if not weight.is_floating_point():
+            raise ValueError("a 4-bit base cannot take a merge: the update is lost in rounding; use `qd2mora merge`")
+        return weight
+
+    def __repr__(self) -> str:
+        return "mixture." + super().__repr__()
+
+
+def merge_refusal(row: Method) -> str:
+    """Say why an adapter of this method cannot be folded into weights as it is, and what can be done."""
+    why = "task" if row.depends_on == "task" else "token"
+    return (
+        f"method '{row.name}' is routed: its update depends on the {why}, so no weight matrix equals it; "
+        "`qd2mora merge` exports the best static approximation and measures it"
+    )
+
+
+def _initial(name: str, shape: tuple[int, ...], row: Method) -> Tensor:
+    """B zero, so that the adapted model starts as the base for any router; the rest as each method's code does."""
+    tensor = torch.empty(shape)
+    if name == "mixture_B":
+        return nn.init.zeros_(tensor)
+    if name == "mixture_A" and row.init_down == "gaussian":
+        return nn.init.normal_(tensor, std=0.01)
+    if name == "mixture_task_embedding":
+        return nn.init.normal_(tensor)
+    # Kaiming uniform with a = sqrt(5) over the last axis: U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+    bound = 1 / math.sqrt(shape[-1])
+    return nn.init.uniform_(tensor, -bound, bound)
+
+
+__all__ = ["TENSORS", "MixtureLinear", "Routing", "merge_refusal", "tensor_shapes"]

@@ -1,0 +1,40 @@
+"""The PEFT type QD2MORA: the one place that touches PEFT's enumeration and tables.
+
+PEFT's own `register_peft_method` refuses a name that its enumeration lacks (peft 0.21), so the member is added first.
+"""
+
+from typing import TYPE_CHECKING
+
+from peft.utils import register_peft_method
+from peft.utils.peft_types import PeftType
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from peft.tuners.tuners_utils import BaseTuner
+
+NAME = "QD2MORA"
+PREFIX = "mixture_"
+
+
+def _extend_enum() -> PeftType:
+    """Add the member as the enumeration itself would: a str whose value is its name, found by name and by value."""
+    if NAME in PeftType.__members__:
+        return PeftType[NAME]
+    member = str.__new__(PeftType, NAME)
+    member._name_, member._value_ = NAME, NAME
+    PeftType._member_map_[NAME] = member
+    PeftType._member_names_.append(NAME)
+    PeftType._value2member_map_[NAME] = member
+    type.__setattr__(PeftType, NAME, member)
+    return member
+
+
+QD2MORA = _extend_enum()
+
+
+def register(config_class: "type[PeftConfig]", model_class: "type[BaseTuner]") -> None:
+    """Tell PEFT about the method; once a process."""
+    register_peft_method(name=NAME.lower(), config_cls=config_class, model_cls=model_class, prefix=PREFIX)
+
+
+__all__ = ["PREFIX", "QD2MORA", "register"]

@@ -1,0 +1,340 @@
+"""The recipe: everything a run depends on, typed and strict.
+
+An unknown key is an error that names the nearest right one; a neighbour's name (`lora_r`, `cutoff_len`) is an error
+that names ours. Nothing here looks at devices, models or data.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qd2mora.errors import InputRefused
+from qd2mora.recipe_file import apply_override, read_mapping
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+# Names that users of neighbouring tools will type, and what they are called here.
+NEIGHBOURS = {
+    "base_model": "base.model",
+    "model_name_or_path": "base.model",
+    "load_in_4bit": "base.quantization: nf4",
+    "lora_r": "adapter.rank",
+    "r": "adapter.rank",
+    "lora_rank": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target_modules": "adapter.targets",
+    "target_modules": "adapter.targets",
+    "num_experts": "adapter.up.experts",
+    "datasets": "data.tasks",
+    "dataset": "data.tasks",
+    "data_path": "data.tasks[].path",
+    "cutoff_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "sequence_len": "data.max_length",
+    "train_on_inputs": "data.mask_prompt (its opposite)",
+    "val_set_size": "data.tasks[].validation",
+    "micro_batch_size": "train.micro_batch",
+    "per_device_train_batch_size": "train.micro_batch",
+    "batch_size": "train.global_batch",
+    "gradient_accumulation_steps": "train.global_batch (accumulation = global_batch / micro_batch)",
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "lr": "train.learning_rate",
+    "lr_scheduler": "train.schedule",
+    "lr_scheduler_type": "train.schedule",
+    "optim": "train.optimizer",
+    "warmup_ratio": "train.warmup_steps",
+    "save_steps": "train.save_every",
+    "eval_steps": "train.eval_every",
+    "gradient_checkpointing": "memory.checkpointing",
+    "output_dir": "output",
+}
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, strict types, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Base(Section):
+    """The frozen model."""
+
+    model: Annotated[str, Field(min_length=1)]
+    """A folder, a hub id, or `random:SHAPE` (random weights of a named shape, for planning and benches)."""
+    quantization: Literal["nf4", "none"] = "nf4"
+    """`nf4`: bitsandbytes 4-bit linears; `none`: weights in the compute dtype."""
+    double_quant: bool = True
+    """Quantise the block maxima too: 4.127 instead of 4.5 bits a weight."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: bfloat16 where the device is fast at it, else float16 on a GPU and float32 on a CPU."""
+
+
+class Experts(Section):
+    """One bank of experts."""
+
+    experts: Count
+
+
+class Adapter(Section):
+    """What is trained. Keys left out take the method's own defaults (`qd2mora methods`)."""
+
+    method: str = "d2mora"
+    rank: Count | None = None
+    """Inner width of one expert."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The update is scaled by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Dropout on what the down experts read, never on what the routers read."""
+    dropout_per_expert: bool = False
+    """An independent mask per down expert, as in the authors' code, instead of one per linear."""
+    targets: list[str] | Literal["all-linear"] = ["q_proj", "k_proj", "v_proj"]
+    """Names of the linears that get an adapter."""
+    down: Experts | None = None
+    up: Experts | None = None
+    penalty: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the orthogonality penalty."""
+    task_embedding: Count | None = None
+    """Width of the task embedding where a method routes by task."""
+
+
+class Task(Section):
+    """One data set."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    path: Annotated[str, Field(min_length=1)]
+    """A json, jsonl, csv or parquet file (beside the recipe, else in the working folder) or `hub:owner/name:split`."""
+    format: str = "instruction"
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share in the mixture relative to the others'; all tasks give one, or none does (plain concatenation)."""
+    limit: Count | None = None
+    """Use the first so many rows."""
+    select: dict[str, str] | None = None
+    """Only rows whose fields have these values, for example {task: boolq}."""
+    validation: Annotated[int, Field(ge=0)] | str = 0
+    """Rows held out from the file, or another file."""
+
+
+class Data(Section):
+    """What is learned from."""
+
+    tasks: Annotated[list[Task], Field(min_length=1)]
+    mix: Literal["rows", "tokens"] = "rows"
+    """What the weights count."""
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Longer rows are cut at the end, and counted."""
+    packing: Literal[False] = False
+    """Rows are padded, not packed."""
+    mask_prompt: bool = True
+    """Learn the answer only."""
+
+    @model_validator(mode="after")
+    def _tasks_agree(self) -> "Data":
+        names = [task.name for task in self.tasks]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"two tasks are called '{twice}'")
+        if len({task.weight is None for task in self.tasks}) > 1:
+            raise ValueError("give a weight to every task or to none")
+        if self.mix == "tokens" and self.tasks[0].weight is None:
+            raise ValueError("mix: tokens needs a weight on every task")
+        return self
+
+
+class Train(Section):
+    """How it is learned."""
+
+    steps: Count | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    micro_batch: Count | Literal["auto"] = "auto"
+    """Rows in one forward pass; the result does not depend on it."""
+    global_batch: Count = 16
+    """Rows in one optimiser step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """The gradient of a step is scaled down to this norm; null: never."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    save_every: Count = 100
+    eval_every: Count = 100
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    log_every: Count = 1
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim"]] = []
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Train":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        if isinstance(self.micro_batch, int) and self.global_batch % self.micro_batch:
+            raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
+        return self
+
+
+class Offload(Section):
+    """What may leave the device; `auto` and `none` both keep it there for now."""
+
+    activations: Literal["auto", "none"] = "auto"
+    embeddings: Literal["auto", "none"] = "auto"
+    optimizer: Literal["none"] = "none"
+    weights: Literal["none"] = "none"
+
+
+class Memory(Section):
+    """What may be traded for memory."""
+
+    budget: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(GiB|MiB|GB|MB)$")] | None = None
+    """The plan must fit this, for example 8GiB."""
+    checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Recompute each decoder layer in the backward pass; auto: off where the plan fits the budget without."""
+    offload: Offload = Offload()
+    engine: Literal["none"] = "none"
+
+
+class Finish(Section):
+    """What happens after the last step."""
+
+    export: bool = False
+    """Merge into an fp16 folder `export/` in the run folder."""
+    score: bool = False
+    """Answer the held-out rows with the base, the adapter and the export, and print the accuracy per task."""
+
+
+class Recipe(Section):
+    """A run, whole."""
+
+    base: Base
+    adapter: Adapter = Adapter()
+    data: Data
+    train: Train
+    memory: Memory = Memory()
+    finish: Finish = Finish()
+    output: Annotated[str, Field(min_length=1)]
+
+    def dump_yaml(self) -> str:
+        """Return the recipe as YAML that loads back equal."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+
+    def fingerprint(self) -> str:
+        """Return a hash of everything that decides the trained weights."""
+        content = self.model_dump(mode="json", exclude={"output": True, "memory": True, "finish": True})
+        for key in ("save_every", "eval_every", "keep_checkpoints", "log_every", "trackers", "micro_batch"):
+            del content["train"][key]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """Load a recipe file and apply dotted `key=value` overrides.
+
+    Relative paths of base and data are taken beside the recipe where they exist there, else from the working folder.
+
+    Raises InputRefused (one line: file, key, value, what would do).
+    """
+    path = Path(path)
+    content = read_mapping(path)
+    for override in overrides:
+        apply_override(content, override)
+    return _anchored(parse_recipe(content, str(path)), path.parent)
+
+
+def parse_recipe(content: Any, where: str = "recipe") -> Recipe:
+    """Check a plain mapping. Raises InputRefused."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InputRefused(f"{where}: {_first_problem(error)}") from None
+
+
+def _anchored(recipe: Recipe, folder: Path) -> Recipe:
+    def anchor(text: str) -> str:
+        beside = folder / text
+        return str(beside.resolve()) if not Path(text).is_absolute() and beside.exists() else text
+
+    tasks = []
+    for task in recipe.data.tasks:
+        held_out = anchor(task.validation) if isinstance(task.validation, str) else task.validation
+        tasks.append(task.model_copy(update={"path": anchor(task.path), "validation": held_out}))
+    base = recipe.base.model_copy(update={"model": anchor(recipe.base.model)})
+    return recipe.model_copy(update={"base": base, "data": recipe.data.model_copy(update={"tasks": tasks})})
+
+
+def _first_problem(error: ValidationError) -> str:
+    """One line for the most telling of pydantic's complaints: an unknown key explains what is missing."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]
+    # Literal and type tags in the location belong to unions, not to the recipe.
+    tag = re.compile(r"[\[(]|^(int|str|float|bool)$|^constrained")
+    location = [str(part) for part in problem["loc"] if not tag.search(str(part))]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        return _unknown_key(key)
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    shown = problem["input"]
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {_short(shown)} will not do: {message}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _unknown_key(key: str) -> str:
+    name = key.rpartition(".")[2]
+    if name in NEIGHBOURS:
+        return f"unknown key {key}; here it is {NEIGHBOURS[name]}"
+    known = sorted(set(_key_names(Recipe)))
+    section = re.sub(r"\.\d+", "", key).rpartition(".")[0]
+    here = [full for full in known if full.rpartition(".")[0] == section]
+    for candidates, cutoff in ((here, 0.5), (known, 0.7)):
+        last_parts = [full.rpartition(".")[2] for full in candidates]
+        near = difflib.get_close_matches(name, last_parts, 1, cutoff)
+        if near:
+            return f"unknown key {key}; did you mean {candidates[last_parts.index(near[0])]}?"
+    return f"unknown key {key}; the keys here are {', '.join(full.rpartition('.')[2] for full in here)}"
+
+
+def _key_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        for part in _nested(field.annotation):
+            names += _key_names(part, f"{prefix}{name}.")
+    return names
+
+
+def _nested(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    arguments = getattr(annotation, "__args__", ())
+    return [part for argument in arguments for part in _nested(argument)]
+
+
+__all__ = [
+    "Adapter",
+    "Base",
+    "Data",
+    "Experts",
+    "Finish",
+    "Memory",
+    "Recipe",
+    "Task",
+    "Train",
+    "load_recipe",
+    "parse_recipe",
+]

@@ -1,0 +1,111 @@
+"""Reading a recipe's YAML: safe, no surprises, and every mistake named with its line.
+
+YAML 1.2's idea of a number (`1e-4` is one), duplicate keys and aliases refused, size limited.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qd2mora.errors import InputRefused
+
+MAX_BYTES = 1 << 20
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that knows `1e-4` as a float and refuses duplicate keys and aliases."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(problem="aliases are not allowed in a recipe", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                problem = f"key '{key_node.value}' is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
+            seen.add(key_node.value if isinstance(key_node.value, str) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+# PyYAML follows YAML 1.1, where a float needs a dot and a signed exponent.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF|nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML text; `where` names it in errors. Raises InputRefused with the line."""
+    if len(text) > MAX_BYTES:
+        raise InputRefused(f"{where}: {len(text)} bytes is too long for a recipe (limit {MAX_BYTES})")
+    try:
+        return _Loader(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise InputRefused(f"{where}, line {line}: not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise InputRefused(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from error
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a recipe file into a plain mapping. Raises InputRefused."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputRefused(f"{path}: no such recipe; `qd2mora recipes` lists those that come along") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputRefused(f"{path}: cannot be read as a recipe: {error}") from error
+    content = parse_yaml(text, str(path))
+    if content is None:
+        raise InputRefused(f"{path}: the file is empty; `qd2mora recipes quickstart` prints one to start from")
+    if not isinstance(content, dict):
+        raise InputRefused(f"{path}: a recipe is a mapping of keys, this is a {type(content).__name__}")
+    return content
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Set one dotted `key=value` in place; a number in the path indexes a list. Raises InputRefused."""
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise InputRefused(f"override '{override}': write key=value, for example train.steps=100")
+    value = parse_yaml(text, f"override '{override}'")
+    keys = path.split(".")
+    node: Any = content
+    for key in keys[:-1]:
+        node = _descend(node, key, override)
+    if isinstance(node, list):
+        node[_list_index(node, keys[-1], override)] = value
+    else:
+        node[keys[-1]] = value
+
+
+def _descend(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, list):
+        child = node[_list_index(node, key, override)]
+    else:
+        child = node.setdefault(key, {})
+        if child is None:
+            child = node[key] = {}
+    if not isinstance(child, dict | list):
+        raise InputRefused(f"override '{override}': '{key}' holds a value ({child!r}), not a section")
+    return child
+
+
+def _list_index(node: list[Any], key: str, override: str) -> int:
+    if not key.isdecimal() or int(key) >= len(node):
+        raise InputRefused(f"override '{override}': '{key}' should be a position from 0 to {len(node) - 1}")
+    return int(key)
+
+
+__all__ = ["apply_override", "parse_yaml", "read_mapping"]
