@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
+# transformers 5.23 renames gradient checkpointing; 5.17 knows only the old names, which PEFT calls too.
+warnings.filterwarnings("ignore", r".*gradient_checkpointing", FutureWarning)
 
 RANDOM = "random:"
 
@@ -136,7 +139,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """
     if folder.startswith(RANDOM):
         raise InputRefused(f"base.model: '{folder}' has random weights and no tokenizer; it can be planned and timed")
-    _refuse_missing(folder)
+    _refuse_missing(folder, needs="tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -257,12 +260,12 @@ def _shape(model: str) -> Shape:
     return SHAPES[name]
 
 
-def _refuse_missing(model: str) -> None:
-    """A name with more than one slash, or one that starts like a path, is a folder; it must hold a config."""
+def _refuse_missing(model: str, needs: str = "config.json") -> None:
+    """A name with more than one slash, or one that starts like a path, is a folder; it must hold what is needed."""
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
     if Path(model).is_dir():
-        if not (Path(model) / "config.json").exists():
-            raise InputRefused(f"base.model: '{model}' holds no config.json; name the folder of a Hugging Face model")
+        if not (Path(model) / needs).exists():
+            raise InputRefused(f"base.model: '{model}' holds no {needs}; name the folder of a Hugging Face model")
     elif Path(model).exists():
         raise InputRefused(f"base.model: '{model}' is a file; name the folder of a Hugging Face model")
     elif looks_like_path:

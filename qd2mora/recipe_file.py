@@ -90,6 +90,14 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         node[keys[-1]] = value
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes that come with the package, by name."""
+    # Inside the package where it is installed, beside it in a source tree.
+    package = Path(__file__).parent
+    folder = next(place for place in (package / "recipes", package.parent / "recipes") if place.is_dir())
+    return {path.stem: path for path in folder.glob("*.yaml")}
+
+
 def _descend(node: Any, key: str, override: str) -> Any:
     if isinstance(node, list):
         child = node[_list_index(node, key, override)]
@@ -108,4 +116,4 @@ def _list_index(node: list[Any], key: str, override: str) -> int:
     return int(key)
 
 
-__all__ = ["apply_override", "parse_yaml", "read_mapping"]
+__all__ = ["apply_override", "parse_yaml", "read_mapping", "shipped_recipes"]

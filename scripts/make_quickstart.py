@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qd2mora.data.instruction import split
 
-VOCABULARY = 1024
+VOCABULARY = 1152
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 LENGTH = 128  # tokens of a training row; the model takes up to POSITIONS
 POSITIONS = 256

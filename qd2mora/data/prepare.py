@@ -49,7 +49,9 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[T
     return [_prepare_task(data, index, tokenizer, seed) for index in range(len(data.tasks))]
 
 
-def encode(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, task: int, max_length: int, mask_prompt: bool) -> list[Row]:
+def encode(
+    pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, task: int, max_length: int, mask_prompt: bool
+) -> list[Row]:
     """Tokenise prompt and answer apart, so that the boundary is exact; the end token closes the answer and is learned.
 
     Rows longer than `max_length` lose their end.

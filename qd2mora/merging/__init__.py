@@ -1,0 +1,190 @@
+"""Merging: a run becomes plain float16 weights, and a report of what they keep.
+
+Static methods (LoRA, MoSLoRA) merge exactly; methods routed by task merge exactly for one task; methods routed by token
+are replaced by the best static K of a strategy, and the loss of fidelity is measured on held-out rows.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from qd2mora.data import Row, collate, prepare
+from qd2mora.errors import InputRefused
+from qd2mora.merging import core_lsq, mean_gate
+from qd2mora.merging.fidelity import Fidelity, measure, unexplained
+from qd2mora.merging.statistics import Moments, collect
+from qd2mora.merging.writer import Written, write_model
+from qd2mora.mixture import mixture_layers
+from qd2mora.mixture.ops import stack_columns, stack_rows
+from qd2mora.mixture.presets import TASK, TOKEN
+from qd2mora.run_folder import OpenRun, open_run, refuse_taken, staged_folder, write_json
+
+STRATEGIES: dict[str, Callable[[Moments], Tensor]] = {"core_lsq": core_lsq.mixing, "mean_gate": mean_gate.mixing}
+
+CALIBRATION_ROWS = 512
+HELD_OUT_ROWS = 512
+ROWS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Export:
+    """What a merge made, and how near it is to the routed model."""
+
+    folder: Path
+    strategy: str
+    exact: bool
+    fidelity: Fidelity | None
+    unexplained: dict[str, float]
+    written: Written
+    calibration_rows: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of `export_report.json`."""
+        fidelity = self.fidelity
+        return {
+            "strategy": self.strategy,
+            "exact": self.exact,
+            "loss": {key: getattr(fidelity, key) for key in ("base", "routed", "merged")} if fidelity else None,
+            "gain_kept": fidelity.gain_kept if fidelity else None,
+            "kl_per_token": fidelity.kl_per_token if fidelity else None,
+            "held_out_tokens": fidelity.tokens if fidelity else 0,
+            "calibration_rows": self.calibration_rows,
+            "modules": {
+                name: {"unexplained": share, "rounding": self.written.rounding.get(name, 0.0)}
+                for name, share in self.unexplained.items()
+            },
+            "bytes": self.written.num_bytes,
+            "files": self.written.files,
+        }
+
+
+def merge(run: str | Path, out: str | Path, *, strategy: str = "core_lsq", task: str | None = None) -> Export:
+    """Export a run as a float16 Hugging Face folder `out`, with `export_report.json` in it.
+
+    `task`: export for this task alone: calibration and measuring use its rows; needed where the method routes by task.
+
+    Raises InputRefused; `out` appears whole or not at all.
+    """
+    _check_strategy(strategy)
+    refuse_taken(Path(out), "--out")
+    opened = open_run(run)
+    number = _task_number(opened, task)
+    calibration, held_out = _sample_rows(opened, number)
+    held_out_batches = _batches(opened, held_out)
+    tested = held_out_batches or _batches(opened, calibration)
+    if _depends_on(opened) == TOKEN:
+        moments = collect(opened.model, _batches(opened, calibration))
+        mixing = {name: STRATEGIES[strategy](each) for name, each in moments.items()}
+    else:
+        strategy, calibration = "exact", []
+        mixing = constant_mixing(opened.model, number or 0)
+    with staged_folder(Path(out)) as stage:
+        base: Any = opened.model.get_base_model()
+        export = Export(
+            folder=Path(out),
+            strategy=strategy,
+            exact=_depends_on(opened) != TOKEN,
+            fidelity=measure(opened.model, mixing, held_out_batches) if held_out else None,
+            unexplained=_unexplained(opened.model, mixing, tested),
+            written=write_model(base, opened.tokenizer, _update(opened.model, mixing), stage),
+            calibration_rows=len(calibration),
+        )
+        write_json(stage / "export_report.json", export.to_json())
+    return export
+
+
+def constant_mixing(model: PeftModel, task: int, adapter_name: str = "default") -> dict[str, Tensor]:
+    """Return the K of every linear, float64, where it depends on no token; `task` is the one exported for."""
+    routing: Any = model.base_model
+    mixing = {}
+    for name, layer in mixture_layers(model).items():
+        bank = layer.tensors(adapter_name)["mixture_A"]
+        routing.routing.task_index = torch.tensor([task], device=bank.device)
+        with torch.no_grad():
+            mixing[name] = layer.mixing(bank.new_zeros(1, 1, bank.shape[-1]), adapter_name)[0, 0].double().cpu()
+    return mixing
+
+
+def _check_strategy(strategy: str) -> None:
+    if strategy not in STRATEGIES:
+        near = difflib.get_close_matches(strategy, STRATEGIES, 1, 0.4)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(STRATEGIES)}"
+        raise InputRefused(f"--strategy: unknown strategy '{strategy}'; {hint}")
+
+
+def _depends_on(opened: OpenRun) -> str:
+    config: Any = opened.model.peft_config["default"]
+    return config.row.depends_on
+
+
+def _task_number(opened: OpenRun, task: str | None) -> int | None:
+    names = [each.name for each in opened.recipe.data.tasks]
+    if task is not None and task not in names:
+        raise InputRefused(f"--task: no task '{task}' in this run; there are {', '.join(names)}")
+    if task is None and _depends_on(opened) == TASK and len(names) > 1:
+        method = opened.recipe.adapter.method
+        raise InputRefused(
+            f"--task: {method} routes by task, one export serves one task; name one of {', '.join(names)}"
+        )
+    return None if task is None else names.index(task)
+
+
+def _sample_rows(opened: OpenRun, number: int | None) -> tuple[list[Row], list[Row]]:
+    """Return calibration rows from the training rows and all held-out rows, evenly over tasks, up to the limits."""
+    tasks = prepare(opened.recipe.data, opened.tokenizer, opened.recipe.train.seed)
+    chosen = tasks if number is None else [tasks[number]]
+    generator = np.random.default_rng(opened.recipe.train.seed)
+
+    def some(rows: list[Row], limit: int) -> list[Row]:
+        return [rows[place] for place in sorted(generator.permutation(len(rows))[: limit // len(chosen)].tolist())]
+
+    calibration = [row for task in chosen for row in some(task.train, CALIBRATION_ROWS)]
+    return calibration, [row for task in chosen for row in some(task.validation, HELD_OUT_ROWS)]
+
+
+def _batches(opened: OpenRun, rows: list[Row]) -> list[dict[str, Tensor]]:
+    pad = opened.tokenizer.pad_token_id
+    by_length = sorted(rows, key=lambda row: len(row.ids))
+    parts = [by_length[start : start + ROWS_AT_ONCE] for start in range(0, len(by_length), ROWS_AT_ONCE)]
+    device = opened.model.device
+    return [{name: tensor.to(device) for name, tensor in collate(part, pad).items()} for part in parts]
+
+
+def _unexplained(
+    model: PeftModel, mixing: dict[str, Tensor], batches: list[dict[str, Tensor]], adapter_name: str = "default"
+) -> dict[str, float]:
+    """Measure each linear's share on held-out rows, in one pass."""
+    layers = mixture_layers(model)
+    return {
+        name: unexplained(
+            each, mixing[name], stack_columns(layers[name].tensors(adapter_name)["mixture_B"]).detach().cpu()
+        )
+        for name, each in collect(model, batches).items()
+    }
+
+
+def _update(
+    model: PeftModel, mixing: dict[str, Tensor], adapter_name: str = "default"
+) -> Callable[[str], Tensor | None]:
+    """Return a function from a linear's name to its update s B K A, (d_out, d_in) float32; None where there is none."""
+    layers = mixture_layers(model)
+
+    def update(name: str) -> Tensor | None:
+        if name not in layers:
+            return None
+        tensors = layers[name].tensors(adapter_name)
+        up = stack_columns(tensors["mixture_B"]).detach().float().cpu()
+        down = stack_rows(tensors["mixture_A"]).detach().float().cpu()
+        return layers[name].mixture_config[adapter_name].scaling * (up @ (mixing[name].float() @ down))
+
+    return update
+
+
+__all__ = ["STRATEGIES", "Export", "constant_mixing", "merge"]

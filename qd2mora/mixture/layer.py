@@ -73,6 +73,8 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self.out_features: int = linear.out_features
         self.routing = routing
         self.mixture_config: dict[str, MixtureConfig] = {}
+        # A constant K that stands in for routing while an export is measured, by adapter.
+        self.static_mixing: dict[str, Tensor] = {}
         for name in TENSORS:
             setattr(self, name, nn.ParameterDict())
         self._disable_adapters = False
@@ -94,17 +96,40 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
 
     def rank_space(self, x: Tensor, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Return u = A x, (..., M*r), and v = K_t u, (..., N*r), both float32; s B v is the adapter's output."""
-        config = self.mixture_config[adapter_name]
-        row, tensors = config.row, self.tensors(adapter_name)
+        config, tensors = self.mixture_config[adapter_name], self.tensors(adapter_name)
         u = self._down(x, tensors["mixture_A"], config)
-        if row.pairing == "tied":
+        if adapter_name in self.static_mixing:
+            return u.flatten(-2), F.linear(u.flatten(-2), self.static_mixing[adapter_name])
+        if config.row.pairing == "tied":
             return u.flatten(-2), ops.pair(u, self._task_gate(x, tensors))
+        _, gate_up, z = self._chain(x, u, config.row, tensors)
+        return u.flatten(-2), ops.spread_up(z, gate_up)
+
+    def mixing(self, x: Tensor, adapter_name: str) -> Tensor:
+        """Return K_t of every token, (..., N*r, M*r) float32: what routing made of the banks."""
+        config, tensors = self.mixture_config[adapter_name], self.tensors(adapter_name)
+        u = self._down(x, tensors["mixture_A"], config)
+        rank = u.shape[-1]
+        core = tensors["mixture_core"].float() if config.row.core == "dense" else torch.eye(rank, device=x.device)
+        one = u.new_ones(*u.shape[:-2], 1)
+        if config.row.pairing == "tied":
+            blocks = torch.diag_embed(self._task_gate(x, tensors).expand(u.shape[:-1]))
+        else:
+            gate_down, gate_up, _ = self._chain(x, u, config.row, tensors)
+            down, up = (one if gate is None else gate for gate in (gate_down, gate_up))
+            blocks = up.unsqueeze(-1) * down.unsqueeze(-2)
+        return torch.einsum("...ji,qp->...jqip", blocks, core).flatten(-2).flatten(-3, -2)
+
+    def _chain(
+        self, x: Tensor, u: Tensor, row: Method, tensors: dict[str, Tensor]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Return the gates of both banks and the mixed code between them."""
         gate_down = ops.gate(x, tensors["mixture_router_down"]) if row.gate_down else None
         z = ops.apply_core(ops.mix_down(u, gate_down), tensors.get("mixture_core"))
         gate_up = None
         if row.gate_up:
             gate_up = ops.gate(x if row.gate_up.input == "x" else z, tensors["mixture_router_up"])
-        return u.flatten(-2), ops.spread_up(z, gate_up)
+        return gate_down, gate_up, z
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base output plus the active adapters' (..., d_out), in the base output's dtype."""

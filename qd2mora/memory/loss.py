@@ -1,0 +1,63 @@
+"""The loss, at the price of the labelled tokens only.
+
+Logits of a 32,000-word vocabulary are the largest tensor of a training step. Masked tokens need none, and the rest are
+computed in chunks whose logits are recomputed in the backward pass, so the peak is one chunk.
+"""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 1024
+IGNORE = -100
+
+
+class RowLoss(nn.Module):
+    """Wraps an adapted model; its forward gives the loss of each row."""
+
+    def __init__(self, model: PeftModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the summed cross-entropy of each row's labelled tokens, (rows,) float32, in nats."""
+        labels = batch["labels"]
+        keep = labels[:, 1:] != IGNORE
+        hidden = labelled_states(self.model, batch, keep)
+        losses = token_losses(hidden, labels[:, 1:][keep], output_head(self.model))
+        row_of_token = keep.nonzero()[:, 0]
+        return losses.new_zeros(len(labels)).index_add(0, row_of_token, losses)
+
+
+def labelled_states(model: PeftModel, batch: dict[str, Tensor], keep: Tensor) -> Tensor:
+    """Return the final hidden states at the positions of `keep` (rows, length - 1), (labelled, hidden)."""
+    tuner: Any = model.base_model
+    tuner.routing.task_index = batch["task_index"]
+    decoder = tuner.model.get_decoder()
+    hidden = decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    return hidden.last_hidden_state[:, :-1][keep]
+
+
+def output_head(model: PeftModel) -> nn.Module:
+    """Return the linear from hidden states to logits."""
+    tuner: Any = model.base_model
+    return tuner.model.get_output_embeddings()
+
+
+def token_losses(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+    """Return the cross-entropy of each token, (tokens,) float32, holding logits of at most CHUNK tokens at a time."""
+    chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    if not torch.is_grad_enabled() or len(hidden) <= CHUNK:
+        return torch.cat([_chunk(states, target, head) for states, target in chunks])
+    return torch.cat([checkpoint(_chunk, states, target, head, use_reentrant=False) for states, target in chunks])
+
+
+def _chunk(states: Tensor, target: Tensor, head: nn.Module) -> Tensor:
+    return F.cross_entropy(head(states).float(), target, reduction="none")
+
+
+__all__ = ["CHUNK", "RowLoss", "labelled_states", "output_head", "token_losses"]
