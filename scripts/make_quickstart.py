@@ -173,7 +173,8 @@ def train_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed
     start = time.perf_counter()
     for step in range(steps):
         ids_BT = next(source)
-        loss = model(input_ids=ids_BT, labels=ids_BT).loss
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids_BT, labels=ids_BT).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -161,16 +161,21 @@ def _sum_fact(rng: Random) -> str:
     )
 
 
+GAINS = ["got", "found", "bought", "picked"]
+LOSSES = ["gave", "lost", "sold", "dropped"]
+
+
 def _sum_story(rng: Random) -> str:
     left, right = (rng.randint(1, LARGEST_ADDEND) for _ in range(2))
     total, thing = left + right, rng.choice(COUNTED)
     name, other = rng.sample(NAMES, 2)
+    gain, loss, after = rng.choice(GAINS), rng.choice(LOSSES), rng.choice(["So", "Then", "Now", "In the end"])
     return rng.choice(
         [
-            f"{name} had {left} {thing}s and got {right} more from {other}. So {name} had {total} {thing}s.",
-            f"In the box were {left} {thing}s. {name} put in {right} more, which made {total}.",
-            f"{name} had {total} {thing}s and gave {right} to {other}. So {name} had {left} {thing}s.",
-            f"In the box were {total} {thing}s. {name} took {right}, which left {left}.",
+            f"{name} had {left} {thing}s and {gain} {right} more. {after} {name} had {total} {thing}s.",
+            f"{name} had {left} {thing}s. {other} {gain} {right} more for {name}, which made {total}.",
+            f"{name} had {total} {thing}s and {loss} {right}. {after} {name} had {left} {thing}s.",
+            f"In the box were {total} {thing}s. {name} {loss} {right} of them, which left {left}.",
         ]
     )
 
@@ -218,9 +223,75 @@ def _story(rng: Random) -> str:
     )
 
 
+def _ask_kind(rng: Random) -> tuple[str, str]:
+    things, one = _some_things(rng, rng.choice([3, 4]))
+    kind, text = KIND_OF[one], ", ".join(things)
+    return rng.choice([f"{text}: where is the {kind}", f"what {kind} do you see in {text}"]), one
+
+
+def _ask_size(rng: Random) -> tuple[str, str]:
+    low, high = sorted(rng.sample(range(len(SIZES)), 2))
+    first, second = rng.sample([SIZES[low], SIZES[high]], 2)
+    word, answer = rng.choice([("bigger", SIZES[high]), ("smaller", SIZES[low])])
+    return rng.choice([f"what is {word}, {first} or {second}", f"of {first} and {second}, what is {word}"]), answer
+
+
+def _ask_opposite(rng: Random) -> tuple[str, str]:
+    word, noun = rng.choice(ADJECTIVES), rng.choice(NOUNS)
+    if rng.random() < 0.5:
+        return f"what is the opposite of {word}", OPPOSITE[word]
+    return f"what is the opposite of the {word} {noun}", f"the {OPPOSITE[word]} {noun}"
+
+
+def _ask_number(rng: Random) -> tuple[str, str]:
+    *numbers, last = _progression(rng, rng.choice([4, 5, 6]))[0]
+    text = ", ".join(map(str, numbers))
+    return rng.choice([f"what comes after {text}", f"if you count {text}, what is next"]), str(last)
+
+
+def _ask_sum(rng: Random) -> tuple[str, str]:
+    left, right = (rng.randint(1, LARGEST_ADDEND) for _ in range(2))
+    total, things, name = left + right, f"{rng.choice(COUNTED)}s", rng.choice(NAMES)
+    gain, loss = rng.choice(GAINS), rng.choice(LOSSES)
+    return rng.choice(
+        [
+            (f"what is {left} plus {right}", str(total)),
+            (f"what is {total} minus {right}", str(left)),
+            (f"{name} had {left} {things} and {gain} {right} more, so how many were there", str(total)),
+            (f"{name} had {total} {things} and {loss} {right} of them, so how many were left", str(left)),
+        ]
+    )
+
+
+def _ask_backwards(rng: Random) -> tuple[str, str]:
+    words = rng.sample(NOUNS, rng.choice([2, 3, 3, 4]))
+    forward, backward = " ".join(words), " ".join(words[::-1])
+    return rng.choice([f"how does {forward} read from the back", f"what is {forward} backwards"]), backward
+
+
+_QUIZ = [_ask_kind, _ask_size, _ask_opposite, _ask_number, _ask_number, _ask_sum, _ask_sum, _ask_sum, _ask_backwards]
+
+
+def _quiz(rng: Random) -> str:
+    """Return people asking each other, told in one of many ways."""
+    question, answer = rng.choice(_QUIZ)(rng)
+    name, other = rng.sample(NAMES, 2)
+    return rng.choice(
+        [
+            f"{name} asked {other}: {question}? {other} said: {answer}.",
+            f"{question}? So {name} asked. {answer}, said {other}.",
+            f"{name}: {question}? {other}: {answer}.",
+            f"{name} did not know it: {question}? It was {answer}.",
+            f"{name} - {question} - {answer}!",
+            f"A riddle for {name}; {question}; {answer}.",
+            f"{question} = {answer}.",
+        ]
+    )
+
+
 _TOPICS: list[tuple[Callable[[Random], str], int]] = [
-    (_kind_fact, 6), (_kind_scene, 12), (_opposite_fact, 10), (_size_fact, 14), (_counting, 14), (_sum_fact, 16),
-    (_sum_story, 12), (_list_backwards, 12), (_calendar, 3), (_spelling, 2), (_story, 3),
+    (_kind_fact, 4), (_kind_scene, 8), (_opposite_fact, 8), (_size_fact, 8), (_counting, 8), (_sum_fact, 10),
+    (_sum_story, 10), (_list_backwards, 8), (_calendar, 2), (_spelling, 2), (_story, 2), (_quiz, 40),
 ]  # fmt: skip
 
 

@@ -8,6 +8,9 @@ Shapes: ... any leading axes (batch, tokens), D d_in, O d_out, R rank of one exp
 E paired experts, P, Q rank of the core.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
@@ -21,6 +24,61 @@ def stack_rows(A_MRD: Tensor) -> Tensor:
 def stack_columns(B_NOR: Tensor) -> Tensor:
     """Return the up experts as one matrix (O, N*R); expert j owns columns j*R to (j+1)*R."""
     return B_NOR.permute(1, 0, 2).flatten(1)
+
+
+def unstack_columns(B_OK: Tensor, shape: torch.Size) -> Tensor:
+    """Return the inverse of stack_columns: (O, N*R) to (N, O, R)."""
+    num_up, d_out, rank = shape
+    return B_OK.view(d_out, num_up, rank).permute(1, 0, 2).contiguous()
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32, or float64 where it is: what rank space is computed in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class RankStep:
+    """The step from u_ext = [A; routers that read x] x to v = K_t u, for one pairing and one set of gates.
+
+    `num_down` experts of `rank` come first in u_ext, then the logits of the down gate where there is one, then those of
+    an up gate that reads x.
+    """
+
+    num_down: int
+    num_up: int
+    rank: int
+    is_tied: bool = False
+    gates_down: bool = False
+    up_reads: Literal["x", "z"] | None = None
+
+    def mix(
+        self, u_ext: Tensor, router_z: Tensor | None = None, core: Tensor | None = None, gate_pair: Tensor | None = None
+    ) -> Tensor:
+        """Return v (..., N*R) of u_ext (..., features), both in at least float32."""
+        u = u_ext[..., : self.num_down * self.rank].unflatten(-1, (self.num_down, self.rank))
+        if self.is_tied:
+            assert gate_pair is not None
+            return pair(u, gate_pair)
+        gate_down, gate_up, z = self.chain(u_ext, router_z, core)
+        return spread_up(z, gate_up)
+
+    def chain(
+        self, u_ext: Tensor, router_z: Tensor | None, core: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Return both gates and the mixed code z between the banks."""
+        width = self.num_down * self.rank
+        u = u_ext[..., :width].unflatten(-1, (self.num_down, self.rank))
+        logits = u_ext[..., width:]
+        gate_down = logits[..., : self.num_down].softmax(-1) if self.gates_down else None
+        z = apply_core(mix_down(u, gate_down), core)
+        gate_up = None
+        if self.up_reads == "x":
+            gate_up = logits[..., -self.num_up :].softmax(-1)
+        elif self.up_reads == "z":
+            assert router_z is not None
+            gate_up = (z @ router_z.to(z.dtype).T).softmax(-1)
+        return gate_down, gate_up, z
 
 
 def down_product(x: Tensor, A_MRD: Tensor) -> Tensor:
