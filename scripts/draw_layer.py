@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
+ALPHA, BETA = "$\\alpha$", "$\\beta$"
 FROZEN, DOWN, UP, ROUTER, CODE, INK = "#d9dee6", "#9ec9f5", "#f7c48b", "#c9e7b8", "#efe3fb", "#1f2933"
 
 
@@ -62,11 +63,11 @@ def draw(ax: Axes) -> None:
     arrow(ax, (2.35, 3.25), (2.35, 2.82), dashed=True)
     arrow(ax, (6.35, 3.25), (6.35, 2.82), dashed=True)
     arrow(ax, (8.67, 1.0), (9.28, 1.0))
-    for x, letter in ((2.62, "α"), (6.62, "β")):
+    for x, letter in ((2.62, ALPHA), (6.62, BETA)):
         ax.text(x, 3.03, letter, fontsize=13, color=INK, va="center")
     for x, words in ((2.35, "M down experts"), (4.4, "rank-r code"), (6.35, "N up experts")):
         ax.text(x, 0.82, words, fontsize=10, color=INK, ha="center", va="center", style="italic")
-    ax.text(7.62, 1.75, "× s", fontsize=10, color=INK)
+    ax.text(7.62, 1.75, "$\\times$ s", fontsize=10, color=INK)
 
 
 def main() -> None:

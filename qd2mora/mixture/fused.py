@@ -1,6 +1,6 @@
 """The fast form: the whole mixture as one autograd function that adds into the base's output.
 
-Forward: one product u = x [A; routers that read x]^T, a step in rank space v = K_t u, one product y += s v B^T in place.
+Forward: one product u = x [A; routers that read x]^T, a step in rank space v = K_t u, one product y += s v B^T.
 Backward: dv = s dy B, the step in rank space again with autograd on tensors of tokens x rank, then dA, dB, dx as one
 product each. Saved for the backward pass: x (which the base's own backward does not need) and u. Dropout keeps its
 seed, not its mask.

@@ -60,7 +60,7 @@ class RankStep:
         if self.is_tied:
             assert gate_pair is not None
             return pair(u, gate_pair)
-        gate_down, gate_up, z = self.chain(u_ext, router_z, core)
+        _, gate_up, z = self.chain(u_ext, router_z, core)
         return spread_up(z, gate_up)
 
     def chain(
@@ -108,7 +108,7 @@ def mix_down(u: Tensor, gate_down: Tensor | None) -> Tensor:
 
 def apply_core(z: Tensor, core_PQ: Tensor | None) -> Tensor:
     """Return C z in float32, or z where there is no core."""
-    return z if core_PQ is None else F.linear(z, core_PQ.float())
+    return z if core_PQ is None else F.linear(z, core_PQ.to(z.dtype))
 
 
 def spread_up(z: Tensor, gate_up: Tensor | None) -> Tensor:
