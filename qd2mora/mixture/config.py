@@ -1,11 +1,12 @@
 """MixtureConfig: any method of the table, as a PEFT configuration."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftConfig
 
 from qd2mora.errors import InputRefused
+from qd2mora.mixture.ops import RankStep
 from qd2mora.mixture.presets import Method, check_counts, find_method
 from qd2mora.mixture.registration import QD2MORA
 from qd2mora.recipe import Adapter
@@ -85,6 +86,21 @@ class MixtureConfig(PeftConfig):
         """alpha / rank of one expert, or of all together where the method's code divides by that."""
         assert self.rank is not None and self.alpha is not None
         return self.alpha / (self.rank * self.num_down if self.row.scaling_rank == "total" else self.rank)
+
+    @property
+    def step(self) -> RankStep:
+        """The method's step in rank space."""
+        assert self.rank is not None
+        row = self.row
+        reads: dict[str, Literal["x", "z"]] = {"x": "x", "z": "z"}
+        return RankStep(
+            num_down=self.num_down,
+            num_up=self.num_up,
+            rank=self.rank,
+            is_tied=row.pairing == "tied",
+            gates_down=row.gate_down is not None and row.pairing == "chain",
+            up_reads=reads[row.gate_up.input] if row.gate_up else None,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; sets become sorted lists so that files compare equal."""

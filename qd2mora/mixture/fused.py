@@ -10,6 +10,7 @@ Deviation from the plain form in `ops`: none in exact arithmetic; in 16 bits the
 Shapes: T tokens, D d_in, O d_out, R rank, M down, N up; F = M*R + number of router rows that read x.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,14 +21,29 @@ from qd2mora.mixture import ops
 from qd2mora.mixture.ops import RankStep
 
 
+@dataclass(frozen=True)
+class _Dropout:
+    """Probability, seed, and how many masks there are: one for all down experts, or one for each."""
+
+    probability: float
+    seed: int
+    num_masks: int
+
+    def apply(self, x: Tensor, mask: int) -> Tensor:
+        """Return x with entries dropped by mask number `mask`, the rest scaled up; the seed alone decides."""
+        generator = torch.Generator(device=x.device).manual_seed(self.seed + mask)
+        kept = torch.empty_like(x).bernoulli_(1 - self.probability, generator=generator)
+        return x * kept.div_(1 - self.probability)
+
+
 class _AddMixture(torch.autograd.Function):
-    """y_TO, x_TD, A_MRD, B_NOR, router_x (rows, D) or None, then the tensors that the rank step alone reads."""
+    """y (..., O), x (..., D), A_MRD, B_NOR, router_x (rows, D), then the tensors that the rank step alone reads."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        y_TO: Tensor,
-        x_TD: Tensor,
+        y: Tensor,
+        x: Tensor,
         A_MRD: Tensor,
         B_NOR: Tensor,
         router_x: Tensor | None,
@@ -36,38 +52,39 @@ class _AddMixture(torch.autograd.Function):
         gate_pair: Tensor | None,
         step: RankStep,
         scaling: float,
-        dropout: float,
+        dropout: _Dropout | None,
     ) -> Tensor:
-        seed = int(torch.randint(1 << 62, ())) if dropout else 0
-        u_TF = _features(x_TD, A_MRD, router_x, dropout, seed, y_TO.dtype)
+        u_TF = _features(x.flatten(0, -2).to(y.dtype), A_MRD, router_x, dropout)
         v = step.mix(ops.wide(u_TF), router_z, core, gate_pair)
-        y_TO.addmm_(v.to(y_TO.dtype), ops.stack_columns(B_NOR).to(y_TO.dtype).T, alpha=scaling)
-        ctx.mark_dirty(y_TO)
-        ctx.save_for_backward(x_TD, u_TF, A_MRD, B_NOR, router_x, router_z, core, gate_pair)
-        ctx.step, ctx.scaling, ctx.dropout, ctx.seed = step, scaling, dropout, seed
-        return y_TO
+        columns = ops.stack_columns(B_NOR).to(y.dtype)
+        y.view(-1, y.shape[-1]).addmm_(v.to(y.dtype), columns.T, alpha=scaling)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, u_TF, A_MRD, B_NOR, router_x, router_z, core, gate_pair)
+        ctx.step, ctx.scaling, ctx.dropout = step, scaling, dropout
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, u_TF, A_MRD, B_NOR, router_x, router_z, core, gate_pair = ctx.saved_tensors
-        dtype = dy_TO.dtype
-        dv = ctx.scaling * (dy_TO @ ops.stack_columns(B_NOR).to(dtype))
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, u_TF, A_MRD, B_NOR, router_x, router_z, core, gate_pair = ctx.saved_tensors
+        dy_TO = dy.flatten(0, -2)
+        dv = ctx.scaling * (dy_TO @ ops.stack_columns(B_NOR).to(dy.dtype))
         u = ops.wide(u_TF).detach().requires_grad_()
         small = [None if tensor is None else tensor.detach().requires_grad_() for tensor in (router_z, core, gate_pair)]
         with torch.enable_grad():
             v = ctx.step.mix(u, *small)
         inputs = [u, *(tensor for tensor in small if tensor is not None)]
-        gradients = iter(torch.autograd.grad(v, inputs, dv.to(v.dtype), allow_unused=True))
-        du = next(gradients)
-        assert du is not None
+        gradients = iter(torch.autograd.grad(v, inputs, dv.to(v.dtype)))
+        du_TF = next(gradients).to(dy.dtype)
         dsmall = [None if tensor is None else next(gradients) for tensor in small]
         dB = None
         if ctx.needs_input_grad[3]:
-            dB_OK = ctx.scaling * (dy_TO.T @ v.detach().to(dtype))
+            dB_OK = ctx.scaling * (dy_TO.T @ v.detach().to(dy.dtype))
             dB = ops.unstack_columns(dB_OK, B_NOR.shape).to(B_NOR.dtype)
-        dx, dA, drouter = _feature_gradients(ctx, du.to(dtype), x_TD, A_MRD, router_x)
-        return (dy_TO, dx, dA, dB, drouter, *dsmall, None, None, None)
+        x_TD = x.flatten(0, -2).to(dy.dtype)
+        dA, drouter = _row_gradients(ctx, du_TF, x_TD, A_MRD, router_x)
+        dx = _input_gradient(ctx, du_TF, A_MRD, router_x).view(x.shape).to(x.dtype) if ctx.needs_input_grad[1] else None
+        return (dy, dx, dA, dB, drouter, *dsmall, None, None, None)
 
 
 def add_mixture(
@@ -83,66 +100,57 @@ def add_mixture(
     core: Tensor | None = None,
     gate_pair: Tensor | None = None,
     dropout: float = 0.0,
+    num_masks: int = 1,
 ) -> Tensor:
-    """Add s B K_t A x to y (..., O) in place and return it; `x` is (..., D), `gate_pair` (tokens, E) where paired."""
-    flat = _AddMixture.apply(
-        y.reshape(-1, y.shape[-1]),
-        x.reshape(-1, x.shape[-1]),
-        A_MRD,
-        B_NOR,
-        router_x,
-        router_z,
-        core,
-        gate_pair,
-        step,
-        scaling,
-        dropout,
-    )
-    return flat.view(y.shape)
+    """Add s B K_t A x to y (..., O), in place, and return it.
+
+    `x` is (..., D); `router_x` holds the rows of the down router, then those of an up router that reads x; `gate_pair`
+    broadcasts to (..., E) where experts are paired. Routers read x undropped. The products run in the dtype of y.
+    """
+    if gate_pair is not None:
+        gate_pair = gate_pair.expand(*x.shape[:-1], -1).flatten(0, -2)
+    masks = _Dropout(dropout, int(torch.randint(1 << 62, ())), num_masks) if dropout else None
+    y = y if y.is_contiguous() else y.contiguous()
+    return _AddMixture.apply(y, x, A_MRD, B_NOR, router_x, router_z, core, gate_pair, step, scaling, masks)
 
 
-def _features(
-    x_TD: Tensor, A_MRD: Tensor, router_x: Tensor | None, dropout: float, seed: int, dtype: torch.dtype
-) -> Tensor:
-    """Return [A; routers] x, (T, F): one product, or two where the experts alone read a dropped x."""
-    x = x_TD.to(dtype)
-    rows = ops.stack_rows(A_MRD).to(dtype)
-    if dropout:
-        u = _dropped(x, dropout, seed) @ rows.T
-        return u if router_x is None else torch.cat([u, x @ router_x.to(dtype).T], -1)
+def _features(x_TD: Tensor, A_MRD: Tensor, router_x: Tensor | None, dropout: _Dropout | None) -> Tensor:
+    """Return [A; routers] x, (T, F): one product, or with dropout one for each mask and one for the routers."""
+    if dropout is None:
+        return ops.features(x_TD, A_MRD, router_x)
+    banks = A_MRD.unflatten(0, (dropout.num_masks, -1))
+    parts = [ops.features(dropout.apply(x_TD, mask), bank) for mask, bank in enumerate(banks)]
     if router_x is not None:
-        rows = torch.cat([rows, router_x.to(dtype)])
-    return x @ rows.T
+        parts.append(x_TD @ router_x.to(x_TD.dtype).T)
+    return torch.cat(parts, -1)
 
 
-def _feature_gradients(
+def _row_gradients(
     ctx: Any, du_TF: Tensor, x_TD: Tensor, A_MRD: Tensor, router_x: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x, A and the routers that read x."""
-    wants_x, wants_A, wants_router = (ctx.needs_input_grad[place] for place in (1, 2, 4))
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of A and of the routers that read x."""
     width = A_MRD.shape[0] * A_MRD.shape[1]
-    dtype = du_TF.dtype
-    x = x_TD.to(dtype)
-    dropped = _dropped(x, ctx.dropout, ctx.seed) if ctx.dropout else x
-    dA = (du_TF[:, :width].T @ dropped).view(A_MRD.shape).to(A_MRD.dtype) if wants_A else None
-    drouter = (du_TF[:, width:].T @ x).to(router_x.dtype) if router_x is not None and wants_router else None
-    if not wants_x:
-        return None, dA, drouter
-    rows = ops.stack_rows(A_MRD).to(dtype)
-    if ctx.dropout:
-        dx = _dropped(du_TF[:, :width] @ rows, ctx.dropout, ctx.seed)
-        if router_x is not None:
-            dx = dx.addmm_(du_TF[:, width:], router_x.to(dtype))
-    else:
-        dx = du_TF @ (rows if router_x is None else torch.cat([rows, router_x.to(dtype)]))
-    return dx.to(x_TD.dtype), dA, drouter
+    dA = drouter = None
+    if ctx.needs_input_grad[2]:
+        if ctx.dropout is None:
+            dA_KD = du_TF[:, :width].T @ x_TD
+        else:
+            parts = du_TF[:, :width].chunk(ctx.dropout.num_masks, -1)
+            dA_KD = torch.cat([part.T @ ctx.dropout.apply(x_TD, mask) for mask, part in enumerate(parts)])
+        dA = dA_KD.view(A_MRD.shape).to(A_MRD.dtype)
+    if router_x is not None and ctx.needs_input_grad[4]:
+        drouter = (du_TF[:, width:].T @ x_TD).to(router_x.dtype)
+    return dA, drouter
 
 
-def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """Return x with entries dropped by a mask that the seed alone decides, the rest scaled up."""
-    generator = torch.Generator(device=x.device).manual_seed(seed)
-    mask = torch.empty_like(x).bernoulli_(1 - dropout, generator=generator)
-    return x * mask.div_(1 - dropout)
+def _input_gradient(ctx: Any, du_TF: Tensor, A_MRD: Tensor, router_x: Tensor | None) -> Tensor:
+    """Return dx, (T, D), in the dtype of du."""
+    rows = ops.stack_rows(A_MRD).to(du_TF.dtype)
+    if ctx.dropout is None:
+        return du_TF @ (rows if router_x is None else torch.cat([rows, router_x.to(du_TF.dtype)]))
+    parts = zip(du_TF[:, : len(rows)].chunk(ctx.dropout.num_masks, -1), rows.chunk(ctx.dropout.num_masks), strict=True)
+    dx = sum(ctx.dropout.apply(part @ bank, mask) for mask, (part, bank) in enumerate(parts))
+    return dx if router_x is None else dx.addmm_(du_TF[:, len(rows) :], router_x.to(du_TF.dtype))
 
 
 __all__ = ["add_mixture"]

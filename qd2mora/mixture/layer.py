@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from qd2mora.mixture import ops
 from qd2mora.mixture.config import MixtureConfig
+from qd2mora.mixture.fused import add_mixture
 from qd2mora.mixture.presets import STATIC, Method
 
 TENSORS = (
@@ -95,41 +96,24 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         return {name: getattr(self, name)[adapter_name] for name in TENSORS if adapter_name in getattr(self, name)}
 
     def rank_space(self, x: Tensor, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Return u = A x, (..., M*r), and v = K_t u, (..., N*r), both float32; s B v is the adapter's output."""
-        config, tensors = self.mixture_config[adapter_name], self.tensors(adapter_name)
-        u = self._down(x, tensors["mixture_A"], config)
-        if adapter_name in self.static_mixing:
-            return u.flatten(-2), F.linear(u.flatten(-2), self.static_mixing[adapter_name])
-        if config.row.pairing == "tied":
-            return u.flatten(-2), ops.pair(u, self._task_gate(x, tensors))
-        _, gate_up, z = self._chain(x, u, config.row, tensors)
-        return u.flatten(-2), ops.spread_up(z, gate_up)
+        """Return u = A x, (..., M*r), and v = K_t u, (..., N*r), float32, without dropout; s B v is the output."""
+        u_ext, small = self._features(x, adapter_name)
+        step = self.mixture_config[adapter_name].step
+        return u_ext[..., : step.num_down * step.rank], step.mix(u_ext, **small)
 
     def mixing(self, x: Tensor, adapter_name: str) -> Tensor:
         """Return K_t of every token, (..., N*r, M*r) float32: what routing made of the banks."""
-        config, tensors = self.mixture_config[adapter_name], self.tensors(adapter_name)
-        u = self._down(x, tensors["mixture_A"], config)
-        rank = u.shape[-1]
-        core = tensors["mixture_core"].float() if config.row.core == "dense" else torch.eye(rank, device=x.device)
-        one = u.new_ones(*u.shape[:-2], 1)
-        if config.row.pairing == "tied":
-            blocks = torch.diag_embed(self._task_gate(x, tensors).expand(u.shape[:-1]))
+        u_ext, small = self._features(x, adapter_name)
+        step = self.mixture_config[adapter_name].step
+        core = torch.eye(step.rank, device=x.device) if small["core"] is None else small["core"].float()
+        if step.is_tied:
+            assert small["gate_pair"] is not None
+            blocks = torch.diag_embed(small["gate_pair"].expand(*u_ext.shape[:-1], -1))
         else:
-            gate_down, gate_up, _ = self._chain(x, u, config.row, tensors)
-            down, up = (one if gate is None else gate for gate in (gate_down, gate_up))
+            gate_down, gate_up, _ = step.chain(u_ext, small["router_z"], small["core"])
+            down, up = (u_ext.new_ones(*u_ext.shape[:-1], 1) if gate is None else gate for gate in (gate_down, gate_up))
             blocks = up.unsqueeze(-1) * down.unsqueeze(-2)
         return torch.einsum("...ji,qp->...jqip", blocks, core).flatten(-2).flatten(-3, -2)
-
-    def _chain(
-        self, x: Tensor, u: Tensor, row: Method, tensors: dict[str, Tensor]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Return the gates of both banks and the mixed code between them."""
-        gate_down = ops.gate(x, tensors["mixture_router_down"]) if row.gate_down else None
-        z = ops.apply_core(ops.mix_down(u, gate_down), tensors.get("mixture_core"))
-        gate_up = None
-        if row.gate_up:
-            gate_up = ops.gate(x if row.gate_up.input == "x" else z, tensors["mixture_router_up"])
-        return gate_down, gate_up, z
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base output plus the active adapters' (..., d_out), in the base output's dtype."""
@@ -139,19 +123,49 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
         for name in self.active_adapters:
-            if name in self.mixture_config:
-                _, v = self.rank_space(x, name)
-                up = self.tensors(name)["mixture_B"]
-                delta = ops.up_product(v, up, self.mixture_config[name].scaling, x.dtype)
-                y = y + delta.to(y.dtype)
+            if name in self.static_mixing:
+                y = y + self._static(x, name).to(y.dtype)
+            elif name in self.mixture_config:
+                y = self._routed(y, x, name)
         return y
 
-    def _down(self, x: Tensor, A_MRD: Tensor, config: MixtureConfig) -> Tensor:
-        if not self.training or config.dropout == 0:
-            return ops.down_product(x, A_MRD)
-        if config.dropout_per_expert:
-            return ops.down_product_per_expert(x, A_MRD, config.dropout)
-        return ops.down_product(F.dropout(x, config.dropout), A_MRD)
+    def _routed(self, y: Tensor, x: Tensor, name: str) -> Tensor:
+        config, tensors = self.mixture_config[name], self.tensors(name)
+        router_x, small = self._routers(x, name)
+        return add_mixture(
+            y,
+            x,
+            tensors["mixture_A"],
+            tensors["mixture_B"],
+            config.step,
+            config.scaling,
+            router_x=router_x,
+            **small,
+            dropout=config.dropout if self.training else 0.0,
+            num_masks=config.num_down if config.dropout_per_expert else 1,
+        )
+
+    def _static(self, x: Tensor, name: str) -> Tensor:
+        tensors = self.tensors(name)
+        v = F.linear(ops.wide(ops.features(x, tensors["mixture_A"])), self.static_mixing[name])
+        return ops.up_product(v, tensors["mixture_B"], self.mixture_config[name].scaling, x.dtype)
+
+    def _features(self, x: Tensor, name: str) -> tuple[Tensor, dict[str, Tensor | None]]:
+        router_x, small = self._routers(x, name)
+        return ops.wide(ops.features(x, self.tensors(name)["mixture_A"], router_x)), small
+
+    def _routers(self, x: Tensor, name: str) -> tuple[Tensor | None, dict[str, Tensor | None]]:
+        """Return the router rows that read x, and what the step in rank space reads besides."""
+        row, tensors = self.mixture_config[name].row, self.tensors(name)
+        down, up = tensors.get("mixture_router_down"), tensors.get("mixture_router_up")
+        up_reads_x = row.gate_up is not None and row.gate_up.input == "x"
+        reading_x = [router for router in (down, up if up_reads_x else None) if router is not None]
+        small = {
+            "router_z": None if up_reads_x else up,
+            "core": tensors.get("mixture_core"),
+            "gate_pair": self._task_gate(x, tensors) if row.pairing == "tied" else None,
+        }
+        return (torch.cat(reading_x) if len(reading_x) > 1 else next(iter(reading_x), None)), small
 
     def _task_gate(self, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         index = self.routing.task_index
@@ -160,7 +174,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             raise ValueError("this adapter routes by task: pass task_index=(batch,) to the model's forward")
         if int(index.max()) >= table.shape[0] - 1 or int(index.min()) < 0:
             raise ValueError(f"task_index {index.tolist()} is outside the {table.shape[0] - 1} tasks of this adapter")
-        gate = ops.gate(table[index.to(table.device)].float(), tensors["mixture_router_task"])
+        gate = ops.wide(F.linear(table[index.to(table.device)], tensors["mixture_router_task"])).softmax(-1)
         return gate.view(gate.shape[0], *([1] * (x.dim() - 2)), gate.shape[1])
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:

@@ -2,7 +2,8 @@
 
 Every method here is y_t = W x_t + b + s * B K_t A x_t. It is computed K first: one product u = A x, a step in rank
 space v = K_t u, one product B v, so that no tensor of tokens x d_out is ever formed per expert. Gates are softmaxes
-in float32, and so is everything in rank space; the two large products run in the dtype of x.
+in float32, and so is everything in rank space; the two large products run in the dtype of x. `fused` joins these into
+one autograd function.
 
 Shapes: ... any leading axes (batch, tokens), D d_in, O d_out, R rank of one expert, M down experts, N up experts,
 E paired experts, P, Q rank of the core.
@@ -81,21 +82,12 @@ class RankStep:
         return gate_down, gate_up, z
 
 
-def down_product(x: Tensor, A_MRD: Tensor) -> Tensor:
-    """Return u = A x for all down experts at once, (..., M, R) float32; one product in the dtype of x."""
-    u = F.linear(x, stack_rows(A_MRD).to(x.dtype))
-    return u.unflatten(-1, A_MRD.shape[:2]).float()
-
-
-def down_product_per_expert(x: Tensor, A_MRD: Tensor, dropout: float) -> Tensor:
-    """As down_product, with an independent dropout mask for each down expert (the authors' code)."""
-    u = [F.linear(F.dropout(x, dropout), A_RD.to(x.dtype)) for A_RD in A_MRD]
-    return torch.stack(u, -2).float()
-
-
-def gate(features: Tensor, router: Tensor) -> Tensor:
-    """Return softmax(router @ features) over experts, in float32, (..., experts)."""
-    return F.linear(features, router.to(features.dtype)).float().softmax(-1)
+def features(x: Tensor, A_MRD: Tensor, router_x: Tensor | None = None) -> Tensor:
+    """Return u_ext = [A; routers that read x] x, (..., M*R + router rows), one product in the dtype of x."""
+    rows = stack_rows(A_MRD).to(x.dtype)
+    if router_x is not None:
+        rows = torch.cat([rows, router_x.to(x.dtype)])
+    return F.linear(x, rows)
 
 
 def mix_down(u: Tensor, gate_down: Tensor | None) -> Tensor:
@@ -129,14 +121,15 @@ def up_product(v: Tensor, B_NOR: Tensor, scaling: float, dtype: torch.dtype) -> 
 
 
 __all__ = [
+    "RankStep",
     "apply_core",
-    "down_product",
-    "down_product_per_expert",
-    "gate",
+    "features",
     "mix_down",
     "pair",
     "spread_up",
     "stack_columns",
     "stack_rows",
+    "unstack_columns",
     "up_product",
+    "wide",
 ]
