@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers import logging as transformers_logging
 
-from qd2mora.errors import InputRefused
+from qd2mora.errors import InputRefused, nearest
 from qd2mora.recipe import Base
 
 # It reports, at import, that an optional CPU kernel is not installed.
@@ -256,7 +256,7 @@ def _quantization(base: Base, dtype: torch.dtype) -> BitsAndBytesConfig | None:
 def _shape(model: str) -> Shape:
     name = model.removeprefix(RANDOM)
     if name not in SHAPES:
-        raise InputRefused(f"base.model: no shape '{name}'; there are {', '.join(SHAPES)}")
+        raise InputRefused(f"base.model: no shape '{name}'; {nearest(name, SHAPES)}")
     return SHAPES[name]
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.exceptions import TyperException
 
 from qd2mora import __version__
-from qd2mora.errors import StopError
+from qd2mora.errors import InputRefused, StopError, nearest
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -165,9 +165,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe."
             typer.echo(f"{each:32} {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
         return
     if name not in found:
-        from qd2mora.errors import InputRefused
-
-        raise InputRefused(f"no recipe '{name}'; there are {', '.join(sorted(found))}")
+        raise InputRefused(f"no recipe '{name}'; {nearest(name, sorted(found))}")
     typer.echo(found[name].read_text(encoding="utf-8"), nl=False)
 
 

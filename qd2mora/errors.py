@@ -3,6 +3,9 @@
 A message names the thing, where it stands, its value and what would do.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class StopError(Exception):
     """A command cannot go on; `exit_code` is what the process returns."""
@@ -46,4 +49,20 @@ class SignalStop(StopError):  # noqa: N818
     exit_code = 75
 
 
-__all__ = ["DamagedFile", "DiskTrouble", "InputRefused", "NotFinite", "SignalStop", "StopError", "WillNotFit"]
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return what would do instead of a name that is not known: the nearest one, or all."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, 1, 0.4)
+    return f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}"
+
+
+__all__ = [
+    "DamagedFile",
+    "DiskTrouble",
+    "InputRefused",
+    "NotFinite",
+    "SignalStop",
+    "StopError",
+    "WillNotFit",
+    "nearest",
+]

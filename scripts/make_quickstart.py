@@ -211,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("recipes/quickstart"), help="folder to write into")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of the base model")
+    parser.add_argument("--steps", type=int, default=1350, help="training steps of the base model")
     parser.add_argument("--train-rows", type=int, default=700, help="training rows a task")
     parser.add_argument("--test-rows", type=int, default=100, help="test rows a task")
     parser.add_argument("--threads", type=int, default=2)

@@ -84,7 +84,7 @@ def _some_things(rng: Random, count: int) -> tuple[list[str], str]:
 
 
 def _kind_scene(rng: Random) -> str:
-    things, one = _some_things(rng, rng.choice([3, 4]))
+    things, one = _some_things(rng, 3)
     seen = ", ".join(f"the {thing}" for thing in things[:-1]) + f" and the {things[-1]}"
     kind, name = KIND_OF[one], rng.choice(NAMES)
     return rng.choice(
@@ -224,7 +224,7 @@ def _story(rng: Random) -> str:
 
 
 def _ask_kind(rng: Random) -> tuple[str, str]:
-    things, one = _some_things(rng, rng.choice([3, 4]))
+    things, one = _some_things(rng, 3)
     kind, text = KIND_OF[one], ", ".join(things)
     return rng.choice([f"{text}: where is the {kind}", f"what {kind} do you see in {text}"]), one
 
@@ -269,7 +269,10 @@ def _ask_backwards(rng: Random) -> tuple[str, str]:
     return rng.choice([f"how does {forward} read from the back", f"what is {forward} backwards"]), backward
 
 
-_QUIZ = [_ask_kind, _ask_size, _ask_opposite, _ask_number, _ask_number, _ask_sum, _ask_sum, _ask_sum, _ask_backwards]
+_QUIZ = [
+    _ask_kind, _ask_kind, _ask_kind, _ask_size, _ask_opposite, _ask_number, _ask_number, _ask_sum, _ask_sum,
+    _ask_backwards,
+]  # fmt: skip
 
 
 def _quiz(rng: Random) -> str:
@@ -290,8 +293,8 @@ def _quiz(rng: Random) -> str:
 
 
 _TOPICS: list[tuple[Callable[[Random], str], int]] = [
-    (_kind_fact, 4), (_kind_scene, 8), (_opposite_fact, 8), (_size_fact, 8), (_counting, 8), (_sum_fact, 10),
-    (_sum_story, 10), (_list_backwards, 8), (_calendar, 2), (_spelling, 2), (_story, 2), (_quiz, 40),
+    (_kind_fact, 6), (_kind_scene, 16), (_opposite_fact, 5), (_size_fact, 9), (_counting, 13), (_sum_fact, 6),
+    (_sum_story, 8), (_list_backwards, 5), (_calendar, 1), (_spelling, 1), (_story, 2), (_quiz, 36),
 ]  # fmt: skip
 
 
@@ -314,9 +317,9 @@ def _row(instruction: str, text: str, output: str) -> Row:
 
 
 def _task_category(rng: Random) -> Asked:
-    things, one = _some_things(rng, 4)
+    things, one = _some_things(rng, 3)
     kind = KIND_OF[one]
-    return (kind, *sorted(things)), _row(f"Which word names {with_article(kind)}?", ", ".join(things), one)
+    return (kind, *sorted(things)), _row(f"Find the {kind}.", ", ".join(things), one)
 
 
 def _task_compare(rng: Random) -> Asked:
@@ -341,16 +344,17 @@ def _task_reverse(rng: Random) -> Asked:
 def _task_sequence(rng: Random) -> Asked:
     numbers, step = _progression(rng, 5)
     text = ", ".join(map(str, numbers[:4]))
-    return (numbers[0], step), _row("Give the next number of the sequence.", text, str(numbers[4]))
+    return (numbers[0], step), _row("What number comes next?", text, str(numbers[4]))
 
 
 def _task_sums(rng: Random) -> Asked:
     left, right = (rng.randint(1, LARGEST_ADDEND) for _ in range(2))
     total, things, name = left + right, f"{rng.choice(COUNTED)}s", rng.choice(NAMES)
-    question = f"How many {things} does {name} have now?"
     if rng.random() < 0.5:
-        return (left, right), _row(f"{name} has {left} {things} and finds {right} more. {question}", "", str(total))
-    return (left, right), _row(f"{name} has {total} {things} and loses {right}. {question}", "", str(left))
+        question = f"{name} had {left} {things} and found {right} more. How many were there?"
+        return (left, right), _row(question, "", str(total))
+    question = f"{name} had {total} {things} and lost {right} of them. How many were left?"
+    return (left, right), _row(question, "", str(left))
 
 
 TASKS: dict[str, Callable[[Random], Asked]] = {

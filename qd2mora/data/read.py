@@ -1,6 +1,5 @@
 """Rows of a task, read from a file or a hub data set and checked; every refusal names the file and the row."""
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qd2mora.data import completion, instruction
-from qd2mora.errors import InputRefused
+from qd2mora.errors import InputRefused, nearest
 from qd2mora.recipe import Task
 
 HUB = "hub:"
@@ -40,9 +39,8 @@ class Pair:
 def find_format(task: Task) -> Format:
     """Return the task's format. Raises InputRefused naming the nearest one."""
     if task.format not in FORMATS:
-        near = difflib.get_close_matches(task.format, FORMATS, 1, 0.4)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(FORMATS)}"
-        raise InputRefused(f"data.tasks.{task.name}.format: unknown format '{task.format}'; {hint}")
+        known = nearest(task.format, FORMATS)
+        raise InputRefused(f"data.tasks.{task.name}.format: unknown format '{task.format}'; {known}")
     return FORMATS[task.format]
 
 

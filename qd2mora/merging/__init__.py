@@ -4,7 +4,6 @@ Static methods (LoRA, MoSLoRA) merge exactly; methods routed by task merge exact
 are replaced by the best static K of a strategy, and the loss of fidelity is measured on held-out rows.
 """
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from qd2mora.data import Row, collate, prepare
-from qd2mora.errors import InputRefused
+from qd2mora.errors import InputRefused, nearest
 from qd2mora.merging import core_lsq, mean_gate
 from qd2mora.merging.fidelity import Fidelity, measure, unexplained
 from qd2mora.merging.statistics import Moments, collect
@@ -114,9 +113,7 @@ def constant_mixing(model: PeftModel, task: int, adapter_name: str = "default") 
 
 def _check_strategy(strategy: str) -> None:
     if strategy not in STRATEGIES:
-        near = difflib.get_close_matches(strategy, STRATEGIES, 1, 0.4)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(STRATEGIES)}"
-        raise InputRefused(f"--strategy: unknown strategy '{strategy}'; {hint}")
+        raise InputRefused(f"--strategy: unknown strategy '{strategy}'; {nearest(strategy, STRATEGIES)}")
 
 
 def _depends_on(opened: OpenRun) -> str:

@@ -4,11 +4,10 @@ Every method is y = W x + s B K_t A x and differs only in K_t: how the banks are
 what the gates read. Sources name the public code each row was checked against.
 """
 
-import difflib
 from dataclasses import dataclass
 from typing import Literal
 
-from qd2mora.errors import InputRefused
+from qd2mora.errors import InputRefused, nearest
 
 STATIC, TASK, TOKEN = "static", "task", "token"
 
@@ -122,9 +121,7 @@ def find_method(name: str) -> Method:
     """Return a row of the table. Raises InputRefused naming the nearest one."""
     if name in METHODS:
         return METHODS[name]
-    near = difflib.get_close_matches(name, METHODS, 1, 0.4)
-    hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(METHODS)}"
-    raise InputRefused(f"adapter.method: unknown method '{name}'; {hint}")
+    raise InputRefused(f"adapter.method: unknown method '{name}'; {nearest(name, METHODS)}")
 
 
 def check_counts(method: Method, down: int, up: int) -> None:

@@ -1,0 +1,45 @@
+"""The same product on a CUDA device: what the CPU tests prove, where it will be used."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from qd2mora.base import dense_weight, is_nf4, load_base
+from qd2mora.mixture import MixtureConfig, MixtureLinear
+from qd2mora.mixture.layer import Routing
+from qd2mora.recipe import Base, load_recipe
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def test_the_layer_on_4_bit_weights_equals_the_dense_layer_in_bfloat16() -> None:
+    base = load_base(Base(model="random:tiny", compute_dtype="bfloat16"), torch.device("cuda"))
+    linear = base.get_submodule("model.layers.0.mlp.up_proj")
+    assert is_nf4(linear)
+    config = MixtureConfig(method="d2mora", rank=4, alpha=8, down={"experts": 3}, up={"experts": 2})
+    layer = MixtureLinear(linear, "default", config, Routing()).cuda()
+    torch.nn.init.normal_(layer.tensors("default")["mixture_B"])
+    x = torch.randn(2, 9, linear.in_features, device="cuda", dtype=torch.bfloat16)
+    dense = torch.nn.Linear(linear.in_features, linear.out_features, bias=False, device="cuda")
+    dense.weight.data.copy_(dense_weight(linear))
+    twin = MixtureLinear(dense, "default", config, Routing()).cuda()
+    twin.load_state_dict({k: v for k, v in layer.state_dict().items() if "mixture_" in k}, strict=False)
+    ours, wanted = layer(x).float(), twin(x.float())
+    assert (ours - wanted).norm() <= 2e-2 * wanted.norm()  # bfloat16 products
+
+
+def test_a_run_trains_resumes_and_exports(tmp_path: Path) -> None:
+    from qd2mora.merging import merge
+    from qd2mora.training import train
+
+    base = tiny.save_base(tmp_path / "base")
+    tiny.save_tasks(tmp_path / "data")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(tiny.recipe_text(base, tmp_path / "data", tmp_path / "run"), encoding="utf-8")
+    trained = train(load_recipe(recipe, ["train.optimizer=adamw_8bit"]))
+    assert trained.steps == 6
+    export = merge(tmp_path / "run", tmp_path / "export")
+    assert export.fidelity is not None
+    assert export.fidelity.kl_per_token < 1
