@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -126,7 +127,7 @@ def load_base(base: Base, device: torch.device | None = None) -> PreTrainedModel
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputRefused(f"base.model: '{base.model}' cannot be loaded: {_first_line(error)}") from error
     return _finished(model)
 

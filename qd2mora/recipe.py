@@ -276,7 +276,7 @@ def _first_problem(error: ValidationError) -> str:
     # Literal and type tags in the location belong to unions, not to the recipe.
     tag = re.compile(r"[\[(]|^(int|str|float|bool)$|^constrained")
     location = [str(part) for part in problem["loc"] if not tag.search(str(part))]
-    key = ".".join(location)
+    key = ".".join(part if part.isprintable() else repr(part) for part in location)
     if problem["type"] == "extra_forbidden":
         return _unknown_key(key)
     if problem["type"] == "missing":

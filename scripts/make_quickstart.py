@@ -4,7 +4,7 @@ What: writes `base/` (a byte-level BPE tokenizer and a LLaMA of a few megabytes 
 `data/` (one training file and one test file for each task) into the folder given.
 Why: fine-tuning can then be tried at once, without a download and without a GPU. The base has read about the world the
 tasks ask about, never the tasks themselves: it answers next to nothing before its adapters are trained.
-How: `python scripts/make_quickstart.py --out recipes/quickstart`; about ten minutes on two cores. The same seed on the
+How: `python scripts/make_quickstart.py --out recipes/quickstart`; about nine minutes on two cores. The same seed on the
 same machine with the same libraries gives the same files. The corpus itself is in `scripts/quickstart_world.py`.
 """
 

@@ -13,7 +13,7 @@ from qd2mora.recipe import Data, Task
 IGNORE = -100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One example as tokens: `ids` whole, of which the first `masked` are not learned."""
 

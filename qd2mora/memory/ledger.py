@@ -1,35 +1,46 @@
-"""The ledger: every item of a training step's peak memory, in bytes, from shapes alone.
+"""The ledger: what a training step keeps in memory, item by item in bytes, from shapes alone.
 
-The model is built on the meta device, so that grouped heads, tied embeddings and any LLaMA-family configuration are
-right by construction; no weight is read. Formulas: NF4 takes half a byte a weight plus block maxima (a float32 for
-each 64 weights, or with double quantisation a byte for each 64 and a float32 for each 64 * 256) and two small tables.
+The model and its adapters are built on the meta device, by the code that builds the real ones, so that grouped heads,
+tied embeddings, targets and trainable tensors are right by construction; no weight is read.
 
-Units: bytes. `tokens` is micro_batch x max_length, the worst a step can meet.
+A step has three moments that can be its peak: the loss, the backward pass through the last layer, and the gradient of
+the orthogonality penalty. What is alive at the greatest of them is the plan; the others' items are told apart.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from qd2mora.errors import InputRefused
-from qd2mora.memory.loss import CHUNK
-from qd2mora.mixture import MixtureConfig
-from qd2mora.mixture.layer import tensor_shapes
+from qd2mora.memory.activations import (
+    LayerShapes,
+    Pass,
+    all_layers_bytes,
+    backward_bytes,
+    layer_inputs_bytes,
+    loss_bytes,
+    recomputed_bytes,
+)
+from qd2mora.mixture import MixtureConfig, add_adapter, mixture_layers
 from qd2mora.recipe import Recipe
 
 BLOCK, NESTED_BLOCK = 64, 256
-TABLES = 16 * 4, 256 * 4 + 4
-"""Code book of NF4, and with double quantisation that of the maxima with their offset."""
-SMALLEST_8BIT = 4096
-"""bitsandbytes keeps the moments of smaller tensors in 32 bits."""
-CUDA_CONTEXT = 400 << 20
+CODE_BOOK, NESTED_TABLES = 16 * 4, 256 * 4 + 4
+"""NF4's 16 values; with double quantisation the 256 values of the maxima, and their offset. Each tensor has its own."""
+MOMENT_BLOCK, SMALLEST_8BIT = 256, 4096
+"""bitsandbytes keeps one float32 maximum for each block of moments, and 32-bit moments of smaller tensors."""
+MOMENT_TABLES = 2 * 256 * 4
+CUDA_CONTEXT = 512 << 20
+"""Driver, kernels and cuBLAS workspace: 0.3 to 0.6 GiB by card and driver."""
+
+Moment = Literal["loss", "backward", "penalty"]
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear of a decoder layer, by its name in the model."""
+    """A linear by its name in the model."""
 
     name: str
     d_in: int
@@ -37,24 +48,30 @@ class Linear:
 
     @property
     def entries(self) -> int:
+        """Weights in it."""
         return self.d_in * self.d_out
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the ledger needs of a model."""
+    """What the ledger needs of an adapted model; `linears` are all but the output head."""
 
     linears: tuple[Linear, ...]
-    adapted: tuple[Linear, ...]
-    hidden: int
-    intermediate: int
-    layers: int
+    layer: LayerShapes
+    num_layers: int
     vocab: int
-    heads_width: int
-    kv_width: int
     embedding_entries: int
     head_entries: int
     other_entries: int
+    trainable: tuple[int, ...]
+    """Entries of each trainable tensor."""
+    penalised: int
+    """Entries of the banks with more than one expert, which the orthogonality penalty reads."""
+
+    @property
+    def largest_linear(self) -> int:
+        """Entries of the largest decoder linear."""
+        return max(linear.entries for linear in self.linears)
 
 
 @dataclass(frozen=True)
@@ -67,96 +84,79 @@ class Setting:
     on_gpu: bool
 
 
+@dataclass(frozen=True)
+class Ledger:
+    """Bytes by item: those alive at the peak, and those of the step's other moments."""
+
+    items: dict[str, int]
+    elsewhere: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The sum of what is alive at the peak."""
+        return sum(self.items.values())
+
+
 def read_shapes(config: PretrainedConfig, adapter: MixtureConfig) -> Shapes:
-    """Build the model on the meta device and take its shapes. Raises InputRefused where a target matches nothing."""
+    """Build the adapted model on the meta device and take its shapes.
+
+    Raises InputRefused where a target matches no linear.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    linears = tuple(
-        Linear(name, module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    )
-    adapted = tuple(linear for linear in linears if _is_target(linear.name, adapter))
-    _refuse_unmatched(linears, adapter)
-    embedding = model.get_input_embeddings().weight
-    counted = sum(linear.entries for linear in linears) + embedding.numel()
-    tied = head.weight is embedding
-    head_entries = 0 if tied else head.weight.numel()
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings().weight
+        head_entries = 0 if head.weight is embedding else head.weight.numel()
+        linears = tuple(
+            Linear(name, module.in_features, module.out_features)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        )
+        num_frozen = sum(tensor.numel() for tensor in model.parameters())
+        layers = mixture_layers(add_adapter(model, adapter, seed=0))
+    tensors = [tensor for layer in layers.values() for tensor in layer.tensors("default").items()]
     return Shapes(
         linears=linears,
-        adapted=adapted,
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        layers=config.num_hidden_layers,
+        layer=_layer_shapes(config, linears, {name: layer.in_features for name, layer in layers.items()}, adapter),
+        num_layers=config.num_hidden_layers,
         vocab=config.vocab_size,
-        heads_width=_width(linears, "q_proj", config.hidden_size),
-        kv_width=_width(linears, "k_proj", config.hidden_size),
         embedding_entries=embedding.numel(),
         head_entries=head_entries,
-        other_entries=sum(tensor.numel() for tensor in model.parameters()) - counted - head_entries,
+        other_entries=num_frozen - embedding.numel() - head_entries - sum(linear.entries for linear in linears),
+        trainable=tuple(tensor.numel() for _, tensor in tensors),
+        penalised=sum(
+            tensor.numel() for name, tensor in tensors if name in ("mixture_A", "mixture_B") and tensor.shape[0] > 1
+        ),
     )
 
 
-def adapter_tensors(shapes: Shapes, adapter: MixtureConfig) -> list[int]:
-    """Return the entries of every trainable tensor."""
-    return [
-        int(torch.Size(shape).numel())
-        for linear in shapes.adapted
-        for shape in tensor_shapes(adapter, linear.d_in, linear.d_out).values()
-    ]
-
-
-def ledger(shapes: Shapes, adapter: MixtureConfig, recipe: Recipe, setting: Setting) -> dict[str, int]:
-    """Return bytes by item; their sum is the planned peak."""
-    trainable = adapter_tensors(shapes, adapter)
-    tokens = setting.micro_batch * recipe.data.max_length
-    item = setting.dtype.itemsize
-    items = _weights(shapes, recipe, item)
-    items["adapters"] = 4 * sum(trainable)
-    items["gradients"] = 4 * sum(trainable)
-    items["optimizer state"] = _optimizer_bytes(trainable, recipe.train.optimizer)
-    per_token = layer_activations(shapes, adapter, item)
-    if setting.checkpointing:
-        items["layer inputs"] = shapes.layers * tokens * shapes.hidden * item
-        items["one layer recomputed"] = tokens * per_token
-    else:
-        items["activations"] = shapes.layers * tokens * per_token
-    items["largest weight dequantised"] = max(linear.entries for linear in shapes.linears) * item
-    items["logits and loss"] = loss_bytes(shapes, min(tokens, CHUNK), item)
+def ledger(shapes: Shapes, recipe: Recipe, setting: Setting) -> Ledger:
+    """Return the bytes of every item of a training step on rows of `data.max_length` tokens, all of them labelled."""
+    done = Pass(
+        rows=setting.micro_batch, length=recipe.data.max_length, item=setting.dtype.itemsize, dropout=_drops(recipe)
+    )
+    items = weight_bytes(shapes, recipe, done.item) | trainable_bytes(shapes.trainable, recipe.train.optimizer)
     if setting.on_gpu:
         items["CUDA context"] = CUDA_CONTEXT
-    return items
+    if setting.checkpointing:
+        kept = {"layer inputs": layer_inputs_bytes(shapes.layer, done, shapes.num_layers)}
+        backward = {"one layer recomputed": recomputed_bytes(shapes.layer, done)}
+    else:
+        kept = {"activations": all_layers_bytes(shapes.layer, done, shapes.num_layers)}
+        backward = {}
+    is_nf4 = recipe.base.quantization == "nf4"
+    dequantised = dequantised_bytes(shapes.largest_linear, recipe.base.double_quant, done.item) if is_nf4 else 0
+    moments: dict[Moment, dict[str, int]] = {
+        "loss": kept | {"logits and loss": loss_bytes(shapes.layer.hidden, shapes.vocab, done)},
+        "backward": kept | backward | backward_bytes(shapes.layer, done, dequantised),
+        "penalty": {"orthogonality penalty": penalty_bytes(shapes)},
+    }
+    peak = max(moments.values(), key=lambda moment: sum(moment.values()))
+    others = {name: size for moment in moments.values() for name, size in moment.items() if name not in peak}
+    return Ledger(items | peak, others)
 
 
-def layer_activations(shapes: Shapes, adapter: MixtureConfig, item: int) -> int:
-    """Return bytes a token that one decoder layer keeps for its backward pass.
-
-    Norms keep their input twice (as it came, and in float32 with the factor) and their output; attention keeps q, k, v
-    before and after rotation and its output; the MLP keeps gate, up, the activated gate and their product. Adapters
-    keep their inputs (shared with the linears', but for what nothing else keeps) and some floats in rank space.
-    """
-    norms = 2 * (2 * item + 4 + 4) * shapes.hidden
-    attention = 2 * item * (shapes.heads_width + shapes.kv_width) + item * (shapes.kv_width + shapes.heads_width)
-    mlp = 4 * item * shapes.intermediate
-    rank_space = sum(_rank_floats(linear, adapter) for linear in shapes.adapted) * 4 / shapes.layers
-    return int(norms + attention + mlp + rank_space)
-
-
-def loss_bytes(shapes: Shapes, tokens: int, item: int) -> int:
-    """Return the bytes of logits in the compute dtype, in float32, their log-softmax and their gradient."""
-    return tokens * shapes.vocab * (2 * item + 4 + 4)
-
-
-def nf4_bytes(entries: int, double_quant: bool) -> tuple[int, int]:
-    """Return (packed weights, quantisation state) of one tensor."""
-    blocks = -(-entries // BLOCK)
-    if double_quant:
-        return -(-entries // 2), blocks + 4 * -(-blocks // NESTED_BLOCK) + sum(TABLES)
-    return -(-entries // 2), 4 * blocks + TABLES[0]
-
-
-def _weights(shapes: Shapes, recipe: Recipe, item: int) -> dict[str, int]:
+def weight_bytes(shapes: Shapes, recipe: Recipe, item: int) -> dict[str, int]:
+    """Return the frozen model's bytes by kind; `item` bytes an entry for what is not 4-bit."""
     items = {}
     if recipe.base.quantization == "nf4":
         sizes = [nf4_bytes(linear.entries, recipe.base.double_quant) for linear in shapes.linears]
@@ -166,44 +166,105 @@ def _weights(shapes: Shapes, recipe: Recipe, item: int) -> dict[str, int]:
         items["linear weights"] = item * sum(linear.entries for linear in shapes.linears)
     items["embeddings"] = item * shapes.embedding_entries
     items["output head"] = item * shapes.head_entries
-    items["norms"] = item * shapes.other_entries
+    items["norms and biases"] = item * shapes.other_entries
     return items
 
 
-def _optimizer_bytes(trainable: list[int], optimizer: str) -> int:
+def nf4_bytes(entries: int, double_quant: bool) -> tuple[int, int]:
+    """Return (packed weights, quantisation state) of one tensor.
+
+    Half a byte a weight, and for each 64 weights a float32 maximum; with double quantisation one byte instead, and a
+    float32 for each 256 of those.
+    """
+    blocks = -(-entries // BLOCK)
+    if double_quant:
+        return -(-entries // 2), blocks + 4 * -(-blocks // NESTED_BLOCK) + CODE_BOOK + NESTED_TABLES
+    return -(-entries // 2), 4 * blocks + CODE_BOOK
+
+
+def dequantised_bytes(entries: int, double_quant: bool, item: int) -> int:
+    """Return the bytes of one weight while it is dequantised: itself, and its block maxima as float32."""
+    return entries * item + (4 * -(-entries // BLOCK) if double_quant else 0)
+
+
+def trainable_bytes(tensors: tuple[int, ...], optimizer: str) -> dict[str, int]:
+    """Return the bytes of float32 adapters, their gradients and the moments; `tensors` are entries of each."""
+    return {
+        "adapters": 4 * sum(tensors),
+        "gradients": 4 * sum(tensors),
+        "optimizer state": optimizer_bytes(tensors, optimizer),
+    }
+
+
+def optimizer_bytes(tensors: tuple[int, ...], optimizer: str) -> int:
+    """Return the bytes of both moments; paged moments count in full, as they are while there is room.
+
+    PyTorch's fused AdamW keeps a float32 step counter for each tensor besides.
+    """
     if optimizer == "adamw":
-        return 8 * sum(trainable)
-    # A byte for each moment, a float32 maximum for each 256 of them; the code books are shared.
-    return sum(
-        8 * entries if entries < SMALLEST_8BIT else 2 * (entries + 4 * -(-entries // 256)) for entries in trainable
+        return 8 * sum(tensors) + 4 * len(tensors)
+    large = [entries for entries in tensors if entries >= SMALLEST_8BIT]
+    blocks = sum(-(-entries // MOMENT_BLOCK) for entries in large)
+    small = sum(tensors) - sum(large)
+    return 2 * sum(large) + 8 * blocks + (MOMENT_TABLES if large else 0) + 8 * small
+
+
+def penalty_bytes(shapes: Shapes) -> int:
+    """Return the bytes of the penalty's gradient: the banks stacked, their gradient, and its two halves at the sum.
+
+    Banks of one shape are stacked and go one after the other, so the halves are of the largest group; two groups of
+    like size (down banks and up banks) are the common case.
+    """
+    return 4 * shapes.penalised * 2 + 4 * shapes.penalised // 2
+
+
+def _drops(recipe: Recipe) -> bool:
+    return recipe.adapter.dropout > 0
+
+
+def _layer_shapes(
+    config: PretrainedConfig, linears: tuple[Linear, ...], adapted: dict[str, int], adapter: MixtureConfig
+) -> LayerShapes:
+    """Take one decoder layer's widths; what adapters read is averaged over the layers."""
+    kinds = {linear.name.rpartition(".")[2]: linear for linear in linears}
+    inputs = {_input_of(name): d_in for name, d_in in adapted.items()}
+    steps = adapter.step
+    features = adapter.num_down * steps.rank + adapter.num_down * steps.gates_down
+    features += adapter.num_up * (steps.up_reads == "x") + adapter.num_up * steps.is_tied
+    return LayerShapes(
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=config.num_attention_heads,
+        heads_width=kinds["q_proj"].d_out if "q_proj" in kinds else config.hidden_size,
+        kv_width=kinds["k_proj"].d_out if "k_proj" in kinds else config.hidden_size,
+        adapter_inputs=-(-sum(inputs.values()) // config.num_hidden_layers),
+        adapter_features=-(-features * len(adapted) // config.num_hidden_layers),
+        adapts_down=any(name.endswith(".down_proj") for name in adapted),
     )
 
 
-def _rank_floats(linear: Linear, adapter: MixtureConfig) -> int:
-    """Floats a token of one adapter: u twice, gates, the code, and v twice."""
-    assert adapter.rank is not None
-    down, up = adapter.num_down * adapter.rank, adapter.num_up * adapter.rank
-    return 2 * down + 2 * adapter.num_down + 2 * adapter.rank + 2 * adapter.num_up + 2 * up
+# Linears that read one tensor share it; o_proj reads what attention keeps anyway.
+_READS = {"q_proj": "states", "k_proj": "states", "v_proj": "states", "gate_proj": "states", "up_proj": "states"}
 
 
-def _is_target(name: str, adapter: MixtureConfig) -> bool:
-    targets = adapter.target_modules
-    if targets == "all-linear":
-        return True
-    return any(name == target or name.endswith(f".{target}") for target in targets or ())
+def _input_of(name: str) -> str:
+    """Name what a linear reads, so that linears which read the same tensor count it once."""
+    block, _, kind = name.rpartition(".")
+    return f"{block}.{_READS.get(kind, kind)}"
 
 
-def _refuse_unmatched(linears: tuple[Linear, ...], adapter: MixtureConfig) -> None:
-    if adapter.target_modules == "all-linear":
-        return
-    kinds = sorted({linear.name.rpartition(".")[2] for linear in linears})
-    for target in adapter.target_modules or ():
-        if not any(linear.name.endswith(f".{target}") for linear in linears):
-            raise InputRefused(f"adapter.targets: '{target}' matches no linear; there are {', '.join(kinds)}")
-
-
-def _width(linears: tuple[Linear, ...], kind: str, default: int) -> int:
-    return next((linear.d_out for linear in linears if linear.name.endswith(kind)), default)
-
-
-__all__ = ["Linear", "Setting", "Shapes", "adapter_tensors", "layer_activations", "ledger", "nf4_bytes", "read_shapes"]
+__all__ = [
+    "CUDA_CONTEXT",
+    "Ledger",
+    "Linear",
+    "Setting",
+    "Shapes",
+    "dequantised_bytes",
+    "ledger",
+    "nf4_bytes",
+    "optimizer_bytes",
+    "penalty_bytes",
+    "read_shapes",
+    "trainable_bytes",
+    "weight_bytes",
+]

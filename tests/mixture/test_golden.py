@@ -9,7 +9,7 @@ from safetensors import safe_open
 from qd2mora.mixture import MixtureConfig, MixtureLinear
 from qd2mora.mixture.layer import Routing
 
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
+GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
 PARAMETERS = ("A", "B", "router_down", "router_up")
 
 

@@ -1,0 +1,120 @@
+"""Activations: what a step keeps for its backward pass, and what the backward pass takes besides, in bytes.
+
+Counted from what autograd saves in a LLaMA decoder layer with a frozen base: 4-bit and frozen linears save nothing, a
+norm saves a float32 copy of its input, attention its rotated q, k, v and its output, the MLP its gate, the activated
+gate and up. An adapter saves its input, which linears that read one tensor share, and its features in rank space.
+Everything is linear in tokens but the mask of padded rows, which attention keeps in the compute dtype.
+"""
+
+from dataclasses import dataclass
+
+from qd2mora.memory.loss import CHUNK
+
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class LayerShapes:
+    """Widths of one decoder layer; adapters' are sums over its linears."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    heads_width: int
+    kv_width: int
+    adapter_inputs: int
+    adapter_features: int
+    adapts_down: bool
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward pass: rows of `length` tokens, products of `item` bytes an entry."""
+
+    rows: int
+    length: int
+    item: int
+    dropout: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the pass, padding included."""
+        return self.rows * self.length
+
+    @property
+    def is_padded(self) -> bool:
+        """Rows of different lengths bring a mask; a row alone has none."""
+        return self.rows > 1
+
+
+def layer_bytes(layer: LayerShapes, done: Pass) -> int:
+    """Return what one decoder layer keeps for its backward pass."""
+    # With a mask, attention reads keys and values repeated for each head.
+    kv_width = layer.heads_width if done.is_padded else layer.kv_width
+    attention = done.item * 2 * (layer.heads_width + kv_width) + FLOAT * layer.heads
+    mask = done.item * done.length if done.is_padded else 0
+    mlp = done.item * 3 * layer.intermediate
+    adapters = done.item * (layer.adapter_inputs + layer.adapter_features)
+    return done.tokens * (2 * _norm(layer) + attention + mask + mlp + adapters)
+
+
+def all_layers_bytes(layer: LayerShapes, done: Pass, num_layers: int) -> int:
+    """Return what all layers keep; the first norm reads embeddings, which need no gradient, and keeps nothing."""
+    return num_layers * layer_bytes(layer, done) - done.tokens * _norm(layer) + _shared_mask(done)
+
+
+def layer_inputs_bytes(layer: LayerShapes, done: Pass, num_layers: int) -> int:
+    """Return what stays of each layer where it is recomputed: its input."""
+    return num_layers * done.tokens * done.item * layer.hidden + _shared_mask(done)
+
+
+def recomputed_bytes(layer: LayerShapes, done: Pass) -> int:
+    """Return what one recomputed layer keeps besides its input, which a float32 norm need not copy."""
+    shared = FLOAT * layer.hidden if done.item == FLOAT else 0
+    return layer_bytes(layer, done) - done.tokens * shared
+
+
+def backward_bytes(layer: LayerShapes, done: Pass, dequantised: int) -> dict[str, int]:
+    """Return what the backward pass of one layer takes at its worst: gradients in the MLP, and the dequantised weight.
+
+    Either the down projection's weight is dequantised beside the gradients of its output and input, or the gated
+    product has three gradients of its width at once. An adapter on the down projection has let go of its input by
+    then, but dropout makes it two more tensors of that width before.
+    """
+    hidden, wide = (done.tokens * done.item * width for width in (layer.hidden, layer.intermediate))
+    freed = wide if layer.adapts_down and not done.dropout else 0
+    gradients = hidden + 3 * wide - freed
+    if dequantised + hidden + wide > gradients:
+        return {"gradients in a layer": hidden + wide, "largest weight dequantised": dequantised}
+    return {"gradients in a layer": gradients}
+
+
+def loss_bytes(hidden: int, vocab: int, done: Pass) -> int:
+    """Return what the loss takes where every token is labelled, at its worst, in the backward pass.
+
+    For a chunk of tokens the log-softmax and two gradients, all float32; for all tokens what the last norm keeps, the
+    hidden states and their gradient.
+    """
+    return min(done.tokens, CHUNK) * 3 * FLOAT * vocab + done.tokens * hidden * (FLOAT + 2 * done.item)
+
+
+def _norm(layer: LayerShapes) -> int:
+    """Bytes a token that a norm keeps: its input and one factor, float32."""
+    return FLOAT * (layer.hidden + 1)
+
+
+def _shared_mask(done: Pass) -> int:
+    """The boolean mask that all layers read."""
+    return done.tokens * done.length if done.is_padded else 0
+
+
+__all__ = [
+    "LayerShapes",
+    "Pass",
+    "all_layers_bytes",
+    "backward_bytes",
+    "layer_bytes",
+    "layer_inputs_bytes",
+    "loss_bytes",
+    "recomputed_bytes",
+]
