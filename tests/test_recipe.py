@@ -119,6 +119,11 @@ def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, EXAMPLE), ["train.learning_rate=2e-5"]).train.learning_rate == 2e-5
 
 
+def test_on_and_off_are_words_and_true_and_false_are_not(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, EXAMPLE), ["memory.checkpointing=on", "data.mask_prompt=false"])
+    assert (recipe.memory.checkpointing, recipe.data.mask_prompt) == ("on", False)
+
+
 def test_overrides_reach_lists_and_sections_that_were_left_out(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, EXAMPLE), ["data.tasks.0.limit=5", "finish.score=true", "train.steps=3"])
     assert (recipe.data.tasks[0].limit, recipe.finish.score, recipe.train.steps) == (5, True, 3)

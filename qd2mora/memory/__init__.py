@@ -1,5 +1,6 @@
 """Memory: what a run will take, planned before it starts, and the loss that takes little of it."""
 
-from qd2mora.memory.plan import Plan, parse_size, plan, render
+from qd2mora.memory.plan import Choice, Plan, parse_size, plan
+from qd2mora.memory.table import render
 
-__all__ = ["Plan", "parse_size", "plan", "render"]
+__all__ = ["Choice", "Plan", "parse_size", "plan", "render"]

@@ -3,7 +3,7 @@
 Counted from what autograd saves in a LLaMA decoder layer with a frozen base: 4-bit and frozen linears save nothing, a
 norm saves a float32 copy of its input, attention its rotated q, k, v and its output, the MLP its gate, the activated
 gate and up. An adapter saves its input, which linears that read one tensor share, and its features in rank space.
-Everything is linear in tokens but the mask of padded rows, which attention keeps in the compute dtype.
+Everything is linear in tokens but the mask of padded rows, which every batch has: widths are rounded up.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,6 @@ class LayerShapes:
     intermediate: int
     heads: int
     heads_width: int
-    kv_width: int
     adapter_inputs: int
     adapter_features: int
     adapts_down: bool
@@ -41,31 +40,25 @@ class Pass:
         """Tokens in the pass, padding included."""
         return self.rows * self.length
 
-    @property
-    def is_padded(self) -> bool:
-        """Rows of different lengths bring a mask; a row alone has none."""
-        return self.rows > 1
-
 
 def layer_bytes(layer: LayerShapes, done: Pass) -> int:
     """Return what one decoder layer keeps for its backward pass."""
-    # With a mask, attention reads keys and values repeated for each head.
-    kv_width = layer.heads_width if done.is_padded else layer.kv_width
-    attention = done.item * 2 * (layer.heads_width + kv_width) + FLOAT * layer.heads
-    mask = done.item * done.length if done.is_padded else 0
+    # Padding brings a mask; with one, keys and values are repeated for each head, and it is cast to the compute dtype.
+    attention = done.item * (4 * layer.heads_width + done.length) + FLOAT * layer.heads
     mlp = done.item * 3 * layer.intermediate
     adapters = done.item * (layer.adapter_inputs + layer.adapter_features)
-    return done.tokens * (2 * _norm(layer) + attention + mask + mlp + adapters)
+    return done.tokens * (2 * _norm(layer) + attention + mlp + adapters)
 
 
 def all_layers_bytes(layer: LayerShapes, done: Pass, num_layers: int) -> int:
     """Return what all layers keep; the first norm reads embeddings, which need no gradient, and keeps nothing."""
-    return num_layers * layer_bytes(layer, done) - done.tokens * _norm(layer) + _shared_mask(done)
+    return num_layers * layer_bytes(layer, done) - done.tokens * _norm(layer) + _rotary(layer, done)
 
 
 def layer_inputs_bytes(layer: LayerShapes, done: Pass, num_layers: int) -> int:
-    """Return what stays of each layer where it is recomputed: its input."""
-    return num_layers * done.tokens * done.item * layer.hidden + _shared_mask(done)
+    """Return what stays of each layer where it is recomputed: its input, and for all the boolean mask."""
+    mask = done.tokens * done.length
+    return num_layers * done.tokens * done.item * layer.hidden + mask + _rotary(layer, done)
 
 
 def recomputed_bytes(layer: LayerShapes, done: Pass) -> int:
@@ -103,9 +96,9 @@ def _norm(layer: LayerShapes) -> int:
     return FLOAT * (layer.hidden + 1)
 
 
-def _shared_mask(done: Pass) -> int:
-    """The boolean mask that all layers read."""
-    return done.tokens * done.length if done.is_padded else 0
+def _rotary(layer: LayerShapes, done: Pass) -> int:
+    """Bytes of the sines and cosines of all positions, which the layers share."""
+    return 2 * done.item * done.length * (layer.heads_width // layer.heads)
 
 
 __all__ = [

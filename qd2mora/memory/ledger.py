@@ -7,6 +7,7 @@ A step has three moments that can be its peak: the loss, the backward pass throu
 the orthogonality penalty. What is alive at the greatest of them is the plan; the others' items are told apart.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from qd2mora.memory.activations import (
+    FLOAT,
     LayerShapes,
     Pass,
     all_layers_bytes,
@@ -24,6 +26,7 @@ from qd2mora.memory.activations import (
     recomputed_bytes,
 )
 from qd2mora.mixture import MixtureConfig, add_adapter, mixture_layers
+from qd2mora.mixture.presets import find_method
 from qd2mora.recipe import Recipe
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -65,8 +68,8 @@ class Shapes:
     other_entries: int
     trainable: tuple[int, ...]
     """Entries of each trainable tensor."""
-    penalised: int
-    """Entries of the banks with more than one expert, which the orthogonality penalty reads."""
+    penalised: tuple[int, ...]
+    """Entries of the banks that the orthogonality penalty reads: those of more than one expert, summed by shape."""
 
     @property
     def largest_linear(self) -> int:
@@ -123,16 +126,17 @@ def read_shapes(config: PretrainedConfig, adapter: MixtureConfig) -> Shapes:
         head_entries=head_entries,
         other_entries=num_frozen - embedding.numel() - head_entries - sum(linear.entries for linear in linears),
         trainable=tuple(tensor.numel() for _, tensor in tensors),
-        penalised=sum(
-            tensor.numel() for name, tensor in tensors if name in ("mixture_A", "mixture_B") and tensor.shape[0] > 1
-        ),
+        penalised=_penalised([tensor for name, tensor in tensors if name in ("mixture_A", "mixture_B")]),
     )
 
 
 def ledger(shapes: Shapes, recipe: Recipe, setting: Setting) -> Ledger:
     """Return the bytes of every item of a training step on rows of `data.max_length` tokens, all of them labelled."""
     done = Pass(
-        rows=setting.micro_batch, length=recipe.data.max_length, item=setting.dtype.itemsize, dropout=_drops(recipe)
+        rows=setting.micro_batch,
+        length=recipe.data.max_length,
+        item=setting.dtype.itemsize,
+        dropout=recipe.adapter.dropout > 0,
     )
     items = weight_bytes(shapes, recipe, done.item) | trainable_bytes(shapes.trainable, recipe.train.optimizer)
     if setting.on_gpu:
@@ -148,7 +152,7 @@ def ledger(shapes: Shapes, recipe: Recipe, setting: Setting) -> Ledger:
     moments: dict[Moment, dict[str, int]] = {
         "loss": kept | {"logits and loss": loss_bytes(shapes.layer.hidden, shapes.vocab, done)},
         "backward": kept | backward | backward_bytes(shapes.layer, done, dequantised),
-        "penalty": {"orthogonality penalty": penalty_bytes(shapes)},
+        "penalty": {"orthogonality penalty": penalty_bytes(shapes.penalised, _penalty_weight(recipe))},
     }
     peak = max(moments.values(), key=lambda moment: sum(moment.values()))
     others = {name: size for moment in moments.values() for name, size in moment.items() if name not in peak}
@@ -209,17 +213,27 @@ def optimizer_bytes(tensors: tuple[int, ...], optimizer: str) -> int:
     return 2 * sum(large) + 8 * blocks + (MOMENT_TABLES if large else 0) + 8 * small
 
 
-def penalty_bytes(shapes: Shapes) -> int:
-    """Return the bytes of the penalty's gradient: the banks stacked, their gradient, and its two halves at the sum.
+def penalty_bytes(groups: tuple[int, ...], weight: float) -> int:
+    """Return the bytes of the penalty and its gradient; `groups` are entries of the banks of one shape.
 
-    Banks of one shape are stacked and go one after the other, so the halves are of the largest group; two groups of
-    like size (down banks and up banks) are the common case.
+    Each group is stacked and kept; its gradient comes as two halves that are added. Without a weight the penalty is
+    only read, one group after the other.
     """
-    return 4 * shapes.penalised * 2 + 4 * shapes.penalised // 2
+    largest = max(groups, default=0)
+    return FLOAT * (sum(groups) + 2 * largest if weight > 0 else largest)
 
 
-def _drops(recipe: Recipe) -> bool:
-    return recipe.adapter.dropout > 0
+def _penalised(banks: list[torch.Tensor]) -> tuple[int, ...]:
+    groups: Counter[torch.Size] = Counter()
+    for bank in banks:
+        if bank.shape[0] > 1:
+            groups[bank.shape] += bank.numel()
+    return tuple(groups.values())
+
+
+def _penalty_weight(recipe: Recipe) -> float:
+    stated = recipe.adapter.penalty
+    return find_method(recipe.adapter.method).penalty if stated is None else stated
 
 
 def _layer_shapes(
@@ -227,7 +241,8 @@ def _layer_shapes(
 ) -> LayerShapes:
     """Take one decoder layer's widths; what adapters read is averaged over the layers."""
     kinds = {linear.name.rpartition(".")[2]: linear for linear in linears}
-    inputs = {_input_of(name): d_in for name, d_in in adapted.items()}
+    # o_proj reads what attention keeps anyway.
+    inputs = {_input_of(name): d_in for name, d_in in adapted.items() if not name.endswith(".o_proj")}
     steps = adapter.step
     features = adapter.num_down * steps.rank + adapter.num_down * steps.gates_down
     features += adapter.num_up * (steps.up_reads == "x") + adapter.num_up * steps.is_tied
@@ -236,15 +251,14 @@ def _layer_shapes(
         intermediate=config.intermediate_size,
         heads=config.num_attention_heads,
         heads_width=kinds["q_proj"].d_out if "q_proj" in kinds else config.hidden_size,
-        kv_width=kinds["k_proj"].d_out if "k_proj" in kinds else config.hidden_size,
         adapter_inputs=-(-sum(inputs.values()) // config.num_hidden_layers),
         adapter_features=-(-features * len(adapted) // config.num_hidden_layers),
         adapts_down=any(name.endswith(".down_proj") for name in adapted),
     )
 
 
-# Linears that read one tensor share it; o_proj reads what attention keeps anyway.
 _READS = {"q_proj": "states", "k_proj": "states", "v_proj": "states", "gate_proj": "states", "up_proj": "states"}
+"""Linears of a block that read its normed input."""
 
 
 def _input_of(name: str) -> str:

@@ -1,0 +1,54 @@
+"""A plan for people to read."""
+
+from rich.console import Group
+from rich.table import Table
+
+from qd2mora.memory.plan import Plan
+
+MIB, GIB = 1 << 20, 1 << 30
+BAR_WIDTH = 24
+
+
+def render(planned: Plan) -> Group:
+    """Return the items with a bar each, the peak against the budget, the choices with reasons, and ways out."""
+    return Group(_items(planned), "", _choices(planned), *(f"way out: {words}" for words in planned.ways_out))
+
+
+def show_bytes(size: int) -> str:
+    """Return a size as MiB, or GiB from 1 GiB on."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
+
+
+def _items(planned: Plan) -> Table:
+    table = Table(title=f"{planned.trainable_parameters:,} trainable parameters", show_edge=False)
+    table.add_column("item")
+    table.add_column("memory", justify="right")
+    table.add_column("share of the peak")
+    for name, size in planned.items.items():
+        table.add_row(name, show_bytes(size), "█" * round(BAR_WIDTH * size / planned.peak_bytes))
+    for name, size in planned.elsewhere.items():
+        table.add_row(name, show_bytes(size), "at another moment", style="dim")
+    table.add_section()
+    table.add_row("peak", show_bytes(planned.peak_bytes), _verdict(planned), style="bold")
+    return table
+
+
+def _verdict(planned: Plan) -> str:
+    if planned.budget_bytes is None:
+        return "no budget"
+    if planned.fits:
+        return f"fits the budget of {show_bytes(planned.budget_bytes)}"
+    short = show_bytes(planned.shortfall_bytes)
+    return f"does not fit the budget of {show_bytes(planned.budget_bytes)}: {short} short"
+
+
+def _choices(planned: Plan) -> Table:
+    table = Table(show_edge=False)
+    for heading in ("chosen", "value", "why"):
+        table.add_column(heading)
+    for key, choice in planned.choices.items():
+        table.add_row(key, str(choice.value), choice.reason)
+    return table
+
+
+__all__ = ["render", "show_bytes"]
