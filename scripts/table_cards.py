@@ -32,7 +32,7 @@ def cell(shape: str, card: int) -> str:
     if not chosen.fits:
         return f"no ({chosen.peak_bytes / GIB:.1f} GiB)"
     layers = "recomputed" if chosen.checkpointing else "kept"
-    return f"{chosen.peak_bytes / GIB:.1f} GiB, {chosen.micro_batch} rows, {layers}"
+    return f"{chosen.peak_bytes / GIB:.1f} GiB, {chosen.micro_batch} row{'s' * (chosen.micro_batch > 1)}, {layers}"
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,13 @@ def test_a_file_is_short_says_what_it_is_for_and_does_nothing_unsafe(path: Path)
     assert not re.search(r"\bpickle\b|torch\.load\(|yaml\.load\(|(?<!\.)\beval\(|\bexec\(|trust_remote_code=True", text)
     assert not re.search(r"util|helper|manager|misc", path.name)
     assert "except Exception" not in text
+
+
+def test_every_part_is_installed() -> None:
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = {path.parent for path in FILES}
+    names = {".".join(path.relative_to(PACKAGE.parent).parts) for path in folders}
+    assert set(settings["tool"]["setuptools"]["packages"]) == names | {"qd2mora.recipes"}
 
 
 def test_every_part_has_a_floor() -> None:
