@@ -23,6 +23,8 @@ class LayerShapes:
     heads_width: int
     adapter_inputs: int
     adapter_features: int
+    rank_space: int
+    """Floats a token while one adapter's step in rank space runs backward."""
     adapts_down: bool
 
 
@@ -72,11 +74,12 @@ def backward_bytes(layer: LayerShapes, done: Pass, dequantised: int) -> dict[str
 
     Either the down projection's weight is dequantised beside the gradients of its output and input, or the gated
     product has three gradients of its width at once. An adapter on the down projection has let go of its input by
-    then, but dropout makes it two more tensors of that width before.
+    then, but dropout makes two more tensors of that width before, while the step in rank space runs.
     """
     hidden, wide = (done.tokens * done.item * width for width in (layer.hidden, layer.intermediate))
-    freed = wide if layer.adapts_down and not done.dropout else 0
-    gradients = hidden + 3 * wide - freed
+    gradients = hidden + 3 * wide
+    if layer.adapts_down:
+        gradients += done.tokens * FLOAT * layer.rank_space if done.dropout else -wide
     if dequantised + hidden + wide > gradients:
         return {"gradients in a layer": hidden + wide, "largest weight dequantised": dequantised}
     return {"gradients in a layer": gradients}

@@ -253,6 +253,8 @@ def _layer_shapes(
         heads_width=kinds["q_proj"].d_out if "q_proj" in kinds else config.hidden_size,
         adapter_inputs=-(-sum(inputs.values()) // config.num_hidden_layers),
         adapter_features=-(-features * len(adapted) // config.num_hidden_layers),
+        # The code, its gradient and its gated parts; then what goes to the up product, and its gradient.
+        rank_space=3 * features + 2 * adapter.num_up * steps.rank,
         adapts_down=any(name.endswith(".down_proj") for name in adapted),
     )
 

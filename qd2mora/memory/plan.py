@@ -182,9 +182,7 @@ def _micro_batches(recipe: Recipe) -> list[int]:
 
 def _choices(recipe: Recipe, chosen: Setting, limit: int | None, source: str, is_within: bool) -> dict[str, Choice]:
     stated = "as the recipe says"
-    room = (
-        f"{limit / GIB:.2f} GiB ({source})" if limit is not None else f"{KEPT_WITHOUT_BUDGET / GIB:.0f} GiB ({source})"
-    )
+    room = f"{(KEPT_WITHOUT_BUDGET if limit is None else limit) / GIB:.2f} GiB ({source})"
     if not is_within:
         micro = keep = f"smallest plan; nothing fits {room}"
     else:

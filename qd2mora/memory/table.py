@@ -2,6 +2,7 @@
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from qd2mora.memory.plan import Plan
 
@@ -11,7 +12,9 @@ BAR_WIDTH = 24
 
 def render(planned: Plan) -> Group:
     """Return the items with a bar each, the peak against the budget, the choices with reasons, and ways out."""
-    return Group(_items(planned), "", _choices(planned), *(f"way out: {words}" for words in planned.ways_out))
+    # As text: brackets of a list are not markup.
+    ways = (Text(f"way out: {words}") for words in planned.ways_out)
+    return Group(_items(planned), "", _choices(planned), *ways)
 
 
 def show_bytes(size: int) -> str:
@@ -47,7 +50,7 @@ def _choices(planned: Plan) -> Table:
     for heading in ("chosen", "value", "why"):
         table.add_column(heading)
     for key, choice in planned.choices.items():
-        table.add_row(key, str(choice.value), choice.reason)
+        table.add_row(key, Text(str(choice.value)), Text(choice.reason))
     return table
 
 
