@@ -1,5 +1,17 @@
-"""Settings for every test: few threads, because many small products stall on more."""
+"""Settings for every test: few threads, because many small products stall on more, and no state left by a trainer."""
 
+from collections.abc import Iterator
+
+import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its precision for the life of a process; trainers of other packages set it to theirs."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

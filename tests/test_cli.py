@@ -152,6 +152,15 @@ def test_every_shipped_recipe_is_planned(
         assert run(monkeypatch, "plan", path, *base, "--budget", "3 apples") == 2
 
 
+def test_a_run_that_will_not_fit_does_not_start(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "train", write_recipe(made, tmp_path), "memory.budget=1MiB") == 3
+    err = capsys.readouterr().err
+    assert err.startswith("error: memory: needs") and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_recipes_and_methods_print_what_there_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

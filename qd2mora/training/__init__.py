@@ -66,7 +66,9 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> T
     planned = plan(recipe, device=accelerator.device)
     if not planned.fits:
         ways = "; ".join(planned.ways_out)
-        raise WillNotFit(f"needs {planned.peak_bytes / 2**30:.2f} GiB of {recipe.memory.budget}; ways out: {ways}")
+        assert planned.budget_bytes is not None
+        needed, there = planned.peak_bytes / 2**30, planned.budget_bytes / 2**30
+        raise WillNotFit(f"memory: needs {needed:.2f} GiB of {there:.2f} GiB; ways out: {ways}")
     base = load_base(recipe.base, accelerator.device)
     if planned.checkpointing:
         enable_checkpointing(base)

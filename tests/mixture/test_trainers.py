@@ -19,6 +19,7 @@ ARGUMENTS = {
     "learning_rate": 2e-2,
     "report_to": [],
     "use_cpu": True,
+    "bf16": False,
     "logging_steps": 1,
     "save_steps": 12,
     "disable_tqdm": True,
