@@ -56,6 +56,8 @@ def encode(
 
     Rows longer than `max_length` lose their end.
     """
+    if not pairs:  # transformers 5 raises on an empty batch
+        return []
     prompts = tokenizer([pair.prompt for pair in pairs])["input_ids"]
     answers = tokenizer([pair.answer for pair in pairs], add_special_tokens=False)["input_ids"]
     end = [tokenizer.eos_token_id]
