@@ -18,6 +18,7 @@ _WITHOUT_INPUT = (
 )
 
 FIELDS = ("instruction", "output")
+OPTIONAL = ("input",)
 
 
 def split(row: dict[str, Any]) -> tuple[str, str]:
@@ -30,4 +31,4 @@ def split(row: dict[str, Any]) -> tuple[str, str]:
     return _WITHOUT_INPUT.replace("{instruction}", row["instruction"], 1), row["output"]
 
 
-__all__ = ["FIELDS", "split"]
+__all__ = ["FIELDS", "OPTIONAL", "split"]

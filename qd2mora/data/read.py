@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,13 @@ class Format:
     """How a row becomes a prompt and an answer."""
 
     fields: tuple[str, ...]
+    optional: tuple[str, ...]
     split: Callable[[dict[str, Any]], tuple[str, str]]
 
 
 FORMATS = {
-    "instruction": Format(instruction.FIELDS, instruction.split),
-    "completion": Format(completion.FIELDS, completion.split),
+    "instruction": Format(instruction.FIELDS, instruction.OPTIONAL, instruction.split),
+    "completion": Format(completion.FIELDS, (), completion.split),
 }
 
 
@@ -51,12 +53,14 @@ def read_pairs(task: Task, path: str) -> list[Pair]:
     form = find_format(task)
     rows = _read_rows(path, task)
     for field in task.select or {}:
-        if rows and field not in rows[0]:
+        if rows and not any(isinstance(row, dict) and field in row for row in rows):
             raise InputRefused(f"data.tasks.{task.name}.select: rows of {path} have no field '{field}'")
     chosen = [
         (number, row)
         for number, row in enumerate(rows, 1)
-        if all(str(row.get(field)) == value for field, value in (task.select or {}).items())
+        # A row that is no object is kept here, and refused below by its number.
+        if not isinstance(row, dict)
+        or all(str(row.get(field)) == value for field, value in (task.select or {}).items())
     ]
     if not chosen:
         wanted = f" with {task.select}" if task.select else ""
@@ -78,9 +82,14 @@ def _checked(form: Format, row: Any, where: str) -> Pair:
     for field in form.fields:
         if field not in row:
             raise InputRefused(f"{where}: no field '{field}'; the row has {', '.join(map(str, row)) or 'no fields'}")
-    for field in {*form.fields, "input"} & row.keys():
-        if not isinstance(row[field], str) and not (field == "input" and row[field] is None):
-            raise InputRefused(f"{where}: field '{field}' should be text, it is {_short(row[field])}")
+    for field in (*form.fields, *form.optional):
+        value = row.get(field)
+        if value is None and field in form.optional:
+            continue
+        if not isinstance(value, str):
+            raise InputRefused(f"{where}: field '{field}' should be text, it is {_short(value)}")
+        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise InputRefused(f"{where}: field '{field}' holds half a character (a lone surrogate), which is no text")
     prompt, answer = form.split(row)
     if not answer.strip():
         raise InputRefused(f"{where}: field '{form.fields[-1]}' is empty, there is nothing to learn")
@@ -91,7 +100,7 @@ def _read_rows(path: str, task: Task) -> list[Any]:
     if path.startswith(HUB):
         return _read_hub(path, task)
     file = Path(path)
-    if not file.exists():
+    if not os.path.exists(path):  # Path.exists raises where the name is impossible
         raise InputRefused(f"data.tasks.{task.name}: no file '{path}'")
     if not file.is_file():
         raise InputRefused(f"data.tasks.{task.name}: '{path}' is a folder; name a json, jsonl, csv or parquet file")
@@ -120,8 +129,8 @@ def _read_json(file: Path) -> list[Any]:
         if error.msg == "Extra data":
             return _read_jsonl(file)  # JSON lines under the name .json
         raise InputRefused(f"{file}, line {error.lineno}: not JSON: {error.msg}") from error
-    except RecursionError as error:
-        raise InputRefused(f"{file}: nested too deeply") from error
+    except (ValueError, RecursionError) as error:
+        raise InputRefused(f"{file}: {_not_json(error)}") from error
     if not isinstance(content, list):
         raise InputRefused(f"{file}: a JSON data file is a list of rows, this is {_short(content)}")
     return content
@@ -133,28 +142,44 @@ def _read_jsonl(file: Path) -> list[Any]:
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except (json.JSONDecodeError, RecursionError) as error:
-                message = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-                raise InputRefused(f"{file}, line {number}: not JSON: {message}") from error
+            except (ValueError, RecursionError) as error:
+                raise InputRefused(f"{file}, line {number}: {_not_json(error)}") from error
     return rows
+
+
+def _not_json(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg}"
+    return "nested too deeply" if isinstance(error, RecursionError) else "holds a number of too many digits"
 
 
 def _read_csv(file: Path) -> list[Any]:
     """Fields stay text: 007 is not 7, and NA is not missing."""
     try:
-        return list(csv.DictReader(io.StringIO(_text(file), newline=""), strict=True))
+        reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
+        rows = list(reader)
     except csv.Error as error:
         raise InputRefused(f"{file}: not a csv file: {error}") from error
+    names = list(reader.fieldnames or ())
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputRefused(f"{file}: two columns are called '{twice}'")
+    for number, row in enumerate(rows, 1):
+        if None in row:  # a comma that is not quoted would cut the answer short
+            raise InputRefused(f"{file}, row {number}: more fields than the header names; quote text that holds commas")
+    return rows
 
 
 def _read_parquet(file: Path) -> list[Any]:
-    import datasets
+    # Not `datasets`: its cache goes by path and time of change, and gave the rows of an older file (datasets 5.0).
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
-        return list(datasets.load_dataset("parquet", data_files=str(file), split="train"))
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
-        raise InputRefused(f"{file}: not a parquet file: {cause}") from error
+        with pyarrow.parquet.ParquetFile(file) as content:
+            rows: list[Any] = content.read().to_pylist()
+    except (ValueError, OSError) as error:
+        raise InputRefused(f"{file}: not a parquet file: {str(error).splitlines()[0]}") from error
+    return rows
 
 
 def _read_hub(path: str, task: Task) -> list[Any]:

@@ -45,15 +45,14 @@ class MixtureConfig(PeftConfig):
         self.alpha = method.alpha if self.alpha is None else float(self.alpha)
         self.down = {"experts": method.down} if self.down is None else dict(self.down)
         self.up = {"experts": method.up} if self.up is None else dict(self.up)
-        if method.task_embedding is not None:
-            self.task_embedding = self.task_embedding or method.task_embedding
+        self.task_embedding = method.task_embedding if self.task_embedding is None else self.task_embedding
         self._check(method)
 
     def _check(self, method: Method) -> None:
         assert self.rank is not None and self.alpha is not None
         if self.rank < 1:
             raise InputRefused(f"adapter.rank: {self.rank} will not do: at least 1")
-        if self.alpha <= 0:
+        if not self.alpha > 0:
             raise InputRefused(f"adapter.alpha: {self.alpha} will not do: above 0")
         if not 0 <= self.dropout < 1:
             raise InputRefused(f"adapter.dropout: {self.dropout} will not do: from 0 to below 1")
@@ -61,10 +60,17 @@ class MixtureConfig(PeftConfig):
             if not isinstance(bank, dict) or set(bank) != {"experts"} or bank["experts"] < 1:
                 raise InputRefused(f'adapter.{name}: {bank} will not do: write {{"experts": 4}}')
         check_counts(method, self.num_down, self.num_up)
-        if method.task_embedding is not None and not self.num_tasks:
-            raise InputRefused(f"adapter: {method.name} routes by task and needs num_tasks")
-        if method.task_embedding is None and self.task_embedding is not None:
-            raise InputRefused(f"adapter.task_embedding: {method.name} does not route by task")
+        self._check_task(method)
+
+    def _check_task(self, method: Method) -> None:
+        if method.task_embedding is None:
+            if self.task_embedding is not None:
+                raise InputRefused(f"adapter.task_embedding: {method.name} does not route by task")
+            return
+        if self.num_tasks is None or self.num_tasks < 1:
+            raise InputRefused(f"adapter: {method.name} routes by task and needs num_tasks, at least 1")
+        if self.task_embedding is None or self.task_embedding < 1:
+            raise InputRefused(f"adapter.task_embedding: {self.task_embedding} will not do: at least 1")
 
     @property
     def row(self) -> Method:

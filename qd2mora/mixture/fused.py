@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import BackwardCFunction, once_differentiable
 
 from qd2mora.mixture import ops
 from qd2mora.mixture.ops import RankStep
@@ -102,7 +102,7 @@ def add_mixture(
     dropout: float = 0.0,
     num_masks: int = 1,
 ) -> Tensor:
-    """Add s B K_t A x to y (..., O), in place, and return it.
+    """Add s B K_t A x to y (..., O), in place where autograd allows it, and return the sum.
 
     `x` is (..., D); `router_x` holds the rows of the down router, then those of an up router that reads x; `gate_pair`
     broadcasts to (..., E) where experts are paired. Routers read x undropped. The products run in the dtype of y.
@@ -110,7 +110,10 @@ def add_mixture(
     if gate_pair is not None:
         gate_pair = gate_pair.expand(*x.shape[:-1], -1).flatten(0, -2)
     masks = _Dropout(dropout, int(torch.randint(1 << 62, ())), num_masks) if dropout else None
-    y = y if y.is_contiguous() else y.contiguous()
+    # A 4-bit linear with a bias returns a view made inside its own autograd function (bitsandbytes 0.50); autograd
+    # forbids adding into such a view.
+    is_locked = y._is_view() and isinstance(y.grad_fn, BackwardCFunction)
+    y = y.clone() if is_locked else y.contiguous()
     return _AddMixture.apply(y, x, A_MRD, B_NOR, router_x, router_z, core, gate_pair, step, scaling, masks)
 
 

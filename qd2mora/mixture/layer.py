@@ -174,7 +174,9 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             raise ValueError("this adapter routes by task: pass task_index=(batch,) to the model's forward")
         if int(index.max()) >= table.shape[0] - 1 or int(index.min()) < 0:
             raise ValueError(f"task_index {index.tolist()} is outside the {table.shape[0] - 1} tasks of this adapter")
-        gate = ops.wide(F.linear(table[index.to(table.device)], tensors["mixture_router_task"])).softmax(-1)
+        with ops.unlowered(table):
+            logits = F.linear(ops.wide(table[index.to(table.device)]), ops.wide(tensors["mixture_router_task"]))
+        gate = logits.softmax(-1)
         return gate.view(gate.shape[0], *([1] * (x.dim() - 2)), gate.shape[1])
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -189,8 +191,9 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold static adapters into a dense base weight. Raises ValueError for routed ones and for a 4-bit base."""
-        for name in check_adapters_to_merge(self, adapter_names):
-            delta = self.get_delta_weight(name)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.mixture_config]
+        # Every update before the first is added, so that a refusal leaves the weight as it was.
+        for name, delta in [(name, self.get_delta_weight(name)) for name in names]:
             weight = self._dense_weight()
             merged = (weight.data.float() + delta).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():

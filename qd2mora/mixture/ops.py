@@ -9,6 +9,7 @@ Shapes: ... any leading axes (batch, tokens), D d_in, O d_out, R rank of one exp
 E paired experts, P, Q rank of the core.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +37,12 @@ def unstack_columns(B_OK: Tensor, shape: torch.Size) -> Tensor:
 def wide(tensor: Tensor) -> Tensor:
     """Return the tensor in float32, or float64 where it is: what rank space is computed in."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def unlowered(tensor: Tensor) -> AbstractContextManager[object]:
+    """Switch autocast off: it would run the routers' products, and on a CPU their softmax, in 16 bits."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,12 @@ class RankStep:
         self, u_ext: Tensor, router_z: Tensor | None, core: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Return both gates and the mixed code z between the banks."""
+        with unlowered(u_ext):
+            return self._chain(u_ext, router_z, core)
+
+    def _chain(
+        self, u_ext: Tensor, router_z: Tensor | None, core: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         width = self.num_down * self.rank
         u = u_ext[..., :width].unflatten(-1, (self.num_down, self.rank))
         logits = u_ext[..., width:]
@@ -94,7 +107,6 @@ def mix_down(u: Tensor, gate_down: Tensor | None) -> Tensor:
     """Return z = sum_i gate_i u_i, (..., R); with one ungated expert, that expert's u."""
     if gate_down is None:
         return u.squeeze(-2)
-    # A product and a sum rather than a matmul: autocast would lower a matmul to 16 bits.
     return (gate_down.unsqueeze(-1) * u).sum(-2)
 
 
@@ -129,6 +141,7 @@ __all__ = [
     "spread_up",
     "stack_columns",
     "stack_rows",
+    "unlowered",
     "unstack_columns",
     "up_product",
     "wide",

@@ -1,5 +1,6 @@
 """MixtureModel: puts mixtures into a model for PEFT, and answers questions about those that are there."""
 
+import re
 from typing import Any
 
 import torch
@@ -49,9 +50,8 @@ class MixtureModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def forward(self, *args: Any, task_index: Tensor | None = None, **kwargs: Any) -> Any:
-        """Run the adapted model; `task_index` stays set for the backward pass of recomputed layers."""
-        if task_index is not None:
-            self.routing.task_index = task_index
+        """Run the adapted model; `task_index` stays set for the backward pass of recomputed layers, until the next."""
+        self.routing.task_index = task_index
         return self.model.forward(*args, **kwargs)
 
     def _check_merge_allowed(self) -> None:
@@ -68,11 +68,15 @@ def add_adapter(model: nn.Module, config: MixtureConfig, seed: int) -> PeftModel
     Raises InputRefused where a target matches no linear.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if isinstance(config.target_modules, list | set):
-        for target in config.target_modules:
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                there = sorted({name.rpartition(".")[2] for name in names})
-                raise InputRefused(f"adapter.targets: '{target}' matches no linear; there are {', '.join(there)}")
+    targets = config.target_modules
+    if isinstance(targets, str):
+        patterns = {} if targets == "all-linear" else {targets: targets}
+    else:
+        patterns = {target: rf"(.*\.)?{re.escape(target)}" for target in targets or ()}
+    for target, pattern in patterns.items():
+        if not any(re.fullmatch(pattern, name) for name in names):
+            there = sorted({name.rpartition(".")[2] for name in names})
+            raise InputRefused(f"adapter.targets: '{target}' matches no linear; there are {', '.join(there)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(model, config)

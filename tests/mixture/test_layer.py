@@ -5,6 +5,7 @@ import pytest
 import reference
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qd2mora.base import dense_weight
 from qd2mora.errors import InputRefused
@@ -13,7 +14,11 @@ from qd2mora.mixture.fused import add_mixture
 from qd2mora.mixture.layer import Routing
 
 D_IN, D_OUT, RANK, TASKS = 13, 7, 3, 4
+ALPHA = 5.0
 COUNTS = {"d2mora": (3, 5), "lora": (1, 1), "hydralora": (1, 5), "moslora": (1, 1), "moelora": (4, 4)}
+# alpha over the rank of one expert; MOELoRA's code divides by the rank of all four.
+SCALING = dict.fromkeys(COUNTS, ALPHA / RANK) | {"moelora": ALPHA / (4 * RANK)}
+BANKS = {"mixture_A": "mixture_router_down", "mixture_B": "mixture_router_up"}
 
 
 def make_config(method: str, **changes: object) -> MixtureConfig:
@@ -21,7 +26,7 @@ def make_config(method: str, **changes: object) -> MixtureConfig:
     settings: dict[str, object] = {
         "method": method,
         "rank": RANK,
-        "alpha": 5.0,
+        "alpha": ALPHA,
         "down": {"experts": down},
         "up": {"experts": up},
         "num_tasks": TASKS if method == "moelora" else None,
@@ -44,33 +49,70 @@ def gradients(y: Tensor, dy: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(y, leaves, dy))
 
 
-@pytest.mark.parametrize("method", COUNTS)
-def test_output_and_every_gradient_equal_the_loop_over_tokens_and_experts(method: str) -> None:
-    layer = make_layer(method)
-    x = torch.randn(2, 6, D_IN, requires_grad=True)
-    dy = torch.randn(2, 6, D_OUT)
+def reference_output(layer: MixtureLinear, x64: Tensor, copies: dict[str, Tensor], tasks: list[int]) -> Tensor:
+    """Base plus update in float64 over the dequantised weight; x (..., D), the task of each row of its first axis."""
+    linear = layer.get_base_layer()
+    weight = dense_weight(linear).double()
+    bias = torch.zeros(1) if linear.bias is None else linear.bias
+    x_TD = x64.reshape(-1, x64.shape[-1])
+    task_T = torch.tensor(tasks).repeat_interleave(len(x_TD) // len(tasks))
+    method = layer.mixture_config["default"].method
+    update = reference.delta(method, x_TD, copies, SCALING[method], task_T)
+    return x64 @ weight.T + bias.double() + update.view(*x64.shape[:-1], -1)
+
+
+def check_against_reference(layer: MixtureLinear, x: Tensor) -> None:
+    """Output and the gradient of every tensor, of x where it asks for one, and of nothing else."""
     tensors = layer.tensors("default")
     y = layer(x)
-    ours = gradients(y, dy, [x, *tensors.values()])
+    dy = torch.randn(y.shape)
+    leaves = [*tensors.values(), *([x] if x.requires_grad else [])]
+    ours = gradients(y, dy, leaves)
     x64 = x.detach().double().requires_grad_()
     copies = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
-    tasks = torch.tensor([2] * 6 + [0] * 6)
-    update = reference.delta(method, x64.view(-1, D_IN), copies, layer.mixture_config["default"].scaling, tasks)
-    linear = layer.get_base_layer()
-    wanted = x64 @ linear.weight.double().T + linear.bias.double() + update.view(2, 6, D_OUT)
-    theirs = gradients(wanted, dy.double(), [x64, *copies.values()])
+    wanted = reference_output(layer, x64, copies, [2, 0])
+    theirs = gradients(wanted, dy.double(), [*copies.values(), x64])
+    assert y.shape == wanted.shape
+    # float32 sums of a few dozen terms against float64.
     torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
-    for name, mine, other in zip(["x", *tensors], ours, theirs, strict=True):
+    for name, mine, other in zip([*tensors, "x"], ours, theirs, strict=False):
+        assert other.norm() > 0, name
         assert (mine.double() - other).norm() <= 1e-5 * other.norm(), name
 
 
 @pytest.mark.parametrize("method", COUNTS)
-@pytest.mark.parametrize("num_masks", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(2, 6), (2,), (2, 1)], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_output_and_every_gradient_equal_the_loop_over_tokens_and_experts(
+    method: str, shape: tuple[int, ...], bias: bool
+) -> None:
+    layer = make_layer(method, nn.Linear(D_IN, D_OUT, bias=bias))
+    check_against_reference(layer, torch.randn(*shape, D_IN, requires_grad=True))
+
+
+@pytest.mark.parametrize("method", COUNTS)
+def test_gradients_hold_where_the_input_needs_none(method: str) -> None:
+    check_against_reference(make_layer(method), torch.randn(2, 6, D_IN))
+
+
+@pytest.mark.parametrize("frozen", ["mixture_A", "mixture_B", "mixture_router_down", "mixture_router_up"])
+def test_freezing_one_tensor_leaves_the_gradients_of_the_others(frozen: str) -> None:
+    layer = make_layer("d2mora")
+    x = torch.randn(2, 6, D_IN, requires_grad=True)
+    leaves = [tensor for name, tensor in layer.tensors("default").items() if name != frozen]
+    before = gradients(layer(x).sum(), torch.ones(()), leaves)
+    layer.tensors("default")[frozen].requires_grad_(False)
+    for ours, wanted in zip(gradients(layer(x).sum(), torch.ones(()), leaves), before, strict=True):
+        assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize(
+    ("method", "num_masks"),
+    [*((method, masks) for method in COUNTS for masks in (0, 1)), ("d2mora", 3), ("moelora", 4)],
+)
 def test_the_fast_form_passes_finite_differences(method: str, num_masks: int) -> None:
-    layer = make_layer(method) if method != "d2mora" else make_layer(method, down={"experts": 4})
+    layer = make_layer(method)
     config = layer.mixture_config["default"]
-    if num_masks > 1 and config.num_down % num_masks:
-        pytest.skip("masks are one, or one a down expert")
     tensors = {name: tensor.detach().double() for name, tensor in layer.tensors("default").items()}
     x = torch.randn(2, 3, D_IN, dtype=torch.float64)
     weight = torch.randn(D_OUT, D_IN, dtype=torch.float64)
@@ -105,40 +147,58 @@ def test_a_fresh_adapter_changes_nothing(method: str) -> None:
     assert torch.equal(layer(x), layer.base_layer(x))
 
 
-def test_one_expert_of_each_is_plain_lora() -> None:
+def lora_like(layer: MixtureLinear, scaling: float) -> MixtureLinear:
+    """A plain LoRA of the layer's first experts on the same base."""
+    lora = make_layer("lora", layer.get_base_layer(), alpha=scaling * RANK)
+    for name in BANKS:
+        lora.tensors("default")[name].data.copy_(layer.tensors("default")[name][:1])
+    return lora
+
+
+@pytest.mark.parametrize("method", ["d2mora", "hydralora", "moelora"])
+def test_one_expert_of_each_is_plain_lora(method: str) -> None:
     one = {"experts": 1}
-    layer, lora = make_layer("d2mora", down=one, up=one), make_layer("lora")
-    for name in ("mixture_A", "mixture_B"):
-        lora.tensors("default")[name].data.copy_(layer.tensors("default")[name])
-    lora.base_layer.load_state_dict(layer.base_layer.state_dict())
-    x = torch.randn(4, D_IN)
-    torch.testing.assert_close(layer(x), lora(x))
+    layer = make_layer(method, down=one, up=one)
+    x = torch.randn(2, 4, D_IN)
+    torch.testing.assert_close(layer(x), lora_like(layer, ALPHA / RANK)(x))
 
 
-def test_equal_experts_make_the_routers_irrelevant() -> None:
-    layer = make_layer("d2mora")
+@pytest.mark.parametrize("method", ["d2mora", "hydralora", "moelora"])
+def test_equal_experts_are_one_lora_whatever_the_routers(method: str) -> None:
+    layer = make_layer(method)
     tensors = layer.tensors("default")
-    for name in ("mixture_A", "mixture_B"):
+    for name in BANKS:
         tensors[name].data.copy_(tensors[name].data[:1].expand_as(tensors[name]).clone())
-    x = torch.randn(4, D_IN)
-    before = layer(x)
-    for name in ("mixture_router_down", "mixture_router_up"):
-        nn.init.normal_(tensors[name], std=3.0)
-    torch.testing.assert_close(layer(x), before)
+    lora = lora_like(layer, SCALING[method])
+    x = torch.randn(2, 4, D_IN)
+    for spread in (1.0, 3.0):
+        for name in ("mixture_router_down", "mixture_router_up", "mixture_router_task"):
+            if name in tensors:
+                nn.init.normal_(tensors[name], std=spread)
+        torch.testing.assert_close(layer(x), lora(x), rtol=1e-5, atol=1e-5)
 
 
-def test_permuting_experts_with_their_routers_changes_nothing() -> None:
-    layer = make_layer("d2mora")
+@pytest.mark.parametrize(
+    ("method", "orders"),
+    [
+        ("d2mora", {("mixture_A", "mixture_router_down"): [2, 0, 1]}),
+        ("d2mora", {("mixture_B", "mixture_router_up"): [4, 2, 0, 1, 3]}),
+        ("hydralora", {("mixture_B", "mixture_router_up"): [4, 2, 0, 1, 3]}),
+        ("moelora", {("mixture_A", "mixture_B", "mixture_router_task"): [3, 0, 2, 1]}),
+    ],
+)
+def test_permuting_experts_with_their_routers_changes_nothing(
+    method: str, orders: dict[tuple[str, ...], list[int]]
+) -> None:
+    layer = make_layer(method)
     tensors = layer.tensors("default")
-    x = torch.randn(4, D_IN)
+    x = torch.randn(2, 4, D_IN)
     before = layer(x)
-    for bank, router, order in (
-        ("mixture_A", "mixture_router_down", [2, 0, 1]),
-        ("mixture_B", "mixture_router_up", [4, 2, 0, 1, 3]),
-    ):
-        for name in (bank, router):
-            tensors[name].data.copy_(tensors[name].data[order].clone())
-    torch.testing.assert_close(layer(x), before)
+    ((names, order),) = orders.items()
+    for number, name in enumerate(names, start=1):
+        tensors[name].data.copy_(tensors[name].data[order].clone())
+        # Half of the permutation does change the output, so that the whole is worth something.
+        assert torch.allclose(layer(x), before, atol=1e-4) == (number == len(names))
 
 
 @pytest.mark.parametrize("method", COUNTS)
@@ -156,45 +216,78 @@ def test_gates_of_both_sides_sum_to_one() -> None:
     torch.testing.assert_close(blocks.diagonal(dim1=-3, dim2=-1)[..., 0].sum((-1, -2)), torch.ones(9))
 
 
-def nf4(weight: Tensor) -> bnb.nn.Linear4bit:
+def nf4(weight: Tensor, bias: Tensor | None = None) -> bnb.nn.Linear4bit:
     linear = bnb.nn.Linear4bit(
-        weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.float32, quant_type="nf4"
+        weight.shape[1], weight.shape[0], bias=bias is not None, compute_dtype=torch.float32, quant_type="nf4"
     )
+    if bias is not None:
+        linear.bias.data.copy_(bias)
     linear.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to("cpu")
     linear.support_avx512bf16_for_cpu = False
     return linear
 
 
 @pytest.mark.parametrize("method", COUNTS)
-def test_on_4_bit_weights_output_and_gradients_equal_those_on_the_dequantised(method: str) -> None:
+@pytest.mark.parametrize("shape", [(2, 4), (2,), (2, 1)], ids=str)
+def test_on_4_bit_weights_output_and_gradients_equal_those_on_the_dequantised(
+    method: str, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(3)
     quantised = nf4(torch.randn(32, 64))
-    dense = nn.Linear(64, 32, bias=False)
-    dense.weight.data.copy_(dense_weight(quantised))
-    results = []
-    for linear in (quantised, dense):
-        layer = make_layer(method, linear)
-        torch.manual_seed(5)
-        x = torch.randn(2, 4, 64, requires_grad=True)
-        y = layer(x)
-        leaves = [x, *layer.tensors("default").values()]
-        results.append([y.detach(), *gradients(y, torch.ones_like(y), leaves)])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    layer = make_layer(method, quantised)
+    for tensor in layer.tensors("default").values():
+        tensor.data.mul_(0.3)  # 64 inputs: keeps gates away from one-hot
+    check_against_reference(layer, torch.randn(*shape, 64, requires_grad=True))
 
 
-def test_routers_read_x_undropped() -> None:
-    layer = make_layer("d2mora", dropout=0.5)
+@pytest.mark.parametrize("shape", [(2, 4), (2,)], ids=str)
+@pytest.mark.parametrize("needs_grad", [True, False], ids=["inner layer", "first layer"])
+def test_4_bit_weights_with_a_bias_take_an_adapter(shape: tuple[int, ...], needs_grad: bool) -> None:
+    layer = make_layer("d2mora", nf4(torch.randn(32, 64), bias=torch.randn(32)))
+    for tensor in layer.tensors("default").values():
+        tensor.data.mul_(0.3)
+    check_against_reference(layer, torch.randn(*shape, 64, requires_grad=needs_grad))
+
+
+@pytest.mark.parametrize("per_expert", [False, True])
+def test_the_down_router_reads_x_undropped(per_expert: bool) -> None:
+    """Two experts read feature 0 alone, each into its own entry of z; the router reads every other feature.
+
+    Where feature 0 is kept, the entries are as the gates are, and those must be as without dropout.
+    """
+    two = {"experts": 2}
+    layer = make_layer("d2mora", down=two, up={"experts": 1}, dropout=0.5, dropout_per_expert=per_expert)
     tensors = layer.tensors("default")
-    # With A zero the code z is zero, so both gates depend on the routers alone; a dropped x would move the down gate.
-    tensors["mixture_A"].data.copy_(torch.ones_like(tensors["mixture_A"]))
-    tensors["mixture_A"].data[1:] = 0
-    x = torch.randn(4, D_IN, requires_grad=True)
-    layer.train()
-    torch.manual_seed(0)
-    y = layer(x)
-    (drouter,) = torch.autograd.grad(y.sum(), [tensors["mixture_router_down"]])
-    # The router's gradient is an outer product with x itself: no column of it may vanish.
-    assert (drouter.abs().sum(0) > 0).all()
+    for name in BANKS:
+        tensors[name].data.zero_()
+    tensors["mixture_A"].data[0, 0, 0] = tensors["mixture_A"].data[1, 1, 0] = 1.0
+    tensors["mixture_B"].data[0, :RANK] = torch.eye(RANK)
+    tensors["mixture_router_down"].data[:, 0] = 0
+    x = torch.randn(200, D_IN)
+    x[:, 0] = 1
+    z = (layer.train()(x) - layer.base_layer(x)).detach()
+    kept = (z[:, :2] != 0).all(-1)
+    assert 10 < kept.sum() < 190
+    gates = torch.stack([reference.softmax(tensors["mixture_router_down"].detach() @ token) for token in x[kept]])
+    ratio = z[kept, :2] / z[kept, :2].sum(-1, keepdim=True)
+    torch.testing.assert_close(ratio, gates, rtol=1e-3, atol=1e-3)
+
+
+def test_an_up_router_that_reads_x_reads_it_undropped() -> None:
+    """Each up expert writes an entry of its own, so that outputs are as the gates are, wherever z is not dropped."""
+    layer = make_layer("hydralora", up={"experts": 2}, dropout=0.5)
+    tensors = layer.tensors("default")
+    for name in BANKS:
+        tensors[name].data.zero_()
+    tensors["mixture_A"].data[0, 0, 0] = 1.0
+    tensors["mixture_B"].data[0, 0, 0] = tensors["mixture_B"].data[1, 1, 0] = 1.0
+    x = torch.randn(200, D_IN)
+    x[:, 0] = 1
+    update = (layer.train()(x) - layer.base_layer(x)).detach()[:, :2]
+    kept = (update != 0).all(-1)
+    assert 10 < kept.sum() < 190
+    gates = torch.stack([reference.softmax(tensors["mixture_router_up"].detach() @ token) for token in x[kept]])
+    torch.testing.assert_close(update[kept] / update[kept].sum(-1, keepdim=True), gates, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("per_expert", [False, True])
@@ -217,15 +310,81 @@ def test_dropout_draws_one_mask_for_all_experts_or_one_for_each(per_expert: bool
 
 def test_evaluation_drops_nothing() -> None:
     layer = make_layer("d2mora", dropout=0.9).eval()
-    x = torch.randn(4, D_IN)
-    assert torch.equal(layer(x), layer(x))
+    check_against_reference(layer, torch.randn(2, 6, D_IN, requires_grad=True))
 
 
-def test_sixteen_bit_inputs_give_sixteen_bit_outputs_with_gates_in_float32() -> None:
-    layer = make_layer("d2mora", nn.Linear(D_IN, D_OUT).bfloat16())
-    x = torch.randn(5, D_IN).bfloat16()
-    assert layer(x).dtype is torch.bfloat16
-    assert layer.mixing(x, "default").dtype is torch.float32
+def test_dropout_follows_the_seed_and_differs_from_call_to_call() -> None:
+    layer = make_layer("lora", dropout=0.5).train()
+    x = torch.randn(2, 4, D_IN)
+    torch.manual_seed(1)
+    first, second = layer(x), layer(x)
+    torch.manual_seed(1)
+    assert torch.equal(layer(x), first)
+    assert not torch.allclose(first, second)
+
+
+def test_dropout_keeps_the_mean() -> None:
+    layer = make_layer("lora", dropout=0.25).train()
+    x = torch.randn(1, D_IN)
+    dropped = layer(x.expand(20_000, -1)).detach().mean(0)
+    kept = layer.eval()(x).detach()[0]
+    # The deviation of the mean of 20,000 masks, from the spread of one: sqrt(p / (1 - p)) of each feature's part.
+    parts = layer.get_delta_weight("default").detach() * x
+    deviation = (0.25 / 0.75 / 20_000 * parts.square().sum(-1)).sqrt()
+    assert ((dropped - kept).abs() < 5 * deviation).all()
+
+
+class _Dtypes(TorchDispatchMode):
+    """Notes the dtype of every softmax and every plain product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.softmaxes: list[torch.dtype] = []
+        self.products: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._softmax.default:
+            self.softmaxes.append(args[0].dtype)
+        if func is torch.ops.aten.mm.default:
+            self.products.append(args[0].dtype)
+        return result
+
+
+@pytest.mark.parametrize(("method", "num_gates"), [("d2mora", 2), ("hydralora", 1), ("moelora", 1), ("moslora", 0)])
+@pytest.mark.parametrize("autocast", [False, True], ids=["16-bit base", "autocast"])
+def test_sixteen_bit_inputs_give_sixteen_bit_outputs_with_rank_space_in_float32(
+    method: str, num_gates: int, autocast: bool
+) -> None:
+    linear = nn.Linear(D_IN, D_OUT)
+    layer = make_layer(method, linear if autocast else linear.bfloat16())
+    for tensor in layer.tensors("default").values():
+        tensor.data = tensor.data.float()  # as PEFT keeps adapters
+    x = torch.randn(2, 5, D_IN, dtype=torch.float32 if autocast else torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), _Dtypes() as seen:
+        y = layer(x)
+    assert y.dtype is torch.bfloat16
+    assert seen.softmaxes == [torch.float32] * num_gates
+    # One product over the input's width, in 16 bits; a task's gate comes before it, a router of z or a core after.
+    before, after = [torch.float32] * (method == "moelora"), [torch.float32] * (method in ("d2mora", "moslora"))
+    assert seen.products == [*before, torch.bfloat16, *after]
+    y.float().square().mean().backward()
+    assert x.grad.dtype is x.dtype
+    for tensor in layer.tensors("default").values():
+        assert tensor.grad.dtype is torch.float32
+        assert torch.isfinite(tensor.grad).all() and tensor.grad.any()
+
+
+@pytest.mark.parametrize("method", COUNTS)
+def test_in_sixteen_bits_the_update_is_off_by_roundings_alone(method: str) -> None:
+    layer = make_layer(method, nn.Linear(D_IN, D_OUT).bfloat16())
+    for tensor in layer.tensors("default").values():
+        tensor.data.mul_(0.5)
+    x = torch.randn(2, 5, D_IN).bfloat16()
+    copies = {name: tensor.detach().double() for name, tensor in layer.tensors("default").items()}
+    wanted = reference_output(layer, x.double(), copies, [2, 0])
+    # Four roundings on the way (A and x A, v, B, y), 2**-9 each, with room for gates that they move.
+    assert (layer(x).double() - wanted).norm() <= 8 * 2**-9 * wanted.norm()
 
 
 def test_nothing_as_wide_as_the_output_is_kept_for_the_backward_pass() -> None:
@@ -259,6 +418,12 @@ def test_nothing_as_wide_as_the_output_is_kept_for_the_backward_pass() -> None:
         ({"method": "moelora", "num_tasks": 2, "down": {"experts": 3}, "up": {"experts": 4}}, "pairs"),
         ({"up": {"expert": 3}}, "experts"),
         ({"task_embedding": 8}, "task"),
+        ({"rank": -1}, "rank"),
+        ({"alpha": float("nan")}, "alpha"),
+        ({"dropout": -0.1}, "dropout"),
+        ({"down": {"experts": 0}}, "down"),
+        ({"method": "moelora", "num_tasks": -1}, "num_tasks"),
+        ({"method": "moelora", "num_tasks": 2, "task_embedding": 0}, "task_embedding"),
     ],
 )
 def test_values_that_a_method_forbids_are_refused(changes: dict[str, object], words: str) -> None:
@@ -272,6 +437,9 @@ def test_routing_by_task_needs_a_task_it_knows() -> None:
     layer.routing.task_index = None
     with pytest.raises(ValueError, match="task_index"):
         layer(x)
-    layer.routing.task_index = torch.tensor([0, TASKS])
-    with pytest.raises(ValueError, match="outside"):
-        layer(x)
+    layer.routing.task_index = torch.tensor([0, TASKS - 1])
+    layer(x)
+    for outside in (TASKS, -1):
+        layer.routing.task_index = torch.tensor([0, outside])
+        with pytest.raises(ValueError, match="outside"):
+            layer(x)
