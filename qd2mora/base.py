@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -40,6 +41,18 @@ transformers_logging.set_verbosity_error()
 warnings.filterwarnings("ignore", r".*gradient_checkpointing", FutureWarning)
 
 RANDOM = "random:"
+
+# What transformers 5 raises on a config or tokenizer file that is not as it should be: it checks little of them itself.
+_UNLOADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,7 @@ def base_config(base: Base) -> LlamaConfig:
     _refuse_missing(base.model)
     try:
         config = AutoConfig.from_pretrained(base.model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except _UNLOADABLE as error:
         raise InputRefused(f"base.model: '{base.model}' cannot be loaded: {_first_line(error)}") from error
     return config
 
@@ -111,7 +124,7 @@ def base_config(base: Base) -> LlamaConfig:
 def load_base(base: Base, device: torch.device | None = None) -> PreTrainedModel:
     """Load the frozen model, linears in NF4 where the recipe says so, in evaluation mode on one device.
 
-    Raises InputRefused where the model is not there or not loadable without running its own code.
+    Raises InputRefused where the model is not there, not whole, or not loadable without running its own code.
     """
     device = device or default_device()
     dtype = compute_dtype(base, device)
@@ -119,16 +132,19 @@ def load_base(base: Base, device: torch.device | None = None) -> PreTrainedModel
         return random_base(_shape(base.model), base, device)
     base_config(base)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             base.model,
             quantization_config=_quantization(base, dtype),
             dtype=dtype,
             device_map={"": device},
             trust_remote_code=False,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # named below, where transformers points to a report that is not shown
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (*_UNLOADABLE, RuntimeError) as error:
         raise InputRefused(f"base.model: '{base.model}' cannot be loaded: {_first_line(error)}") from error
+    _refuse_partial(model, loading, base.model)
     return _finished(model)
 
 
@@ -143,7 +159,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     _refuse_missing(folder, needs="tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except _UNLOADABLE as error:
         raise InputRefused(f"base.model: no tokenizer in '{folder}': {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputRefused(f"base.model: the tokenizer of '{folder}' has no end token; set eos_token in its config")
@@ -231,6 +247,22 @@ def _finished(model: PreTrainedModel) -> PreTrainedModel:
     return model.requires_grad_(False).eval()
 
 
+def _refuse_partial(model: PreTrainedModel, loading: dict[str, Any], name: str) -> None:
+    """Refuse a model whose files lack a tensor or hold one of another size: transformers would make one up."""
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise InputRefused(f"base.model: '{name}' is not whole: no weights for {missing[0]} ({len(missing)} missing)")
+    # Of 4-bit weights only the quantisation state remembers the shape, and transformers 5.23 does not compare it.
+    packed: list[tuple[str, Any]] = [pair for pair in model.named_modules() if is_nf4(pair[1])]
+    wrong = sorted(key for key, *_ in loading["mismatched_keys"]) + [
+        f"{key}.weight"
+        for key, linear in packed
+        if tuple(linear.weight.quant_state.shape) != (linear.out_features, linear.in_features)
+    ]
+    if wrong:
+        raise InputRefused(f"base.model: '{name}': the size of {wrong[0]} is not the one its config.json gives")
+
+
 def _nf4_linear(weight: Tensor, base: Base, dtype: torch.dtype) -> nn.Linear:
     import bitsandbytes as bnb
 
@@ -264,17 +296,19 @@ def _shape(model: str) -> Shape:
 def _refuse_missing(model: str, needs: str = "config.json") -> None:
     """A name with more than one slash, or one that starts like a path, is a folder; it must hold what is needed."""
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
-    if Path(model).is_dir():
+    # os.path: an impossible name (too long, say) is not there, where Path.exists raises.
+    if os.path.isdir(model):
         if not (Path(model) / needs).exists():
             raise InputRefused(f"base.model: '{model}' holds no {needs}; name the folder of a Hugging Face model")
-    elif Path(model).exists():
+    elif os.path.exists(model):
         raise InputRefused(f"base.model: '{model}' is a file; name the folder of a Hugging Face model")
     elif looks_like_path:
         raise InputRefused(f"base.model: no folder '{model}'; give a model's folder, a hub id or random:SHAPE")
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 
 __all__ = [

@@ -7,18 +7,21 @@ that names ours. Nothing here looks at devices, models or data.
 import difflib
 import hashlib
 import json
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qd2mora.errors import InputRefused
-from qd2mora.recipe_file import apply_override, read_mapping
+from qd2mora.recipe_file import apply_override, dump_yaml, read_mapping
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+# Errors name places in one line.
+Place = Annotated[str, Field(min_length=1, pattern=r"^[^\p{Cc}\p{Zl}\p{Zp}]*$")]
 
 # Names that users of neighbouring tools will type, and what they are called here.
 NEIGHBOURS = {
@@ -69,7 +72,7 @@ class Section(BaseModel):
 class Base(Section):
     """The frozen model."""
 
-    model: Annotated[str, Field(min_length=1)]
+    model: Place
     """A folder, a hub id, or `random:SHAPE` (random weights of a named shape, for planning and benches)."""
     quantization: Literal["nf4", "none"] = "nf4"
     """`nf4`: bitsandbytes 4-bit linears; `none`: weights in the compute dtype."""
@@ -97,7 +100,7 @@ class Adapter(Section):
     """Dropout on what the down experts read, never on what the routers read."""
     dropout_per_expert: bool = False
     """An independent mask per down expert, as in the authors' code, instead of one per linear."""
-    targets: list[str] | Literal["all-linear"] = ["q_proj", "k_proj", "v_proj"]
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = ["q_proj", "k_proj", "v_proj"]
     """Names of the linears that get an adapter."""
     down: Experts | None = None
     up: Experts | None = None
@@ -111,7 +114,7 @@ class Task(Section):
     """One data set."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-    path: Annotated[str, Field(min_length=1)]
+    path: Place
     """A json, jsonl, csv or parquet file (beside the recipe, else in the working folder) or `hub:owner/name:split`."""
     format: str = "instruction"
     weight: Annotated[float, Field(gt=0)] | None = None
@@ -120,7 +123,7 @@ class Task(Section):
     """Use the first so many rows."""
     select: dict[str, str] | None = None
     """Only rows whose fields have these values, for example {task: boolq}."""
-    validation: Annotated[int, Field(ge=0)] | str = 0
+    validation: Annotated[int, Field(ge=0)] | Place = 0
     """Rows held out from the file, or another file."""
 
 
@@ -220,11 +223,11 @@ class Recipe(Section):
     train: Train
     memory: Memory = Memory()
     finish: Finish = Finish()
-    output: Annotated[str, Field(min_length=1)]
+    output: Place
 
     def dump_yaml(self) -> str:
         """Return the recipe as YAML that loads back equal."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+        return dump_yaml(self.model_dump(mode="json"))
 
     def fingerprint(self) -> str:
         """Return a hash of everything that decides the trained weights."""
@@ -259,7 +262,8 @@ def parse_recipe(content: Any, where: str = "recipe") -> Recipe:
 def _anchored(recipe: Recipe, folder: Path) -> Recipe:
     def anchor(text: str) -> str:
         beside = folder / text
-        return str(beside.resolve()) if not Path(text).is_absolute() and beside.exists() else text
+        # os.path: an impossible name (too long, say) is not there, where Path.exists raises.
+        return str(beside.resolve()) if not Path(text).is_absolute() and os.path.exists(beside) else text
 
     tasks = []
     for task in recipe.data.tasks:
@@ -273,12 +277,11 @@ def _first_problem(error: ValidationError) -> str:
     """One line for the most telling of pydantic's complaints: an unknown key explains what is missing."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
+    if problem["type"] == "extra_forbidden":
+        return _unknown_key(problem["loc"])
     # Literal and type tags in the location belong to unions, not to the recipe.
     tag = re.compile(r"[\[(]|^(int|str|float|bool)$|^constrained")
-    location = [str(part) for part in problem["loc"] if not tag.search(str(part))]
-    key = ".".join(part if part.isprintable() else repr(part) for part in location)
-    if problem["type"] == "extra_forbidden":
-        return _unknown_key(key)
+    key = _dotted([part for part in problem["loc"] if not tag.search(str(part))])
     if problem["type"] == "missing":
         return f"{key} is missing"
     message = problem["msg"].removeprefix("Value error, ")
@@ -294,12 +297,19 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _unknown_key(key: str) -> str:
-    name = key.rpartition(".")[2]
+def _dotted(location: Sequence[str | int]) -> str:
+    parts = [str(part) for part in location]
+    return ".".join(part if part.isprintable() and len(part) <= 60 else _short(part) for part in parts)
+
+
+def _unknown_key(location: Sequence[str | int]) -> str:
+    key, name = _dotted(location), str(location[-1])
     if name in NEIGHBOURS:
         return f"unknown key {key}; here it is {NEIGHBOURS[name]}"
     known = sorted(set(_key_names(Recipe)))
-    section = re.sub(r"\.\d+", "", key).rpartition(".")[0]
+    if "." in name and name in known:
+        return f"unknown key {key}; in a file '{name.rpartition('.')[2]}' stands inside '{name.rpartition('.')[0]}'"
+    section = ".".join(part for part in location[:-1] if isinstance(part, str))
     here = [full for full in known if full.rpartition(".")[0] == section]
     for candidates, cutoff in ((here, 0.5), (known, 0.7)):
         last_parts = [full.rpartition(".")[2] for full in candidates]

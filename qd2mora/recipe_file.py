@@ -1,6 +1,6 @@
 """Reading a recipe's YAML: safe, no surprises, and every mistake named with its line.
 
-YAML 1.2's idea of a number (`1e-4` is one), duplicate keys and aliases refused, size limited.
+YAML 1.2's idea of a number (`1e-4` is one, `1:30` is not); duplicate keys, aliases and tags refused, size limited.
 """
 
 import re
@@ -14,27 +14,41 @@ from qd2mora.errors import InputRefused
 MAX_BYTES = 1 << 20
 
 
+def _marked(problem: str, place: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that knows `1e-4` as a float and refuses duplicate keys and aliases."""
+    """SafeLoader that knows `1e-4` as a float and refuses duplicate keys, aliases and tags."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.MarkedYAMLError(problem="aliases are not allowed in a recipe", problem_mark=event.start_mark)
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise _marked("aliases are not allowed in a recipe", event)
+        if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag:
+            # SafeLoader would do no harm, but it crashes on some, such as `!!bool x` (PyYAML 6.0.3).
+            raise _marked("tags are not allowed in a recipe", event)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _marked("a key is a word", key_node)
             if key_node.value in seen:
-                problem = f"key '{key_node.value}' is given twice"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
-            seen.add(key_node.value if isinstance(key_node.value, str) else id(key_node))
+                raise _marked(f"key {key_node.value!r} is given twice", key_node)
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
-# PyYAML follows YAML 1.1, where a float needs a dot and a signed exponent, and `on` is true; people mean YAML 1.2.
-_REPLACED = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes a text which `_Loader` would read as a number, such as `1e5`."""
+
+
+# PyYAML follows YAML 1.1, where a float needs a dot and a signed exponent, `on` is true, 010 is 8, 1:30 is 90 and
+# 2026-01-31 is a date; people mean YAML 1.2.
+_REPLACED = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("float", "bool", "int", "timestamp"))
+_FLOAT = re.compile(r"^[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF|nan|NaN|NAN))$", re.ASCII)
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -42,11 +56,9 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF|nan|NaN|NAN))$"),
-    list("-+0123456789."),
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+for _place in (_Loader, _Dumper):
+    _place.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -62,13 +74,21 @@ def parse_yaml(text: str, where: str) -> Any:
         raise InputRefused(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from error
 
 
+def dump_yaml(content: dict[str, Any]) -> str:
+    """Return YAML text that `parse_yaml` reads back equal."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120)
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
     """Read a recipe file into a plain mapping. Raises InputRefused."""
     try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise InputRefused(f"{path}: {size} bytes is too long for a recipe (limit {MAX_BYTES})")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputRefused(f"{path}: no such recipe; `qd2mora recipes` lists those that come along") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputRefused(f"{path}: cannot be read as a recipe: {error}") from error
     content = parse_yaml(text, str(path))
     if content is None:
@@ -82,8 +102,8 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     """Set one dotted `key=value` in place; a number in the path indexes a list. Raises InputRefused."""
     path, separator, text = override.partition("=")
     if not separator or not path:
-        raise InputRefused(f"override '{override}': write key=value, for example train.steps=100")
-    value = parse_yaml(text, f"override '{override}'")
+        raise InputRefused(f"override {override!r}: write key=value, for example train.steps=100")
+    value = parse_yaml(text, f"override {override!r}")
     keys = path.split(".")
     node: Any = content
     for key in keys[:-1]:
@@ -110,14 +130,15 @@ def _descend(node: Any, key: str, override: str) -> Any:
         if child is None:
             child = node[key] = {}
     if not isinstance(child, dict | list):
-        raise InputRefused(f"override '{override}': '{key}' holds a value ({child!r}), not a section")
+        raise InputRefused(f"override {override!r}: {key!r} holds a value ({child!r}), not a section")
     return child
 
 
 def _list_index(node: list[Any], key: str, override: str) -> int:
     if not key.isdecimal() or int(key) >= len(node):
-        raise InputRefused(f"override '{override}': '{key}' should be a position from 0 to {len(node) - 1}")
+        known = f"should be a position from 0 to {len(node) - 1}" if node else "is a position in a list that is empty"
+        raise InputRefused(f"override {override!r}: {key!r} {known}")
     return int(key)
 
 
-__all__ = ["apply_override", "parse_yaml", "read_mapping", "shipped_recipes"]
+__all__ = ["apply_override", "dump_yaml", "parse_yaml", "read_mapping", "shipped_recipes"]

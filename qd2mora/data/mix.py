@@ -1,8 +1,8 @@
 """The order of rows, a pure function of the seed: nothing to save, nothing to restore.
 
 Without weights the tasks are one pile, shuffled anew each epoch. With weights each task has its own endless shuffled
-stream, and the next row comes from the task that is furthest behind its share, so that after any number of rows the
-realised shares are as near to those asked as whole rows allow.
+stream, and the next row comes from the task that is furthest behind its share: after any number of rows no task is a
+whole row ahead, and with up to three tasks none is a whole row behind.
 """
 
 import numpy as np
@@ -51,7 +51,7 @@ class Mixture:
 
     def _draw(self) -> Row:
         weights = np.asarray(self.weights, dtype=np.float64)
-        which = int(np.argmin((self._cost + 0.5) / weights))
+        which = int(np.argmax((self._cost.sum() + 1) * weights / weights.sum() - self._cost))
         rows = self.tasks[which].train
         epoch, place = divmod(self._count[which], len(rows))
         row = rows[int(self._permutation(which, epoch, len(rows))[place])]

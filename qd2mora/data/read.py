@@ -44,7 +44,7 @@ def find_format(task: Task) -> Format:
     """Return the task's format. Raises InputRefused naming the nearest one."""
     if task.format not in FORMATS:
         known = nearest(task.format, FORMATS)
-        raise InputRefused(f"data.tasks.{task.name}.format: unknown format '{task.format}'; {known}")
+        raise InputRefused(f"data.tasks.{task.name}.format: unknown format {task.format!r}; {known}")
     return FORMATS[task.format]
 
 
@@ -54,7 +54,7 @@ def read_pairs(task: Task, path: str) -> list[Pair]:
     rows = _read_rows(path, task)
     for field in task.select or {}:
         if rows and not any(isinstance(row, dict) and field in row for row in rows):
-            raise InputRefused(f"data.tasks.{task.name}.select: rows of {path} have no field '{field}'")
+            raise InputRefused(f"data.tasks.{task.name}.select: rows of {path} have no field {field!r}")
     chosen = [
         (number, row)
         for number, row in enumerate(rows, 1)
@@ -81,7 +81,7 @@ def _checked(form: Format, row: Any, where: str) -> Pair:
         raise InputRefused(f"{where}: a row is an object with {', '.join(form.fields)}, this is {_short(row)}")
     for field in form.fields:
         if field not in row:
-            raise InputRefused(f"{where}: no field '{field}'; the row has {', '.join(map(str, row)) or 'no fields'}")
+            raise InputRefused(f"{where}: no field '{field}'; the row has {', '.join(map(repr, row)) or 'no fields'}")
     for field in (*form.fields, *form.optional):
         value = row.get(field)
         if value is None and field in form.optional:
@@ -163,7 +163,7 @@ def _read_csv(file: Path) -> list[Any]:
     names = list(reader.fieldnames or ())
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise InputRefused(f"{file}: two columns are called '{twice}'")
+        raise InputRefused(f"{file}: two columns are called {twice!r}")
     for number, row in enumerate(rows, 1):
         if None in row:  # a comma that is not quoted would cut the answer short
             raise InputRefused(f"{file}, row {number}: more fields than the header names; quote text that holds commas")
