@@ -13,15 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from qd2mora.errors import InputRefused
+from qd2mora.recipe_adapter import Adapter, Count, Experts, Place, Section
 from qd2mora.recipe_file import apply_override, dump_yaml, read_mapping
-
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-# Errors name places in one line.
-Place = Annotated[str, Field(min_length=1, pattern=r"^[^\p{Cc}\p{Zl}\p{Zp}]*$")]
 
 # Names that users of neighbouring tools will type, and what they are called here.
 NEIGHBOURS = {
@@ -63,12 +59,6 @@ NEIGHBOURS = {
 }
 
 
-class Section(BaseModel):
-    """A part of the recipe: frozen, strict types, no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
 class Base(Section):
     """The frozen model."""
 
@@ -80,34 +70,6 @@ class Base(Section):
     """Quantise the block maxima too: 4.127 instead of 4.5 bits a weight."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: bfloat16 where the device is fast at it, else float16 on a GPU and float32 on a CPU."""
-
-
-class Experts(Section):
-    """One bank of experts."""
-
-    experts: Count
-
-
-class Adapter(Section):
-    """What is trained. Keys left out take the method's own defaults (`qd2mora methods`)."""
-
-    method: str = "d2mora"
-    rank: Count | None = None
-    """Inner width of one expert."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    """The update is scaled by alpha / rank."""
-    dropout: Fraction = 0.0
-    """Dropout on what the down experts read, never on what the routers read."""
-    dropout_per_expert: bool = False
-    """An independent mask per down expert, as in the authors' code, instead of one per linear."""
-    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = ["q_proj", "k_proj", "v_proj"]
-    """Names of the linears that get an adapter."""
-    down: Experts | None = None
-    up: Experts | None = None
-    penalty: Annotated[float, Field(ge=0)] | None = None
-    """Weight of the orthogonality penalty."""
-    task_embedding: Count | None = None
-    """Width of the task embedding where a method routes by task."""
 
 
 class Task(Section):
@@ -174,7 +136,7 @@ class Train(Section):
     eval_every: Count = 100
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     log_every: Count = 1
-    trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim"]] = []
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim"]] = Field(default=[])
 
     @model_validator(mode="after")
     def _one_length(self) -> "Train":

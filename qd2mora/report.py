@@ -12,7 +12,8 @@ from qd2mora.base import load_tokenizer
 from qd2mora.data import Row, TaskRows, prepare
 from qd2mora.evaluation import Score, open_subject, score_tasks
 from qd2mora.merging import Export, merge
-from qd2mora.mixture.presets import METHODS, TASK, Method, find_method
+from qd2mora.mixture.method import TASK, Method
+from qd2mora.mixture.presets import METHODS, find_method
 from qd2mora.recipe import Recipe
 from qd2mora.run_folder import RunFolder, read_recipe, write_json
 
@@ -162,7 +163,7 @@ def _method_text(method: Method) -> str:
         "rank": method.rank,
         "alpha": f"{method.alpha:g} (scaling alpha / {'total rank' if method.scaling_rank == 'total' else 'rank'})",
         "experts": f"{method.down} down, {method.up} up, {method.pairing}",
-        "penalty": f"{method.penalty:g}",
+        "penalties": ", ".join(f"{each.kind} {each.weight:g}" for each in method.penalties) or "none",
         "K depends on": f"{method.depends_on}: {WHAT_IT_MEANS[method.depends_on]}",
     }
     return method.title + "".join(f"\n  {key:13} {value}" for key, value in rows.items())

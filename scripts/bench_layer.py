@@ -22,8 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from qd2mora.mixture import MixtureConfig, MixtureLinear
-from qd2mora.mixture.layer import Routing
+from qd2mora.mixture import MixtureConfig, MixtureLinear, Routing
 
 REPEATS, WARM_UP = 20, 3
 DOWN, UP, RANK, ALPHA, LORA_RANK = 4, 3, 16, 32, 64

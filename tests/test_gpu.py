@@ -7,8 +7,7 @@ import tiny
 import torch
 
 from qd2mora.base import dense_weight, is_nf4, load_base
-from qd2mora.mixture import MixtureConfig, MixtureLinear
-from qd2mora.mixture.layer import Routing
+from qd2mora.mixture import MixtureConfig, MixtureLinear, Routing
 from qd2mora.recipe import Base, load_recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

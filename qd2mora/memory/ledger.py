@@ -26,7 +26,7 @@ from qd2mora.memory.activations import (
     recomputed_bytes,
 )
 from qd2mora.mixture import MixtureConfig, add_adapter, mixture_layers
-from qd2mora.mixture.presets import find_method
+from qd2mora.mixture.ops import RankStep
 from qd2mora.recipe import Recipe
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -116,10 +116,11 @@ def read_shapes(config: PretrainedConfig, adapter: MixtureConfig) -> Shapes:
         )
         num_frozen = sum(tensor.numel() for tensor in model.parameters())
         layers = mixture_layers(add_adapter(model, adapter, seed=0))
-    tensors = [tensor for layer in layers.values() for tensor in layer.tensors("default").items()]
+    tensors = [pair for layer in layers.values() for pair in layer.tensors("default").items() if pair[1].requires_grad]
+    steps = [layer.mixture_spec["default"].step for layer in layers.values()]
     return Shapes(
         linears=linears,
-        layer=_layer_shapes(config, linears, {name: layer.in_features for name, layer in layers.items()}, adapter),
+        layer=_layer_shapes(config, linears, {name: layer.in_features for name, layer in layers.items()}, steps),
         num_layers=config.num_hidden_layers,
         vocab=config.vocab_size,
         embedding_entries=embedding.numel(),
@@ -226,35 +227,32 @@ def penalty_bytes(groups: tuple[int, ...], weight: float) -> int:
 def _penalised(banks: list[torch.Tensor]) -> tuple[int, ...]:
     groups: Counter[torch.Size] = Counter()
     for bank in banks:
-        if bank.shape[0] > 1:
+        if bank.dim() == 3 and bank.shape[0] > 1:
             groups[bank.shape] += bank.numel()
     return tuple(groups.values())
 
 
 def _penalty_weight(recipe: Recipe) -> float:
-    stated = recipe.adapter.penalty
-    return find_method(recipe.adapter.method).penalty if stated is None else stated
+    config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
+    return sum(penalty.weight for penalty in config.weight_penalties if penalty.kind.startswith("diversity"))
 
 
 def _layer_shapes(
-    config: PretrainedConfig, linears: tuple[Linear, ...], adapted: dict[str, int], adapter: MixtureConfig
+    config: PretrainedConfig, linears: tuple[Linear, ...], adapted: dict[str, int], steps: list[RankStep]
 ) -> LayerShapes:
     """Take one decoder layer's widths; what adapters read is averaged over the layers."""
     kinds = {linear.name.rpartition(".")[2]: linear for linear in linears}
     # o_proj reads what attention keeps anyway.
     inputs = {_input_of(name): d_in for name, d_in in adapted.items() if not name.endswith(".o_proj")}
-    steps = adapter.step
-    features = adapter.num_down * steps.rank + adapter.num_down * steps.gates_down
-    features += adapter.num_up * (steps.up_reads == "x") + adapter.num_up * steps.is_tied
     return LayerShapes(
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,
         heads=config.num_attention_heads,
         heads_width=kinds["q_proj"].d_out if "q_proj" in kinds else config.hidden_size,
         adapter_inputs=-(-sum(inputs.values()) // config.num_hidden_layers),
-        adapter_features=-(-features * len(adapted) // config.num_hidden_layers),
+        adapter_features=-(-sum(step.features for step in steps) // config.num_hidden_layers),
         # The code, its gradient and its gated parts; then what goes to the up product, and its gradient.
-        rank_space=3 * features + 2 * adapter.num_up * steps.rank,
+        rank_space=max(3 * step.features + 2 * step.width_up for step in steps),
         adapts_down=any(name.endswith(".down_proj") for name in adapted),
     )
 

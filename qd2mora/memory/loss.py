@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
+from qd2mora.mixture import read_rows
+
 CHUNK = 1024
 IGNORE = -100
 
@@ -36,7 +38,7 @@ class RowLoss(nn.Module):
 def labelled_states(model: PeftModel, batch: dict[str, Tensor], keep: Tensor) -> Tensor:
     """Return the final hidden states at the positions of `keep` (rows, length - 1), (labelled, hidden)."""
     tuner: Any = model.base_model
-    tuner.routing.task_index = batch["task_index"]
+    read_rows(model, batch)
     decoder = tuner.model.get_decoder()
     hidden = decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     return hidden.last_hidden_state[:, :-1][keep]

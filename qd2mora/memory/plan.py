@@ -250,7 +250,8 @@ def _smaller_adapters(recipe: Recipe, shapes: Shapes) -> list[Changes]:
     rank = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks)).rank or 1
     changes: list[Changes] = [{"adapter": {"rank": max(1, rank // 2)}}]
     kinds = {linear.name.rpartition(".")[2] for linear in shapes.linears}
-    asked = kinds if recipe.adapter.targets == "all-linear" else set(recipe.adapter.targets)
+    targets = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks)).target_modules
+    asked = kinds if targets == "all-linear" else set(targets or ())
     few = {"q_proj", "v_proj"}
     return [*changes, {"adapter": {"targets": sorted(few)}}] if few < asked and few <= kinds else changes
 

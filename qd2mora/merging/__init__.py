@@ -21,8 +21,7 @@ from qd2mora.merging.fidelity import Fidelity, measure, unexplained
 from qd2mora.merging.statistics import Moments, collect
 from qd2mora.merging.writer import Written, write_model
 from qd2mora.mixture import mixture_layers
-from qd2mora.mixture.ops import stack_columns, stack_rows
-from qd2mora.mixture.presets import TASK, TOKEN
+from qd2mora.mixture.method import TASK, TOKEN
 from qd2mora.run_folder import OpenRun, open_run, refuse_taken, staged_folder, write_json
 
 STRATEGIES: dict[str, Callable[[Moments], Tensor]] = {"core_lsq": core_lsq.mixing, "mean_gate": mean_gate.mixing}
@@ -104,10 +103,11 @@ def constant_mixing(model: PeftModel, task: int, adapter_name: str = "default") 
     routing: Any = model.base_model
     mixing = {}
     for name, layer in mixture_layers(model).items():
-        bank = layer.tensors(adapter_name)["mixture_A"]
-        routing.routing.task_index = torch.tensor([task], device=bank.device)
+        device = layer.tensors(adapter_name)["mixture_A"].device
+        routing.routing.task_index = torch.tensor([task], device=device)
         with torch.no_grad():
-            mixing[name] = layer.mixing(bank.new_zeros(1, 1, bank.shape[-1]), adapter_name)[0, 0].double().cpu()
+            x = torch.zeros(1, 1, layer.in_features, device=device)
+            mixing[name] = layer.mixing(x, adapter_name)[0, 0].double().cpu()
     return mixing
 
 
@@ -160,9 +160,7 @@ def _unexplained(
     """Measure each linear's share on held-out rows, in one pass."""
     layers = mixture_layers(model)
     return {
-        name: unexplained(
-            each, mixing[name], stack_columns(layers[name].tensors(adapter_name)["mixture_B"]).detach().cpu()
-        )
+        name: unexplained(each, mixing[name], layers[name].columns(adapter_name).detach().cpu())
         for name, each in collect(model, batches).items()
     }
 
@@ -176,10 +174,9 @@ def _update(
     def update(name: str) -> Tensor | None:
         if name not in layers:
             return None
-        tensors = layers[name].tensors(adapter_name)
-        up = stack_columns(tensors["mixture_B"]).detach().float().cpu()
-        down = stack_rows(tensors["mixture_A"]).detach().float().cpu()
-        return layers[name].mixture_config[adapter_name].scaling * (up @ (mixing[name].float() @ down))
+        up = layers[name].columns(adapter_name).detach().float().cpu()
+        down = layers[name].rows(adapter_name).detach().float().cpu()
+        return layers[name].scaling(adapter_name) * (up @ (mixing[name].float() @ down))
 
     return update
 

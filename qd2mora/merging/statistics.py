@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from qd2mora.mixture import MixtureLinear, mixture_layers
+from qd2mora.mixture import MixtureLinear, mixture_layers, read_rows
 
 
 @dataclass
@@ -50,9 +50,8 @@ def collect(
     layers = mixture_layers(model)
     moments: dict[str, Moments] = {}
     for name, layer in layers.items():
-        tensors = layer.tensors(adapter_name)
-        (num_down, rank, _), num_up = tensors["mixture_A"].shape, tensors["mixture_B"].shape[0]
-        moments[name] = Moments(num_up * rank, num_down * rank)
+        step = layer.mixture_spec[adapter_name].step
+        moments[name] = Moments(step.width_up + step.shared, step.width_down + step.shared)
     attended: list[Tensor] = []
     with _observed(layers, moments, attended, adapter_name), torch.no_grad():
         for batch in batches:
@@ -64,7 +63,7 @@ def collect(
 def decode(model: PeftModel, batch: dict[str, Tensor]) -> Tensor:
     """Return the final hidden states (rows, length, hidden), with the rows' tasks known to the routers."""
     tuner: Any = model.base_model
-    tuner.routing.task_index = batch["task_index"]
+    read_rows(model, batch)
     decoder = tuner.model.get_decoder()
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     return decoder(**inputs, use_cache=False).last_hidden_state

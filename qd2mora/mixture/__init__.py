@@ -6,8 +6,30 @@ Importing this part registers the method with PEFT.
 from qd2mora.mixture.config import MixtureConfig
 from qd2mora.mixture.layer import MixtureLinear
 from qd2mora.mixture.registration import register
-from qd2mora.mixture.tuner import MixtureModel, add_adapter, mixture_layers, orthogonality
+from qd2mora.mixture.routing import Routing
+from qd2mora.mixture.tuner import (
+    MixtureModel,
+    add_adapter,
+    after_step,
+    mixture_layers,
+    orthogonality,
+    read_rows,
+    routing_of,
+    weight_penalty,
+)
 
 register(MixtureConfig, MixtureModel)
 
-__all__ = ["MixtureConfig", "MixtureLinear", "MixtureModel", "add_adapter", "mixture_layers", "orthogonality"]
+__all__ = [
+    "MixtureConfig",
+    "MixtureLinear",
+    "MixtureModel",
+    "Routing",
+    "add_adapter",
+    "after_step",
+    "mixture_layers",
+    "orthogonality",
+    "read_rows",
+    "routing_of",
+    "weight_penalty",
+]

@@ -1,36 +1,53 @@
 """MixtureConfig: any method of the table, as a PEFT configuration."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any
 
 from peft import PeftConfig
 
-from qd2mora.errors import InputRefused
-from qd2mora.mixture.ops import RankStep
-from qd2mora.mixture.presets import Method, check_counts, find_method
+from qd2mora.errors import InputRefused, nearest
+from qd2mora.mixture import balance
+from qd2mora.mixture.method import Gate, Method, Penalty, check_counts, check_gate
+from qd2mora.mixture.penalties import WEIGHT_PENALTIES
+from qd2mora.mixture.presets import find_method
 from qd2mora.mixture.registration import QD2MORA
+from qd2mora.mixture.spec import ROLES, LinearSpec, Place, experts_by_layer, linear_spec
 from qd2mora.recipe import Adapter
+
+SHARED_INITS = ("kaiming", "orthogonal", "pissa", "olora", "eva", "loftq")
+DOWN_INITS = ("kaiming", "gaussian", "orthogonal", "sparse")
 
 
 @dataclass
 class MixtureConfig(PeftConfig):
     """A mixture of LoRA on `nn.Linear` or `bnb.nn.Linear4bit`.
 
-    Fields left None take the method's own defaults. `down` and `up` are {"experts": n}. `scaling` is alpha / rank
-    (alpha / total rank where the method's code does so). `num_tasks` is needed where a method routes by task.
+    Fields left None take the method's own defaults. `down` and `up` are {"experts": n}; `gates` overrides fields of a
+    gate by role, {"down": {"select": "top_k", "top_k": 2}}; `shared` adds one ungated expert, {"rank": 8, "init":
+    "pissa"}. `scaling` is alpha / rank, or alpha / sqrt(rank) with `rank_stabilized`.
 
     Raises InputRefused where the method forbids a value.
     """
 
     method: str = field(default="d2mora", metadata={"help": "a row of `qd2mora methods`"})
     rank: int | None = field(default=None, metadata={"help": "inner width of one expert"})
+    ranks: list[int] | None = field(default=None, metadata={"help": "a rank for each paired expert"})
     alpha: float | None = field(default=None, metadata={"help": "the update is scaled by alpha / rank"})
+    rank_stabilized: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(rank)"})
     dropout: float = field(default=0.0, metadata={"help": "dropout on the input of the down experts"})
     dropout_per_expert: bool = field(default=False, metadata={"help": "one dropout mask per down expert"})
     down: dict[str, int] | None = field(default=None, metadata={"help": '{"experts": M}'})
     up: dict[str, int] | None = field(default=None, metadata={"help": '{"experts": N}'})
+    allocation: str | None = field(default=None, metadata={"help": "experts by depth, such as 2-4-6-8"})
+    gates: dict[str, dict[str, Any]] | None = field(default=None, metadata={"help": "fields of gates by role"})
+    penalties: dict[str, float] | None = field(default=None, metadata={"help": "weights of penalties by kind"})
+    shared: dict[str, Any] | None = field(default=None, metadata={"help": '{"rank": r, "alpha": a, "init": name}'})
+    init: str | None = field(default=None, metadata={"help": "how down experts start"})
     num_tasks: int | None = field(default=None, metadata={"help": "tasks that a task-routed method tells apart"})
     task_embedding: int | None = field(default=None, metadata={"help": "width of the task embedding"})
+    external_width: int | None = field(default=None, metadata={"help": "width of the vector a row brings"})
+    train_experts: bool = field(default=True, metadata={"help": "whether given experts go on training"})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "names, a regex, or 'all-linear'"})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "names or a regex to leave out"})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "decoder layers to adapt"})
@@ -41,41 +58,30 @@ class MixtureConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = QD2MORA
         method = self.row
-        self.rank = method.rank if self.rank is None else self.rank
         self.alpha = method.alpha if self.alpha is None else float(self.alpha)
+        if self.ranks is None and method.ranks is not None and self.rank is None:
+            self.ranks = list(method.ranks)
+        if self.ranks is not None and self.down is None:
+            self.down = self.up = {"experts": len(self.ranks)}
+        if self.rank is None:
+            self.rank = max(self.ranks) if self.ranks else method.rank
         self.down = {"experts": method.down} if self.down is None else dict(self.down)
         self.up = {"experts": method.up} if self.up is None else dict(self.up)
+        self.allocation = method.allocation if self.allocation is None else self.allocation
+        self.init = method.init_down if self.init is None else self.init
         self.task_embedding = method.task_embedding if self.task_embedding is None else self.task_embedding
         self._check(method)
-
-    def _check(self, method: Method) -> None:
-        assert self.rank is not None and self.alpha is not None
-        if self.rank < 1:
-            raise InputRefused(f"adapter.rank: {self.rank} will not do: at least 1")
-        if not self.alpha > 0:
-            raise InputRefused(f"adapter.alpha: {self.alpha} will not do: above 0")
-        if not 0 <= self.dropout < 1:
-            raise InputRefused(f"adapter.dropout: {self.dropout} will not do: from 0 to below 1")
-        for name, bank in (("down", self.down), ("up", self.up)):
-            if not isinstance(bank, dict) or set(bank) != {"experts"} or bank["experts"] < 1:
-                raise InputRefused(f'adapter.{name}: {bank} will not do: write {{"experts": 4}}')
-        check_counts(method, self.num_down, self.num_up)
-        self._check_task(method)
-
-    def _check_task(self, method: Method) -> None:
-        if method.task_embedding is None:
-            if self.task_embedding is not None:
-                raise InputRefused(f"adapter.task_embedding: {method.name} does not route by task")
-            return
-        if self.num_tasks is None or self.num_tasks < 1:
-            raise InputRefused(f"adapter: {method.name} routes by task and needs num_tasks, at least 1")
-        if self.task_embedding is None or self.task_embedding < 1:
-            raise InputRefused(f"adapter.task_embedding: {self.task_embedding} will not do: at least 1")
 
     @property
     def row(self) -> Method:
         """The method's row of the table."""
         return find_method(self.method)
+
+    @cached_property
+    def gates_of_row(self) -> dict[str, Gate]:
+        """The method's gates by role, with this configuration's changes."""
+        changes = self.gates or {}
+        return {role: replace(gate, **changes.get(role, {})) for role, gate in self.row.gates.items()}
 
     @property
     def num_down(self) -> int:
@@ -89,24 +95,62 @@ class MixtureConfig(PeftConfig):
 
     @property
     def scaling(self) -> float:
-        """alpha / rank of one expert, or of all together where the method's code divides by that."""
+        """alpha over the rank of one expert (or its root), or of all where the method's code divides by that."""
         assert self.rank is not None and self.alpha is not None
-        return self.alpha / (self.rank * self.num_down if self.row.scaling_rank == "total" else self.rank)
+        rank = self.rank * self.num_down if self.row.scaling_rank == "total" else self.rank
+        return self.alpha / (rank**0.5 if self.rank_stabilized else rank)
 
     @property
-    def step(self) -> RankStep:
-        """The method's step in rank space."""
-        assert self.rank is not None
-        row = self.row
-        reads: dict[str, Literal["x", "z"]] = {"x": "x", "z": "z"}
-        return RankStep(
-            num_down=self.num_down,
-            num_up=self.num_up,
-            rank=self.rank,
-            is_tied=row.pairing == "tied",
-            gates_down=row.gate_down is not None and row.pairing == "chain",
-            up_reads=reads[row.gate_up.input] if row.gate_up else None,
-        )
+    def shared_rank(self) -> int:
+        return 0 if self.shared is None else int(self.shared["rank"])
+
+    @property
+    def shared_init(self) -> str:
+        return "kaiming" if self.shared is None else self.shared.get("init", "kaiming")
+
+    @property
+    def shared_scaling(self) -> float:
+        """alpha over the rank of the shared expert; alpha is twice the rank unless given."""
+        if self.shared is None:
+            return 0.0
+        return float(self.shared.get("alpha", 2 * self.shared_rank)) / self.shared_rank
+
+    @property
+    def subtracts_start(self) -> bool:
+        """Whether the shared expert starts away from zero, so that its start is taken off again."""
+        return self.shared_init in ("pissa", "olora")
+
+    @property
+    def frozen_tensors(self) -> frozenset[str]:
+        """Names of tensors that are never trained."""
+        names = {"mixture_start_A", "mixture_start_B", *(f"mixture_select_bias_{role}" for role in ROLES)}
+        if self.init == "sparse":
+            names.add("mixture_A")
+        if not self.train_experts:
+            names |= {"mixture_A", "mixture_B"}
+        return frozenset(names.union(self.row.frozen))
+
+    @cached_property
+    def all_penalties(self) -> tuple[Penalty, ...]:
+        """The method's penalties with this configuration's weights; those of weight 0 are left out."""
+        weights = dict(self.penalties or {})
+        kept = [replace(each, weight=weights.pop(each.kind, each.weight)) for each in self.row.penalties]
+        kept += [Penalty(kind, weight) for kind, weight in weights.items()]
+        return tuple(each for each in kept if each.weight > 0)
+
+    @property
+    def routing_penalties(self) -> tuple[Penalty, ...]:
+        """Those that read routing."""
+        return tuple(each for each in self.all_penalties if each.kind in balance.PENALTIES)
+
+    @property
+    def weight_penalties(self) -> tuple[Penalty, ...]:
+        """Those that read weights alone."""
+        return tuple(each for each in self.all_penalties if each.kind in WEIGHT_PENALTIES)
+
+    def for_linear(self, place: Place) -> LinearSpec:
+        """Resolve for one linear. Raises InputRefused."""
+        return linear_spec(self, place)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; sets become sorted lists so that files compare equal."""
@@ -117,19 +161,108 @@ class MixtureConfig(PeftConfig):
     def from_recipe(cls, adapter: Adapter, num_tasks: int) -> "MixtureConfig":
         """Build from a recipe's adapter section. Raises InputRefused."""
         row = find_method(adapter.method)
+        content = adapter.model_dump(exclude={"targets", "penalty", "adapters"}, exclude_none=True)
+        if adapter.penalty is not None:
+            if not row.penalties:
+                raise InputRefused(f"adapter.penalty: {row.name} has none; name one in adapter.penalties")
+            content["penalties"] = {row.penalties[0].kind: adapter.penalty} | content.get("penalties", {})
+        needs_tasks = any(gate.input in ("task", "task+x") for gate in row.gates.values())
         return cls(
-            method=adapter.method,
-            rank=adapter.rank,
-            alpha=adapter.alpha,
-            dropout=adapter.dropout,
-            dropout_per_expert=adapter.dropout_per_expert,
-            down=adapter.down.model_dump() if adapter.down else None,
-            up=adapter.up.model_dump() if adapter.up else None,
-            num_tasks=num_tasks if row.task_embedding is not None else None,
-            task_embedding=adapter.task_embedding,
-            target_modules=adapter.targets,
+            **content,
+            num_tasks=num_tasks if needs_tasks else None,
+            target_modules=adapter.targets or list(row.targets),
             task_type="CAUSAL_LM",
         )
 
+    def _check(self, method: Method) -> None:
+        assert self.rank is not None and self.alpha is not None
+        if self.rank < 1:
+            raise InputRefused(f"adapter.rank: {self.rank} will not do: at least 1")
+        if not self.alpha > 0:
+            raise InputRefused(f"adapter.alpha: {self.alpha} will not do: above 0")
+        if not 0 <= self.dropout < 1:
+            raise InputRefused(f"adapter.dropout: {self.dropout} will not do: from 0 to below 1")
+        for name, bank in (("down", self.down), ("up", self.up)):
+            if not isinstance(bank, dict) or set(bank) != {"experts"} or bank["experts"] < 1:
+                raise InputRefused(f'adapter.{name}: {bank} will not do: write {{"experts": 4}}')
+        check_counts(method, self.num_down, self.num_up)
+        self._check_ranks(method)
+        self._check_gates(method)
+        self._check_task(method)
+        self._check_shared()
+        if self.init not in DOWN_INITS:
+            raise InputRefused(f"adapter.init: unknown '{self.init}'; {nearest(str(self.init), DOWN_INITS)}")
+        for kind in self.penalties or {}:
+            known = [*balance.PENALTIES, *WEIGHT_PENALTIES]
+            if kind not in known:
+                raise InputRefused(f"adapter.penalties: unknown penalty '{kind}'; {nearest(kind, known)}")
+            if kind in balance.PENALTIES and not self.gates_of_row:
+                raise InputRefused(f"adapter.penalties: {kind} reads a router, and {method.name} has none")
 
-__all__ = ["MixtureConfig"]
+    def _check_ranks(self, method: Method) -> None:
+        if self.allocation is not None:
+            if method.pairing == "chain" and method.gate_up is None:
+                raise InputRefused(f"adapter.allocation: {method.name} has one up expert everywhere")
+            experts_by_layer(self.allocation, 1 << 16)
+        if self.ranks is None:
+            return
+        if method.pairing != "tied":
+            raise InputRefused(f"adapter.ranks: {method.name} pairs any down with any up expert: one rank for all")
+        if len(self.ranks) != self.num_down or min(self.ranks) < 1:
+            raise InputRefused(f"adapter.ranks: {self.ranks} will not do: {self.num_down} ranks, each at least 1")
+        if self.allocation is not None:
+            raise InputRefused("adapter.ranks: give ranks or an allocation, not both")
+
+    def _check_gates(self, method: Method) -> None:
+        known = {each.name for each in fields(Gate)}
+        for role, changes in (self.gates or {}).items():
+            if role not in method.gates:
+                there = ", ".join(method.gates) or "none"
+                raise InputRefused(f"adapter.gates.{role}: {method.name} has no such gate; it has {there}")
+            for key in changes:
+                if key not in known:
+                    raise InputRefused(f"adapter.gates.{role}: unknown field '{key}'; {nearest(key, known)}")
+            if changes.get("granularity") == "batch":
+                raise InputRefused(
+                    f"adapter.gates.{role}.granularity: 'batch' is refused: its mean would let rows see each other"
+                )
+        counts = {"down": self.num_down, "up": self.num_up, "core": method.cores, "rank": self.rank or 1}
+        if self.allocation is not None:
+            least = min(int(part) for part in self.allocation.split("-"))
+            counts["down" if method.pairing == "tied" else "up"] = max(least, 1)
+        for role, gate in self.gates_of_row.items():
+            if not gate.is_constant(counts[role]):
+                check_gate(gate, f"adapter.gates.{role}", counts[role])
+
+    def _check_task(self, method: Method) -> None:
+        inputs = {gate.input for gate in self.gates_of_row.values()}
+        if "external" in inputs and (self.external_width is None or self.external_width < 1):
+            raise InputRefused(f"adapter.external_width: {method.name} reads a vector of each row; give its width")
+        if not inputs & {"task", "task+x"}:
+            if self.task_embedding is not None:
+                raise InputRefused(f"adapter.task_embedding: {method.name} does not route by task")
+            return
+        if self.num_tasks is None or self.num_tasks < 1:
+            raise InputRefused(f"adapter: {method.name} routes by task and needs num_tasks, at least 1")
+        if any(gate.select == "fixed" for gate in self.gates_of_row.values()):
+            if self.num_tasks > self.num_down:
+                raise InputRefused(
+                    f"adapter.down.experts: {method.name} gives each task its own expert; {self.num_tasks} tasks, "
+                    f"{self.num_down} experts"
+                )
+        elif self.task_embedding is None or self.task_embedding < 1:
+            raise InputRefused(f"adapter.task_embedding: {self.task_embedding} will not do: at least 1")
+
+    def _check_shared(self) -> None:
+        if self.shared is None:
+            return
+        unknown = set(self.shared) - {"rank", "alpha", "init"}
+        if unknown or int(self.shared.get("rank", 0)) < 1:
+            raise InputRefused(f'adapter.shared: {self.shared} will not do: write {{"rank": 8, "init": "pissa"}}')
+        if self.shared_init not in SHARED_INITS:
+            raise InputRefused(
+                f"adapter.shared.init: unknown '{self.shared_init}'; {nearest(self.shared_init, SHARED_INITS)}"
+            )
+
+
+__all__ = ["DOWN_INITS", "SHARED_INITS", "MixtureConfig"]

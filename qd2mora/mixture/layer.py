@@ -1,14 +1,15 @@
-"""MixtureLinear: a frozen linear with one or more mixtures beside it.
+"""MixtureLinear: a frozen linear (or block) with one or more mixtures beside it.
 
-Tensors of an adapter (safetensors keys end in these):
-mixture_A (M, r, d_in), mixture_B (N, d_out, r), mixture_router_down (M, d_in), mixture_router_up (N, r), or (N, d_in)
-where the method's up router reads x; mixture_core (r, r); mixture_task_embedding (tasks + 1, width) and
-mixture_router_task (E, width) where the gate reads the task.
+Tensors of an adapter (safetensors keys end in these); a linear has those that its method names:
+mixture_A (M, r, d_in), mixture_B (N, d_out, r), or (Q, d_in) and (d_out, P) where ranks differ; mixture_router_down
+(M, d_in), mixture_router_up (N, r) or (N, d_in) where it reads x; mixture_core; mixture_task_embedding
+(tasks + 1, width) and mixture_router_task (E, width); mixture_bias_*, mixture_out_*, mixture_logits_* and
+mixture_select_bias_* of a gate; mixture_shared_A (r, d_in), mixture_shared_B (d_out, r), and mixture_start_A,
+mixture_start_B (negated), the frozen start of a shared expert that does not begin at zero; mixture_base_scale (1).
 """
 
-import math
-from dataclasses import dataclass
-from typing import Any
+import zlib
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -17,63 +18,54 @@ from torch.nn import functional as F  # noqa: N812
 
 from qd2mora.mixture import ops
 from qd2mora.mixture.config import MixtureConfig
-from qd2mora.mixture.fused import add_mixture
-from qd2mora.mixture.presets import STATIC, Method
+from qd2mora.mixture.fused import Dropout, add_mixture
+from qd2mora.mixture.gating import given_logits
+from qd2mora.mixture.initial import initial_tensor
+from qd2mora.mixture.method import STATIC, Method
+from qd2mora.mixture.observer import Observer
+from qd2mora.mixture.routing import Routing
+from qd2mora.mixture.spec import ROLES, LinearSpec, Place
 
 TENSORS = (
     "mixture_A",
     "mixture_B",
-    "mixture_router_down",
-    "mixture_router_up",
     "mixture_core",
+    "mixture_shared_A",
+    "mixture_shared_B",
+    "mixture_start_A",
+    "mixture_start_B",
+    "mixture_base_scale",
     "mixture_task_embedding",
     "mixture_router_task",
+    *(f"mixture_{what}_{role}" for role in ROLES for what in ("router", "bias", "out", "logits", "select_bias")),
 )
-
-
-@dataclass
-class Routing:
-    """What routers need beside the hidden states: the task of each row, (batch,) int64."""
-
-    task_index: Tensor | None = None
-
-
-def tensor_shapes(config: MixtureConfig, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
-    """Return name to shape of every tensor that one adapter of this configuration has on a (d_out, d_in) linear."""
-    row, num_down, num_up = config.row, config.num_down, config.num_up
-    assert config.rank is not None
-    shapes: dict[str, tuple[int, ...]] = {
-        "mixture_A": (num_down, config.rank, d_in),
-        "mixture_B": (num_up, d_out, config.rank),
-    }
-    if row.gate_down and row.gate_down.input == "x":
-        shapes["mixture_router_down"] = (num_down, d_in)
-    if row.gate_up:
-        shapes["mixture_router_up"] = (num_up, d_in if row.gate_up.input == "x" else config.rank)
-    if row.core == "dense":
-        shapes["mixture_core"] = (config.rank, config.rank)
-    if row.task_embedding is not None:
-        assert config.num_tasks is not None and config.task_embedding is not None
-        # One row more than tasks, as in the authors' code.
-        shapes["mixture_task_embedding"] = (config.num_tasks + 1, config.task_embedding)
-        shapes["mixture_router_task"] = (num_down, config.task_embedding)
-    return shapes
 
 
 class MixtureLinear(nn.Module, BaseTunerLayer):
     """y = base(x) + sum over active adapters of s B K_t A x."""
 
     adapter_layer_names = TENSORS
-    other_param_names = ("mixture_config",)
+    other_param_names = ("mixture_config", "mixture_spec")
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MixtureConfig, routing: Routing) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: MixtureConfig,
+        routing: Routing,
+        place: Place | None = None,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        linear: Any = self.get_base_layer()
-        self.in_features: int = linear.in_features
-        self.out_features: int = linear.out_features
+        if place is None:
+            linear: Any = self.get_base_layer()
+            place = Place("", linear.in_features, linear.out_features)
+        self.in_features, self.out_features = place.d_in, place.d_out
+        self.place_key = place.key
+        self.layer_key = zlib.crc32(place.key.encode())
         self.routing = routing
         self.mixture_config: dict[str, MixtureConfig] = {}
+        self.mixture_spec: dict[str, LinearSpec] = {}
         # A constant K that stands in for routing while an export is measured, by adapter.
         self.static_mixing: dict[str, Tensor] = {}
         for name in TENSORS:
@@ -81,39 +73,71 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
+        self.update_layer(adapter_name, config, place)
 
-    def update_layer(self, adapter_name: str, config: MixtureConfig) -> None:
+    def update_layer(self, adapter_name: str, config: MixtureConfig, place: Place) -> None:
         """Add a freshly initialised adapter beside those that are there."""
-        self.mixture_config[adapter_name] = config
-        for name, shape in tensor_shapes(config, self.in_features, self.out_features).items():
-            getattr(self, name)[adapter_name] = nn.Parameter(_initial(name, shape, config.row))
+        spec = config.for_linear(place)
+        self.mixture_config[adapter_name], self.mixture_spec[adapter_name] = config, spec
+        for name, shape in spec.shapes.items():
+            getattr(self, name)[adapter_name] = nn.Parameter(initial_tensor(name, shape, config, spec))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters active; of their tensors those that a method freezes stay frozen."""
+        super().set_adapter(adapter_names, inference_mode)
+        self._freeze()
+
+    def set_requires_grad(self, adapter_names: str | Any, requires_grad: bool = True) -> None:
+        """Switch training of adapters, except for the tensors that a method freezes."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        for adapter, spec in self.mixture_spec.items():
+            for name in spec.frozen:
+                if adapter in getattr(self, name):
+                    getattr(self, name)[adapter].requires_grad_(False)
 
     def tensors(self, adapter_name: str) -> dict[str, Tensor]:
         """Return the adapter's tensors by name."""
         return {name: getattr(self, name)[adapter_name] for name in TENSORS if adapter_name in getattr(self, name)}
 
+    def scaling(self, adapter_name: str) -> float:
+        """Return s."""
+        return self.mixture_spec[adapter_name].scaling
+
+    def banks(self, adapter_name: str) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the down banks, (M, r, d_in) or (ranks, d_in), and the up banks, (N, d_out, r) or (d_out, ranks)."""
+        spec, tensors = self.mixture_spec[adapter_name], self._staged(adapter_name)
+        down, up = tensors["mixture_A"], tensors["mixture_B"]
+        if spec.step.core == "kron":
+            down, up = _kron_banks(down[0], up[0], spec.step.scales)
+        downs, ups = [down], [up]
+        for name in ("shared", "start"):
+            if f"mixture_{name}_A" in tensors:
+                downs.append(tensors[f"mixture_{name}_A"])
+                ups.append(tensors[f"mixture_{name}_B"])
+        return downs, ups
+
+    def rows(self, adapter_name: str) -> Tensor:
+        """Return everything u = A x stands for, (Q + S, d_in), without the routers."""
+        return torch.cat([ops.stack_rows(bank) for bank in self.banks(adapter_name)[0]])
+
+    def columns(self, adapter_name: str) -> Tensor:
+        """Return everything that v is multiplied with, (d_out, P + S)."""
+        return torch.cat([ops.stack_columns(bank) for bank in self.banks(adapter_name)[1]], -1)
+
     def rank_space(self, x: Tensor, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Return u = A x, (..., M*r), and v = K_t u, (..., N*r), float32, without dropout; s B v is the output."""
+        """Return u = A x, (..., Q + S), and v = K_t u, (..., P + S), float32, without dropout; s B v is the output."""
         u_ext, small = self._features(x, adapter_name)
-        step = self.mixture_config[adapter_name].step
-        return u_ext[..., : step.num_down * step.rank], step.mix(u_ext, **small)
+        step = self.mixture_spec[adapter_name].step
+        return u_ext[..., : step.width_down + step.shared], step.mix(u_ext, small)
 
     def mixing(self, x: Tensor, adapter_name: str) -> Tensor:
-        """Return K_t of every token, (..., N*r, M*r) float32: what routing made of the banks."""
-        u_ext, small = self._features(x, adapter_name)
-        step = self.mixture_config[adapter_name].step
-        core = torch.eye(step.rank, device=x.device) if small["core"] is None else small["core"].float()
-        if step.is_tied:
-            assert small["gate_pair"] is not None
-            blocks = torch.diag_embed(small["gate_pair"].expand(*u_ext.shape[:-1], -1))
-        else:
-            gate_down, gate_up, _ = step.chain(u_ext, small["router_z"], small["core"])
-            down, up = (u_ext.new_ones(*u_ext.shape[:-1], 1) if gate is None else gate for gate in (gate_down, gate_up))
-            blocks = up.unsqueeze(-1) * down.unsqueeze(-2)
-        return torch.einsum("...ji,qp->...jqip", blocks, core).flatten(-2).flatten(-3, -2)
+        """Return K_t of every token, (..., P + S, Q + S) float32: what routing made of the banks."""
+        return self.mixture_spec[adapter_name].step.mixing(*self._features(x, adapter_name))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base output plus the active adapters' (..., d_out), in the base output's dtype."""
@@ -123,78 +147,89 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
         for name in self.active_adapters:
-            if name in self.static_mixing:
-                y = y + self._static(x, name).to(y.dtype)
-            elif name in self.mixture_config:
-                y = self._routed(y, x, name)
+            if name in self.mixture_spec:
+                y = self.base_scaled(y, name)
+                y = y + self._static(x, name).to(y.dtype) if name in self.static_mixing else self._routed(y, x, name)
         return y
 
+    def base_scaled(self, y: Tensor, name: str) -> Tensor:
+        """Return a_0 y where the method scales its base, y itself elsewhere; a_0 is within 0.8 and 1.2."""
+        scale = self.tensors(name).get("mixture_base_scale")
+        return y if scale is None else y * (1 + 0.2 * scale.tanh()).to(y.dtype)
+
     def _routed(self, y: Tensor, x: Tensor, name: str) -> Tensor:
-        config, tensors = self.mixture_config[name], self.tensors(name)
-        router_x, small = self._routers(x, name)
+        config, spec = self.mixture_config[name], self.mixture_spec[name]
+        downs, ups = self.banks(name)
+        probability = config.dropout if self.training else 0.0
+        needs_draws = probability > 0 or (self.training and any(_is_random(gate) for _, gate in spec.step.gates))
+        draws = self.routing.draws(self.layer_key) if needs_draws else None
+        sizes = spec.step.ranks_down if config.dropout_per_expert else (spec.step.width_down,)
         return add_mixture(
             y,
             x,
-            tensors["mixture_A"],
-            tensors["mixture_B"],
-            config.step,
-            config.scaling,
-            router_x=router_x,
-            **small,
-            dropout=config.dropout if self.training else 0.0,
-            num_masks=config.num_down if config.dropout_per_expert else 1,
+            downs + self._routers_of_x(name),
+            ups,
+            self._small(x, name),
+            spec.step,
+            spec.scaling,
+            draws=draws,
+            dropout=Dropout(probability, sizes) if probability else None,
+            observer=Observer.of(spec, self.routing, name, x) if self.training else None,
         )
 
     def _static(self, x: Tensor, name: str) -> Tensor:
+        u = ops.wide(ops.features(x, [self.rows(name)]))
+        v = F.linear(u, self.static_mixing[name])
+        return ops.up_product(v, self.columns(name), self.scaling(name), x.dtype)
+
+    def _features(self, x: Tensor, name: str) -> tuple[Tensor, dict[str, Tensor]]:
+        return ops.wide(ops.features(x, [self.rows(name), *self._routers_of_x(name)])), self._small(x, name)
+
+    def _routers_of_x(self, name: str) -> list[Tensor]:
+        step, tensors = self.mixture_spec[name].step, self.tensors(name)
+        return [tensors[f"mixture_router_{role}"] for role, _ in step.router_rows]
+
+    def _small(self, x: Tensor, name: str) -> dict[str, Tensor]:
+        """Return what the step in rank space reads beside u."""
+        spec, tensors = self.mixture_spec[name], self._staged(name)
+        small = {"core": tensors["mixture_core"]} if "mixture_core" in tensors else {}
+        for role, gate in spec.step.gates:
+            for what in ("bias", "out", "select_bias"):
+                if f"mixture_{what}_{role}" in tensors:
+                    small[f"{what}_{role}"] = tensors[f"mixture_{what}_{role}"]
+            if gate.input == "z":
+                small[f"router_{role}"] = tensors[f"mixture_router_{role}"]
+            given = given_logits(gate, role, x, tensors, self.routing, name, spec.place)
+            if given is not None:
+                small[f"logits_{role}"] = given
+        return small
+
+    def _staged(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors; where a method grows in stages, with gradients for what this stage trains alone."""
         tensors = self.tensors(name)
-        v = F.linear(ops.wide(ops.features(x, tensors["mixture_A"])), self.static_mixing[name])
-        return ops.up_product(v, tensors["mixture_B"], self.mixture_config[name].scaling, x.dtype)
-
-    def _features(self, x: Tensor, name: str) -> tuple[Tensor, dict[str, Tensor | None]]:
-        router_x, small = self._routers(x, name)
-        return ops.wide(ops.features(x, self.tensors(name)["mixture_A"], router_x)), small
-
-    def _routers(self, x: Tensor, name: str) -> tuple[Tensor | None, dict[str, Tensor | None]]:
-        """Return the router rows that read x, and what the step in rank space reads besides."""
-        row, tensors = self.mixture_config[name].row, self.tensors(name)
-        down, up = tensors.get("mixture_router_down"), tensors.get("mixture_router_up")
-        up_reads_x = row.gate_up is not None and row.gate_up.input == "x"
-        reading_x = [router for router in (down, up if up_reads_x else None) if router is not None]
-        small = {
-            "router_z": None if up_reads_x else up,
-            "core": tensors.get("mixture_core"),
-            "gate_pair": self._task_gate(x, tensors) if row.pairing == "tied" else None,
-        }
-        return (torch.cat(reading_x) if len(reading_x) > 1 else next(iter(reading_x), None)), small
-
-    def _task_gate(self, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-        index = self.routing.task_index
-        table = tensors["mixture_task_embedding"]
-        if index is None:
-            raise ValueError("this adapter routes by task: pass task_index=(batch,) to the model's forward")
-        if int(index.max()) >= table.shape[0] - 1 or int(index.min()) < 0:
-            raise ValueError(f"task_index {index.tolist()} is outside the {table.shape[0] - 1} tasks of this adapter")
-        with ops.unlowered(table):
-            logits = F.linear(ops.wide(table[index.to(table.device)]), ops.wide(tensors["mixture_router_task"]))
-        gate = logits.softmax(-1)
-        return gate.view(gate.shape[0], *([1] * (x.dim() - 2)), gate.shape[1])
+        if not self.mixture_config[name].row.stages or self.routing.stage is None:
+            return tensors
+        number = torch.arange(tensors["mixture_A"].shape[0], device=tensors["mixture_A"].device)
+        now, before = number == self.routing.stage, number < self.routing.stage
+        trained = {"mixture_A": now.view(-1, 1, 1), "mixture_B": now.view(-1, 1, 1), "mixture_logits_down": before}
+        return tensors | {key: torch.where(mask, tensors[key], tensors[key].detach()) for key, mask in trained.items()}
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """Return s B C A, (d_out, d_in) float32. Raises ValueError where K depends on the token or the task."""
-        config, tensors = self.mixture_config[adapter_name], self.tensors(adapter_name)
-        if config.row.depends_on != STATIC:
-            raise ValueError(merge_refusal(config.row))
-        A_RD = tensors["mixture_A"][0].float()
-        if "mixture_core" in tensors:
-            A_RD = tensors["mixture_core"].float() @ A_RD
-        return config.scaling * tensors["mixture_B"][0].float() @ A_RD
+        """Return s B K A, (d_out, d_in) float32. Raises ValueError where K depends on the token or the task."""
+        row = self.mixture_config[adapter_name].row
+        if row.depends_on != STATIC:
+            raise ValueError(merge_refusal(row))
+        with torch.no_grad():
+            rows = self.rows(adapter_name).float()
+            K = self.mixing(rows.new_zeros(1, 1, rows.shape[1]), adapter_name)[0, 0]
+            return self.scaling(adapter_name) * self.columns(adapter_name).float() @ (K @ rows)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold static adapters into a dense base weight. Raises ValueError for routed ones and for a 4-bit base."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.mixture_config]
         # Every update before the first is added, so that a refusal leaves the weight as it was.
         for name, delta in [(name, self.get_delta_weight(name)) for name in names]:
-            weight = self._dense_weight()
+            weight = self._dense_weight(name)
             merged = (weight.data.float() + delta).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"merging adapter '{name}' gives weights that are not finite")
@@ -204,16 +239,17 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Take merged adapters out again."""
         while self.merged_adapters:
-            delta = self.get_delta_weight(self.merged_adapters.pop())
-            weight = self._dense_weight()
+            name = self.merged_adapters.pop()
+            weight, delta = self._dense_weight(name), self.get_delta_weight(name)
             weight.data = (weight.data.float() - delta).to(weight.dtype)
 
-    def _dense_weight(self) -> nn.Parameter:
+    def _dense_weight(self, name: str) -> nn.Parameter:
         linear: Any = self.get_base_layer()
-        weight: nn.Parameter = linear.weight
-        if not weight.is_floating_point():
+        if "mixture_base_scale" in self.tensors(name) or not isinstance(linear, nn.Linear):
+            raise ValueError("this adapter scales its base or stands beside a block; use `qd2mora merge`")
+        if not linear.weight.is_floating_point():
             raise ValueError("a 4-bit base cannot take a merge: the update is lost in rounding; use `qd2mora merge`")
-        return weight
+        return cast(nn.Parameter, linear.weight)
 
     def __repr__(self) -> str:
         return "mixture." + super().__repr__()
@@ -228,18 +264,21 @@ def merge_refusal(row: Method) -> str:
     )
 
 
-def _initial(name: str, shape: tuple[int, ...], row: Method) -> Tensor:
-    """B zero, so that the adapted model starts as the base for any router; the rest as each method's code does."""
-    tensor = torch.empty(shape)
-    if name == "mixture_B":
-        return nn.init.zeros_(tensor)
-    if name == "mixture_A" and row.init_down == "gaussian":
-        return nn.init.normal_(tensor, std=0.01)
-    if name == "mixture_task_embedding":
-        return nn.init.normal_(tensor)
-    # Kaiming uniform with a = sqrt(5) over the last axis: U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
-    bound = 1 / math.sqrt(shape[-1])
-    return nn.init.uniform_(tensor, -bound, bound)
+def _is_random(gate: Any) -> bool:
+    return gate.score == "noisy" or gate.select == "sample"
 
 
-__all__ = ["TENSORS", "MixtureLinear", "Routing", "merge_refusal", "tensor_shapes"]
+def _kron_banks(seed_RD: Tensor, seed_OR: Tensor, scales: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return A_e = A[:, :D/s] (x) I_s one below the other, and B_e = B[:O/s] (x) I_s side by side, for every scale s.
+
+    With a core I_r (x) K_e between them, B_e C_e A_e = (B A)[:O/s, :D/s] (x) K_e (EPT, reconstruction).
+    """
+    rows, columns = [], []
+    for scale in scales:
+        unit = torch.eye(scale, dtype=seed_RD.dtype, device=seed_RD.device)
+        rows.append(torch.kron(seed_RD[:, : seed_RD.shape[1] // scale].contiguous(), unit))
+        columns.append(torch.kron(seed_OR[: seed_OR.shape[0] // scale].contiguous(), unit))
+    return torch.cat(rows), torch.cat(columns, -1)
+
+
+__all__ = ["TENSORS", "MixtureLinear", "merge_refusal"]

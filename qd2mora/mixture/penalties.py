@@ -1,4 +1,4 @@
-"""The orthogonality penalty that keeps experts diverse.
+"""Penalties that read weights alone, once an optimiser step; first the one that keeps D2MoRA's experts diverse.
 
 L = weight * sum over modules of [ sum_{i<j} |cos(A_i, A_j)| + sum_{i<j} |cos(B_i, B_j)| ], experts flattened, with
 cos(P, Q) = <P, Q> / ((|P| + eps)(|Q| + eps)), eps = 1e-6 (D2MoRA; iLearn-Lab/AAAI26-D2MoRA). At B = 0 the value and
@@ -22,9 +22,10 @@ EPS = 1e-6
 def pairwise_overlap(banks: Iterable[Tensor]) -> Tensor:
     """Return sum over banks of sum_{i<j} |cos(P_i, P_j)|, a float32 scalar.
 
-    `banks`: tensors (E, ...) of any shapes; banks of one expert count nothing. Accumulates in float32.
+    `banks`: tensors (E, ...) of any shapes; banks of one expert, or of ranks that differ, count nothing.
+    Accumulates in float32.
     """
-    several = sorted((bank for bank in banks if bank.shape[0] > 1), key=_shape)
+    several = sorted((bank for bank in banks if bank.dim() == 3 and bank.shape[0] > 1), key=_shape)
     if not several:
         return torch.zeros(())
     totals = [_overlap_of_one_shape(torch.stack(list(group))) for _, group in groupby(several, key=_shape)]
@@ -46,4 +47,38 @@ def _overlap_of_one_shape(banks: Tensor) -> Tensor:
     return cos_LEE.abs().triu(1).sum()
 
 
-__all__ = ["EPS", "pairwise_overlap"]
+def subspace_overlap(banks: Iterable[Tensor], axis: int) -> Tensor:
+    """Return sum over banks of sum_{i<j} |P_i P_j^T|_F^2 / (|P_i|_F^2 |P_j|_F^2), a float32 scalar.
+
+    `axis` is the rank's place in an expert: 0 for rows of A (R, D), 1 for columns of B (O, R). Unlike the flattened
+    cosine it does not change when an expert's ranks are rotated among themselves, so experts that span the same
+    directions cannot score zero. Ours, not published. One product for all pairs of a bank.
+    """
+    total = torch.zeros(())
+    for bank in banks:
+        if bank.dim() == 3 and bank.shape[0] > 1:
+            rows_ERX = (bank if axis == 0 else bank.mT).float()
+            num, rank, _ = rows_ERX.shape
+            stacked = rows_ERX.flatten(0, 1)
+            gram = (stacked @ stacked.T).view(num, rank, num, rank).square().sum((1, 3))
+            norm = rows_ERX.square().sum((1, 2)) + EPS
+            total = total.to(gram.device) + (gram / norm.unsqueeze(0) / norm.unsqueeze(1)).triu(1).sum()
+    return total
+
+
+def task_contrast(tables: Iterable[Tensor], temperature: float = 0.1) -> Tensor:
+    """Return the mean InfoNCE loss that pushes the embeddings of tasks apart, a float32 scalar (EPT, reconstruction).
+
+    `tables`: (tasks + 1, width); the last row stands for no task and is left out.
+    """
+    losses = []
+    for table in tables:
+        unit = torch.nn.functional.normalize(table[:-1].float(), dim=-1)
+        likeness = unit @ unit.T / temperature
+        losses.append((likeness.logsumexp(-1) - likeness.diagonal()).mean())
+    return torch.stack(losses).mean() if losses else torch.zeros(())
+
+
+WEIGHT_PENALTIES = ("diversity_cos", "diversity_subspace", "task_contrast")
+
+__all__ = ["EPS", "WEIGHT_PENALTIES", "pairwise_overlap", "subspace_overlap", "task_contrast"]

@@ -1,6 +1,7 @@
 """MixtureModel: puts mixtures into a model for PEFT, and answers questions about those that are there."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,16 +11,23 @@ from torch import Tensor, nn
 
 from qd2mora.errors import InputRefused
 from qd2mora.mixture.config import MixtureConfig
-from qd2mora.mixture.layer import MixtureLinear, Routing, merge_refusal
-from qd2mora.mixture.penalties import pairwise_overlap
-from qd2mora.mixture.presets import STATIC
+from qd2mora.mixture.hooks import watch_passes
+from qd2mora.mixture.layer import MixtureLinear, merge_refusal
+from qd2mora.mixture.method import STATIC
+from qd2mora.mixture.penalties import pairwise_overlap, subspace_overlap, task_contrast
 from qd2mora.mixture.registration import PREFIX
+from qd2mora.mixture.routing import Routing, prompt_of
+from qd2mora.mixture.spec import Place
 
 LLAMA_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class MixtureModel(BaseTuner):
-    """PEFT's tuner for MixtureConfig. `forward` takes `task_index` (batch,) for methods that route by task."""
+    """PEFT's tuner for MixtureConfig.
+
+    The model's forward takes, beside its own arguments, `task_index` (batch,), `group` (batch,), `external` (batch,
+    width) and `prompt_mask` (batch, length), where a method reads them; labels tell the prompt too.
+    """
 
     prefix = PREFIX
     tuner_layer_cls = MixtureLinear
@@ -28,6 +36,8 @@ class MixtureModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: MixtureConfig, adapter_name: str) -> None:
         if "routing" not in self.__dict__:
             self.routing = Routing()
+            self._router_owners: dict[tuple[str, str], str] = {}
+            watch_passes(model, self)
 
     def _create_and_replace(  # type: ignore[override]  # meets its own configuration only
         self,
@@ -39,20 +49,67 @@ class MixtureModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
+        place = self._place(peft_config, adapter_name, target, current_key)
         if isinstance(target, MixtureLinear):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, peft_config, place)
             return
-        if not isinstance(target, nn.Linear):  # bnb.nn.Linear4bit is one
-            raise ValueError(f"target {current_key} is a {type(target).__name__}; mixtures go on linears")
-        layer = MixtureLinear(target, adapter_name, peft_config, self.routing)
+        layer = MixtureLinear(target, adapter_name, peft_config, self.routing, place)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def forward(self, *args: Any, task_index: Tensor | None = None, **kwargs: Any) -> Any:
-        """Run the adapted model; `task_index` stays set for the backward pass of recomputed layers, until the next."""
-        self.routing.task_index = task_index
+    def _place(self, config: MixtureConfig, adapter_name: str, target: nn.Module, key: str) -> Place:
+        text_config: Any = getattr(self.model, "config", None)
+        hidden = getattr(text_config, "hidden_size", 0)
+        linear: Any = target.get_base_layer() if isinstance(target, MixtureLinear) else target
+        if isinstance(linear, nn.Linear):  # bnb.nn.Linear4bit is one
+            d_in, d_out = linear.in_features, linear.out_features
+        elif config.row.placement == "block" and hidden:
+            d_in = d_out = hidden
+        else:
+            raise InputRefused(f"adapter.targets: {key} is a {type(linear).__name__}; mixtures go on linears")
+        place = Place(key, d_in, d_out, getattr(text_config, "num_hidden_layers", 1), hidden)
+        scopes = {gate.scope for gate in config.gates_of_row.values()} - {"module"}
+        owns = all(
+            self._router_owners.setdefault((adapter_name, place.scope_key(scope)), key) == key for scope in scopes
+        )
+        return Place(key, d_in, d_out, place.num_layers, hidden, owns)
+
+    def forward(
+        self,
+        *args: Any,
+        task_index: Tensor | None = None,
+        group: Tensor | None = None,
+        external: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the adapted model; what is said of the rows stays set for the backward pass, until the next call."""
+        routing = self.routing
+        routing.task_index, routing.group, routing.external = task_index, group, external
+        labels = kwargs.get("labels")
+        routing.prompt = None if prompt_mask is None else prompt_mask.bool()
+        if prompt_mask is None and labels is not None:
+            routing.prompt = prompt_of(labels, kwargs.get("attention_mask"))
         return self.model.forward(*args, **kwargs)
+
+    def after_step(self) -> None:
+        """Move the selection biases against the load of the step just taken; once an optimiser step.
+
+        d_e += rate * sign(mean load - load_e), over all processes (FlyLoRA's rule, with the mean count).
+        """
+        layers = {layer.place_key: layer for layer in mixture_layers(self).values()}
+        for (adapter, key), used in self.routing.counts.items():
+            name, _, role = key.rpartition(":")
+            layer = layers[name]
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(used)
+            gate = layer.mixture_spec[adapter].gate(role)
+            assert gate is not None
+            bias = getattr(layer, f"mixture_select_bias_{role}")[adapter]
+            with torch.no_grad():
+                bias.add_(gate.bias_rate * (used.mean() - used).sign().to(bias.device, bias.dtype))
+        self.routing.counts.clear()
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -67,7 +124,8 @@ def add_adapter(model: nn.Module, config: MixtureConfig, seed: int) -> PeftModel
 
     Raises InputRefused where a target matches no linear.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    kinds = nn.Module if config.row.placement == "block" else nn.Linear
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     targets = config.target_modules
     if isinstance(targets, str):
         patterns = {} if targets == "all-linear" else {targets: targets}
@@ -88,11 +146,55 @@ def mixture_layers(model: nn.Module) -> dict[str, MixtureLinear]:
     return {name.removeprefix("base_model.model."): module for name, module in found.items()}
 
 
+def routing_of(model: nn.Module) -> Routing | None:
+    """Return what a PEFT model's routers are told, None where its adapters are not mixtures."""
+    tuner = getattr(model, "base_model", None)
+    return tuner.routing if isinstance(tuner, MixtureModel) else None
+
+
+def read_rows(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """Tell a model's routers what a collated batch says of its rows; where there are none, do nothing."""
+    routing = routing_of(model)
+    if routing is not None:
+        routing.read(batch)
+
+
+def after_step(model: nn.Module) -> None:
+    """Do what a model's mixtures do once an optimiser step: move the selection biases against the load."""
+    tuner = getattr(model, "base_model", None)
+    if isinstance(tuner, MixtureModel):
+        tuner.after_step()
+
+
 def orthogonality(model: nn.Module, adapter_name: str = "default") -> tuple[Tensor, Tensor]:
     """Return the two halves of the orthogonality penalty (down bank, up bank), unweighted float32 scalars."""
-    tensors = [layer.tensors(adapter_name) for layer in mixture_layers(model).values()]
-    halves = [pairwise_overlap(each[name] for each in tensors) for name in ("mixture_A", "mixture_B")]
+    halves = [pairwise_overlap(_tensors(model, adapter_name, name)) for name in ("mixture_A", "mixture_B")]
     return halves[0], halves[1]
 
 
-__all__ = ["LLAMA_LINEARS", "MixtureModel", "add_adapter", "mixture_layers", "orthogonality"]
+def weight_penalty(model: nn.Module, kind: str, adapter_name: str = "default") -> Tensor:
+    """Return one penalty that reads weights, unweighted, a float32 scalar."""
+    if kind == "task_contrast":
+        return task_contrast(_tensors(model, adapter_name, "mixture_task_embedding"))
+    if kind == "diversity_subspace":
+        down, up = (_tensors(model, adapter_name, name) for name in ("mixture_A", "mixture_B"))
+        return subspace_overlap(down, 0) + subspace_overlap(up, 1)
+    return sum(orthogonality(model, adapter_name), torch.zeros(()))
+
+
+def _tensors(model: nn.Module, adapter_name: str, name: str) -> list[Tensor]:
+    found = (layer.tensors(adapter_name).get(name) for layer in mixture_layers(model).values())
+    return [tensor for tensor in found if tensor is not None]
+
+
+__all__ = [
+    "LLAMA_LINEARS",
+    "MixtureModel",
+    "add_adapter",
+    "after_step",
+    "mixture_layers",
+    "orthogonality",
+    "read_rows",
+    "routing_of",
+    "weight_penalty",
+]

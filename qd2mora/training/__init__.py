@@ -90,7 +90,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> T
         optimizer=prepared,
         mixture=mixture,
         tasks=tasks,
-        penalty=config.row.penalty if recipe.adapter.penalty is None else recipe.adapter.penalty,
+        penalties=config.weight_penalties,
         micro_batch=planned.micro_batch,
         total_steps=total,
         pad=tokenizer.pad_token_id,

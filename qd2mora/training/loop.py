@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from qd2mora.data import Mixture, Row, TaskRows, collate
 from qd2mora.errors import NotFinite, SignalStop
-from qd2mora.mixture import orthogonality
+from qd2mora.mixture import Routing, after_step, orthogonality, routing_of, weight_penalty
+from qd2mora.mixture.method import Penalty
 from qd2mora.recipe import Train
 from qd2mora.run_folder import RunFolder
 from qd2mora.training import checkpoint
@@ -43,13 +44,18 @@ class Training:
     optimizer: torch.optim.Optimizer
     mixture: Mixture
     tasks: list[TaskRows]
-    penalty: float
+    penalties: tuple[Penalty, ...]
     micro_batch: int
     total_steps: int
     pad: int
     bad_steps: int = 0
     _bad_in_a_row: int = 0
     _stop: list[int] = field(default_factory=list)
+
+    @property
+    def routing(self) -> Routing | None:
+        """What the routers are told; None where the adapter has none."""
+        return routing_of(self.model)
 
     def run(self, start: int, display: StepDisplay) -> dict[str, float]:
         """Train from update `start` to the end; return the last held-out losses.
@@ -100,7 +106,7 @@ class Training:
         torch.manual_seed(self._random_seed(update))
         rows = self.mixture.rows(update * self.train.global_batch, self.train.global_batch)
         loss = self._accumulate(rows)
-        halves = self._add_penalty()
+        penalty, halves = self._add_penalties()
         rate = learning_rate(self.train, update, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -108,12 +114,13 @@ class Training:
         is_finite = math.isfinite(loss) and math.isfinite(norm)
         if is_finite:
             self.optimizer.step()
+            after_step(self.model)
         self._count_bad(is_finite, update, loss, norm)
         self.optimizer.zero_grad(set_to_none=True)
         tokens = sum(len(row.ids) for row in rows)
         return {
             "loss": loss,
-            "penalty": self.penalty * sum(halves),
+            "penalty": penalty,
             "penalty_down": halves[0],
             "penalty_up": halves[1],
             "grad_norm": norm,
@@ -131,6 +138,7 @@ class Training:
         parts = list(self._micro_batches(rows))
         for number, part in enumerate(parts):
             is_last = number == len(parts) - 1
+            self._tell_routers(part, rows)
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.row_loss):
                 loss = self.row_loss(self._batch(part)).sum() / num_labels
                 # Gradients are averaged over processes; their sum is wanted.
@@ -138,21 +146,43 @@ class Training:
             total += loss.detach()
         return float(self.accelerator.reduce(total, "sum"))
 
-    def _add_penalty(self) -> list[float]:
-        """Add the orthogonality penalty's gradient, once a step; return its two halves, unweighted."""
-        with torch.set_grad_enabled(self.penalty > 0):
+    def _tell_routers(self, part: list[Row], rows: list[Row]) -> None:
+        """Say what share of the step a micro batch is: routing penalties count by it, whatever the split."""
+        if self.routing is None:
+            return
+        tokens = sum(len(row.ids) for row in part) / sum(len(row.ids) for row in rows)
+        self.routing.share = (tokens, len(part) / len(rows))
+        self.routing.loss_scale = self._gradient_scale() * self.accelerator.num_processes
+
+    def _add_penalties(self) -> tuple[float, list[float]]:
+        """Add the gradients of penalties that read weights, once a step.
+
+        Return what all penalties added to the loss, those that read routing included, and how alike the down and the up
+        experts are: the two halves of D2MoRA's penalty, unweighted.
+        """
+        total = sum(self.routing.take_values().values()) if self.routing else 0.0
+        weights = {penalty.kind: penalty.weight for penalty in self.penalties}
+        diversity = weights.pop("diversity_cos", 0.0)
+        with torch.set_grad_enabled(diversity > 0):
             halves = orthogonality(self.model)
-        if self.penalty > 0 and halves[0].requires_grad:
-            banks = [
-                tensor for name, tensor in self.parameters.items() if ".mixture_A." in name or ".mixture_B." in name
-            ]
-            scaler = self.accelerator.scaler
-            weight = self.penalty * (scaler.get_scale() if scaler else 1.0)
-            gradients = torch.autograd.grad(weight * (halves[0] + halves[1]), banks, allow_unused=True)
-            for bank, gradient in zip(banks, gradients, strict=True):
-                if gradient is not None:
-                    bank.grad = gradient if bank.grad is None else bank.grad + gradient
-        return [float(half.detach()) for half in halves]
+        terms: list[Tensor] = [diversity * (halves[0] + halves[1])]
+        terms += [weight * weight_penalty(self.model, kind) for kind, weight in weights.items()]
+        for term in terms:
+            total += float(term.detach())
+            if term.requires_grad:
+                self._add_gradient(term)
+        return total, [float(half.detach()) for half in halves]
+
+    def _add_gradient(self, value: Tensor) -> None:
+        trained = list(self.parameters.values())
+        gradients = torch.autograd.grad(value * self._gradient_scale(), trained, allow_unused=True)
+        for tensor, gradient in zip(trained, gradients, strict=True):
+            if gradient is not None:
+                tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
+
+    def _gradient_scale(self) -> float:
+        scaler = self.accelerator.scaler
+        return float(scaler.get_scale()) if scaler else 1.0
 
     def _clip(self) -> float:
         limit = self.train.max_grad_norm or math.inf

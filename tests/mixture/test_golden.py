@@ -6,8 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from qd2mora.mixture import MixtureConfig, MixtureLinear
-from qd2mora.mixture.layer import Routing
+from qd2mora.mixture import MixtureConfig, MixtureLinear, Routing
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
 PARAMETERS = ("A", "B", "router_down", "router_up")

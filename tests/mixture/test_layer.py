@@ -9,9 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qd2mora.base import dense_weight
 from qd2mora.errors import InputRefused
-from qd2mora.mixture import MixtureConfig, MixtureLinear
-from qd2mora.mixture.fused import add_mixture
-from qd2mora.mixture.layer import Routing
+from qd2mora.mixture import MixtureConfig, MixtureLinear, Routing
 
 D_IN, D_OUT, RANK, TASKS = 13, 7, 3, 4
 ALPHA = 5.0
@@ -107,28 +105,23 @@ def test_freezing_one_tensor_leaves_the_gradients_of_the_others(frozen: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("method", "num_masks"),
-    [*((method, masks) for method in COUNTS for masks in (0, 1)), ("d2mora", 3), ("moelora", 4)],
+    ("method", "dropout", "per_expert"),
+    [
+        *((method, dropout, False) for method in COUNTS for dropout in (0.0, 0.3)),
+        ("d2mora", 0.3, True),
+        ("moelora", 0.3, True),
+    ],
 )
-def test_the_fast_form_passes_finite_differences(method: str, num_masks: int) -> None:
-    layer = make_layer(method)
-    config = layer.mixture_config["default"]
-    tensors = {name: tensor.detach().double() for name, tensor in layer.tensors("default").items()}
+def test_the_fast_form_passes_finite_differences(method: str, dropout: float, per_expert: bool) -> None:
+    layer = make_layer(method, dropout=dropout, dropout_per_expert=per_expert).double().train()
+    named = {name: tensor for name, tensor in layer.named_parameters() if "mixture_" in name}
     x = torch.randn(2, 3, D_IN, dtype=torch.float64)
-    weight = torch.randn(D_OUT, D_IN, dtype=torch.float64)
-    router_x = tensors.get("mixture_router_up" if method == "hydralora" else "mixture_router_down")
-    router_z = None if method == "hydralora" else tensors.get("mixture_router_up")
-    pair = torch.rand(2, 1, 4, dtype=torch.float64) if method == "moelora" else None
-    optional = {"router_x": router_x, "router_z": router_z, "core": tensors.get("mixture_core"), "gate_pair": pair}
-    used = {name: tensor for name, tensor in optional.items() if tensor is not None}
 
-    def run(x: Tensor, A: Tensor, B: Tensor, *rest: Tensor) -> Tensor:
+    def run(x: Tensor, *tensors: Tensor) -> Tensor:
         torch.manual_seed(1)  # the same masks at every evaluation
-        dropout = {"dropout": 0.3, "num_masks": num_masks} if num_masks else {}
-        named = dict(zip(used, rest, strict=True))
-        return add_mixture(x @ weight.T, x, A, B, config.step, 0.7, **named, **dropout)
+        return torch.func.functional_call(layer, dict(zip(named, tensors, strict=True)), (x,))
 
-    inputs = [x, tensors["mixture_A"], tensors["mixture_B"], *used.values()]
+    inputs = [x, *(tensor.detach().clone() for tensor in named.values())]
     assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in inputs])
 
 

@@ -1,0 +1,126 @@
+"""Penalties that read routing, as pure functions of what a router decided.
+
+Each takes a `View` of one router over one micro batch and returns a value for each of its groups: one group of all
+counted tokens (`over="batch"`), or one a row (`over="row"`). Padding never counts. They are evaluated in the backward
+pass, where the step in rank space is done again anyway, so that checkpointing and accumulation leave them alone.
+
+Deviations, all of them: every router is balanced by itself, where Mixtral's rule pools the layers before it averages (a
+skewed layer can hide behind another) and MoLA's code concatenates the seven routers of a layer; MoLA's, LoRAMoE's and
+LLaVA-MoLE's code let padding count.
+
+Shapes: G groups, n tokens of a group, E experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from qd2mora.mixture.method import Penalty
+from qd2mora.mixture.routers import Gating, tsallis_entropy
+
+
+@dataclass(frozen=True)
+class View:
+    """One router's decisions: probs, used, logits (G, n, E), counted (G, n) of 0 and 1; group, task (G, n) or None."""
+
+    probs: Tensor
+    used: Tensor
+    logits: Tensor
+    counted: Tensor
+    group: Tensor | None = None
+    task: Tensor | None = None
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over counted tokens of (G, n, ...) as (G, ...)."""
+        counted = self.counted if values.dim() == 2 else self.counted.unsqueeze(-1)
+        return (values * counted).sum(1) / counted.sum(1).clamp_min(1)
+
+
+def view(gating: Gating, counted_BT: Tensor, by_row: bool, group: Tensor | None, task: Tensor | None) -> View:
+    """Arrange a gating over rows and tokens; gates of a whole row count once a row. `group`, `task`: (B,)."""
+    num_rows = counted_BT.shape[0]
+    shape = torch.broadcast_shapes(gating.probs.shape, (num_rows, 1, gating.probs.shape[-1]))
+    counted = counted_BT if shape[1] > 1 or counted_BT.shape[1] == 1 else counted_BT.new_ones(num_rows, 1)
+
+    def arranged(values: Tensor) -> Tensor:
+        wide = values.expand(shape) if values.dim() == 3 else values.view(*values.shape, *[1] * (2 - values.dim()))
+        wide = wide if values.dim() == 3 else wide.expand(shape[:2])
+        return wide if by_row else wide.reshape(1, -1, *wide.shape[2:])
+
+    each = [arranged(tensor) for tensor in (gating.probs, gating.used, gating.logits, counted.to(gating.probs.dtype))]
+    ids = [None if ids is None else arranged(ids) for ids in (group, task)]
+    return View(*each, *ids)
+
+
+def _mixtral(routed: View, penalty: Penalty) -> Tensor:
+    """E sum_e mean(used_e) mean(p_e), least at k (transformers' Mixtral; MixLoRA, Omni-Effects, Switch at k = 1)."""
+    return routed.probs.shape[-1] * (routed.mean(routed.used.detach()) * routed.mean(routed.probs)).sum(-1)
+
+
+def _mola(routed: View, penalty: Penalty) -> Tensor:
+    """E sum_e f_e mean(p_e) with f the share of all choices, least at 1 (GCYZSL/MoLA)."""
+    used = routed.mean(routed.used.detach())
+    share = used / used.sum(-1, keepdim=True)
+    return routed.probs.shape[-1] * (share * routed.mean(routed.probs)).sum(-1)
+
+
+def _llava(routed: View, penalty: Penalty) -> Tensor:
+    """sum_e mean(p_e) mean(used_e), without the factor E (forwchen/LLaVA-MoLE)."""
+    return (routed.mean(routed.used.detach()) * routed.mean(routed.probs)).sum(-1)
+
+
+def _soft(routed: View, penalty: Penalty) -> Tensor:
+    """E sum_e mean(p_e used_e) mean(p_e) (mikecovlee/DynMoLE)."""
+    return routed.probs.shape[-1] * (routed.mean(routed.probs * routed.used) * routed.mean(routed.probs)).sum(-1)
+
+
+def _z_loss(routed: View, penalty: Penalty) -> Tensor:
+    """mean (logsumexp l)^2 (ST-MoE)."""
+    return routed.mean(routed.logits.logsumexp(-1).square())
+
+
+def _entropy(routed: View, penalty: Penalty) -> Tensor:
+    """Mean entropy of the gates in [0, 1], Tsallis' of the given order; order 1 is Shannon's (DynMoLE)."""
+    return routed.mean(tsallis_entropy(routed.probs, penalty.order))
+
+
+def _localized(routed: View, penalty: Penalty) -> Tensor:
+    """Var(Z) / mean(Z)^2, Z = summed gates of a row, times 1 + delta where expert and row are of one group (LoRAMoE).
+
+    Two groups: the first half of the experts belongs to group 1, the rest to group 0. Always over rows and experts of
+    the micro batch; with one row over its experts.
+    """
+    assert routed.group is not None
+    num_experts = routed.probs.shape[-1]
+    of_expert = (torch.arange(num_experts, device=routed.probs.device) < num_experts // 2).long()
+    summed = (routed.probs * routed.counted.unsqueeze(-1)).sum(1)
+    same = routed.group[:, :1] == of_expert
+    weighed = summed * torch.where(same, 1 + penalty.delta, 1 - penalty.delta)
+    value = weighed.var() / (weighed.mean().square() + 1e-10)
+    return value.expand(len(weighed))
+
+
+def _cross_entropy(routed: View, penalty: Penalty) -> Tensor:
+    """Mean cross entropy of the router against the number of the row's task, one expert a task (MeteoRA)."""
+    assert routed.task is not None
+    losses = F.cross_entropy(routed.logits.flatten(0, 1), routed.task.flatten(), reduction="none")
+    return routed.mean(losses.view(routed.task.shape))
+
+
+PENALTIES: dict[str, Callable[[View, Penalty], Tensor]] = {
+    "lb_mixtral": _mixtral,
+    "lb_mola": _mola,
+    "lb_llava": _llava,
+    "lb_soft": _soft,
+    "z_loss": _z_loss,
+    "entropy": _entropy,
+    "localized_balance": _localized,
+    "router_ce": _cross_entropy,
+}
+# These tell rows apart, whatever the penalty says.
+BY_ROW = frozenset({"localized_balance"})
+
+__all__ = ["BY_ROW", "PENALTIES", "View", "view"]

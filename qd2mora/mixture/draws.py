@@ -1,0 +1,66 @@
+"""Random numbers of a layer as functions of a key: nothing to save but the key, the same again in the backward pass.
+
+With row keys a row's numbers depend on (its key, the layer, the purpose) and its own length alone: not on the rows
+beside it, the padding, or how a step is split into micro batches. Without, one seed serves the whole tensor.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_PRIME = 0x9E3779B97F4A7C15
+_LARGEST = (1 << 63) - 1
+
+Fill = Callable[[Tensor, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Keys of one layer's draws in one forward pass: one for each row with its length, or a single one."""
+
+    keys: tuple[int, ...]
+    lengths: tuple[int, ...] | None = None
+
+    def keep(self, like: Tensor, probability: float, purpose: int) -> Tensor:
+        """Return 0 with `probability`, else 1 / (1 - probability), in the shape (..., D) and dtype of `like`."""
+        kept = self._fill(like, purpose, lambda part, generator: part.bernoulli_(1 - probability, generator=generator))
+        return kept.div_(1 - probability)
+
+    def normal(self, like: Tensor, purpose: int) -> Tensor:
+        """Return standard normal numbers in the shape and dtype of `like`."""
+        return self._fill(like, purpose, lambda part, generator: part.normal_(generator=generator))
+
+    def gumbel(self, like: Tensor, purpose: int) -> Tensor:
+        """Return standard Gumbel numbers: the largest k of logits + these are k samples without replacement."""
+        tiny = torch.finfo(like.dtype).tiny
+        uniform = self._fill(like, purpose, lambda part, generator: part.uniform_(tiny, 1, generator=generator))
+        return -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log()
+
+    def _fill(self, like: Tensor, purpose: int, draw: Fill) -> Tensor:
+        if self.lengths is None:
+            return draw(torch.empty_like(like), self._generator(like, self.keys[0], purpose))
+        out = torch.ones_like(like)
+        for row, (key, length) in enumerate(zip(self.keys, self.lengths, strict=True)):
+            part = torch.empty((length, *like.shape[2:]), dtype=like.dtype, device=like.device)
+            out[row, :length] = draw(part, self._generator(like, key, purpose))
+        return out
+
+    @staticmethod
+    def _generator(like: Tensor, key: int, purpose: int) -> torch.Generator:
+        return torch.Generator(device=like.device).manual_seed(mixed(key, purpose))
+
+
+def mixed(*parts: int) -> int:
+    """Return one 63-bit key of several numbers (splitmix64's finaliser, part by part)."""
+    key = 0
+    for part in parts:
+        key = ((key ^ part) + _PRIME) & ((1 << 64) - 1)
+        key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
+        key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & ((1 << 64) - 1)
+        key ^= key >> 31
+    return key & _LARGEST
+
+
+__all__ = ["Draws", "mixed"]

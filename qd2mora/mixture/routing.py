@@ -1,0 +1,92 @@
+"""What routers need beside the hidden states, and what they leave behind: one object for all adapted linears.
+
+The tuner's hooks fill it before a forward pass; it stays as it is for the backward pass of recomputed layers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qd2mora.mixture.draws import Draws, mixed
+
+IGNORE = -100
+
+
+@dataclass
+class Routing:
+    """The rows of the pass that runs.
+
+    task_index, group: (B,) int64. external: (B, W). attended, prompt: (B, T) bool; None counts every token, and knows
+    no prompt. rows, lengths: a key for each row's random numbers, and its length without padding. hidden: (B, T, H),
+    the states of a first pass. share: this micro batch's share of the step's tokens and rows, which a routing penalty
+    counts by; loss_scale: what the loss is multiplied with before the backward pass. advantage: (B,), how much worse
+    than its rivals a sampled routing did, loss scale included. stage: the expert trained now, where a method grows.
+    """
+
+    task_index: Tensor | None = None
+    group: Tensor | None = None
+    external: Tensor | None = None
+    attended: Tensor | None = None
+    prompt: Tensor | None = None
+    rows: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = None
+    hidden: Tensor | None = None
+    share: tuple[float, float] = (1.0, 1.0)
+    loss_scale: float = 1.0
+    stage: int | None = None
+    advantage: Tensor | None = None
+    is_decoding: bool = False
+    keeps_pools: bool = False
+    is_first_pass: bool = False
+    shared_logits: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    pools: dict[tuple[str, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+
+    def read(self, batch: Mapping[str, Tensor]) -> None:
+        """Take what a collated batch says of its rows; labels tell the prompt."""
+        self.task_index = batch.get("task_index")
+        self.group = batch.get("group")
+        self.external = batch.get("external")
+        labels = batch.get("labels")
+        self.prompt = None if labels is None else prompt_of(labels, batch.get("attention_mask"))
+
+    def draws(self, layer_key: int, device_seed: int | None = None) -> Draws:
+        """Return the keys of one layer's random numbers in this pass; without row keys, one from torch's generator."""
+        if self.rows is not None and self.lengths is not None:
+            return Draws(tuple(mixed(row, layer_key) for row in self.rows), self.lengths)
+        seed = int(torch.randint(1 << 62, ())) if device_seed is None else device_seed
+        return Draws((seed,))
+
+    def counted(self, like: Tensor) -> Tensor:
+        """Return (B, T) of ones at the tokens that count, for `like` (B, T, ...)."""
+        if self.attended is None or self.attended.shape != like.shape[:2]:
+            return torch.ones(like.shape[:2], device=like.device)
+        return self.attended.to(like.device)
+
+    def add_value(self, name: str, value: Tensor) -> None:
+        """Add what a penalty adds to the loss in this micro batch to the step's sum."""
+        self.values[name] = self.values[name] + value if name in self.values else value
+
+    def take_values(self) -> dict[str, float]:
+        """Return the sums since the last call, and start anew."""
+        taken = {name: float(value) for name, value in self.values.items()}
+        self.values.clear()
+        return taken
+
+    def add_counts(self, key: tuple[str, str], used: Tensor) -> None:
+        """Add how often each expert was used."""
+        self.counts[key] = self.counts[key] + used if key in self.counts else used
+
+
+def prompt_of(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return (B, T) bool: the tokens before the first label. The first token is never learned, so it always counts."""
+    attended = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    before = (labels != IGNORE).cumsum(-1) == 0
+    first = attended & (attended.cumsum(-1) == 1)
+    return (before & attended) | first
+
+
+__all__ = ["IGNORE", "Routing", "prompt_of"]

@@ -1,0 +1,191 @@
+"""One adapted linear, resolved: which tensors it has, what its step in rank space is, what is trained.
+
+A configuration describes all linears; where a linear stands (its layer, its block) decides how many experts it gets,
+and whether it owns the router that its block or the model shares.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qd2mora.errors import InputRefused
+from qd2mora.mixture.method import Gate, Method, Penalty
+from qd2mora.mixture.ops import RankStep
+
+if TYPE_CHECKING:
+    from qd2mora.mixture.config import MixtureConfig
+
+ROLES = ("down", "up", "core", "rank")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a linear stands: its name in the model, its sizes, how deep the model is, what the hidden width is."""
+
+    key: str
+    d_in: int
+    d_out: int
+    num_layers: int = 1
+    hidden: int = 0
+    owns_router: bool = True
+
+    @property
+    def layer(self) -> int:
+        """The decoder layer, 0 where the name tells none."""
+        found = re.search(r"\.(\d+)\.", f".{self.key}.")
+        return int(found[1]) if found else 0
+
+    @property
+    def kind(self) -> str:
+        """The last part of the name, such as q_proj."""
+        return self.key.rpartition(".")[2]
+
+    def scope_key(self, scope: str) -> str:
+        """Name what a router of this scope serves."""
+        return {"module": self.key, "block": self.key.rpartition(".")[0], "model": ""}[scope]
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """What one linear has: `shapes` of its tensors, those `frozen`, its step, its scale, its routing penalties."""
+
+    place: Place
+    step: RankStep
+    shapes: dict[str, tuple[int, ...]]
+    frozen: tuple[str, ...]
+    scaling: float
+    penalties: tuple[Penalty, ...]
+
+    def gate(self, role: str) -> Gate | None:
+        """Return the gate of a role where it is not constant."""
+        return dict(self.step.gates).get(role)
+
+
+def linear_spec(config: "MixtureConfig", place: Place) -> LinearSpec:
+    """Resolve a configuration for one linear. Raises InputRefused."""
+    row = config.row
+    down, up, ranks = _experts(config, place)
+    counts = {"down": down, "up": up, "core": row.cores, "rank": ranks[0]}
+    # Among one expert there is nothing to choose: such a bank has no router.
+    gates = {role: gate for role, gate in config.gates_of_row.items() if not gate.is_constant(counts[role])}
+    shapes = _bank_shapes(config, place, down, up, ranks)
+    rows: list[tuple[str, int]] = []
+    for role, gate in gates.items():
+        found = _router_shapes(config, place, role, gate, counts[role], ranks[0])
+        shapes |= found
+        if gate.reads_x:
+            rows.append((role, found[f"mixture_router_{role}"][0]))
+    num_shared = config.shared_rank
+    step = RankStep(
+        ranks_down=ranks if row.pairing == "tied" else ranks[:1] * down,
+        ranks_up=ranks if row.pairing == "tied" else ranks[:1] * up,
+        pairing=row.pairing,
+        core=row.core,
+        gates=tuple(gates.items()),
+        router_rows=tuple(rows),
+        scales=row.scales if row.core == "kron" else (),
+        shared=num_shared * (2 if config.subtracts_start else 1),
+        shared_scaling=config.shared_scaling / config.scaling if num_shared else 1.0,
+    )
+    frozen = tuple(name for name in shapes if name in config.frozen_tensors)
+    owns = place.owns_router or all(gate.scope == "module" for gate in gates.values())
+    return LinearSpec(place, step, shapes, frozen, config.scaling, config.routing_penalties if owns else ())
+
+
+def experts_by_layer(allocation: str, num_layers: int) -> list[int]:
+    """Return the experts of each layer: "2-4-6-8" gives a quarter of the layers each. Raises InputRefused."""
+    if not re.fullmatch(r"\d+(-\d+)*", allocation, re.ASCII):
+        raise InputRefused(f"adapter.allocation: '{allocation}' will not do: experts by depth, for example 2-4-6-8")
+    groups = [int(part) for part in allocation.split("-")]
+    if min(groups) < 1:
+        raise InputRefused(f"adapter.allocation: '{allocation}' will not do: at least 1 expert in every layer")
+    if len(groups) > num_layers:
+        raise InputRefused(f"adapter.allocation: '{allocation}' has {len(groups)} groups for {num_layers} layers")
+    return [groups[layer * len(groups) // num_layers] for layer in range(num_layers)]
+
+
+def _experts(config: "MixtureConfig", place: Place) -> tuple[int, int, tuple[int, ...]]:
+    """Return the down and up experts of a linear and the ranks of its down experts."""
+    row, rank = config.row, config.rank
+    assert rank is not None
+    down, up = config.num_down, config.num_up
+    if place.kind in row.one_expert:
+        down = up = 1
+    elif config.allocation is not None:
+        count = experts_by_layer(config.allocation, max(place.num_layers, place.layer + 1))[place.layer]
+        down, up = (count if row.pairing == "tied" else down), count
+    if config.ranks is not None and down == len(config.ranks):
+        return down, up, tuple(config.ranks)
+    if row.core == "kron":
+        return down, up, tuple(rank * scale for scale in row.scales)
+    return down, up, (rank,) * down
+
+
+def _bank_shapes(
+    config: "MixtureConfig", place: Place, down: int, up: int, ranks: tuple[int, ...]
+) -> dict[str, tuple[int, ...]]:
+    row, rank = config.row, config.rank
+    assert rank is not None
+    shapes: dict[str, tuple[int, ...]]
+    if row.core == "kron":
+        _check_kron(row, place)
+        shapes = {"mixture_A": (1, rank, place.d_in), "mixture_B": (1, place.d_out, rank)}
+        shapes["mixture_core"] = (sum(scale * scale for scale in row.scales),)
+        return shapes
+    if len(set(ranks)) > 1:
+        shapes = {"mixture_A": (sum(ranks), place.d_in), "mixture_B": (place.d_out, sum(ranks))}
+    else:
+        shapes = {"mixture_A": (down, ranks[0], place.d_in), "mixture_B": (up, place.d_out, ranks[0])}
+    if row.core != "none":
+        cores = {"dense": (rank, rank), "bank": (row.cores, rank, rank), "diagonal": (row.cores, rank)}
+        shapes["mixture_core"] = cores[row.core]
+    if config.shared_rank:
+        names = ("shared", "start") if config.subtracts_start else ("shared",)
+        for name in names:
+            shapes[f"mixture_{name}_A"] = (config.shared_rank, place.d_in)
+            shapes[f"mixture_{name}_B"] = (place.d_out, config.shared_rank)
+    if row.base_scale:
+        shapes["mixture_base_scale"] = (1,)
+    return shapes
+
+
+def _router_shapes(
+    config: "MixtureConfig", place: Place, role: str, gate: Gate, num: int, rank: int
+) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    if gate.bias_rate:
+        shapes[f"mixture_select_bias_{role}"] = (num,)
+    if gate.scope != "module" and not place.owns_router:
+        return shapes
+    if gate.input == "none":
+        return shapes | {f"mixture_logits_{role}": (num,)}
+    if gate.input == "self" or gate.select == "fixed":
+        return shapes
+    if gate.input in ("task", "task+x"):
+        width = config.task_embedding
+        assert config.num_tasks is not None and width is not None
+        # One row more than tasks, as in the authors' code.
+        shapes["mixture_task_embedding"] = (config.num_tasks + 1, width)
+        shapes["mixture_router_task"] = (num, width)
+        if gate.input == "task":
+            return shapes
+    rows = {"noisy": 2 * num, "mlp": gate.width or 0}.get(gate.score, num)
+    reads = {"x": place.d_in, "task+x": place.d_in, "z": rank, "hidden": place.hidden}
+    shapes[f"mixture_router_{role}"] = (rows, reads.get(gate.input, config.external_width or 0))
+    if gate.score in ("bias", "mlp"):
+        shapes[f"mixture_bias_{role}"] = (rows,)
+    if gate.score == "mlp":
+        shapes[f"mixture_out_{role}"] = (num, rows)
+    return shapes
+
+
+def _check_kron(row: Method, place: Place) -> None:
+    for scale in row.scales:
+        if place.d_in % scale or place.d_out % scale:
+            raise InputRefused(
+                f"adapter.targets: {place.key} is {place.d_out} x {place.d_in}, which the scale {scale} of {row.name} "
+                "does not divide"
+            )
+
+
+__all__ = ["ROLES", "LinearSpec", "Place", "experts_by_layer", "linear_spec"]

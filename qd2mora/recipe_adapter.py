@@ -1,0 +1,98 @@
+"""The recipe's adapter section: what is trained."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+# Errors name places in one line.
+Place = Annotated[str, Field(min_length=1, pattern=r"^[^\p{Cc}\p{Zl}\p{Zp}]*$")]
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, strict types, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Experts(Section):
+    """One bank of experts."""
+
+    experts: Count
+
+
+class Shared(Section):
+    """One expert more that no gate touches."""
+
+    rank: Count
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Scaled by alpha / rank; twice the rank where left out."""
+    init: Literal["kaiming", "orthogonal", "pissa", "olora", "eva", "loftq"] = "kaiming"
+    """`pissa`, `olora`: from the weight, its start subtracted again; `eva`: from the data's activations; `loftq`: what
+    4-bit quantisation lost."""
+
+
+class GateFields(Section):
+    """Fields of one router; those left out are the method's (`qd2mora methods NAME`)."""
+
+    input: str | None = None
+    granularity: str | None = None
+    scope: str | None = None
+    score: str | None = None
+    select: str | None = None
+    weight: str | None = None
+    top_k: Count | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    entropy_order: Annotated[float, Field(gt=0)] | None = None
+    entropy_limit: Annotated[float, Field(ge=0)] | None = None
+    capacity: Count | None = None
+    omega: Annotated[float, Field(gt=0)] | None = None
+    width: Count | None = None
+    bias_rate: Annotated[float, Field(ge=0)] | None = None
+
+
+class Adapter(Section):
+    """What is trained. Keys left out take the method's own defaults (`qd2mora methods`)."""
+
+    method: str = "d2mora"
+    rank: Count | None = None
+    """Inner width of one expert."""
+    ranks: Annotated[list[Count], Field(min_length=1)] | None = None
+    """A rank for each paired expert, where they differ."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The update is scaled by alpha / rank."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
+    dropout: Fraction = 0.0
+    """Dropout on what the down experts read, never on what the routers read."""
+    dropout_per_expert: bool = False
+    """An independent mask per down expert, as in the authors' code, instead of one per linear."""
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] | None = None
+    """Names of the linears that get an adapter; the method's own where left out."""
+    down: Experts | None = None
+    up: Experts | None = None
+    allocation: str | None = None
+    """Experts by depth: "2-4-6-8" gives each quarter of the layers so many (MoLA's schedule, for every method)."""
+    gates: dict[Literal["down", "up", "core", "rank"], GateFields] | None = None
+    """Changes of the method's routers; paired experts have the one called down."""
+    penalty: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the method's first penalty; D2MoRA's is the orthogonality of experts."""
+    penalties: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """Weights of penalties by kind, the method's own or others."""
+    shared: Shared | None = None
+    """One expert more that no gate touches."""
+    init: Literal["kaiming", "gaussian", "orthogonal", "sparse"] | None = None
+    """How down experts start; up experts start at zero."""
+    adapters: Annotated[list[Place], Field(min_length=2)] | None = None
+    """Folders of trained LoRAs that become the paired experts, where a method takes them."""
+    train_experts: bool = True
+    """Whether such experts go on training, or the routers alone do."""
+    external_width: Count | None = None
+    """Length of the vector that each row brings, where a router reads one."""
+    task_embedding: Count | None = None
+    """Width of the task embedding where a method routes by task."""
+
+
+__all__ = ["Adapter", "Count", "Experts", "Fraction", "GateFields", "Place", "Section", "Shared"]
