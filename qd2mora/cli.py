@@ -137,13 +137,15 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Instruction to follow; - reads standard input.", show_default=False)],
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text without the instruction template.")] = False,
     task: Annotated[str | None, typer.Option(help="Task, where the adapter routes by task.")] = None,
+    vector: Annotated[str | None, typer.Option(help="Numbers with commas, where the adapter reads a vector.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=1)] = 128,
 ) -> None:
     """Write the answer to a prompt, routed adapter included."""
     from qd2mora.evaluation import generate as run_generation
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    typer.echo(run_generation(model, text, raw=raw, task=task, max_new_tokens=max_new_tokens))
+    numbers = None if vector is None else _numbers(vector)
+    typer.echo(run_generation(model, text, raw=raw, task=task, vector=numbers, max_new_tokens=max_new_tokens))
 
 
 @app.command()
@@ -167,6 +169,13 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe."
     if name not in found:
         raise InputRefused(f"no recipe '{name}'; {nearest(name, sorted(found))}")
     typer.echo(found[name].read_text(encoding="utf-8"), nl=False)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputRefused(f"--vector: '{text}' will not do: numbers with commas, for example 0.1,-2,0.5") from None
 
 
 def main() -> None:

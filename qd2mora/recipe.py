@@ -85,6 +85,10 @@ class Task(Section):
     """Use the first so many rows."""
     select: dict[str, str] | None = None
     """Only rows whose fields have these values, for example {task: boolq}."""
+    group: Annotated[int, Field(ge=0, le=1)] | None = None
+    """Which half of the experts a localised balance steers these rows to: 1 the first half, 0 the rest."""
+    vector: str | None = None
+    """Field that holds a list of numbers, for methods whose router reads a vector of each row."""
     validation: Annotated[int, Field(ge=0)] | Place = 0
     """Rows held out from the file, or another file."""
 

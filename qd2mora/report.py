@@ -12,15 +12,23 @@ from qd2mora.base import load_tokenizer
 from qd2mora.data import Row, TaskRows, prepare
 from qd2mora.evaluation import Score, open_subject, score_tasks
 from qd2mora.merging import Export, merge
-from qd2mora.mixture.method import TASK, Method
+from qd2mora.mixture.method import TASK, Gate, Method
 from qd2mora.mixture.presets import METHODS, find_method
 from qd2mora.recipe import Recipe
 from qd2mora.run_folder import RunFolder, read_recipe, write_json
 
+EXPORT = {"static": "exact", "task": "exact per task", "token": "measured"}
 WHAT_IT_MEANS = {
     "static": "merges exactly",
     "task": "merges exactly for one task",
     "token": "merges approximately, measured",
+}
+
+
+FORMULA = {
+    "verified": "as in the authors' code",
+    "reconstruction": "partly inferred",
+    "part": "the part that carries over",
 }
 
 
@@ -106,14 +114,15 @@ def show_rows(recipe: Recipe, number: int, console: Console) -> None:
 def show_methods(name: str | None, console: Console) -> None:
     """Print the table of methods, or one in full."""
     if name is not None:
-        console.print(_method_text(find_method(name)), highlight=False, soft_wrap=True)
+        console.print(method_text(find_method(name)), highlight=False, soft_wrap=True, markup=False)
         return
     table = Table()
-    for heading in ("method", "what", "export"):
+    for heading in ("method", "what", "export", "formula"):
         table.add_column(heading)
     for method in METHODS.values():
-        table.add_row(method.name, method.title, WHAT_IT_MEANS[method.depends_on])
+        table.add_row(method.name, method.title, EXPORT[method.depends_on], method.mark)
     console.print(table)
+    console.print("`qd2mora methods NAME` prints a method's equation, routers, defaults and source")
 
 
 def _score_all(folder: RunFolder, recipe: Recipe, console: Console) -> None:
@@ -156,17 +165,36 @@ def _lengths(tasks: list[TaskRows]) -> Table:
     return table
 
 
-def _method_text(method: Method) -> str:
+def method_text(method: Method) -> str:
+    """Return a method in full: equation, source, what was inferred, routers, defaults."""
+    scaling = "alpha / total rank" if method.scaling_rank == "total" else "alpha / rank"
+    experts = f"{method.down} down, {method.up} up, {method.pairing}"
     rows = {
         "equation": method.equation,
         "source": method.source,
-        "rank": method.rank,
-        "alpha": f"{method.alpha:g} (scaling alpha / {'total rank' if method.scaling_rank == 'total' else 'rank'})",
-        "experts": f"{method.down} down, {method.up} up, {method.pairing}",
-        "penalties": ", ".join(f"{each.kind} {each.weight:g}" for each in method.penalties) or "none",
+        "formula": FORMULA[method.mark] + (f"; {method.note}" if method.note else ""),
         "K depends on": f"{method.depends_on}: {WHAT_IT_MEANS[method.depends_on]}",
+        "rank": ", ".join(map(str, method.ranks or (method.rank,))),
+        "alpha": f"{method.alpha:g} (scaled by {scaling})",
+        "experts": experts + (f", {method.allocation} by depth" if method.allocation else ""),
+        "core": method.core + (f" of {method.cores}" if method.cores else ""),
+        **{f"router {role}": _gate_text(gate) for role, gate in method.gates.items()},
+        "penalties": ", ".join(f"{each.kind} {each.weight:g}" for each in method.penalties) or "none",
+        "init": f"down experts {method.init_down}, up experts zero",
+        "targets": ", ".join(method.targets),
+        "given LoRAs": {"no": "not taken", "allowed": "taken by adapter.adapters", "needed": "needed"}[method.given],
     }
     return method.title + "".join(f"\n  {key:13} {value}" for key, value in rows.items())
 
 
-__all__ = ["finish", "show_export", "show_methods", "show_rows", "show_scores", "verdict"]
+def _gate_text(gate: Gate) -> str:
+    """The six fields, then every number that differs from a plain softmax router's."""
+    plain = Gate()
+    numbers = ("top_k", "top_p", "temperature", "entropy_limit", "capacity", "omega", "width", "bias_rate")
+    words = f"input {gate.input}, granularity {gate.granularity}, scope {gate.scope}, score {gate.score}, "
+    words += f"select {gate.select}, weight {gate.weight}"
+    changed = [f"{key} {getattr(gate, key):g}" for key in numbers if getattr(gate, key) != getattr(plain, key)]
+    return ", ".join([words, *changed])
+
+
+__all__ = ["finish", "method_text", "show_export", "show_methods", "show_rows", "show_scores", "verdict"]

@@ -41,13 +41,13 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def save_base(folder: Path, *, tied: bool = True, seed: int = 0) -> Path:
+def save_base(folder: Path, *, tied: bool = True, seed: int = 0, hidden: int = 64) -> Path:
     """Save a random LLaMA of two layers (GQA, odd intermediate size) with its tokenizer; return the folder."""
     save_tokenizer(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=512,
-        hidden_size=64,
+        hidden_size=hidden,
         intermediate_size=172,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -62,11 +62,14 @@ def save_base(folder: Path, *, tied: bool = True, seed: int = 0) -> Path:
     return folder
 
 
-def save_tasks(folder: Path, number: int = 40) -> None:
-    """Save `first.jsonl` and `last.jsonl`."""
+def save_tasks(folder: Path, number: int = 40, *, with_more: bool = False) -> None:
+    """Save `first.jsonl` and `last.jsonl`; `with_more` gives each row a vector of three numbers, `who`."""
     folder.mkdir(parents=True, exist_ok=True)
     for task in ("first", "last"):
-        lines = [json.dumps(row) for row in rows_of(task, number)]
+        rows: list[dict[str, object]] = [dict(row) for row in rows_of(task, number)]
+        if with_more:
+            rows = [row | {"who": [float(place % 3 == entry) for entry in range(3)]} for place, row in enumerate(rows)]
+        lines = [json.dumps(row) for row in rows]
         (folder / f"{task}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

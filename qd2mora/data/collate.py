@@ -7,7 +7,10 @@ from qd2mora.data.prepare import IGNORE, Row
 
 
 def collate(rows: list[Row], pad: int, multiple: int = 8, side: str = "right") -> dict[str, Tensor]:
-    """Return input_ids, attention_mask, labels, each (rows, longest row rounded up), and task_index (rows,), int64."""
+    """Return input_ids, attention_mask, labels, (rows, longest row rounded up); task_index, group (rows,); int64.
+
+    Where rows bring a vector, also `external` (rows, width) float32.
+    """
     width = -(-max(len(row.ids) for row in rows) // multiple) * multiple
     ids = torch.full((len(rows), width), pad)
     mask = torch.zeros_like(ids)
@@ -19,8 +22,13 @@ def collate(rows: list[Row], pad: int, multiple: int = 8, side: str = "right") -
         ids[number, start:stop] = tokens
         mask[number, start:stop] = 1
         labels[number, start + row.masked : stop] = tokens[row.masked :]
-    task_index = torch.tensor([row.task for row in rows])
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "task_index": task_index}
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    batch["task_index"] = torch.tensor([row.task for row in rows])
+    batch["group"] = torch.tensor([row.group for row in rows])
+    vectors = [row.pair.vector for row in rows if row.pair.vector is not None]
+    if len(vectors) == len(rows):
+        batch["external"] = torch.tensor(vectors)
+    return batch
 
 
 __all__ = ["collate"]

@@ -21,6 +21,7 @@ class Row:
     ids: NDArray[np.int32]
     masked: int
     pair: Pair
+    group: int = 0
 
     @property
     def num_labels(self) -> int:
@@ -50,7 +51,12 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[T
 
 
 def encode(
-    pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, task: int, max_length: int, mask_prompt: bool
+    pairs: list[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    task: int,
+    max_length: int,
+    mask_prompt: bool,
+    group: int = 0,
 ) -> list[Row]:
     """Tokenise prompt and answer apart, so that the boundary is exact; the end token closes the answer and is learned.
 
@@ -66,7 +72,7 @@ def encode(
         if prompt and prompt[-1] == end[0]:  # tokenizers that close every text
             prompt = prompt[:-1]
         ids = np.asarray((prompt + answer + end)[:max_length], dtype=np.int32)
-        rows.append(Row(task, ids, min(len(prompt), len(ids)) if mask_prompt else 0, pair))
+        rows.append(Row(task, ids, min(len(prompt), len(ids)) if mask_prompt else 0, pair, group))
     return rows
 
 
@@ -77,8 +83,9 @@ def _prepare_task(data: Data, index: int, tokenizer: PreTrainedTokenizerBase, se
         held_out = read_pairs(task, task.validation)
     else:
         pairs, held_out = _hold_out(pairs, task, seed)
-    rows = encode(pairs, tokenizer, index, data.max_length, data.mask_prompt)
-    result = TaskRows(task, validation=_labelled(encode(held_out, tokenizer, index, data.max_length, True)))
+    group = task.group or 0
+    rows = encode(pairs, tokenizer, index, data.max_length, data.mask_prompt, group)
+    result = TaskRows(task, validation=_labelled(encode(held_out, tokenizer, index, data.max_length, True, group)))
     result.train = _labelled(rows)
     end = tokenizer.eos_token_id
     result.num_dropped = len(rows) - len(result.train)

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Pair:
 
     prompt: str
     answer: str
+    vector: tuple[float, ...] | None = None
 
 
 def find_format(task: Task) -> Format:
@@ -65,7 +67,7 @@ def read_pairs(task: Task, path: str) -> list[Pair]:
     if not chosen:
         wanted = f" with {task.select}" if task.select else ""
         raise InputRefused(f"{path}: no rows{wanted} for task '{task.name}'")
-    return [_checked(form, row, f"{path}, row {number}") for number, row in chosen[: task.limit]]
+    return [_checked(form, row, f"{path}, row {number}", task.vector) for number, row in chosen[: task.limit]]
 
 
 def content_hash(path: str) -> str:
@@ -76,7 +78,7 @@ def content_hash(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _checked(form: Format, row: Any, where: str) -> Pair:
+def _checked(form: Format, row: Any, where: str, vector: str | None = None) -> Pair:
     if not isinstance(row, dict):
         raise InputRefused(f"{where}: a row is an object with {', '.join(form.fields)}, this is {_short(row)}")
     for field in form.fields:
@@ -93,7 +95,15 @@ def _checked(form: Format, row: Any, where: str) -> Pair:
     prompt, answer = form.split(row)
     if not answer.strip():
         raise InputRefused(f"{where}: field '{form.fields[-1]}' is empty, there is nothing to learn")
-    return Pair(prompt, answer)
+    return Pair(prompt, answer, None if vector is None else _vector(row, vector, where))
+
+
+def _vector(row: dict[str, Any], field: str, where: str) -> tuple[float, ...]:
+    value = row.get(field)
+    numbers = value if isinstance(value, list) else list(getattr(value, "tolist", list)())
+    if not numbers or not all(isinstance(each, int | float) and math.isfinite(each) for each in numbers):
+        raise InputRefused(f"{where}: field {field!r} should be a list of numbers, it is {_short(value)}")
+    return tuple(map(float, numbers))
 
 
 def _read_rows(path: str, task: Task) -> list[Any]:

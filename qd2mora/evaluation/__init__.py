@@ -9,6 +9,7 @@ from qd2mora.data.instruction import split
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.score import Score, score_rows, score_tasks
 from qd2mora.evaluation.subject import Subject, open_subject
+from qd2mora.mixture.presets import find_method
 from qd2mora.recipe import load_recipe
 from qd2mora.run_folder import is_run, read_recipe
 
@@ -29,13 +30,25 @@ def evaluate(model: str | Path, *, recipe: str | Path | None = None, limit: int 
 
 
 def generate(
-    model: str | Path, prompt: str, *, raw: bool = False, task: str | None = None, max_new_tokens: int = 128
+    model: str | Path,
+    prompt: str,
+    *,
+    raw: bool = False,
+    task: str | None = None,
+    vector: list[float] | None = None,
+    max_new_tokens: int = 128,
 ) -> str:
-    """Answer an instruction (or, `raw`, continue a text) greedily. Raises InputRefused."""
+    """Answer an instruction (or, `raw`, continue a text) greedily; `task` and `vector` where the adapter reads them.
+
+    Raises InputRefused.
+    """
     subject = open_subject(model)
     text = prompt if raw else split({"instruction": prompt, "output": ""})[0]
     ids = torch.tensor([subject.tokenizer(text)["input_ids"]], device=subject.plain.device)
-    subject.route(torch.tensor([_task_number(subject, task)], device=ids.device))
+    row = {"task_index": torch.tensor([_task_number(subject, task)], device=ids.device)}
+    if _checked_vector(subject, vector):
+        row["external"] = torch.tensor([vector], device=ids.device)
+    subject.route(row)
     tokens = subject.continue_texts(ids, torch.ones_like(ids), max_new_tokens)[0]
     return subject.tokenizer.decode(tokens, skip_special_tokens=True)
 
@@ -46,9 +59,22 @@ def _task_number(subject: Subject, task: str | None) -> int:
     names = [each.name for each in subject.run.recipe.data.tasks]
     if task is not None and task not in names:
         raise InputRefused(f"--task: no task '{task}' in this run; there are {', '.join(names)}")
-    if task is None and subject.model.peft_config["default"].row.depends_on == "task" and len(names) > 1:
+    if task is None and find_method(subject.run.recipe.adapter.method).reads_task and len(names) > 1:
         raise InputRefused(f"--task: this adapter routes by task; name one of {', '.join(names)}")
     return names.index(task) if task else 0
+
+
+def _checked_vector(subject: Subject, vector: list[float] | None) -> bool:
+    """Tell whether the adapter reads a vector, and refuse a missing one, one too many, or one of another length."""
+    adapter = subject.run.recipe.adapter if subject.run else None
+    if adapter is None or not find_method(adapter.method).reads_vector:
+        if vector is not None:
+            raise InputRefused("--vector: this model reads none")
+        return False
+    if vector is None or len(vector) != adapter.external_width:
+        given = "none" if vector is None else f"{len(vector)} numbers"
+        raise InputRefused(f"--vector: this adapter reads {adapter.external_width} numbers of each row, {given} given")
+    return True
 
 
 __all__ = ["Score", "Subject", "evaluate", "generate", "open_subject", "score_rows", "score_tasks"]

@@ -62,7 +62,7 @@ def score_rows(subject: Subject, rows: list[Row]) -> Score:
 def _answers_right(subject: Subject, rows: list[Row]) -> list[bool]:
     prompts = [Row(row.task, row.ids[: row.masked], row.masked, row.pair) for row in rows]
     batch = _batch(subject, prompts, "left")
-    subject.route(batch["task_index"])
+    subject.route(batch)
     longest = max(len(row.ids) - row.masked for row in rows)
     answers = subject.continue_texts(batch["input_ids"], batch["attention_mask"], longest + 2)
     texts = subject.tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -71,7 +71,7 @@ def _answers_right(subject: Subject, rows: list[Row]) -> list[bool]:
 
 def _answer_loss(subject: Subject, rows: list[Row]) -> float:
     batch = _batch(subject, rows, "right")
-    subject.route(batch["task_index"])
+    subject.route(batch)
     keep = batch["labels"][:, 1:] != IGNORE
     with torch.no_grad():
         decoder = subject.plain.get_decoder()

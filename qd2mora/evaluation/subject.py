@@ -1,6 +1,6 @@
 """What is asked: a run with its routed adapter, or any model folder."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qd2mora.base import load_base, load_tokenizer
 from qd2mora.errors import InputRefused
+from qd2mora.mixture import read_rows, reads_first_pass
 from qd2mora.recipe import Base
 from qd2mora.run_folder import OpenRun, is_run, open_run
 
@@ -29,10 +30,10 @@ class Subject:
         """The transformers model, adapters inside."""
         return self.model.base_model.model if self.run else self.model
 
-    def route(self, task_index: Tensor) -> None:
-        """Tell the routers each row's task; a plain model needs no telling."""
+    def route(self, batch: Mapping[str, Tensor]) -> None:
+        """Tell the routers what a batch says of its rows; a plain model needs no telling."""
         if self.run:
-            self.model.base_model.routing.task_index = task_index
+            read_rows(self.model, batch)
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
@@ -45,7 +46,11 @@ class Subject:
         """Continue left-padded prompts (rows, length) greedily; return the new tokens of each row, without the end."""
         eos = self.tokenizer.eos_token_id
         settings = GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, eos_token_id=eos
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=eos,
+            use_cache=not (self.run and reads_first_pass(self.model)),
         )
         with torch.no_grad():
             out = self.plain.generate(input_ids=ids, attention_mask=mask, generation_config=settings)

@@ -8,7 +8,7 @@ the orthogonality penalty. What is alive at the greatest of them is the plan; th
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -70,6 +70,8 @@ class Shapes:
     """Entries of each trainable tensor."""
     penalised: tuple[int, ...]
     """Entries of the banks that the orthogonality penalty reads: those of more than one expert, summed by shape."""
+    normed: int = 0
+    """Entries of the largest weight whose row norms DoRA takes in every pass."""
 
     @property
     def largest_linear(self) -> int:
@@ -105,6 +107,7 @@ def read_shapes(config: PretrainedConfig, adapter: MixtureConfig) -> Shapes:
 
     Raises InputRefused where a target matches no linear.
     """
+    by_peft = adapter.row.backend == "peft"  # DoRA: a LoRA, and a magnitude for each output
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings().weight
@@ -115,7 +118,7 @@ def read_shapes(config: PretrainedConfig, adapter: MixtureConfig) -> Shapes:
             if isinstance(module, nn.Linear) and module is not head
         )
         num_frozen = sum(tensor.numel() for tensor in model.parameters())
-        layers = mixture_layers(add_adapter(model, adapter, seed=0))
+        layers = mixture_layers(add_adapter(model, replace(adapter, method="lora") if by_peft else adapter, seed=0))
     tensors = [pair for layer in layers.values() for pair in layer.tensors("default").items() if pair[1].requires_grad]
     steps = [layer.mixture_spec["default"].step for layer in layers.values()]
     return Shapes(
@@ -126,7 +129,9 @@ def read_shapes(config: PretrainedConfig, adapter: MixtureConfig) -> Shapes:
         embedding_entries=embedding.numel(),
         head_entries=head_entries,
         other_entries=num_frozen - embedding.numel() - head_entries - sum(linear.entries for linear in linears),
-        trainable=tuple(tensor.numel() for _, tensor in tensors),
+        trainable=tuple(tensor.numel() for _, tensor in tensors)
+        + tuple(layer.out_features for layer in layers.values() if by_peft),
+        normed=max(layer.in_features * layer.out_features for layer in layers.values()) if by_peft else 0,
         penalised=_penalised([tensor for name, tensor in tensors if name in ("mixture_A", "mixture_B")]),
     )
 
@@ -150,9 +155,11 @@ def ledger(shapes: Shapes, recipe: Recipe, setting: Setting) -> Ledger:
         backward = {}
     is_nf4 = recipe.base.quantization == "nf4"
     dequantised = dequantised_bytes(shapes.largest_linear, recipe.base.double_quant, done.item) if is_nf4 else 0
+    # PEFT's DoRA holds the weight, the update, the update scaled and their sum at once.
+    norms = {"row norms of weights": 4 * shapes.normed * done.item} if shapes.normed else {}
     moments: dict[Moment, dict[str, int]] = {
         "loss": kept | {"logits and loss": loss_bytes(shapes.layer.hidden, shapes.vocab, done)},
-        "backward": kept | backward | backward_bytes(shapes.layer, done, dequantised),
+        "backward": kept | norms | backward | backward_bytes(shapes.layer, done, dequantised),
         "penalty": {"orthogonality penalty": penalty_bytes(shapes.penalised, _penalty_weight(recipe))},
     }
     peak = max(moments.values(), key=lambda moment: sum(moment.values()))

@@ -12,17 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from qd2mora.base import dense_weight
 from qd2mora.data import Row, collate, prepare
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.merging import core_lsq, mean_gate
 from qd2mora.merging.fidelity import Fidelity, measure, unexplained
 from qd2mora.merging.statistics import Moments, collect
 from qd2mora.merging.writer import Written, write_model
-from qd2mora.mixture import mixture_layers
+from qd2mora.mixture import MixtureLinear, mixture_layers
 from qd2mora.mixture.method import TASK, TOKEN
-from qd2mora.run_folder import OpenRun, open_run, refuse_taken, staged_folder, write_json
+from qd2mora.mixture.presets import find_method
+from qd2mora.run_folder import OpenRun, open_run, read_recipe, refuse_taken, staged_folder, write_json
 
 STRATEGIES: dict[str, Callable[[Moments], Tensor]] = {"core_lsq": core_lsq.mixing, "mean_gate": mean_gate.mixing}
 
@@ -72,6 +75,7 @@ def merge(run: str | Path, out: str | Path, *, strategy: str = "core_lsq", task:
     """
     _check_strategy(strategy)
     refuse_taken(Path(out), "--out")
+    _check_placement(run)
     opened = open_run(run)
     number = _task_number(opened, task)
     calibration, held_out = _sample_rows(opened, number)
@@ -116,9 +120,14 @@ def _check_strategy(strategy: str) -> None:
         raise InputRefused(f"--strategy: unknown strategy '{strategy}'; {nearest(strategy, STRATEGIES)}")
 
 
+def _check_placement(run: str | Path) -> None:
+    row = find_method(read_recipe(run).adapter.method)
+    if row.placement == "block":
+        raise InputRefused(f"{row.name} stands beside a whole block: no weight can take its update; serve the adapter")
+
+
 def _depends_on(opened: OpenRun) -> str:
-    config: Any = opened.model.peft_config["default"]
-    return config.row.depends_on
+    return find_method(opened.recipe.adapter.method).depends_on
 
 
 def _task_number(opened: OpenRun, task: str | None) -> int | None:
@@ -170,15 +179,41 @@ def _update(
 ) -> Callable[[str], Tensor | None]:
     """Return a function from a linear's name to its update s B K A, (d_out, d_in) float32; None where there is none."""
     layers = mixture_layers(model)
+    by_peft = {name.removeprefix("base_model.model."): each for name, each in model.named_modules() if _is_dora(each)}
 
     def update(name: str) -> Tensor | None:
+        if name in by_peft:
+            return dora_update(by_peft[name], adapter_name)
         if name not in layers:
             return None
         up = layers[name].columns(adapter_name).detach().float().cpu()
         down = layers[name].rows(adapter_name).detach().float().cpu()
-        return layers[name].scaling(adapter_name) * (up @ (mixing[name].float() @ down))
+        delta = layers[name].scaling(adapter_name) * (up @ (mixing[name].float() @ down))
+        return delta + _base_change(layers[name], adapter_name)
 
     return update
 
 
-__all__ = ["STRATEGIES", "Export", "constant_mixing", "merge"]
+def _base_change(layer: MixtureLinear, adapter_name: str) -> Tensor | float:
+    """Return (a_0 - 1) W where a method scales its base, else 0."""
+    scale = layer.tensors(adapter_name).get("mixture_base_scale")
+    if scale is None:
+        return 0.0
+    linear: Any = layer.get_base_layer()
+    return 0.2 * scale.detach().tanh().float().cpu() * dense_weight(linear).cpu()
+
+
+def _is_dora(module: torch.nn.Module) -> bool:
+    return isinstance(module, LoraLayer) and bool(module.use_dora)
+
+
+def dora_update(layer: Any, adapter_name: str) -> Tensor:
+    """Return m (W + s B A) / |W + s B A|_row - W of one of PEFT's DoRA linears, (d_out, d_in) float32."""
+    weight = dense_weight(layer.get_base_layer()).cpu()
+    down, up = (bank[adapter_name].weight.detach().float().cpu() for bank in (layer.lora_A, layer.lora_B))
+    moved = weight + layer.scaling[adapter_name] * (up @ down)
+    magnitude = layer.lora_magnitude_vector[adapter_name].weight.detach().float().cpu()
+    return (magnitude / moved.norm(dim=1)).unsqueeze(1) * moved - weight
+
+
+__all__ = ["STRATEGIES", "Export", "constant_mixing", "dora_update", "merge"]

@@ -81,6 +81,8 @@ def _observed(
     def hook(name: str) -> "torch.utils.hooks.RemovableHandle":
         def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             assert isinstance(layer, MixtureLinear)
+            if layer.disable_adapters:  # a first pass that routers read
+                return
             observe(name, layer, inputs[0])
 
         return layers[name].register_forward_pre_hook(before)

@@ -74,7 +74,7 @@ def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, _Owner, int]]:
     seen: set[int] = set()
     for path, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen or "mixture_" in path:
+            if id(parameter) in seen or "mixture_" in path or "lora_" in path:
                 continue
             seen.add(id(parameter))
             plain = path.removesuffix(".base_layer")

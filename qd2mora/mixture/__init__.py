@@ -14,6 +14,7 @@ from qd2mora.mixture.tuner import (
     mixture_layers,
     orthogonality,
     read_rows,
+    reads_first_pass,
     routing_of,
     weight_penalty,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "mixture_layers",
     "orthogonality",
     "read_rows",
+    "reads_first_pass",
     "routing_of",
     "weight_penalty",
 ]

@@ -8,6 +8,7 @@ from peft import PeftConfig
 
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.mixture import balance
+from qd2mora.mixture.given import read_given
 from qd2mora.mixture.method import Gate, Method, Penalty, check_counts, check_gate
 from qd2mora.mixture.penalties import WEIGHT_PENALTIES
 from qd2mora.mixture.presets import find_method
@@ -162,15 +163,16 @@ class MixtureConfig(PeftConfig):
         """Build from a recipe's adapter section. Raises InputRefused."""
         row = find_method(adapter.method)
         content = adapter.model_dump(exclude={"targets", "penalty", "adapters"}, exclude_none=True)
+        content |= _experts_given(adapter, row)
         if adapter.penalty is not None:
             if not row.penalties:
                 raise InputRefused(f"adapter.penalty: {row.name} has none; name one in adapter.penalties")
             content["penalties"] = {row.penalties[0].kind: adapter.penalty} | content.get("penalties", {})
-        needs_tasks = any(gate.input in ("task", "task+x") for gate in row.gates.values())
+        targets = adapter.targets or content.pop("targets", None) or list(row.targets)
         return cls(
             **content,
-            num_tasks=num_tasks if needs_tasks else None,
-            target_modules=adapter.targets or list(row.targets),
+            num_tasks=num_tasks if row.reads_task else None,
+            target_modules=targets,
             task_type="CAUSAL_LM",
         )
 
@@ -190,6 +192,7 @@ class MixtureConfig(PeftConfig):
         self._check_gates(method)
         self._check_task(method)
         self._check_shared()
+        self._check_backend(method)
         if self.init not in DOWN_INITS:
             raise InputRefused(f"adapter.init: unknown '{self.init}'; {nearest(str(self.init), DOWN_INITS)}")
         for kind in self.penalties or {}:
@@ -253,6 +256,14 @@ class MixtureConfig(PeftConfig):
         elif self.task_embedding is None or self.task_embedding < 1:
             raise InputRefused(f"adapter.task_embedding: {self.task_embedding} will not do: at least 1")
 
+    def _check_backend(self, method: Method) -> None:
+        if method.backend == "ours":
+            return
+        given = {"shared": self.shared, "gates": self.gates, "allocation": self.allocation, "penalties": self.penalties}
+        for key, value in given.items():
+            if value is not None:
+                raise InputRefused(f"adapter.{key}: {method.name} runs on PEFT's own implementation, which has none")
+
     def _check_shared(self) -> None:
         if self.shared is None:
             return
@@ -263,6 +274,26 @@ class MixtureConfig(PeftConfig):
             raise InputRefused(
                 f"adapter.shared.init: unknown '{self.shared_init}'; {nearest(self.shared_init, SHARED_INITS)}"
             )
+
+
+def _experts_given(adapter: Adapter, row: Method) -> dict[str, Any]:
+    """Return the settings that trained LoRAs decide: how many experts, their ranks, the linears."""
+    if adapter.adapters is None:
+        if row.given == "needed":
+            raise InputRefused(f"adapter.adapters: {row.name} mixes trained LoRAs; name their folders")
+        if not adapter.train_experts:
+            raise InputRefused("adapter.train_experts: false goes with adapter.adapters: new experts must be trained")
+        return {}
+    if row.given == "no" or row.pairing != "tied":
+        raise InputRefused(f"adapter.adapters: {row.name} does not take trained LoRAs; cat, xlora or meteora do")
+    for key in ("rank", "ranks", "down", "up", "targets"):
+        if getattr(adapter, key) is not None:
+            raise InputRefused(f"adapter.{key}: the LoRAs of adapter.adapters decide it; leave it out")
+    loras = read_given(list(adapter.adapters))
+    ranks = [lora.rank for lora in loras]
+    experts = {"experts": len(loras)}
+    targets = sorted(set().union(*(lora.targets for lora in loras)))
+    return {"ranks": ranks, "rank": max(ranks), "down": experts, "up": experts, "targets": targets}
 
 
 __all__ = ["DOWN_INITS", "SHARED_INITS", "MixtureConfig"]

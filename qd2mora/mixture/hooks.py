@@ -37,11 +37,12 @@ def _read_pass(tuner: "MixtureModel", decoder: nn.Module, args: tuple[Any, ...],
     routing.attended = mask[:, -length:].bool() if isinstance(mask, Tensor) and mask.dim() == 2 and length else None
     if routing.prompt is not None and (routing.keeps_pools or routing.prompt.shape[1] != length):
         routing.prompt = None
-    if _wants_hidden(tuner):
+    if wants_hidden(tuner):
         routing.hidden = _first_pass(tuner, decoder, args, kwargs)
 
 
-def _wants_hidden(tuner: "MixtureModel") -> bool:
+def wants_hidden(tuner: "MixtureModel") -> bool:
+    """Whether a router of an active adapter reads the hidden states of a first pass."""
     configs = [tuner.peft_config[name] for name in tuner.active_adapters if name in tuner.peft_config]
     return any(gate.input == "hidden" for config in configs for gate in config.gates_of_row.values())
 
@@ -67,4 +68,4 @@ def _first_pass(tuner: "MixtureModel", decoder: nn.Module, args: tuple[Any, ...]
             layer.enable_adapters(True)
 
 
-__all__ = ["watch_passes"]
+__all__ = ["wants_hidden", "watch_passes"]

@@ -157,6 +157,16 @@ class Method:
         found = {gate.depends_on for gate in self.gates.values()}
         return TOKEN if TOKEN in found else TASK if TASK in found else STATIC
 
+    @property
+    def reads_task(self) -> bool:
+        """Whether a gate needs the row's task, alone or beside x."""
+        return any(gate.input in ("task", "task+x") for gate in self.gates.values())
+
+    @property
+    def reads_vector(self) -> bool:
+        """Whether a gate needs a vector of the row."""
+        return any(gate.input == "external" for gate in self.gates.values())
+
     def penalty_weight(self, kind: str) -> float:
         """Return the weight of one kind of penalty; 0 where the method has none."""
         return sum(penalty.weight for penalty in self.penalties if penalty.kind == kind)

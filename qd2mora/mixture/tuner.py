@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from qd2mora.errors import InputRefused
 from qd2mora.mixture.config import MixtureConfig
-from qd2mora.mixture.hooks import watch_passes
+from qd2mora.mixture.hooks import wants_hidden, watch_passes
 from qd2mora.mixture.layer import MixtureLinear, merge_refusal
 from qd2mora.mixture.method import STATIC
 from qd2mora.mixture.penalties import pairwise_overlap, subspace_overlap, task_contrast
@@ -137,7 +137,24 @@ def add_adapter(model: nn.Module, config: MixtureConfig, seed: int) -> PeftModel
             raise InputRefused(f"adapter.targets: '{target}' matches no linear; there are {', '.join(there)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        return get_peft_model(model, _on_backend(config))
+
+
+def _on_backend(config: MixtureConfig) -> PeftConfig:
+    """Return the configuration itself, or PEFT's own where the method runs on PEFT's implementation (DoRA)."""
+    if config.row.backend == "ours":
+        return config
+    assert config.rank is not None and config.alpha is not None
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides by the rank alone
+        lora_dropout=config.dropout,
+        use_rslora=config.rank_stabilized,
+        use_dora=True,
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        task_type=config.task_type,
+    )
 
 
 def mixture_layers(model: nn.Module) -> dict[str, MixtureLinear]:
@@ -157,6 +174,12 @@ def read_rows(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
     routing = routing_of(model)
     if routing is not None:
         routing.read(batch)
+
+
+def reads_first_pass(model: nn.Module) -> bool:
+    """Whether a router of an active adapter reads a first pass: then there is no cache while decoding."""
+    tuner = getattr(model, "base_model", None)
+    return isinstance(tuner, MixtureModel) and wants_hidden(tuner)
 
 
 def after_step(model: nn.Module) -> None:
@@ -195,6 +218,7 @@ __all__ = [
     "mixture_layers",
     "orthogonality",
     "read_rows",
+    "reads_first_pass",
     "routing_of",
     "weight_penalty",
 ]

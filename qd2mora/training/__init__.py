@@ -3,9 +3,11 @@
 import contextlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from transformers import PreTrainedTokenizerBase
 
 from qd2mora.base import (
     base_config,
@@ -23,7 +26,7 @@ from qd2mora.base import (
     load_base,
     load_tokenizer,
 )
-from qd2mora.data import Mixture, TaskRows, content_hash, prepare
+from qd2mora.data import Mixture, TaskRows, collate, content_hash, prepare
 from qd2mora.errors import InputRefused, WillNotFit
 from qd2mora.memory.loss import RowLoss
 from qd2mora.memory.plan import Plan, plan
@@ -34,6 +37,8 @@ from qd2mora.training import checkpoint
 from qd2mora.training.loop import Training
 from qd2mora.training.optimizer import build_optimizer
 from qd2mora.training.progress import StepDisplay
+from qd2mora.training.stages import check_stages
+from qd2mora.training.start import check_rows, start_adapter
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "qd2mora")
 
@@ -58,10 +63,12 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> T
     """
     folder = RunFolder(Path(recipe.output))
     config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
+    check_stages(config, recipe.train)
     _check_folder(folder, recipe, resume, overwrite)
     base_config(recipe.base)
     tokenizer = load_tokenizer(recipe.base.model)
     tasks = prepare(recipe.data, tokenizer, recipe.train.seed)
+    check_rows(config, tasks)
     accelerator = _accelerator(recipe, folder)
     planned = plan(recipe, device=accelerator.device)
     if not planned.fits:
@@ -73,10 +80,11 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> T
     if planned.checkpointing:
         enable_checkpointing(base)
     model = add_adapter(base, config, recipe.train.seed)
+    mixture = Mixture(recipe.data, tasks, recipe.train.seed)
+    start_adapter(model, config, recipe, lambda: _first_batches(mixture, planned.micro_batch, tokenizer, model.device))
     model.train()
     parameters = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     optimizer = build_optimizer(recipe.train, list(parameters.values()))
-    mixture = Mixture(recipe.data, tasks, recipe.train.seed)
     start = _open_folder(folder, recipe, planned, parameters, optimizer, accelerator, resume)
     total = num_steps(recipe.train, mixture.rows_per_epoch)
     row_loss, prepared = accelerator.prepare(RowLoss(model), optimizer)
@@ -90,7 +98,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> T
         optimizer=prepared,
         mixture=mixture,
         tasks=tasks,
-        penalties=config.weight_penalties,
+        config=config,
         micro_batch=planned.micro_batch,
         total_steps=total,
         pad=tokenizer.pad_token_id,
@@ -105,6 +113,15 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> T
         tokenizer.save_pretrained(folder.path)
     accelerator.end_training()
     return Trained(folder.path, total, losses, training.bad_steps)
+
+
+def _first_batches(
+    mixture: Mixture, rows: int, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the run's first rows in batches."""
+    for start in itertools.count(0, rows):
+        batch = collate(mixture.rows(start, rows), tokenizer.pad_token_id)
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def num_steps(settings: Train, rows_per_epoch: int) -> int:

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from qd2mora.data import Mixture, Row, TaskRows, collate
 from qd2mora.errors import NotFinite, SignalStop
-from qd2mora.mixture import Routing, after_step, orthogonality, routing_of, weight_penalty
-from qd2mora.mixture.method import Penalty
+from qd2mora.mixture import MixtureConfig, Routing, after_step, orthogonality, routing_of, weight_penalty
 from qd2mora.recipe import Train
 from qd2mora.run_folder import RunFolder
 from qd2mora.training import checkpoint
 from qd2mora.training.optimizer import learning_rate
 from qd2mora.training.progress import StepDisplay
+from qd2mora.training.stages import enter_stage
 
 MAX_BAD_IN_A_ROW = 3
 
@@ -44,7 +44,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     mixture: Mixture
     tasks: list[TaskRows]
-    penalties: tuple[Penalty, ...]
+    config: MixtureConfig
     micro_batch: int
     total_steps: int
     pad: int
@@ -105,6 +105,7 @@ class Training:
         began = time.perf_counter()
         torch.manual_seed(self._random_seed(update))
         rows = self.mixture.rows(update * self.train.global_batch, self.train.global_batch)
+        enter_stage(self.model, self.optimizer, self.config, update, self.total_steps)
         loss = self._accumulate(rows)
         penalty, halves = self._add_penalties()
         rate = learning_rate(self.train, update, self.total_steps)
@@ -161,7 +162,7 @@ class Training:
         experts are: the two halves of D2MoRA's penalty, unweighted.
         """
         total = sum(self.routing.take_values().values()) if self.routing else 0.0
-        weights = {penalty.kind: penalty.weight for penalty in self.penalties}
+        weights = {penalty.kind: penalty.weight for penalty in self.config.weight_penalties}
         diversity = weights.pop("diversity_cos", 0.0)
         with torch.set_grad_enabled(diversity > 0):
             halves = orthogonality(self.model)

@@ -125,6 +125,7 @@ def test_padding_is_masked_by_position_even_where_it_is_the_end_token(side: str)
         "attention_mask": (2, 8),
         "labels": (2, 8),
         "task_index": (2,),
+        "group": (2,),
     }
     for number, row in enumerate(rows):
         attended = batch["attention_mask"][number].bool()

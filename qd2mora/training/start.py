@@ -1,0 +1,148 @@
+"""Where an adapter starts when it does not start at random: from trained LoRAs, from the weights, from the data.
+
+Done anew at every start, resumed ones included: it is a function of the files and the seed, and what is frozen of it is
+in no checkpoint.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from qd2mora.base import dense_weight
+from qd2mora.data import TaskRows
+from qd2mora.errors import InputRefused
+from qd2mora.mixture import MixtureConfig, MixtureLinear, mixture_layers, read_rows
+from qd2mora.mixture.given import load_given, read_given
+from qd2mora.mixture.starts import Activations, olora, pissa, residual
+from qd2mora.recipe import Recipe
+
+EVA_BATCHES = 8
+
+
+def start_adapter(
+    model: PeftModel, config: MixtureConfig, recipe: Recipe, batches: Callable[[], Iterable[dict[str, Tensor]]]
+) -> None:
+    """Give a fresh adapter its start; `batches` are training rows, read only where the start is made of them.
+
+    Raises InputRefused where a LoRA does not fit, or where LoftQ lacks the 16-bit weights.
+    """
+    layers = mixture_layers(model)
+    if recipe.adapter.adapters:
+        load_given(layers, read_given(list(recipe.adapter.adapters)))
+    if config.shared is None:
+        return
+    kind = config.shared_init
+    if kind == "eva":
+        _start_from_data(model, layers, config.shared_rank, batches())
+    elif kind in ("pissa", "olora", "loftq"):
+        originals = _original_weights(recipe) if kind == "loftq" else None
+        for number, (name, layer) in enumerate(layers.items()):
+            generator = torch.Generator().manual_seed(recipe.train.seed * 1_000_003 + number)
+            _start_from_weight(name, layer, config, generator, originals)
+
+
+def check_rows(config: MixtureConfig, tasks: list[TaskRows]) -> None:
+    """Refuse rows that lack what the method reads of them. Raises InputRefused."""
+    balances = any(penalty.kind == "localized_balance" for penalty in config.routing_penalties)
+    for task in tasks:
+        name = f"data.tasks.{task.task.name}"
+        if balances and task.task.group is None:
+            raise InputRefused(
+                f"{name}.group: the localised balance of {config.method} steers rows to halves of the experts: give 0 "
+                "or 1, or set adapter.penalty=0"
+            )
+        if not config.row.reads_vector:
+            continue
+        if task.task.vector is None:
+            raise InputRefused(
+                f"{name}.vector: {config.method} reads a vector of each row; name the field that holds it"
+            )
+        for row in (*task.train, *task.validation):
+            width = len(row.pair.vector or ())
+            if width != config.external_width:
+                raise InputRefused(
+                    f"{name}.vector: {width} numbers in a row, adapter.external_width {config.external_width}"
+                )
+
+
+def _start_from_weight(
+    name: str,
+    layer: MixtureLinear,
+    config: MixtureConfig,
+    generator: torch.Generator,
+    originals: Callable[[str], Tensor] | None,
+) -> None:
+    linear: Any = layer.get_base_layer()
+    weight, rank, scaling = dense_weight(linear), config.shared_rank, config.shared_scaling
+    if min(weight.shape) < rank:
+        raise InputRefused(f"adapter.shared.rank: {rank} is more than {name} has, {min(weight.shape)}")
+    if config.shared_init == "olora":
+        down, up = olora(weight, rank)
+    elif originals is None:
+        down, up = pissa(weight, rank, scaling, generator)
+    else:
+        down, up = residual(originals(f"{name}.weight").to(weight.device), weight, rank, scaling, generator)
+    tensors = layer.tensors("default")
+    with torch.no_grad():
+        tensors["mixture_shared_A"].copy_(down)
+        tensors["mixture_shared_B"].copy_(up)
+        if config.subtracts_start:
+            tensors["mixture_start_A"].copy_(down)
+            tensors["mixture_start_B"].copy_(-up)
+
+
+def _start_from_data(
+    model: PeftModel, layers: dict[str, MixtureLinear], rank: int, batches: Iterable[dict[str, Tensor]]
+) -> None:
+    """Set the shared down experts to the strongest directions of what flows into each linear."""
+    seen = {name: Activations(rank) for name in layers}
+    attended: list[Tensor] = []
+
+    def watch(name: str) -> Any:
+        def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen[name].add(inputs[0][attended[0]])
+
+        return layers[name].register_forward_pre_hook(before)
+
+    handles = [watch(name) for name in layers]
+    tuner: Any = model.base_model
+    with torch.no_grad():
+        for batch, _ in zip(batches, range(EVA_BATCHES), strict=False):
+            attended[:] = [batch["attention_mask"].bool()]
+            read_rows(model, batch)
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            tuner.model.get_decoder()(**inputs, use_cache=False)
+        for name, layer in layers.items():
+            layer.tensors("default")["mixture_shared_A"].copy_(seen[name].directions())
+    for handle in handles:
+        handle.remove()
+
+
+def _original_weights(recipe: Recipe) -> Callable[[str], Tensor]:
+    """Return a reader of the base's 16- or 32-bit weights by name, from the safetensors of its folder."""
+    folder = Path(recipe.base.model)
+    if recipe.base.quantization != "nf4" or not folder.is_dir():
+        raise InputRefused(
+            "adapter.shared.init: loftq starts at what 4-bit quantisation lost: it needs quantization: nf4 and a "
+            f"base.model that is a folder of 16-bit weights, not '{recipe.base.model}'"
+        )
+    files = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            files.update(dict.fromkeys(file.keys(), path))
+
+    def read(name: str) -> Tensor:
+        if name not in files:
+            raise InputRefused(f"adapter.shared.init: loftq finds no 16-bit '{name}' in '{folder}'")
+        with safe_open(files[name], "pt") as file:
+            return file.get_tensor(name).float()
+
+    return read
+
+
+__all__ = ["EVA_BATCHES", "check_rows", "start_adapter"]
