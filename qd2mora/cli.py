@@ -105,12 +105,14 @@ def merge(
     out: Annotated[Path, typer.Option(help="New folder for the export.", show_default=False)],
     strategy: Annotated[str, typer.Option(help="From routed to static: core_lsq or mean_gate.")] = "core_lsq",
     task: Annotated[str | None, typer.Option(help="Export for this task alone.")] = None,
+    vector: Annotated[str | None, typer.Option(help="Export for rows with this vector: numbers with commas.")] = None,
 ) -> None:
     """Export ordinary fp16 weights, with a report of what the export keeps."""
     from qd2mora.merging import merge as run_merge
     from qd2mora.report import show_export
 
-    show_export(run_merge(run, out, strategy=strategy, task=task), out, Console())
+    numbers = None if vector is None else _numbers(vector)
+    show_export(run_merge(run, out, strategy=strategy, task=task, vector=numbers), out, Console())
 
 
 @app.command(name="eval")

@@ -7,6 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from qd2mora.base import SHAPES
 from qd2mora.mixture import MixtureConfig
+from qd2mora.mixture.counts import llama_linears, trainable_parameters
+from qd2mora.mixture.presets import METHODS
 
 COUNTS = [
     ("d2mora", 8, 3, 8, 35_788_800),
@@ -37,3 +39,20 @@ def test_a_7b_has_as_many_trainable_parameters_as_the_paper_says(
     )
     adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
     assert sum(tensor.numel() for tensor in adapted.parameters() if tensor.requires_grad) == count
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.backend == "ours"])
+def test_counting_from_sizes_alone_equals_counting_the_tensors(method: str) -> None:
+    row, shape = METHODS[method], SHAPES["llama-7b"]
+    config = MixtureConfig(
+        method=method,
+        num_tasks=8 if row.reads_task else None,
+        external_width=64 if row.reads_vector else None,
+        target_modules=list(row.targets),
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape.config())
+    adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+    counted = sum(tensor.numel() for tensor in adapted.parameters() if tensor.requires_grad)
+    linears = llama_linears(shape.hidden, shape.intermediate, shape.hidden, shape.hidden)
+    assert trainable_parameters(config, linears, shape.layers, shape.hidden) == counted
