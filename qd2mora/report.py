@@ -38,9 +38,13 @@ def finish(run: Path, console: Console) -> None:
     """End a training: export and score as the recipe's `finish` says, then tell where everything lies."""
     folder, recipe = RunFolder(run), read_recipe(run)
     lies = {"adapter": folder.adapter, "recipe": folder.recipe, "metrics": folder.metrics}
-    by_task = find_method(recipe.adapter.method).depends_on == TASK and len(recipe.data.tasks) > 1
-    if recipe.finish.export and by_task:
-        console.print("no export: this method routes by task; `qd2mora merge --task NAME` exports for one")
+    row = find_method(recipe.adapter.method)
+    by_task = row.depends_on == TASK and row.reads_task and len(recipe.data.tasks) > 1
+    if recipe.finish.export and (by_task or row.reads_vector):
+        which = "--vector NUMBERS" if row.reads_vector else "--task NAME"
+        console.print(f"no export: this method routes by row; `qd2mora merge {which}` exports for one")
+    elif recipe.finish.export and row.placement == "block":
+        console.print("no export: this method stands beside a whole block, and no weight can take its update")
     elif recipe.finish.export:
         shutil.rmtree(folder.export, ignore_errors=True)
         show_export(merge(run, folder.export), folder.export, console)

@@ -76,7 +76,8 @@ def merge(
 ) -> Export:
     """Export a run as a float16 Hugging Face folder `out`, with `export_report.json` in it.
 
-    `task`: export for this task alone: calibration and measuring use its rows; needed where the method routes by task. `vector`: export for rows that bring this vector, where the method reads one.
+    `task`: export for this task alone: calibration and measuring use its rows; needed where the method routes by task.
+    `vector`: export for rows that bring this vector, where the method reads one.
 
     Raises InputRefused; `out` appears whole or not at all.
     """
@@ -145,7 +146,8 @@ def _task_number(opened: OpenRun, task: str | None) -> int | None:
     names = [each.name for each in opened.recipe.data.tasks]
     if task is not None and task not in names:
         raise InputRefused(f"--task: no task '{task}' in this run; there are {', '.join(names)}")
-    if task is None and _depends_on(opened) == TASK and len(names) > 1:
+    row = find_method(opened.recipe.adapter.method)
+    if task is None and row.depends_on == TASK and row.reads_task and len(names) > 1:
         method = opened.recipe.adapter.method
         raise InputRefused(
             f"--task: {method} routes by task, one export serves one task; name one of {', '.join(names)}"

@@ -45,7 +45,7 @@ def _scores(
         scores = F.linear(read, ops.wide(tensors[f"mixture_router_{role}"]))
         bias, out = tensors.get(f"mixture_bias_{role}"), tensors.get(f"mixture_out_{role}")
         scores = ops.finish_scores(gate, scores, bias, out)
-        if gate.granularity in ("sequence", "prefix"):
+        if gate.granularity in ("sequence", "prefix") and gate.input != "external":
             scores = _averaged(gate, scores, routing, key)
     return scores + _task_scores(x, tensors, routing) if gate.input == "task+x" else scores
 
