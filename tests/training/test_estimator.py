@@ -64,9 +64,7 @@ def test_a_step_of_draws_is_the_same_again_from_the_same_keys() -> None:
     for _ in range(2):
         layer.routing.rows, layer.routing.lengths = (11,), (1,)
         layer.zero_grad()
-        loss = backward_over_draws(
-            lambda: (layer(x) - goal).square().sum((1, 2)), Tensor.backward, layer.routing, 0.5
-        )
+        loss = backward_over_draws(lambda: (layer(x) - goal).square().sum((1, 2)), Tensor.backward, layer.routing, 0.5)
         gradients.append(
             {name: tensor.grad.clone() for name, tensor in layer.named_parameters() if tensor.grad is not None}
         )
