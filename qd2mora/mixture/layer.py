@@ -159,6 +159,8 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
 
     def _routed(self, y: Tensor, x: Tensor, name: str) -> Tensor:
         config, spec = self.mixture_config[name], self.mixture_spec[name]
+        if not isinstance(self.get_base_layer(), nn.Linear):
+            y = y.clone()  # a block's last operation may need its output in the backward pass; no adding into that
         downs, ups = self.banks(name)
         probability = config.dropout if self.training else 0.0
         needs_draws = probability > 0 or (self.training and any(_is_random(gate) for _, gate in spec.step.gates))

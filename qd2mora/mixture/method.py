@@ -118,6 +118,7 @@ class Method:
         (`gate_down`). core: what lies between the banks. `gate_rank` weighs single ranks of one down expert.
     one_expert: linears that get a single, ungated expert. allocation: experts by depth, "2-4-6-8" for four quarters.
     frozen: tensors that are not trained. `given`: experts come from adapters that are named, not from nothing.
+    init_std: of Gaussian down experts; 1 / rank where None.
     mark: `verified` against the authors' code, `reconstruction` where a formula is inferred, `part` where only the
         part of another domain's method that carries over is offered; `note` says what was inferred or left out.
     """
