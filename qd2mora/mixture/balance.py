@@ -24,7 +24,10 @@ from qd2mora.mixture.routers import Gating, tsallis_entropy
 
 @dataclass(frozen=True)
 class View:
-    """One router's decisions: probs, used, logits (G, n, E), counted (G, n) of 0 and 1; group, task (G, n) or None."""
+    """One router's decisions: probs, used, logits (G, n, E), counted (G, n) of 0 and 1; group, task (G, n) or None.
+
+    is_of_rows: each entry stands for a whole row, not for a token.
+    """
 
     probs: Tensor
     used: Tensor
@@ -32,6 +35,7 @@ class View:
     counted: Tensor
     group: Tensor | None = None
     task: Tensor | None = None
+    is_of_rows: bool = False
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean over counted tokens of (G, n, ...) as (G, ...)."""
@@ -43,16 +47,16 @@ def view(gating: Gating, counted_BT: Tensor, by_row: bool, group: Tensor | None,
     """Arrange a gating over rows and tokens; gates of a whole row count once a row. `group`, `task`: (B,)."""
     num_rows = counted_BT.shape[0]
     shape = torch.broadcast_shapes(gating.probs.shape, (num_rows, 1, gating.probs.shape[-1]))
-    counted = counted_BT if shape[1] > 1 or counted_BT.shape[1] == 1 else counted_BT.new_ones(num_rows, 1)
+    is_of_rows = shape[1] == 1 and counted_BT.shape[1] > 1
+    counted = counted_BT.new_ones(num_rows, 1) if is_of_rows else counted_BT
 
     def arranged(values: Tensor) -> Tensor:
-        wide = values.expand(shape) if values.dim() == 3 else values.view(*values.shape, *[1] * (2 - values.dim()))
-        wide = wide if values.dim() == 3 else wide.expand(shape[:2])
-        return wide if by_row else wide.reshape(1, -1, *wide.shape[2:])
+        return values if by_row else values.reshape(1, -1, *values.shape[2:])
 
-    each = [arranged(tensor) for tensor in (gating.probs, gating.used, gating.logits, counted.to(gating.probs.dtype))]
-    ids = [None if ids is None else arranged(ids) for ids in (group, task)]
-    return View(*each, *ids)
+    each = [arranged(tensor.expand(shape)) for tensor in (gating.probs, gating.used, gating.logits)]
+    ids = [None if ids is None else arranged(ids.unsqueeze(-1).expand(shape[:2])) for ids in (group, task)]
+    probs, used, logits = each
+    return View(probs, used, logits, arranged(counted.to(probs.dtype)), ids[0], ids[1], is_of_rows)
 
 
 def _mixtral(routed: View, penalty: Penalty) -> Tensor:

@@ -1,5 +1,6 @@
 """MixtureConfig: any method of the table, as a PEFT configuration."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -9,7 +10,7 @@ from peft import PeftConfig
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.mixture import balance
 from qd2mora.mixture.given import read_given
-from qd2mora.mixture.method import Gate, Method, Penalty, check_counts, check_gate
+from qd2mora.mixture.method import Gate, Method, Penalty, check_counts, check_gate, most_dependent
 from qd2mora.mixture.penalties import WEIGHT_PENALTIES
 from qd2mora.mixture.presets import find_method
 from qd2mora.mixture.registration import QD2MORA
@@ -60,6 +61,8 @@ class MixtureConfig(PeftConfig):
         self.peft_type = QD2MORA
         method = self.row
         self.alpha = method.alpha if self.alpha is None else float(self.alpha)
+        if self.down is None and self.up is None and self.allocation is None:
+            self.allocation = method.allocation
         if self.ranks is None and method.ranks is not None and self.rank is None:
             self.ranks = list(method.ranks)
         if self.ranks is not None and self.down is None:
@@ -68,7 +71,6 @@ class MixtureConfig(PeftConfig):
             self.rank = max(self.ranks) if self.ranks else method.rank
         self.down = {"experts": method.down} if self.down is None else dict(self.down)
         self.up = {"experts": method.up} if self.up is None else dict(self.up)
-        self.allocation = method.allocation if self.allocation is None else self.allocation
         self.init = method.init_down if self.init is None else self.init
         self.task_embedding = method.task_embedding if self.task_embedding is None else self.task_embedding
         self._check(method)
@@ -97,9 +99,19 @@ class MixtureConfig(PeftConfig):
     @property
     def scaling(self) -> float:
         """alpha over the rank of one expert (or its root), or of all where the method's code divides by that."""
+        assert self.rank is not None
+        return self.scaling_of(self.ranks or [self.rank] * self.num_down)
+
+    def scaling_of(self, ranks: Sequence[int]) -> float:
+        """Return the scale of a linear whose experts have these ranks."""
         assert self.rank is not None and self.alpha is not None
-        rank = self.rank * self.num_down if self.row.scaling_rank == "total" else self.rank
+        rank = sum(ranks) if self.row.scaling_rank == "total" else self.rank
         return self.alpha / (rank**0.5 if self.rank_stabilized else rank)
+
+    @property
+    def depends_on(self) -> str:
+        """What K depends on: the row's gates with this configuration's changes."""
+        return most_dependent(self.gates_of_row.values())
 
     @property
     def shared_rank(self) -> int:
@@ -171,7 +183,7 @@ class MixtureConfig(PeftConfig):
         targets = adapter.targets or content.pop("targets", None) or list(row.targets)
         return cls(
             **content,
-            num_tasks=num_tasks if row.reads_task else None,
+            num_tasks=num_tasks if row.reads_task or _reads_task(content.get("gates")) else None,
             target_modules=targets,
             task_type="CAUSAL_LM",
         )
@@ -231,11 +243,12 @@ class MixtureConfig(PeftConfig):
                 )
         counts = {"down": self.num_down, "up": self.num_up, "core": method.cores, "rank": self.rank or 1}
         if self.allocation is not None:
-            least = min(int(part) for part in self.allocation.split("-"))
-            counts["down" if method.pairing == "tied" else "up"] = max(least, 1)
+            several = [count for count in map(int, self.allocation.split("-")) if count > 1]
+            counts["down" if method.pairing == "tied" else "up"] = min(several, default=1)
         for role, gate in self.gates_of_row.items():
-            if not gate.is_constant(counts[role]):
-                check_gate(gate, f"adapter.gates.{role}", counts[role])
+            check_gate(gate, f"adapter.gates.{role}", role, counts[role])
+            if gate.scope == "model" and self.allocation is not None:
+                raise InputRefused(f"adapter.allocation: {self.allocation} will not do: one router serves the model")
 
     def _check_task(self, method: Method) -> None:
         inputs = {gate.input for gate in self.gates_of_row.values()}
@@ -274,6 +287,10 @@ class MixtureConfig(PeftConfig):
             raise InputRefused(
                 f"adapter.shared.init: unknown '{self.shared_init}'; {nearest(self.shared_init, SHARED_INITS)}"
             )
+
+
+def _reads_task(changes: dict[str, dict[str, Any]] | None) -> bool:
+    return any("task" in (fields.get("input") or "") for fields in (changes or {}).values())
 
 
 def _experts_given(adapter: Adapter, row: Method) -> dict[str, Any]:

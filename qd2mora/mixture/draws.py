@@ -43,8 +43,10 @@ class Draws:
             return draw(torch.empty_like(like), self._generator(like, self.keys[0], purpose))
         out = torch.ones_like(like)
         for row, (key, length) in enumerate(zip(self.keys, self.lengths, strict=True)):
-            part = torch.empty((length, *like.shape[2:]), dtype=like.dtype, device=like.device)
-            out[row, :length] = draw(part, self._generator(like, key, purpose))
+            # A gate of a whole row has one entry along the tokens.
+            entries = min(length, like.shape[1])
+            part = torch.empty((entries, *like.shape[2:]), dtype=like.dtype, device=like.device)
+            out[row, :entries] = draw(part, self._generator(like, key, purpose))
         return out
 
     @staticmethod

@@ -11,50 +11,54 @@ from torch.nn import functional as F  # noqa: N812
 from qd2mora.mixture import ops
 from qd2mora.mixture.method import Gate
 from qd2mora.mixture.routing import Routing
-from qd2mora.mixture.spec import Place
+from qd2mora.mixture.spec import LinearSpec
 
 
 def given_logits(
-    gate: Gate, role: str, x: Tensor, tensors: dict[str, Tensor], routing: Routing, adapter: str, place: Place
+    role: str, x: Tensor, tensors: dict[str, Tensor], routing: Routing, adapter: str, spec: LinearSpec
 ) -> Tensor | None:
     """Return logits that broadcast to (..., E), or None where the step finds all it needs in u.
 
     Raises ValueError where the pass does not say what the gate reads: the task, the vector, the prompt.
     """
+    gate, place = spec.gate(role), spec.place
+    assert gate is not None
     if gate.input in ("z", "self") or (gate.reads_x and gate.input == "x"):
         return None
-    if gate.input == "none":
-        return tensors[f"mixture_logits_{role}"]
     if gate.scope == "module":
-        return _scores(gate, role, x, tensors, routing, (adapter, place.key))
-    key = (adapter, place.scope_key(gate.scope))
+        return _scores(role, x, tensors, routing, (adapter, f"{place.key}:{role}"), spec)
+    key = (adapter, f"{place.scope_key(gate.scope)}:{role}")
     if place.owns_router:
-        routing.shared_logits[key] = _scores(gate, role, x, tensors, routing, key)
+        routing.shared_logits[key] = _scores(role, x, tensors, routing, key, spec)
     return routing.shared_logits[key]
 
 
 def _scores(
-    gate: Gate, role: str, x: Tensor, tensors: dict[str, Tensor], routing: Routing, key: tuple[str, str]
+    role: str, x: Tensor, tensors: dict[str, Tensor], routing: Routing, key: tuple[str, str], spec: LinearSpec
 ) -> Tensor:
+    gate = spec.gate(role)
+    assert gate is not None
+    if gate.input == "none":
+        return tensors[f"mixture_logits_{role}"]
     if gate.select == "fixed":
-        return _one_hot(x, routing, tensors["mixture_A"].shape[0])
+        return _one_hot(_known_tasks(x, routing, spec), spec.counts[role], x)
     if gate.input == "task":
-        return _task_scores(x, tensors, routing)
+        return _task_scores(x, tensors, routing, spec)
+    if gate.reads_x:
+        return _task_scores(x, tensors, routing, spec)  # beside the product that u holds
     with ops.unlowered(x):
         read = ops.wide(_what_is_read(gate, x, routing))
         scores = F.linear(read, ops.wide(tensors[f"mixture_router_{role}"]))
-        bias, out = tensors.get(f"mixture_bias_{role}"), tensors.get(f"mixture_out_{role}")
-        scores = ops.finish_scores(gate, scores, bias, out)
-        if gate.granularity in ("sequence", "prefix") and gate.input != "external":
+        if gate.is_averaged:
             scores = _averaged(gate, scores, routing, key)
-    return scores + _task_scores(x, tensors, routing) if gate.input == "task+x" else scores
+        return ops.finish_scores(gate, scores, tensors.get(f"mixture_bias_{role}"), tensors.get(f"mixture_out_{role}"))
 
 
 def _what_is_read(gate: Gate, x: Tensor, routing: Routing) -> Tensor:
     if gate.input == "external":
         if routing.external is None:
             raise ValueError("this adapter reads a vector of each row: pass external=(batch, width) to the model")
-        vector = routing.external.to(x.device)
+        vector = _for_rows(routing.external.to(x.device), x)
         return vector.view(vector.shape[0], *([1] * (x.dim() - 2)), vector.shape[1])
     if gate.input == "hidden":
         if routing.hidden is None or routing.hidden.shape[:-1] != x.shape[:-1]:
@@ -88,27 +92,32 @@ def _averaged(gate: Gate, scores: Tensor, routing: Routing, key: tuple[str, str]
     return summed / number.clamp_min(1)
 
 
-def _known_tasks(x: Tensor, routing: Routing, num_tasks: int) -> Tensor:
-    index = routing.task_index
+def _known_tasks(x: Tensor, routing: Routing, spec: LinearSpec) -> Tensor:
+    index, num_tasks = routing.task_index, spec.num_tasks
     if index is None:
         raise ValueError("this adapter routes by task: pass task_index=(batch,) to the model's forward")
     if int(index.max()) >= num_tasks or int(index.min()) < 0:
         raise ValueError(f"task_index {index.tolist()} is outside the {num_tasks} tasks of this adapter")
-    return index.to(x.device)
+    return _for_rows(index.to(x.device), x)
 
 
-def _task_scores(x: Tensor, tensors: dict[str, Tensor], routing: Routing) -> Tensor:
+def _for_rows(values: Tensor, x: Tensor) -> Tensor:
+    """Return one value for each row of x, where beam search made several rows of each."""
+    rows, known = x.shape[0], values.shape[0]
+    return values if rows == known or rows % known else values.repeat_interleave(rows // known, 0)
+
+
+def _task_scores(x: Tensor, tensors: dict[str, Tensor], routing: Routing, spec: LinearSpec) -> Tensor:
+    index = _known_tasks(x, routing, spec)
     table = tensors["mixture_task_embedding"]
-    index = _known_tasks(x, routing, table.shape[0] - 1)
     with ops.unlowered(table):
         logits = F.linear(ops.wide(table[index]), ops.wide(tensors["mixture_router_task"]))
     return logits.view(logits.shape[0], *([1] * (x.dim() - 2)), logits.shape[1])
 
 
-def _one_hot(x: Tensor, routing: Routing, num_experts: int) -> Tensor:
+def _one_hot(index: Tensor, num_experts: int, x: Tensor) -> Tensor:
     """Return 0 at the row's own expert and -inf elsewhere: the softmax of it is exactly one-hot."""
-    index = _known_tasks(x, routing, num_experts)
-    logits = torch.full((len(index), num_experts), -torch.inf, device=x.device)
+    logits = torch.full((len(index), num_experts), -torch.inf, device=index.device)
     logits.scatter_(1, index.unsqueeze(1), 0.0)
     return logits.view(len(index), *([1] * (x.dim() - 2)), num_experts)
 

@@ -30,12 +30,13 @@ def _read_pass(tuner: "MixtureModel", decoder: nn.Module, args: tuple[Any, ...],
         return
     inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
     cache = kwargs.get("past_key_values", kwargs.get("cache"))
-    routing.keeps_pools = cache is not None
+    routing.keeps_pools = cache is not None or kwargs.get("use_cache") is True
     routing.is_decoding = cache is not None and cache.get_seq_length() > 0
     mask = kwargs.get("attention_mask")
     length = inputs.shape[1] if isinstance(inputs, Tensor) and inputs.dim() > 1 else 0
     routing.attended = mask[:, -length:].bool() if isinstance(mask, Tensor) and mask.dim() == 2 and length else None
-    if routing.prompt is not None and (routing.keeps_pools or routing.prompt.shape[1] != length):
+    # `generate` brings a cache and its whole input is the prompt, whatever an earlier pass said.
+    if routing.prompt is not None and (cache is not None or routing.prompt.shape[1] != length):
         routing.prompt = None
     if wants_hidden(tuner):
         routing.hidden = _first_pass(tuner, decoder, args, kwargs)

@@ -24,7 +24,7 @@ def initial_tensor(name: str, shape: tuple[int, ...], config: "MixtureConfig", s
     if name.startswith(("mixture_select_bias", "mixture_bias")):
         return tensor.zero_()
     if name == "mixture_A":
-        return initial_down(tensor, config.init or "kaiming", row.init_std, spec)
+        return initial_down(tensor, config.init or "kaiming", row.init_std or 1 / shape[-2], spec)
     if name == "mixture_core":
         return _initial_core(tensor, row.core, row.scales)
     if name == "mixture_task_embedding":

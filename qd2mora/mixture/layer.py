@@ -21,7 +21,7 @@ from qd2mora.mixture.config import MixtureConfig
 from qd2mora.mixture.fused import Dropout, add_mixture
 from qd2mora.mixture.gating import given_logits
 from qd2mora.mixture.initial import initial_tensor
-from qd2mora.mixture.method import STATIC, Method
+from qd2mora.mixture.method import STATIC, TASK
 from qd2mora.mixture.observer import Observer
 from qd2mora.mixture.routing import Routing
 from qd2mora.mixture.spec import ROLES, LinearSpec, Place
@@ -159,6 +159,8 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
 
     def _routed(self, y: Tensor, x: Tensor, name: str) -> Tensor:
         config, spec = self.mixture_config[name], self.mixture_spec[name]
+        if not isinstance(self.get_base_layer(), nn.Linear):
+            y = y.clone()  # a block's last operation may need its output in the backward pass; no adding into that
         downs, ups = self.banks(name)
         probability = config.dropout if self.training else 0.0
         needs_draws = probability > 0 or (self.training and any(_is_random(gate) for _, gate in spec.step.gates))
@@ -199,9 +201,11 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
                     small[f"{what}_{role}"] = tensors[f"mixture_{what}_{role}"]
             if gate.input == "z":
                 small[f"router_{role}"] = tensors[f"mixture_router_{role}"]
-            given = given_logits(gate, role, x, tensors, self.routing, name, spec.place)
+            given = given_logits(role, x, tensors, self.routing, name, spec)
             if given is not None:
                 small[f"logits_{role}"] = given
+        if self.training and any(gate.capacity for _, gate in spec.step.gates):
+            small["counted"] = self.routing.counted(x) if x.dim() == 3 else x.new_ones(x.shape[:-1])
         return small
 
     def _staged(self, name: str) -> dict[str, Tensor]:
@@ -216,9 +220,9 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return s B K A, (d_out, d_in) float32. Raises ValueError where K depends on the token or the task."""
-        row = self.mixture_config[adapter_name].row
-        if row.depends_on != STATIC:
-            raise ValueError(merge_refusal(row))
+        config = self.mixture_config[adapter_name]
+        if config.depends_on != STATIC:
+            raise ValueError(merge_refusal(config))
         with torch.no_grad():
             rows = self.rows(adapter_name).float()
             K = self.mixing(rows.new_zeros(1, 1, rows.shape[1]), adapter_name)[0, 0]
@@ -255,11 +259,11 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         return "mixture." + super().__repr__()
 
 
-def merge_refusal(row: Method) -> str:
+def merge_refusal(config: MixtureConfig) -> str:
     """Say why an adapter of this method cannot be folded into weights as it is, and what can be done."""
-    why = "task" if row.depends_on == "task" else "token"
+    why = "task" if config.depends_on == TASK else "token"
     return (
-        f"method '{row.name}' is routed: its update depends on the {why}, so no weight matrix equals it; "
+        f"method '{config.method}' is routed: its update depends on the {why}, so no weight matrix equals it; "
         "`qd2mora merge` exports the best static approximation and measures it"
     )
 

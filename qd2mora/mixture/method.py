@@ -4,6 +4,8 @@ Every method is y = W x + s B K_t A x and differs only in K_t. `presets` holds t
 into numbers; `balance` and `penalties` hold what the penalties mean.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -31,6 +33,10 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL = (*ATTENTION, *MLP)
 
+# Numbers of a gate, and the least that will do.
+_LEAST = {"top_k": 1, "top_p": 0, "temperature": 0, "entropy_order": 0, "entropy_limit": 0, "capacity": 1, "omega": 0}
+_LEAST |= {"width": 1, "bias_rate": 0}
+
 # Weights that sum to one over the experts: over a single expert such a gate is the constant 1 and has no router.
 _SUM_TO_ONE = ("softmax", "renorm", "straight_through", "one")
 
@@ -46,7 +52,8 @@ class Gate:
         over the tokens so far; `task`. A mean over the batch does not exist: it would let rows see each other.
     scope: one router for each `module`, or one for each `block` (attention or MLP) or for the `model`, read where its
         first adapted linear stands.
-    score, select, weight: see `routers`.
+    score, select, weight: see `routers`. Weight `one` gives the router no gradient of its own; `straight_through` is
+        omega on what is chosen, with the gradient of the softmax.
     """
 
     input: Input = "x"
@@ -71,6 +78,11 @@ class Gate:
         if self.input == "none":
             return STATIC
         return TASK if self.input in ("task", "external") else TOKEN
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether its scores are averaged over tokens; a vector of the row is the same at each."""
+        return self.granularity in ("sequence", "prefix") and self.input != "external"
 
     @property
     def reads_x(self) -> bool:
@@ -106,6 +118,7 @@ class Method:
         (`gate_down`). core: what lies between the banks. `gate_rank` weighs single ranks of one down expert.
     one_expert: linears that get a single, ungated expert. allocation: experts by depth, "2-4-6-8" for four quarters.
     frozen: tensors that are not trained. `given`: experts come from adapters that are named, not from nothing.
+    init_std: of Gaussian down experts; 1 / rank where None.
     mark: `verified` against the authors' code, `reconstruction` where a formula is inferred, `part` where only the
         part of another domain's method that carries over is offered; `note` says what was inferred or left out.
     """
@@ -132,7 +145,7 @@ class Method:
     penalties: tuple[Penalty, ...] = ()
     scaling_rank: Literal["expert", "total"] = "expert"
     init_down: Literal["kaiming", "gaussian", "orthogonal", "sparse"] = "kaiming"
-    init_std: float = 0.01
+    init_std: float | None = 0.01
     router_std: float | None = None
     task_embedding: int | None = None
     placement: Literal["linear", "block", "mlp"] = "linear"
@@ -154,8 +167,7 @@ class Method:
     @property
     def depends_on(self) -> str:
         """What K depends on: `static` merges exactly, `task` exactly for one task or vector, `token` approximately."""
-        found = {gate.depends_on for gate in self.gates.values()}
-        return TOKEN if TOKEN in found else TASK if TASK in found else STATIC
+        return most_dependent(self.gates.values())
 
     @property
     def reads_task(self) -> bool:
@@ -172,6 +184,12 @@ class Method:
         return sum(penalty.weight for penalty in self.penalties if penalty.kind == kind)
 
 
+def most_dependent(gates: Iterable[Gate]) -> str:
+    """Return what K depends on where these gates make it."""
+    found = {gate.depends_on for gate in gates}
+    return TOKEN if TOKEN in found else TASK if TASK in found else STATIC
+
+
 def check_counts(method: Method, down: int, up: int) -> None:
     """Refuse expert counts that a method forbids. Raises InputRefused."""
     for bank, count, gate in (("down", down, method.gate_down), ("up", up, method.gate_up)):
@@ -184,34 +202,80 @@ def check_counts(method: Method, down: int, up: int) -> None:
         raise InputRefused(f"adapter.down.experts: {method.name} has one for each scale ({scales}), {down} given")
 
 
-def check_gate(gate: Gate, key: str, num_experts: int) -> None:
+def check_gate(gate: Gate, key: str, role: str, num_experts: int) -> None:
     """Refuse values that are not known and fields that do not go together. Raises InputRefused."""
     for name, known in _WORDS.items():
         if getattr(gate, name) not in get_args(known):
             raise InputRefused(f"{key}.{name}: unknown '{getattr(gate, name)}'; there are {', '.join(get_args(known))}")
+    for name, least in _LEAST.items():
+        value = getattr(gate, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= least):
+            raise InputRefused(f"{key}.{name}: {value} will not do: a number, at least {least}")
+    takes_top_k = gate.select in ("top_k", "sample", "entropy")
+    most = num_experts if num_experts > 1 else math.inf  # a single expert has no router to choose with
     problems = {
         f"top_k: {gate.top_k} will not do: from 1 to the {num_experts} experts there are": (
-            gate.select in ("top_k", "sample", "entropy") and not 1 <= (gate.top_k or 0) <= num_experts
+            takes_top_k and not (isinstance(gate.top_k, int) and gate.top_k <= most)
         ),
-        f"top_k: select: {gate.select} takes none; it goes with top_k": (
-            gate.select not in ("top_k", "sample", "entropy") and gate.top_k is not None
+        f"top_k: {gate.top_k} will not do: select: {gate.select} takes none; it goes with top_k": (
+            not takes_top_k and gate.top_k is not None
         ),
         f"top_p: {gate.top_p} will not do: above 0, up to 1": not 0 < gate.top_p <= 1,
         f"temperature: {gate.temperature} will not do: above 0": not gate.temperature > 0,
+        f"capacity: {gate.capacity} will not do: it goes with select: switch": (
+            gate.capacity is not None and gate.select != "switch"
+        ),
+        f"width: {gate.width} will not do: score: mlp needs the width of its hidden layer": (
+            gate.score == "mlp" and gate.width is None
+        ),
+        f"weight: bounded weighs every expert; select: {gate.select} does not": (
+            gate.weight == "bounded" and gate.select != "all"
+        ),
+        **_reading_problems(gate, role),
+        **_scope_problems(gate),
+    }
+    for words, is_wrong in problems.items():
+        if is_wrong:
+            raise InputRefused(f"{key}.{words}")
+
+
+def _reading_problems(gate: Gate, role: str) -> dict[str, bool]:
+    """What a router cannot read, or cannot make of what it reads."""
+    scores = {"none": ["static"], "self": ["activation"], "task": ["linear"]}
+    scores["task+x"] = ["linear", "bias", "mlp", "prototype"]
+    possible = scores.get(gate.input, ["linear", "bias", "mlp", "noisy", "prototype"])
+    return {
+        f"input: {gate.input} will not do for the {role} router: there is no mixed code before it": (
+            gate.input == "z" and role in ("down", "rank")
+        ),
+        f"input: self will not do for the {role} router: only ranks choose themselves": (
+            gate.input == "self" and role != "rank"
+        ),
+        f"score: {gate.score} will not do with input: {gate.input}; {' or '.join(possible)} will": (
+            gate.score not in possible
+        ),
+        f"select: fixed gives each task its own expert; it goes with input: task, not {gate.input}": (
+            gate.select == "fixed" and gate.input != "task"
+        ),
         f"granularity: {gate.granularity} averages x or hidden, not {gate.input}": (
             gate.granularity in ("sequence", "prefix") and gate.input not in ("x", "hidden", "external")
         ),
+        f"granularity: task goes with input: task, not {gate.input}": (
+            gate.granularity == "task" and gate.input != "task"
+        ),
+    }
+
+
+def _scope_problems(gate: Gate) -> dict[str, bool]:
+    """What a router that several linears share cannot do."""
+    return {
         f"scope: a router of the {gate.scope} cannot read {gate.input}": (
             gate.scope != "module" and gate.input not in ("x", "task", "external", "hidden", "none")
         ),
         f"scope: chance cannot be shared by a {gate.scope}; noisy and sample stay in the module": (
             gate.scope != "module" and (gate.score == "noisy" or gate.select == "sample")
         ),
-        "width: score: mlp needs the width of its hidden layer": gate.score == "mlp" and gate.width is None,
     }
-    for words, is_wrong in problems.items():
-        if is_wrong:
-            raise InputRefused(f"{key}.{words}")
 
 
 __all__ = [
@@ -226,4 +290,5 @@ __all__ = [
     "Penalty",
     "check_counts",
     "check_gate",
+    "most_dependent",
 ]

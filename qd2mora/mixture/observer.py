@@ -48,8 +48,11 @@ class Observer:
                 self.routing.add_counts((self.adapter, f"{self.spec.place.key}:{role}"), used.flatten(0, -2).sum(0))
             if gate.select == "sample" and self.routing.advantage is not None:
                 terms.append(self._policy(gating, gate.temperature))
-            terms += [self._penalty(gating, number) for number in range(len(self.spec.penalties))]
-        return torch.stack(terms).sum() if terms else None
+            if gate.scope == "module" or self.spec.place.owns_router:
+                terms += [self._penalty(gating, number) for number in range(len(self.spec.penalties))]
+        total = torch.stack(terms).sum() if terms else None
+        # A router that is not trained, or has nothing to learn, gives a value without a gradient.
+        return total if total is not None and total.requires_grad else None
 
     def _penalty(self, gating: Gating, number: int) -> Tensor:
         penalty = self.spec.penalties[number]
@@ -61,7 +64,7 @@ class Observer:
             raise ValueError(f"the penalty {penalty.kind} needs {wanted}=(batch,) of the rows")
         seen = balance.view(gating, self.counted, by_row, self.group, self.task)
         value = balance.PENALTIES[penalty.kind](seen, penalty).mean()
-        share = self.routing.share[1 if by_row else 0]
+        share = self.routing.share[1 if by_row or seen.is_of_rows else 0]
         weighed = penalty.weight * share * value
         self.routing.add_value(penalty.kind, weighed.detach())
         return self.routing.loss_scale * weighed

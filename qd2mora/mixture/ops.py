@@ -190,7 +190,8 @@ class RankStep:
             scores = noisy(scores, None if draws is None else draws.normal(halves, _PURPOSE[role]))
         elif gate.select == "sample" and draws is not None:
             noise = draws.gumbel(scores, _PURPOSE[role])
-        gatings[role] = decide(gate, scores, bias=small.get(f"select_bias_{role}"), noise=noise)
+        bias, counted = small.get(f"select_bias_{role}"), small.get("counted")
+        gatings[role] = decide(gate, scores, bias=bias, noise=noise, counted=counted)
 
     def _scores(self, role: str, gate: Gate, u_ext: Tensor, z: Tensor | None, small: Small) -> Tensor:
         given = small.get(f"logits_{role}")

@@ -5,8 +5,9 @@ where the scores are. The number of operations does not depend on the number of 
 
 Sources: top-k with renormalised softmax equals softmax over the chosen logits (Mixtral, MoLA, MeteoRA); the two top-p
 rules of MoE-PEFT and DynMoLE; entropy by Tsallis of DynMoLE (mikecovlee/DynMoLE); noise by Shazeer et al. 2017 as in
-AMAP-ML/Omni-Effects, there also at inference, here in training only; switch capacity of MoE-PEFT, without its inference
-branch; sampling without replacement (Plackett-Luce) through Gumbel noise.
+AMAP-ML/Omni-Effects, there also at inference, here in training only; switch capacity of MoE-PEFT, here in training only
+(a cache that decodes token by token knows no running count); sampling without replacement (Plackett-Luce) through
+Gumbel noise.
 
 Shapes: ... leading axes (rows, tokens), E experts.
 """
@@ -41,14 +42,24 @@ class Gating:
         return torch.ones_like(self.probs) if self.chosen is None else self.chosen
 
 
-def decide(gate: Gate, logits: Tensor, *, bias: Tensor | None = None, noise: Tensor | None = None) -> Gating:
+def decide(
+    gate: Gate,
+    logits: Tensor,
+    *,
+    bias: Tensor | None = None,
+    noise: Tensor | None = None,
+    counted: Tensor | None = None,
+) -> Gating:
     """Return the gating of logits (..., E); `bias` (E,) enters the selection only, `noise` is added to what is sampled.
+
+    `counted` (...) of 0 and 1 are the tokens that fill an expert's capacity; without it no expert is ever full.
 
     For the score `activation` the logits are the rank units' activations u: selected by |u + bias|, weighed by
     softmax(|u| / (|u|_2 T)) where weights are asked for.
     """
     if gate.score == "activation":
-        probs = (logits.abs() / (logits.norm(dim=-1, keepdim=True) + EPS) / gate.temperature).softmax(-1)
+        norm = logits.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)
+        probs = (logits.abs() / norm / gate.temperature).softmax(-1)
         rank = (logits if bias is None else logits + bias).abs()
     else:
         probs = (logits / gate.temperature).softmax(-1)
@@ -58,7 +69,7 @@ def decide(gate: Gate, logits: Tensor, *, bias: Tensor | None = None, noise: Ten
         order = (rank / gate.temperature + noise).detach().topk(gate.top_k, -1).indices
         drawn = torch.zeros_like(probs).scatter_(-1, order, 1.0)
         return Gating(_weigh(gate, logits, probs, drawn), probs, logits, drawn, order)
-    chosen = _select(gate, probs, rank)
+    chosen = _select(gate, probs, rank, counted)
     return Gating(_weigh(gate, logits, probs, chosen), probs, logits, chosen)
 
 
@@ -98,7 +109,7 @@ def log_probability(gating: Gating, temperature: float = 1.0) -> Tensor:
     return (picked - left).sum(-1)
 
 
-def _select(gate: Gate, probs: Tensor, rank: Tensor) -> Tensor | None:
+def _select(gate: Gate, probs: Tensor, rank: Tensor, counted: Tensor | None) -> Tensor | None:
     num_experts = probs.shape[-1]
     match gate.select:
         case "all":
@@ -115,11 +126,13 @@ def _select(gate: Gate, probs: Tensor, rank: Tensor) -> Tensor | None:
             unsure = tsallis_entropy(probs.detach(), gate.entropy_order) > gate.entropy_limit
             return torch.where(unsure.unsqueeze(-1), torch.ones_like(chosen), chosen)
         case "switch":
-            return _within_capacity(top_k_mask(rank, 1), gate.capacity)
+            return _within_capacity(top_k_mask(rank, 1), gate.capacity, counted)
 
 
 def _top_p(probs: Tensor, limit: float, least: int, *, inclusive: bool) -> Tensor:
     """Keep the likeliest experts whose summed probability stays within the limit; `inclusive`: and the one crossing."""
+    if limit >= 1:  # a sum of rounded probabilities may pass 1
+        return torch.ones_like(probs)
     ordered, places = probs.detach().sort(-1, descending=True)
     summed = ordered.cumsum(-1)
     before = summed - ordered if inclusive else summed
@@ -128,29 +141,32 @@ def _top_p(probs: Tensor, limit: float, least: int, *, inclusive: bool) -> Tenso
     return torch.zeros_like(probs).scatter_(-1, places, keep.to(probs.dtype))
 
 
-def _within_capacity(chosen: Tensor, capacity: int | None) -> Tensor:
+def _within_capacity(chosen: Tensor, capacity: int | None, counted: Tensor | None) -> Tensor:
     """Drop tokens of a row past `capacity` for one expert; the running count is along the token axis."""
-    if capacity is None:
+    if capacity is None or counted is None:
         return chosen
+    chosen = chosen * counted.to(chosen.dtype).unsqueeze(-1)
     return chosen * (chosen.cumsum(-2) <= capacity)
 
 
 def _weigh(gate: Gate, logits: Tensor, probs: Tensor, chosen: Tensor | None) -> Tensor:
-    masked = probs if chosen is None else probs * chosen
+    used = torch.ones_like(probs) if chosen is None else chosen
     match gate.weight:
         case "softmax":
-            return masked
+            return probs * used
         case "renorm":
-            return masked if chosen is None else masked / (masked.sum(-1, keepdim=True) + torch.finfo(probs.dtype).tiny)
+            masked = probs * used
+            total = masked.sum(-1, keepdim=True)
+            # A token that a full expert turned away has no expert, and must not bring 0 / 0 into the backward pass.
+            return masked / torch.where(total > 0, total, torch.ones_like(total))
         case "straight_through":
-            hard = masked / masked.sum(-1, keepdim=True)
-            return hard.detach() + probs - probs.detach()
+            return gate.omega * used + probs - probs.detach()
         case "one":
-            return torch.ones_like(probs) if chosen is None else chosen
+            return used
         case "uniform":
-            return gate.omega * (torch.ones_like(probs) if chosen is None else chosen)
+            return gate.omega * used
         case "sigmoid":
-            return logits.sigmoid() if chosen is None else logits.sigmoid() * chosen
+            return logits.sigmoid() * used
         case "bounded":
             return 1 + 0.2 * logits.tanh()
 

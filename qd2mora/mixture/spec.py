@@ -47,7 +47,10 @@ class Place:
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """What one linear has: `shapes` of its tensors, those `frozen`, its step, its scale, its routing penalties."""
+    """What one linear has: `shapes` of its tensors, those `frozen`, its step, its scale, its routing penalties.
+
+    counts: experts that a router of each role chooses among. num_tasks: tasks known to routers that read the task.
+    """
 
     place: Place
     step: RankStep
@@ -55,6 +58,8 @@ class LinearSpec:
     frozen: tuple[str, ...]
     scaling: float
     penalties: tuple[Penalty, ...]
+    counts: dict[str, int]
+    num_tasks: int
 
     def gate(self, role: str) -> Gate | None:
         """Return the gate of a role where it is not constant."""
@@ -75,7 +80,7 @@ def linear_spec(config: "MixtureConfig", place: Place) -> LinearSpec:
         shapes |= found
         if gate.reads_x:
             rows.append((role, found[f"mixture_router_{role}"][0]))
-    num_shared = config.shared_rank
+    num_shared, scaling = config.shared_rank, config.scaling_of(ranks)
     step = RankStep(
         ranks_down=ranks if row.pairing == "tied" else ranks[:1] * down,
         ranks_up=ranks if row.pairing == "tied" else ranks[:1] * up,
@@ -85,11 +90,11 @@ def linear_spec(config: "MixtureConfig", place: Place) -> LinearSpec:
         router_rows=tuple(rows),
         scales=row.scales if row.core == "kron" else (),
         shared=num_shared * (2 if config.subtracts_start else 1),
-        shared_scaling=config.shared_scaling / config.scaling if num_shared else 1.0,
+        shared_scaling=config.shared_scaling / scaling if num_shared else 1.0,
     )
     frozen = tuple(name for name in shapes if name in config.frozen_tensors)
-    owns = place.owns_router or all(gate.scope == "module" for gate in gates.values())
-    return LinearSpec(place, step, shapes, frozen, config.scaling, config.routing_penalties if owns else ())
+    num_tasks = config.num_tasks or 0
+    return LinearSpec(place, step, shapes, frozen, scaling, config.routing_penalties, counts, num_tasks)
 
 
 def experts_by_layer(allocation: str, num_layers: int) -> list[int]:

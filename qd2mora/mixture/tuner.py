@@ -69,7 +69,8 @@ class MixtureModel(BaseTuner):
         else:
             raise InputRefused(f"adapter.targets: {key} is a {type(linear).__name__}; mixtures go on linears")
         place = Place(key, d_in, d_out, getattr(text_config, "num_hidden_layers", 1), hidden)
-        scopes = {gate.scope for gate in config.gates_of_row.values()} - {"module"}
+        spec = config.for_linear(place)
+        scopes = {gate.scope for _, gate in spec.step.gates} - {"module"}
         owns = all(
             self._router_owners.setdefault((adapter_name, place.scope_key(scope)), key) == key for scope in scopes
         )
@@ -114,9 +115,9 @@ class MixtureModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         for name in self.active_adapters:
-            row = self.peft_config[name].row
-            if row.depends_on != STATIC:
-                raise ValueError(merge_refusal(row))
+            config = self.peft_config[name]
+            if config.depends_on != STATIC:
+                raise ValueError(merge_refusal(config))
 
 
 def add_adapter(model: nn.Module, config: MixtureConfig, seed: int) -> PeftModel:

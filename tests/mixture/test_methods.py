@@ -1,0 +1,322 @@
+"""Every row of the table, and every value of a router's fields, against slow float64 twins and finite differences."""
+
+from collections.abc import Callable
+
+import made
+import pytest
+import reference_gates as gates
+import reference_methods as twin
+import torch
+from reference import softmax
+from torch import Tensor, nn
+
+from qd2mora.mixture import MixtureLinear
+from qd2mora.mixture.draws import Draws
+from qd2mora.mixture.routers import noisy
+
+Twin = Callable[[dict[str, Tensor], twin.Row], Tensor]
+# float64 sums of a few hundred terms, in another order.
+EXACT = {"rtol": 1e-9, "atol": 1e-11}
+
+
+def rows_of(layer: MixtureLinear, x: Tensor) -> list[twin.Row]:
+    told = layer.routing
+    return [
+        twin.Row(x[b], int(told.task_index[b]), told.external[b], told.hidden[b], told.prompt[b].tolist())
+        for b in range(len(x))
+    ]
+
+
+def check_against(layer: MixtureLinear, x: Tensor, update: Twin, scaling: float) -> None:
+    """Output, and the gradient of every trainable tensor and of x."""
+    x = x.clone().requires_grad_()
+    named = trained = made.trained(layer)
+    y = layer(x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    ours = torch.autograd.grad(y, [*named.values(), x], dy, allow_unused=True)
+    copies = {name: tensor.detach().clone() for name, tensor in layer.tensors("default").items()}
+    leaves = {name: copies[name].requires_grad_() for name in trained}
+    x_too = x.detach().clone().requires_grad_()
+    base = layer.base_layer(x_too)
+    if "mixture_base_scale" in copies:
+        base = base * (1 + 0.2 * torch.tanh(copies["mixture_base_scale"]))
+    wanted = base + scaling * torch.stack([update(copies, row) for row in rows_of(layer, x_too)])
+    theirs = torch.autograd.grad(wanted, [*leaves.values(), x_too], dy, allow_unused=True)
+    torch.testing.assert_close(y, wanted, **EXACT)
+    assert (y - layer.base_layer(x)).norm() > 0.1
+    for name, mine, other in zip([*named, "x"], ours, theirs, strict=True):
+        if other is None:
+            assert mine is None or mine.abs().max() < 1e-12, name
+        else:
+            torch.testing.assert_close(mine, other, msg=lambda text, name=name: f"{name}: {text}", **EXACT)
+
+
+def test_every_row_has_a_twin() -> None:
+    assert set(twin.METHODS) == set(made.NAMES)
+
+
+@pytest.mark.parametrize("method", made.NAMES)
+def test_a_row_of_the_table_equals_its_formula_in_output_and_gradients(method: str) -> None:
+    def update(tensors: dict[str, Tensor], row: twin.Row) -> Tensor:
+        return twin.update(method, tensors, row)
+
+    check_against(made.layer_of(method), made.input_for(method), update, made.SCALING[method])
+
+
+def by_gate(gate: Callable[[Tensor], Tensor]) -> Twin:
+    """Paired experts under a gate of the token's own logits."""
+
+    def update(t: dict[str, Tensor], row: twin.Row) -> Tensor:
+        return torch.stack([twin.paired(gate(t["mixture_router_down"] @ x), t, x) for x in row.x])
+
+    return update
+
+
+def by_logits(logits: Callable[[dict[str, Tensor], Tensor], Tensor]) -> Twin:
+    """Paired experts under softmax gates of logits made otherwise."""
+    return lambda t, row: torch.stack([twin.paired(softmax(logits(t, x)), t, x) for x in row.x])
+
+
+def averaged(
+    which: Callable[[twin.Row, int], list[Tensor]], score: Callable[[dict[str, Tensor], Tensor], Tensor]
+) -> Twin:
+    """Paired experts under softmax gates of the mean of several tokens."""
+
+    def update(t: dict[str, Tensor], row: twin.Row) -> Tensor:
+        outputs = []
+        for place, x in enumerate(row.x):
+            read = which(row, place)
+            outputs.append(twin.paired(softmax(score(t, sum(read) / len(read))), t, x))
+        return torch.stack(outputs)
+
+    return update
+
+
+def prompt(row: twin.Row, place: int) -> list[Tensor]:
+    return [x for x, is_prompt in zip(row.x, row.prompt, strict=True) if is_prompt]
+
+
+def so_far(row: twin.Row, place: int) -> list[Tensor]:
+    return list(row.x[: place + 1])
+
+
+def linear(t: dict[str, Tensor], h: Tensor) -> Tensor:
+    return t["mixture_router_down"] @ h
+
+
+def mlp(t: dict[str, Tensor], h: Tensor) -> Tensor:
+    return t["mixture_out_down"] @ torch.relu(t["mixture_router_down"] @ h + t["mixture_bias_down"])
+
+
+def masked(places: Callable[[Tensor], list[int]], weight: Callable[[Tensor], Tensor]) -> Twin:
+    return by_gate(lambda logits: weight(logits) * gates.mask(places(logits), len(logits)))
+
+
+def two(logits: Tensor) -> list[int]:
+    return gates.largest(logits, 2)
+
+
+TOP = {"select": "top_k", "top_k": 2}
+FIELDS: dict[str, tuple[dict[str, object], Twin]] = {
+    "top-k softmax": (TOP, masked(two, softmax)),
+    "top-k renorm": (TOP | {"weight": "renorm"}, by_gate(lambda logits: gates.softmax_of_chosen(logits, 2))),
+    "top-k sigmoid": (TOP | {"weight": "sigmoid"}, masked(two, lambda logits: 1 / (1 + torch.exp(-logits)))),
+    "top-k uniform": (TOP | {"weight": "uniform", "omega": 0.3}, masked(two, lambda logits: 0.3 + 0 * logits)),
+    "top-k one": (TOP | {"weight": "one"}, masked(two, torch.ones_like)),
+    "top-k straight-through": (
+        TOP | {"weight": "straight_through"},
+        by_gate(lambda logits: gates.straight_through(logits, two(logits), 1.0)),
+    ),
+    "top-k of all": ({"select": "top_k", "top_k": 4, "weight": "renorm"}, by_gate(softmax)),
+    "temperature": (
+        TOP | {"weight": "renorm", "temperature": 2.5},
+        by_gate(lambda logits: gates.softmax_of_chosen(logits, 2, 2.5)),
+    ),
+    "top-p": (
+        {"select": "top_p", "top_p": 0.6},
+        by_gate(lambda logits: softmax(logits) * gates.top_p(softmax(logits), 0.6, 1, inclusive=True)),
+    ),
+    "top-p of one is all": ({"select": "top_p", "top_p": 1.0}, by_gate(softmax)),
+    "entropy": (
+        {"select": "entropy", "top_k": 1, "top_p": 0.5, "entropy_limit": 0.8, "entropy_order": 1.7},
+        by_gate(lambda logits: gates.by_entropy(logits, 1.7, 0.8, 0.5, 1)),
+    ),
+    "switch": ({"select": "switch"}, masked(lambda logits: gates.largest(logits, 1), softmax)),
+    "bounded": ({"weight": "bounded"}, by_gate(gates.bounded)),
+    "sigmoid": ({"weight": "sigmoid"}, by_gate(lambda logits: 1 / (1 + torch.exp(-logits)))),
+    "one": ({"weight": "one"}, by_gate(torch.ones_like)),
+    "bias": ({"score": "bias"}, by_logits(lambda t, x: linear(t, x) + t["mixture_bias_down"])),
+    "prototype": ({"score": "prototype"}, by_logits(lambda t, x: linear(t, x).abs())),
+    "mlp": ({"score": "mlp", "width": 6}, by_logits(mlp)),
+    "sequence": ({"granularity": "sequence"}, averaged(prompt, linear)),
+    "prefix": ({"granularity": "prefix"}, averaged(so_far, linear)),
+    "sequence mlp": ({"granularity": "sequence", "score": "mlp", "width": 6}, averaged(prompt, mlp)),
+    "prefix prototype": (
+        {"granularity": "prefix", "score": "prototype"},
+        averaged(so_far, lambda t, h: linear(t, h).abs()),
+    ),
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_value_of_a_routers_field_means_what_it_says(field: str) -> None:
+    changes, update = FIELDS[field]
+    layer = made.layer_of("loramoe", gates={"down": changes})
+    check_against(layer, made.input_for("loramoe"), update, made.SCALING["loramoe"])
+
+
+def test_entropy_routing_uses_few_experts_and_all_of_them_in_the_twin_too() -> None:
+    """The case above would prove nothing if its tokens were all sure, or all unsure."""
+    t, x = made.layer_of("loramoe").tensors("default"), made.input_for("loramoe").flatten(0, 1)
+    counts = {int((gates.by_entropy(linear(t, token), 1.7, 0.8, 0.5, 1) > 0).sum()) for token in x}
+    assert 4 in counts and len(counts) > 1
+
+
+@pytest.mark.parametrize("gate", [{"granularity": "sequence"}, {"granularity": "prefix"}, {"score": "mlp", "width": 6}])
+def test_a_first_pass_is_averaged_as_x_is(gate: dict[str, object]) -> None:
+    score = mlp if gate.get("score") == "mlp" else linear
+
+    def update(t: dict[str, Tensor], row: twin.Row) -> Tensor:
+        which = {"sequence": prompt, "prefix": so_far}.get(str(gate.get("granularity")))
+        states = twin.Row(row.hidden, prompt=row.prompt)
+        read = [which(states, place) if which else [row.hidden[place]] for place in range(len(row.x))]
+        weights = [softmax(score(t, sum(each) / len(each)) + bias(t)) for each in read]
+        return torch.stack([twin.paired(weight, t, x) for weight, x in zip(weights, row.x, strict=True)])
+
+    def bias(t: dict[str, Tensor]) -> Tensor:
+        return torch.zeros(()) if score is mlp else t["mixture_bias_down"]
+
+    layer = made.layer_of("xlora", gates={"down": gate})
+    check_against(layer, made.input_for("xlora"), update, made.SCALING["xlora"])
+
+
+def test_a_block_has_one_router_that_reads_what_its_first_linear_reads() -> None:
+    """Gate and down projections of one block: the second reads another x and adds to the same router's gradient."""
+    routing = made.routing_for_rows()
+    first = made.layer_of("llava_mole", routing, gates={"down": {"weight": "softmax"}})
+    second = made.layer_of(
+        "llava_mole", routing, key="model.layers.0.mlp.down_proj", owns=False, gates={"down": {"weight": "softmax"}}
+    )
+    assert {name for name in made.trained(second)} == {"mixture_A", "mixture_B"}
+    x, other = made.input_for("llava_mole").requires_grad_(), made.input_for("llava_mole").flip(0)
+    ours = first(x).sum() + second(other).square().sum()
+    copies = {name: tensor.detach().clone().requires_grad_() for name, tensor in first.tensors("default").items()}
+    banks = {name: tensor.detach().clone() for name, tensor in second.tensors("default").items()}
+    x_too = x.detach().clone().requires_grad_()
+    total = first.base_layer(x_too).sum()
+    for b in range(made.ROWS):
+        logits = [copies["mixture_router_down"] @ token + copies["mixture_bias_down"] for token in x_too[b]]
+        weights = [softmax(each) * gates.mask(gates.largest(each, 1), 4) for each in logits]
+        scaling = made.SCALING["llava_mole"]
+        total = total + sum(scaling * twin.paired(w, copies, t).sum() for w, t in zip(weights, x_too[b], strict=True))
+        pairs = zip(weights, other[b], second.base_layer(other[b]), strict=True)
+        total = total + sum((base + scaling * twin.paired(w, banks, t)).square().sum() for w, t, base in pairs)
+    torch.testing.assert_close(ours, total, **EXACT)
+    named = made.trained(first)
+    mine = torch.autograd.grad(ours, [*named.values(), x])
+    theirs = torch.autograd.grad(total, [*(copies[name] for name in named), x_too])
+    for one, wanted in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, wanted, **EXACT)
+
+
+def test_noise_is_scaled_by_its_own_router_and_added_in_training_alone() -> None:
+    clean, spread, noise = (torch.randn(4, 3) for _ in range(3))
+    scores = torch.cat([clean, spread], -1)
+    torch.testing.assert_close(noisy(scores, noise), clean + noise * torch.log1p(spread.exp()))
+    layer = made.layer_of("noisy_top_k", gates={"down": {"select": "all", "top_k": None, "weight": "softmax"}})
+    x = made.input_for("noisy_top_k")
+    quiet = layer(x)
+    assert torch.equal(layer(x), quiet)
+    layer.train()
+    layer.routing.rows, layer.routing.lengths = (1, 2, 3), (5, 5, 5)
+    drawn = layer.routing.draws(layer.layer_key).normal(x.new_empty(3, 5, 4), 1001)
+
+    def update(t: dict[str, Tensor], row: twin.Row) -> Tensor:
+        number = next(b for b in range(len(x)) if torch.equal(x[b], row.x.detach()))
+        outputs = []
+        for token, eps in zip(row.x, drawn[number], strict=True):
+            both = t["mixture_router_down"] @ token
+            logits = both[:4] + eps * torch.log1p(both[4:].exp())
+            outputs.append(twin.paired(softmax(logits), t, token))
+        return torch.stack(outputs)
+
+    check_against(layer, x, update, made.SCALING["noisy_top_k"])
+
+
+def test_an_expert_turns_tokens_away_once_it_is_full_in_training_alone() -> None:
+    """Capacity one: of a row's real tokens the first at each expert passes; padding fills nothing."""
+    layer = made.layer_of("loramoe", gates={"down": {"select": "switch", "capacity": 1, "weight": "renorm"}})
+    x = made.input_for("loramoe")
+    layer.routing.attended = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]).bool()
+    dropped = 0
+
+    def update(t: dict[str, Tensor], row: twin.Row) -> Tensor:
+        nonlocal dropped
+        number = next(b for b in range(len(x)) if torch.equal(x[b], row.x.detach()))
+        seen: set[int] = set()
+        outputs = []
+        for token, is_real in zip(row.x, layer.routing.attended[number].tolist(), strict=True):
+            (expert,) = gates.largest(t["mixture_router_down"] @ token, 1)
+            passes = is_real and expert not in seen
+            seen |= {expert} if is_real else set()
+            dropped += is_real and not passes
+            # A renormalised single expert weighs one; its logits get no gradient.
+            outputs.append(float(passes) * (t["mixture_B"][expert] @ (t["mixture_A"][expert] @ token)))
+        return torch.stack(outputs)
+
+    everything = masked(lambda logits: gates.largest(logits, 1), torch.ones_like)
+    check_against(layer, x, everything, made.SCALING["loramoe"])
+    check_against(layer.train(), x, update, made.SCALING["loramoe"])
+    assert dropped > 2
+
+
+ANY = {"top_k": 2, "select": "top_k"}
+DIFFERENTIABLE: list[tuple[str, dict[str, dict[str, object]]]] = [
+    *((name, {}) for name in made.NAMES if name not in ("smora", "lora_mixer")),
+    *(("loramoe", {"down": changes}) for name, (changes, _) in FIELDS.items() if "straight" not in name),
+    ("d2mora", {"down": ANY, "up": ANY | {"weight": "renorm"}}),
+    ("d2mora", {"up": {"score": "noisy"}, "down": {"score": "mlp", "width": 4}}),
+    ("d2mora", {"down": {"input": "external"}, "up": {"input": "hidden", "score": "bias"}}),
+    ("d2mora", {"up": {"input": "none", "score": "static"}, "down": {"granularity": "prefix"}}),
+    ("comol", {"core": {"input": "x", "granularity": "sequence", "score": "noisy"}}),
+    ("comol", {"core": {"score": "prototype", **ANY, "weight": "sigmoid"}}),
+    ("mofme", {"core": {"score": "linear", "select": "sample", "weight": "softmax"}}),
+    ("smora", {"rank": {"weight": "softmax", "bias_rate": 0.0}}),
+    ("smora", {"rank": {"weight": "sigmoid", "input": "external"}}),
+    ("reclora", {"down": {"score": "mlp", "width": 3}}),
+    ("sketchassist", {"down": {"score": "mlp", "width": 3, **ANY, "weight": "renorm"}}),
+    ("flexmore", {"down": ANY | {"top_k": 1}}),
+    ("ept", {"down": ANY | {"weight": "renorm"}}),
+]
+
+
+@pytest.mark.parametrize(("method", "changes"), DIFFERENTIABLE, ids=str)
+def test_training_passes_finite_differences(method: str, changes: dict[str, dict[str, object]]) -> None:
+    """Noise, draws and dropout are those of one key at every evaluation; selections are far from ties."""
+    settings = dict(made.CHANGES.get(method, {}).get("gates", {}))
+    settings = {role: settings.get(role, {}) | changes.get(role, {}) for role in {*settings, *changes}}
+    more = {"external_width": made.WIDTH} if "external" in str(changes) or method == "reclora" else {}
+    layer = made.layer_of(method, gates=settings, dropout=0.3, **more).train()
+    layer.routing.rows, layer.routing.lengths = (7, 8, 9), (5, 4, 5)
+    named = {name: tensor for name, tensor in layer.named_parameters() if tensor.requires_grad}
+
+    def run(x: Tensor, *tensors: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(named, tensors, strict=True)), (x,))
+
+    inputs = [made.input_for(method), *(tensor.detach().clone() for tensor in named.values())]
+    assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in inputs], fast_mode=True)
+
+
+def test_draws_without_keys_of_rows_are_one_stream() -> None:
+    draws = Draws((11,))
+    like = torch.empty(2, 3, 4)
+    assert torch.equal(draws.normal(like, 1), draws.normal(like, 1))
+    assert not torch.equal(draws.normal(like, 1), draws.normal(like, 2))
+
+
+def test_a_layer_on_any_module_of_one_width_is_a_mixture_beside_the_block() -> None:
+    block = nn.Sequential(nn.Linear(made.D_IN, 3), nn.Tanh(), nn.Linear(3, made.D_IN)).double()
+    layer = made.layer_of("noisy_top_k", base=block)
+    layer.tensors("default")["mixture_B"].data.zero_()
+    x = made.input_for("noisy_top_k")
+    assert torch.equal(layer(x), block(x))

@@ -1,0 +1,218 @@
+"""Every row of the table in float64: token by token, expert by expert, straight from the formulas.
+
+`update(method, tensors, row)` is s^-1 times what the method adds to the frozen output of one row, (T, O). Numbers that
+are not in the tensors (k, temperature, limits) are written out where they are used, as the specification has them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import reference_gates as gates
+import torch
+from reference import softmax
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Row:
+    """One row: x (T, D), its task, the vector it brings, the first pass's states (T, H), which tokens are prompt (T)."""
+
+    x: Tensor
+    task: int = 0
+    vector: Tensor | None = None
+    hidden: Tensor | None = None
+    prompt: list[bool] | None = None
+    block_input: Tensor | None = None
+
+
+def update(method: str, t: Tensors, row: Row) -> Tensor:
+    return torch.stack([_TOKEN[method](t, row, place) for place in range(len(row.x))])
+
+
+def experts(t: Tensors) -> list[tuple[Tensor, Tensor]]:
+    """Return the pairs (A_e, B_e)."""
+    return list(zip(t["mixture_A"], t["mixture_B"], strict=True))
+
+
+def paired(weights: Tensor, t: Tensors, x: Tensor) -> Tensor:
+    """Return sum_e g_e B_e A_e x."""
+    return sum(g * (up @ (down @ x)) for g, (down, up) in zip(weights, experts(t), strict=True))
+
+
+def by_router(gate: Callable[[Tensor], Tensor]) -> Callable[[Tensors, Row, int], Tensor]:
+    """Return paired experts under a gate that reads the token."""
+    return lambda t, row, place: paired(gate(t["mixture_router_down"] @ row.x[place]), t, row.x[place])
+
+
+def d2mora(t: Tensors, row: Row, place: int) -> Tensor:
+    x = row.x[place]
+    alpha = softmax(t["mixture_router_down"] @ x)
+    z = sum(a * (down @ x) for a, down in zip(alpha, t["mixture_A"], strict=True))
+    beta = softmax(t["mixture_router_up"] @ z)
+    return sum(b * (up @ z) for b, up in zip(beta, t["mixture_B"], strict=True))
+
+
+def lora(t: Tensors, row: Row, place: int) -> Tensor:
+    return t["mixture_B"][0] @ (t["mixture_A"][0] @ row.x[place])
+
+
+def moslora(t: Tensors, row: Row, place: int) -> Tensor:
+    return t["mixture_B"][0] @ (t["mixture_core"] @ (t["mixture_A"][0] @ row.x[place]))
+
+
+def hydralora(t: Tensors, row: Row, place: int) -> Tensor:
+    x = row.x[place]
+    beta = softmax(t["mixture_router_up"] @ x)
+    return sum(b * (up @ (t["mixture_A"][0] @ x)) for b, up in zip(beta, t["mixture_B"], strict=True))
+
+
+def comol(t: Tensors, row: Row, place: int) -> Tensor:
+    """Row vectors in the authors' code, z^T C, so the cores act transposed."""
+    z = t["mixture_A"][0] @ row.x[place]
+    g = softmax(t["mixture_router_core"] @ z)
+    core = sum(weight * each for weight, each in zip(g, t["mixture_core"], strict=True))
+    return t["mixture_B"][0] @ (core.T @ z)
+
+
+def mofme(t: Tensors, row: Row, place: int) -> Tensor:
+    z = t["mixture_A"][0] @ row.x[place]
+    inner = torch.relu(t["mixture_router_core"] @ z + t["mixture_bias_core"])
+    g = gates.renormalised(t["mixture_out_core"] @ inner, 2)
+    modulation = sum(weight * each for weight, each in zip(g, t["mixture_core"], strict=True))
+    return t["mixture_B"][0] @ (modulation * z)
+
+
+def smora(t: Tensors, row: Row, place: int) -> Tensor:
+    """Two of the ranks in the tests; chosen with the bias, weighed one each."""
+    x = row.x[place]
+    logits = t["mixture_router_rank"] @ x
+    chosen = gates.largest(logits + t["mixture_select_bias_rank"], 2)
+    return t["mixture_B"][0] @ (gates.straight_through(logits, chosen, 1.0) * (t["mixture_A"][0] @ x))
+
+
+def mora(t: Tensors, row: Row, place: int) -> Tensor:
+    u = t["mixture_A"][0] @ row.x[place]
+    return t["mixture_B"][0] @ (gates.self_activated(u, 2, 0.1) * u)
+
+
+def flylora(t: Tensors, row: Row, place: int) -> Tensor:
+    u = t["mixture_A"][0] @ row.x[place]
+    chosen = gates.largest((u + t["mixture_select_bias_rank"]).abs(), 2)
+    return t["mixture_B"][0] @ (gates.mask(chosen, len(u)) * u)
+
+
+def moelora(t: Tensors, row: Row, place: int) -> Tensor:
+    return paired(softmax(t["mixture_router_task"] @ t["mixture_task_embedding"][row.task]), t, row.x[place])
+
+
+def llava_mole(t: Tensors, row: Row, place: int) -> Tensor:
+    """The router reads the block's input, which is the first linear's."""
+    reads = row.x if row.block_input is None else row.block_input
+    logits = t["mixture_router_down"] @ reads[place] + t["mixture_bias_down"]
+    return paired(gates.mask(gates.largest(logits, 1), len(logits)), t, row.x[place])
+
+
+def noisy_top_k(t: Tensors, row: Row, place: int) -> Tensor:
+    """Without noise, as at inference: the first half of the rows is the router, top-1 weighs one."""
+    num = len(t["mixture_A"])
+    logits = t["mixture_router_down"][:num] @ row.x[place]
+    return paired(gates.renormalised(logits, 1), t, row.x[place])
+
+
+def xlora(t: Tensors, row: Row, place: int) -> Tensor:
+    assert row.hidden is not None
+    logits = t["mixture_router_down"] @ row.hidden[place] + t["mixture_bias_down"]
+    return paired(softmax(logits), t, row.x[place])
+
+
+def cat(t: Tensors, row: Row, place: int) -> Tensor:
+    return paired(softmax(t["mixture_logits_down"]), t, row.x[place])
+
+
+def flexmore(t: Tensors, row: Row, place: int) -> Tensor:
+    """Ranks 1, 2, 4 in the tests: expert e owns a run of rows of A and of columns of B."""
+    x, total, start = row.x[place], 0, 0
+    g = softmax(t["mixture_router_down"] @ x)
+    for weight, rank in zip(g, (1, 2, 4), strict=True):
+        own = slice(start, start + rank)
+        total = total + weight * (t["mixture_B"][:, own] @ (t["mixture_A"][own] @ x))
+        start += rank
+    return total
+
+
+def reclora(t: Tensors, row: Row, place: int) -> Tensor:
+    assert row.vector is not None
+    return paired(softmax(t["mixture_router_down"] @ row.vector), t, row.x[place])
+
+
+def ept(t: Tensors, row: Row, place: int) -> Tensor:
+    """DeltaW_e = (B A)[:o / s, :d / s] (x) K_e, scales 1, 2, 4, 8."""
+    g = softmax(t["mixture_router_task"] @ t["mixture_task_embedding"][row.task])
+    seed, total, start = t["mixture_B"][0] @ t["mixture_A"][0], 0, 0
+    for weight, s in zip(g, (1, 2, 4, 8), strict=True):
+        kernel = t["mixture_core"][start : start + s * s].view(s, s)
+        small = seed[: seed.shape[0] // s, : seed.shape[1] // s]
+        total = total + weight * (torch.kron(small.contiguous(), kernel.contiguous()) @ row.x[place])
+        start += s * s
+    return total
+
+
+def scalezero(t: Tensors, row: Row, place: int) -> Tensor:
+    return paired(gates.bounded(t["mixture_logits_down"]), t, row.x[place])
+
+
+def base_gate(t: Tensors, row: Row, place: int) -> Tensor:
+    """One gate a row, from the mean of its prompt."""
+    assert row.prompt is not None
+    prompt = [x for x, is_prompt in zip(row.x, row.prompt, strict=True) if is_prompt]
+    logits = t["mixture_router_down"] @ (sum(prompt) / len(prompt)) + t["mixture_bias_down"]
+    return paired(1 / (1 + torch.exp(-logits)), t, row.x[place])
+
+
+def peam(t: Tensors, row: Row, place: int) -> Tensor:
+    return t["mixture_B"][row.task] @ (t["mixture_A"][row.task] @ row.x[place])
+
+
+def sketchassist(t: Tensors, row: Row, place: int) -> Tensor:
+    of_task = t["mixture_router_task"] @ t["mixture_task_embedding"][row.task]
+    return paired(softmax(t["mixture_router_down"] @ row.x[place] + of_task), t, row.x[place])
+
+
+def lora_mixer_gate(logits: Tensor) -> Tensor:
+    return gates.straight_through(logits, gates.largest(logits, 2), 0.5)
+
+
+_TOKEN: dict[str, Callable[[Tensors, Row, int], Tensor]] = {
+    "d2mora": d2mora,
+    "lora": lora,
+    "moslora": moslora,
+    "hydralora": hydralora,
+    "comol": comol,
+    "mofme": mofme,
+    "smora": smora,
+    "mora": mora,
+    "flylora": flylora,
+    "moelora": moelora,
+    "loramoe": by_router(softmax),
+    "mola": by_router(lambda logits: gates.renormalised(logits, 2)),
+    "dynmole": by_router(lambda logits: gates.by_entropy(logits, 1.1, 0.9, 0.75, 2)),
+    "llava_mole": llava_mole,
+    "noisy_top_k": noisy_top_k,
+    "lora_mixer": by_router(lora_mixer_gate),
+    # Not sampling, as at inference.
+    "remix": by_router(lambda logits: 0.5 * gates.mask(gates.largest(logits, 2), len(logits))),
+    "meteora": by_router(lambda logits: gates.softmax_of_chosen(logits, 2)),
+    "xlora": xlora,
+    "cat": cat,
+    "rocket": by_router(lambda logits: gates.renormalised(logits, 2)),
+    "flexmore": flexmore,
+    "reclora": reclora,
+    "ept": ept,
+    "scalezero": scalezero,
+    "base_gate": base_gate,
+    "peam": peam,
+    "sketchassist": sketchassist,
+}
+METHODS = tuple(_TOKEN)
