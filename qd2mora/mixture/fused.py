@@ -25,7 +25,7 @@ from torch.autograd.function import BackwardCFunction, once_differentiable
 
 from qd2mora.mixture import frozen, ops
 from qd2mora.mixture.draws import Draws
-from qd2mora.mixture.frozen import Form
+from qd2mora.mixture.frozen import Form, flat
 from qd2mora.mixture.ops import RankStep
 from qd2mora.mixture.routers import Gating
 
@@ -79,7 +79,7 @@ def forward(plan: Plan, y: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> Tens
     downs, ups, small = plan.parts(tensors)
     u = _features(plan, x.to(y.dtype), downs)
     v = plan.step.mix(ops.wide(u), small, plan.draws)
-    y.view(-1, y.shape[-1]).addmm_(v.flatten(0, -2).to(y.dtype), _columns(ups, y.dtype).T, alpha=plan.scaling)
+    y.view(-1, y.shape[-1]).addmm_(flat(v).to(y.dtype), _columns(ups, y.dtype).T, alpha=plan.scaling)
     return u
 
 
@@ -96,16 +96,16 @@ def backward(
     """Return the gradient of x through the mixture (and the base that `plan.form` names), and those of the tensors."""
     downs, ups, small = plan.parts(tensors)
     num_downs, num_large = plan.num_downs, plan.num_downs + plan.num_ups
-    dy_TO = dy.flatten(0, -2)
+    dy_TO = flat(dy)
     dv_TP = (dy_TO @ _columns(ups, dy.dtype)).mul_(plan.scaling)
     v, du, dsmall = _through_step(plan, u, small, dv_TP.view(*u.shape[:-1], -1), needs[num_large:])
-    du_TF = du.flatten(0, -2).to(dy.dtype)
+    du_TF = flat(du).to(dy.dtype)
     dups: list[Tensor | None] = [None] * len(ups)
     if any(needs[num_downs:num_large]):
-        dups = _column_gradients(plan, dy_TO, v.flatten(0, -2).to(dy.dtype), ups)
+        dups = _column_gradients(plan, dy_TO, flat(v).to(dy.dtype), ups)
     ddowns: list[Tensor | None] = [None] * num_downs
     if any(needs[:num_downs]):
-        ddowns = _row_gradients(plan, du_TF, x.flatten(0, -2).to(dy.dtype), downs, x.shape)
+        ddowns = _row_gradients(plan, du_TF, flat(x).to(dy.dtype), downs, x.shape)
     dx = None
     if needs_x:
         dx_TD = None if plan.form is None else frozen.input_gradient(plan.form, base, dy_TO)
@@ -221,7 +221,7 @@ def _row_gradients(
         num = _num_rows(downs[: plan.num_banks])
         parts = []
         for number, du in enumerate(plan.dropout.groups(du_TF[:, :num].T, num)):
-            parts.append(du @ _mask(plan, x_TD.view(shape), number).flatten(0, -2).mul_(x_TD))
+            parts.append(du @ flat(_mask(plan, x_TD.view(shape), number)).mul_(x_TD))
         d_FD = torch.cat([*parts, du_TF[:, num:].T @ x_TD])
     pieces = d_FD.split([_num_rows([matrix]) for matrix in downs])
     return [piece.view(matrix.shape).to(matrix.dtype) for piece, matrix in zip(pieces, downs, strict=True)]
@@ -247,7 +247,7 @@ def _add_input_gradient(
         for number, (du, bank) in enumerate(duos):
             part = (du.T @ bank).view(x.shape)
             part.mul_(_mask(plan, part, number))
-            dx_TD = part.flatten(0, -2) if dx_TD is None else dx_TD.add_(part.flatten(0, -2))
+            dx_TD = flat(part) if dx_TD is None else dx_TD.add_(flat(part))
     if dx_TD is None:
         dx_TD = du_TF @ rows
     elif num < len(rows):
