@@ -162,13 +162,14 @@ def _coloured(row: Row, tokenizer: object) -> str:
 
 def _lengths(tasks: list[TaskRows]) -> Table:
     table = Table(title="rows and lengths")
-    for heading in ("task", "train", "held out", "median", "longest", "learned", "cut", "dropped"):
+    for heading in ("task", "train", "held out", "median", "longest", "learned", "cut", "dropped", "skipped"):
         table.add_column(heading, justify="left" if heading == "task" else "right")
     for task in tasks:
         lengths = sorted(len(row.ids) for row in task.train)
         learned = sum(row.num_labels for row in task.train) / sum(lengths)
         numbers = (len(task.train), len(task.validation), lengths[len(lengths) // 2], lengths[-1])
-        table.add_row(task.task.name, *map(str, numbers), f"{learned:.0%}", str(task.num_cut), str(task.num_dropped))
+        lost = (task.num_cut, task.num_dropped, task.skipped.total)
+        table.add_row(task.task.name, *map(str, numbers), f"{learned:.0%}", *map(str, lost))
     return table
 
 

@@ -7,8 +7,8 @@ routers] in place. Saved for the backward pass: x (which the base's own backward
 keep their keys, not their numbers. Where the base's product is somebody else's (trained, hooked, under autocast), or
 another adapter came first, y is given and added into.
 
-`forward` and `backward` are pure functions of tensors and a `Plan`; `_Mixture` calls them for eager autograd, `compiled`
-as operators of torch.library.
+`forward` and `backward` are pure functions of tensors and a `Plan`; `_Mixture` calls them for eager autograd,
+`compiled` as operators of torch.library.
 
 Deviation from the plain form in `ops`: none in exact arithmetic; in 16 bits the update is rounded once, with y.
 
