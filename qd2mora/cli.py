@@ -12,6 +12,7 @@ from typer.exceptions import TyperException
 
 from qd2mora import __version__
 from qd2mora.errors import InputRefused, StopError, nearest
+from qd2mora.stopping import listening
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +25,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides, for example train.steps=100.", metavar="[KEY=VALUE]...")
 ]
 ModelPath = Annotated[Path, typer.Argument(help="Run or model folder.", metavar="RUN_OR_MODEL", show_default=False)]
+AllowChanged = Annotated[
+    list[str] | None,
+    typer.Option("--allow-changed", help="Go on though this field is not as it was.", metavar="FIELD"),
+]
 RunPath = Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN", show_default=False)]
 
 
@@ -49,16 +54,20 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
+    allow_changed: AllowChanged = None,
 ) -> None:
     """Plan, then train; write the run folder."""
     from qd2mora.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    from qd2mora.report import finish
-    from qd2mora.training import train as run_training
+    # A signal counts from here on: the imports alone take seconds.
+    with listening():
+        from qd2mora.report import finish
+        from qd2mora.training import train as run_training
 
-    trained = run_training(loaded, resume=resume, overwrite=overwrite)
-    finish(trained.folder, Console())
+        trained = run_training(loaded, resume=resume, overwrite=overwrite, allow_changed=allow_changed or ())
+        if trained.is_main:
+            finish(trained.folder, Console())
 
 
 @app.command()
@@ -105,12 +114,13 @@ def merge(
     out: Annotated[Path, typer.Option(help="New folder for the export.", show_default=False)],
     strategy: Annotated[str, typer.Option(help="From routed to static: core_lsq or mean_gate.")] = "core_lsq",
     task: Annotated[str | None, typer.Option(help="Export for this task alone.")] = None,
+    allow_changed: AllowChanged = None,
 ) -> None:
     """Export ordinary fp16 weights, with a report of what the export keeps."""
     from qd2mora.merging import merge as run_merge
     from qd2mora.report import show_export
 
-    show_export(run_merge(run, out, strategy=strategy, task=task), out, Console())
+    show_export(run_merge(run, out, strategy=strategy, task=task, allow_changed=allow_changed or ()), out, Console())
 
 
 @app.command(name="eval")
@@ -119,12 +129,13 @@ def evaluate(
     recipe: Annotated[Path | None, typer.Option(help="Recipe whose held-out rows are asked.")] = None,
     limit: Annotated[int | None, typer.Option(help="Rows of each task.", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    allow_changed: AllowChanged = None,
 ) -> None:
     """Score held-out rows per task: exact match of greedy answers, and loss."""
     from qd2mora.evaluation import evaluate as run_evaluation
     from qd2mora.report import show_scores
 
-    scores = run_evaluation(model, recipe=recipe, limit=limit)
+    scores = run_evaluation(model, recipe=recipe, limit=limit, allow_changed=allow_changed or ())
     if as_json:
         typer.echo(json.dumps({name: score.to_json() for name, score in scores.items()}, indent=1))
     else:
@@ -138,12 +149,16 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text without the instruction template.")] = False,
     task: Annotated[str | None, typer.Option(help="Task, where the adapter routes by task.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=1)] = 128,
+    allow_changed: AllowChanged = None,
 ) -> None:
     """Write the answer to a prompt, routed adapter included."""
     from qd2mora.evaluation import generate as run_generation
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    typer.echo(run_generation(model, text, raw=raw, task=task, max_new_tokens=max_new_tokens))
+    answer = run_generation(
+        model, text, raw=raw, task=task, max_new_tokens=max_new_tokens, allow_changed=allow_changed or ()
+    )
+    typer.echo(answer)
 
 
 @app.command()

@@ -1,12 +1,13 @@
 """Settings for every test: few threads, because many small products stall on more, and no state left by a trainer."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture(autouse=True)

@@ -11,12 +11,16 @@ PACKAGE = Path(__file__).parents[1] / "qd2mora"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "errors": 0,
+    "stopping": 0,
+    "durable": 0,
+    "sealed": 0,
     "recipe": 0,
     "recipe_file": 0,
     "mixture": 1,
     "base": 1,
     "data": 1,
     "memory": 2,
+    "adapter_folder": 2,
     "run_folder": 2,
     "merging": 3,
     "evaluation": 3,
@@ -24,7 +28,12 @@ FLOORS = {
     "report": 4,
     "cli": 5,
 }
-SAME_FLOOR = {("recipe", "errors"), ("recipe", "recipe_file"), ("recipe_file", "errors")}
+SAME_FLOOR = {("recipe", "errors"), ("recipe", "recipe_file"), ("recipe_file", "errors")} | {
+    ("stopping", "errors"),
+    ("sealed", "errors"),
+    ("sealed", "durable"),
+    ("run_folder", "adapter_folder"),
+}
 
 
 def part_of(path: Path) -> str:

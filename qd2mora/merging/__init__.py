@@ -4,7 +4,7 @@ Static methods (LoRA, MoSLoRA) merge exactly; methods routed by task merge exact
 are replaced by the best static K of a strategy, and the loss of fidelity is measured on held-out rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,16 +64,24 @@ class Export:
         }
 
 
-def merge(run: str | Path, out: str | Path, *, strategy: str = "core_lsq", task: str | None = None) -> Export:
+def merge(
+    run: str | Path,
+    out: str | Path,
+    *,
+    strategy: str = "core_lsq",
+    task: str | None = None,
+    allow_changed: Collection[str] = (),
+) -> Export:
     """Export a run as a float16 Hugging Face folder `out`, with `export_report.json` in it.
 
     `task`: export for this task alone: calibration and measuring use its rows; needed where the method routes by task.
 
-    Raises InputRefused; `out` appears whole or not at all.
+    Raises InputRefused, also where the base is not the one trained on and `allow_changed` does not name it, and
+    DamagedFile; `out` appears whole or not at all.
     """
     _check_strategy(strategy)
     refuse_taken(Path(out), "--out")
-    opened = open_run(run)
+    opened = open_run(run, allow_changed=allow_changed)
     number = _task_number(opened, task)
     calibration, held_out = _sample_rows(opened, number)
     held_out_batches = _batches(opened, held_out)

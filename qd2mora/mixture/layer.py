@@ -33,9 +33,12 @@ TENSORS = (
 
 @dataclass
 class Routing:
-    """What routers need beside the hidden states: the task of each row, (batch,) int64."""
+    """What routers need beside the hidden states: the task of each row, (batch,) int64; and, while training, a key and
+    the unpadded length of each row, on which dropout may depend."""
 
     task_index: Tensor | None = None
+    rows: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = None
 
 
 def tensor_shapes(config: MixtureConfig, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
