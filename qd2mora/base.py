@@ -5,7 +5,6 @@ float32, which costs memory and time and buys nothing for a frozen base.
 """
 
 import hashlib
-import json
 import logging
 import os
 import warnings
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -227,23 +226,28 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 
 def fingerprint(base: Base) -> str:
-    """Return a hash that tells bases apart: configuration, file sizes, and the first and last MiB of each weight file.
+    """Return a hash of a base's configuration and of every byte of its weights, wherever the folder lies.
 
-    A hub id is hashed by name. Whole-file hashes of a 7B would cost minutes at every start.
+    A hub id is hashed by what is in the local cache, which loading fills; random weights by the shape's name. Reads at
+    about 1 GB/s, and leaves the files in the page cache for the load.
     """
-    digest = hashlib.sha256(json.dumps(base.model_dump(exclude={"model"}), sort_keys=True).encode())
-    folder = Path(base.model)
-    if not folder.is_dir():
+    digest = hashlib.sha256()
+    folder = _local_folder(base.model)
+    if folder is None:
         digest.update(base.model.encode())
         return digest.hexdigest()
-    digest.update((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            digest.update(file.read())
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
     return digest.hexdigest()
+
+
+def _local_folder(model: str) -> Path | None:
+    """Return where a model's files lie on this machine."""
+    if Path(model).is_dir():
+        return Path(model)
+    cached = None if model.startswith(RANDOM) else try_to_load_from_cache(model, "config.json")
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _finished(model: PreTrainedModel) -> PreTrainedModel:

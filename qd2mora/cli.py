@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 from qd2mora import __version__
 from qd2mora.errors import DiskTrouble, InputRefused, StopError, nearest
 from qd2mora.redact import redacted
+from qd2mora.stopping import listening
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +28,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides, for example train.steps=100.", metavar="[KEY=VALUE]...")
 ]
 ModelPath = Annotated[Path, typer.Argument(help="Run or model folder.", metavar="RUN_OR_MODEL", show_default=False)]
+AllowChanged = Annotated[
+    list[str] | None,
+    typer.Option("--allow-changed", help="Go on though this field is not as it was.", metavar="FIELD"),
+]
 RunPath = Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN", show_default=False)]
 
 
@@ -52,16 +57,20 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
+    allow_changed: AllowChanged = None,
 ) -> None:
     """Plan, then train; write the run folder."""
     from qd2mora.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    from qd2mora.report import finish
-    from qd2mora.training import train as run_training
+    # A signal counts from here on: the imports alone take seconds.
+    with listening():
+        from qd2mora.report import finish
+        from qd2mora.training import train as run_training
 
-    trained = run_training(loaded, resume=resume, overwrite=overwrite)
-    finish(trained.folder, Console())
+        trained = run_training(loaded, resume=resume, overwrite=overwrite, allow_changed=allow_changed or ())
+        if trained.is_main:
+            finish(trained.folder, Console())
 
 
 @app.command()
@@ -109,13 +118,15 @@ def merge(
     strategy: Annotated[str, typer.Option(help="From routed to static: core_lsq or mean_gate.")] = "core_lsq",
     task: Annotated[str | None, typer.Option(help="Export for this task alone.")] = None,
     vector: Annotated[str | None, typer.Option(help="Export for rows with this vector: numbers with commas.")] = None,
+    allow_changed: AllowChanged = None,
 ) -> None:
     """Export ordinary fp16 weights, with a report of what the export keeps."""
     from qd2mora.merging import merge as run_merge
     from qd2mora.report import show_export
 
-    numbers = None if vector is None else _numbers(vector)
-    show_export(run_merge(run, out, strategy=strategy, task=task, vector=numbers), out, Console())
+    numbers, allowed = None if vector is None else _numbers(vector), allow_changed or ()
+    done = run_merge(run, out, strategy=strategy, task=task, vector=numbers, allow_changed=allowed)
+    show_export(done, out, Console())
 
 
 @app.command(name="eval")
@@ -124,12 +135,13 @@ def evaluate(
     recipe: Annotated[Path | None, typer.Option(help="Recipe whose held-out rows are asked.")] = None,
     limit: Annotated[int | None, typer.Option(help="Rows of each task.", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    allow_changed: AllowChanged = None,
 ) -> None:
     """Score held-out rows per task: exact match of greedy answers, and loss."""
     from qd2mora.evaluation import evaluate as run_evaluation
     from qd2mora.report import show_scores
 
-    scores = run_evaluation(model, recipe=recipe, limit=limit)
+    scores = run_evaluation(model, recipe=recipe, limit=limit, allow_changed=allow_changed or ())
     if as_json:
         typer.echo(json.dumps({name: score.to_json() for name, score in scores.items()}, indent=1))
     else:
@@ -144,13 +156,22 @@ def generate(
     task: Annotated[str | None, typer.Option(help="Task, where the adapter routes by task.")] = None,
     vector: Annotated[str | None, typer.Option(help="Numbers with commas, where the adapter reads a vector.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=1)] = 128,
+    allow_changed: AllowChanged = None,
 ) -> None:
     """Write the answer to a prompt, routed adapter included."""
     from qd2mora.evaluation import generate as run_generation
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    numbers = None if vector is None else _numbers(vector)
-    typer.echo(run_generation(model, text, raw=raw, task=task, vector=numbers, max_new_tokens=max_new_tokens))
+    answer = run_generation(
+        model,
+        text,
+        raw=raw,
+        task=task,
+        vector=None if vector is None else _numbers(vector),
+        max_new_tokens=max_new_tokens,
+        allow_changed=allow_changed or (),
+    )
+    typer.echo(answer)
 
 
 @app.command()

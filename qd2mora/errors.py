@@ -30,6 +30,12 @@ class WillNotFit(StopError):  # noqa: N818
     exit_code = 3
 
 
+class DeviceLost(StopError):  # noqa: N818
+    """The device, or another process of the run, is gone or does not answer."""
+
+    exit_code = 3
+
+
 class NotFinite(StopError):  # noqa: N818
     """Loss or gradients are not finite."""
 
@@ -63,6 +69,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 __all__ = [
     "DamagedFile",
+    "DeviceLost",
     "DiskTrouble",
     "InputRefused",
     "NotFinite",

@@ -62,6 +62,10 @@ NEIGHBOURS = {
 }
 
 
+# Keys of `train` that leave the trained weights as they are.
+HARMLESS = ("save_every", "eval_every", "keep_checkpoints", "log_every", "trackers", "micro_batch", "time_limit")
+
+
 class Base(Section):
     """The frozen model."""
 
@@ -143,7 +147,10 @@ class Train(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     save_every: Count = 100
     eval_every: Count = 100
-    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """At least two, so that there is a way back where the newest is damaged."""
+    time_limit: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(s|min|h)$")] | None = None
+    """Save and stop (exit 75) before so much time is over, for example 11.5h."""
     log_every: Count = 1
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim"]] = Field(default=[])
 
@@ -200,12 +207,16 @@ class Recipe(Section):
         """Return the recipe as YAML that loads back equal."""
         return dump_yaml(self.model_dump(mode="json"))
 
+    def deciding(self) -> dict[str, Any]:
+        """Return the sections without the keys that leave the trained weights as they are."""
+        content = self.model_dump(mode="json", exclude={"output": True, "memory": True, "finish": True})
+        for key in HARMLESS:
+            del content["train"][key]
+        return content
+
     def fingerprint(self) -> str:
         """Return a hash of everything that decides the trained weights."""
-        content = self.model_dump(mode="json", exclude={"output": True, "memory": True, "finish": True})
-        for key in ("save_every", "eval_every", "keep_checkpoints", "log_every", "trackers", "micro_batch"):
-            del content["train"][key]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.deciding(), sort_keys=True).encode()).hexdigest()
 
 
 def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:

@@ -99,14 +99,14 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def check_adapter(folder: Path) -> None:
-    """Check an adapter of ours. Raises InputRefused, DamagedFile."""
+    """Check an adapter: one of ours, or a LoRA of PEFT's. Raises InputRefused, DamagedFile."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not is_there(folder, name):
             raise InputRefused(f"'{folder}' holds no {name}")
     config = folder / "adapter_config.json"
     content = _check_mapping(config)
-    if content.get("peft_type") != "QD2MORA":
-        raise InputRefused(f"{config}: peft_type is {str(content.get('peft_type'))[:80]!r}, not 'QD2MORA'")
+    if content.get("peft_type") not in ("QD2MORA", "LORA"):
+        raise InputRefused(f"{config}: peft_type is {str(content.get('peft_type'))[:80]!r}, not 'QD2MORA' or 'LORA'")
     patterns = [key for key in ("target_modules", "exclude_modules") if isinstance(content.get(key), str)]
     if patterns:  # PEFT takes a text as a regular expression, which may never end
         raise InputRefused(f"{config}: {patterns[0]} is a pattern; a list of names is needed")

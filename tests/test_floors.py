@@ -13,6 +13,9 @@ FLOORS = {
     "redact": 0,
     "errors": 0,
     "untrusted": 0,
+    "stopping": 0,
+    "durable": 0,
+    "sealed": 0,
     "recipe": 0,
     "recipe_adapter": 0,
     "recipe_file": 0,
@@ -20,6 +23,7 @@ FLOORS = {
     "base": 1,
     "data": 1,
     "memory": 2,
+    "adapter_folder": 2,
     "run_folder": 2,
     "merging": 3,
     "evaluation": 3,
@@ -29,6 +33,7 @@ FLOORS = {
 }
 SAME_FLOOR = {
     ("errors", "redact"),
+    ("durable", "redact"),
     ("recipe", "errors"),
     ("recipe", "recipe_adapter"),
     ("recipe", "recipe_file"),
@@ -36,6 +41,10 @@ SAME_FLOOR = {
     ("recipe_file", "errors"),
     ("untrusted", "errors"),
     ("untrusted", "redact"),
+    ("stopping", "errors"),
+    ("sealed", "errors"),
+    ("sealed", "durable"),
+    ("run_folder", "adapter_folder"),
 }
 
 

@@ -1,5 +1,6 @@
 """Evaluation: asking a run, an export or a base, and scoring the answers."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -14,15 +15,21 @@ from qd2mora.recipe import load_recipe
 from qd2mora.run_folder import is_run, read_recipe
 
 
-def evaluate(model: str | Path, *, recipe: str | Path | None = None, limit: int | None = None) -> dict[str, Score]:
+def evaluate(
+    model: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    limit: int | None = None,
+    allow_changed: Collection[str] = (),
+) -> dict[str, Score]:
     """Score a run or model folder on held-out rows, per task: those of `recipe`, else of the run itself.
 
-    Raises InputRefused where there is nothing to ask.
+    Raises InputRefused where there is nothing to ask, or the base is another (unless `allow_changed`), DamagedFile.
     """
     if recipe is None and not is_run(model):
         raise InputRefused(f"'{model}' is not a run: say with --recipe whose held-out rows to ask")
     asked = load_recipe(recipe) if recipe else read_recipe(model)
-    subject = open_subject(model)
+    subject = open_subject(model, allow_changed)
     scores = score_tasks(subject, prepare(asked.data, subject.tokenizer, asked.train.seed), limit)
     if not scores:
         raise InputRefused("no task of the recipe holds out rows; set data.tasks.0.validation=200")
@@ -37,12 +44,13 @@ def generate(
     task: str | None = None,
     vector: list[float] | None = None,
     max_new_tokens: int = 128,
+    allow_changed: Collection[str] = (),
 ) -> str:
     """Answer an instruction (or, `raw`, continue a text) greedily; `task` and `vector` where the adapter reads them.
 
-    Raises InputRefused.
+    Raises InputRefused, DamagedFile.
     """
-    subject = open_subject(model)
+    subject = open_subject(model, allow_changed)
     text = prompt if raw else split({"instruction": prompt, "output": ""})[0]
     ids = torch.tensor([subject.tokenizer(text)["input_ids"]], device=subject.plain.device)
     row = {"task_index": torch.tensor([_task_number(subject, task)], device=ids.device)}

@@ -1,6 +1,6 @@
 """What is asked: a run with its routed adapter, or any model folder."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,10 +57,10 @@ class Subject:
         return [_until(row, eos) for row in out[:, ids.shape[1] :].tolist()]
 
 
-def open_subject(path: str | Path) -> Subject:
-    """Open a run or a model folder for asking. Raises InputRefused."""
+def open_subject(path: str | Path, allow_changed: Collection[str] = ()) -> Subject:
+    """Open a run or a model folder for asking. Raises InputRefused, DamagedFile."""
     if is_run(path):
-        opened = open_run(path)
+        opened = open_run(path, allow_changed=allow_changed)
         return Subject(opened.model, opened.tokenizer, opened)
     if not Path(path).is_dir():
         raise InputRefused(f"'{path}': no such folder; name a run or a model folder")

@@ -4,7 +4,7 @@ Static methods (LoRA, MoSLoRA) merge exactly; methods routed by task merge exact
 are replaced by the best static K of a strategy, and the loss of fidelity is measured on held-out rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,18 +73,20 @@ def merge(
     strategy: str = "core_lsq",
     task: str | None = None,
     vector: list[float] | None = None,
+    allow_changed: Collection[str] = (),
 ) -> Export:
     """Export a run as a float16 Hugging Face folder `out`, with `export_report.json` in it.
 
     `task`: export for this task alone: calibration and measuring use its rows; needed where the method routes by task.
     `vector`: export for rows that bring this vector, where the method reads one.
 
-    Raises InputRefused; `out` appears whole or not at all.
+    Raises InputRefused, also where the base is not the one trained on and `allow_changed` does not name it, and
+    DamagedFile; `out` appears whole or not at all.
     """
     _check_strategy(strategy)
     refuse_taken(Path(out), "--out")
     _check_placement(run)
-    opened = open_run(run)
+    opened = open_run(run, allow_changed=allow_changed)
     number = _task_number(opened, task)
     _check_vector(opened, vector)
     calibration, held_out = _sample_rows(opened, number)

@@ -16,6 +16,7 @@ from qd2mora.mixture.tuner import (
     read_rows,
     reads_first_pass,
     routing_of,
+    selection_biases,
     weight_penalty,
 )
 
@@ -33,5 +34,6 @@ __all__ = [
     "read_rows",
     "reads_first_pass",
     "routing_of",
+    "selection_biases",
     "weight_penalty",
 ]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qd2mora.errors import InputRefused
+from qd2mora.untrusted import check_adapter
 
 if TYPE_CHECKING:
     from qd2mora.mixture.layer import MixtureLinear
@@ -79,6 +80,7 @@ def _read(folder: Path) -> GivenLora:
     where = f"adapter.adapters: {folder}"
     if (folder / "adapter" / "adapter_config.json").is_file():  # a run of ours
         folder = folder / "adapter"
+    check_adapter(folder)
     try:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")

@@ -76,6 +76,11 @@ class Routing:
         self.values.clear()
         return taken
 
+    def forget(self) -> None:
+        """Drop what an abandoned try of a step left behind."""
+        self.values.clear()
+        self.counts.clear()
+
     def add_counts(self, key: tuple[str, str], used: Tensor) -> None:
         """Add how often each expert was used."""
         self.counts[key] = self.counts[key] + used if key in self.counts else used

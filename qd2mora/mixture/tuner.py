@@ -183,6 +183,11 @@ def reads_first_pass(model: nn.Module) -> bool:
     return isinstance(tuner, MixtureModel) and wants_hidden(tuner)
 
 
+def selection_biases(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the tensors that `after_step` moves, by name: part of what a run is, though nothing trains them."""
+    return {name: tensor for name, tensor in model.named_parameters() if ".mixture_select_bias_" in name}
+
+
 def after_step(model: nn.Module) -> None:
     """Do what a model's mixtures do once an optimiser step: move the selection biases against the load."""
     tuner = getattr(model, "base_model", None)
@@ -221,5 +226,6 @@ __all__ = [
     "read_rows",
     "reads_first_pass",
     "routing_of",
+    "selection_biases",
     "weight_penalty",
 ]

@@ -1,22 +1,21 @@
 """Training: from a recipe to a run folder."""
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import itertools
-import json
 import math
-import shutil
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from qd2mora.adapter_folder import base_identity, save_adapter
 from qd2mora.base import (
     base_config,
     compute_dtype,
@@ -26,21 +25,29 @@ from qd2mora.base import (
     load_base,
     load_tokenizer,
 )
-from qd2mora.data import Mixture, TaskRows, collate, content_hash, prepare
+from qd2mora.data import Mixture, collate, prepare
 from qd2mora.errors import InputRefused, WillNotFit
-from qd2mora.memory.loss import RowLoss
 from qd2mora.memory.plan import Plan, plan
-from qd2mora.mixture import MixtureConfig, add_adapter
+from qd2mora.mixture import MixtureConfig, add_adapter, selection_biases
 from qd2mora.recipe import Recipe, Train
-from qd2mora.run_folder import RunFolder, is_run, read_recipe, refuse_taken, staged_folder, write_atomically, write_json
-from qd2mora.training import checkpoint
+from qd2mora.run_folder import RunFolder
+from qd2mora.stopping import StopRequest, listening
+from qd2mora.training.disk import as_trouble, checkpoint_bytes, refuse_full
+from qd2mora.training.faults import as_lost
+from qd2mora.training.identity import identity_of_inputs, refuse_changed
+from qd2mora.training.journal import Journal
+from qd2mora.training.lock import locked
 from qd2mora.training.loop import Training
+from qd2mora.training.opening import check_folder, lineage, open_folder, read_manifest, restore
 from qd2mora.training.optimizer import build_optimizer
 from qd2mora.training.progress import StepDisplay
+from qd2mora.training.saver import Saver
 from qd2mora.training.stages import check_stages
 from qd2mora.training.start import check_rows, start_adapter
+from qd2mora.training.state import LocalState, Progress
+from qd2mora.training.time_limit import TimeLimit
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "qd2mora")
+FIRST_LOSS_SCALE = 2.0**16
 
 
 @dataclass(frozen=True)
@@ -51,68 +58,133 @@ class Trained:
     steps: int
     eval_loss: dict[str, float]
     bad_steps: int
+    is_main: bool = True
 
 
-def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Trained:
+def train(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_changed: Collection[str] = ()
+) -> Trained:
     """Plan, then train; write the run folder `recipe.output`.
 
     Everything that can be refused is refused before the folder is touched. `resume` continues from the newest whole
-    checkpoint and ends with the same bytes as a run that was never broken; `overwrite` replaces a run.
+    checkpoint and ends with the same bytes as a run that was never broken; it is refused where a field of the run's
+    identity changed, unless `allow_changed` names it. `overwrite` replaces a run.
 
-    Raises InputRefused, WillNotFit, NotFinite, SignalStop, DamagedFile.
+    Raises InputRefused, WillNotFit, DeviceLost, NotFinite, DiskTrouble, DamagedFile, SignalStop.
     """
     folder = RunFolder(Path(recipe.output))
-    config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
-    check_stages(config, recipe.train)
-    _check_folder(folder, recipe, resume, overwrite)
+    check_stages(MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks)), recipe.train)
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main:
+        check_folder(folder, resume, overwrite)
+    with listening() as stop, locked(folder.lock) if is_main else contextlib.nullcontext():
+        if is_main:
+            check_folder(folder, resume, overwrite)  # what was true before the lock need not be
+        return _train_locked(recipe, folder, stop, resume, allow_changed)
+
+
+def num_steps(settings: Train, rows_per_epoch: int) -> int:
+    """Return the updates of a run; epochs count every row of every task once."""
+    if settings.steps is not None:
+        return settings.steps
+    assert settings.epochs is not None
+    return math.ceil(settings.epochs * rows_per_epoch / settings.global_batch)
+
+
+def _train_locked(
+    recipe: Recipe, folder: RunFolder, stop: StopRequest, resume: bool, allow_changed: Collection[str]
+) -> Trained:
+    time_limit = TimeLimit(recipe.train)
     base_config(recipe.base)
     tokenizer = load_tokenizer(recipe.base.model)
     tasks = prepare(recipe.data, tokenizer, recipe.train.seed)
+    config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
     check_rows(config, tasks)
     accelerator = _accelerator(recipe, folder)
-    planned = plan(recipe, device=accelerator.device)
-    if not planned.fits:
-        ways = "; ".join(planned.ways_out)
-        assert planned.budget_bytes is not None
-        needed, there = planned.peak_bytes / 2**30, planned.budget_bytes / 2**30
-        raise WillNotFit(f"memory: needs {needed:.2f} GiB of {there:.2f} GiB; ways out: {ways}")
-    base = load_base(recipe.base, accelerator.device)
-    if planned.checkpointing:
-        enable_checkpointing(base)
-    model = add_adapter(base, config, recipe.train.seed)
+    planned = _fitting_plan(recipe, accelerator.device)
+    refuse_full(folder.path, _bytes_to_write(recipe, planned))
+    before = read_manifest(folder) if resume else None
+    identity = identity_of_inputs(recipe, tokenizer, tasks, accelerator.num_processes, accelerator.device)
+    changed = refuse_changed(before["identity"], identity, allow_changed) if before else []
     mixture = Mixture(recipe.data, tasks, recipe.train.seed)
+    model = _adapted_model(recipe, config, planned, accelerator.device)
     start_adapter(model, config, recipe, lambda: _first_batches(mixture, planned.micro_batch, tokenizer, model.device))
     model.train()
+    identity["base"] = fingerprint(recipe.base)  # after the load, which fetches what is not here yet
+    if before:
+        changed += refuse_changed(before["identity"], {"base": identity["base"]}, allow_changed)
     parameters = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     optimizer = build_optimizer(recipe.train, list(parameters.values()))
-    start = _open_folder(folder, recipe, planned, parameters, optimizer, accelerator, resume)
+    source = LocalState(parameters, optimizer, selection_biases(model))
+    progress, problems = restore(folder, source) if resume else (Progress(), [])
+    with as_lost():
+        accelerator.wait_for_everyone()
+    manifest = {
+        "identity": identity,
+        "lineage": lineage(before, identity, changed, progress.step),
+        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "plan": planned.to_json(),
+    }
+    if accelerator.is_main_process:
+        open_folder(folder, recipe, manifest, resume, progress.step)
+    if recipe.train.trackers:
+        accelerator.init_trackers("qd2mora", config={"fingerprint": recipe.fingerprint()})
     total = num_steps(recipe.train, mixture.rows_per_epoch)
-    row_loss, prepared = accelerator.prepare(RowLoss(model), optimizer)
+    if compute_dtype(recipe.base, accelerator.device) is torch.float16 and progress.loss_scale is None:
+        progress.loss_scale = FIRST_LOSS_SCALE
+    display = StepDisplay(total, progress.step)
     training = Training(
         train=recipe.train,
-        folder=folder,
         accelerator=accelerator,
         model=model,
-        row_loss=row_loss,
         parameters=parameters,
-        optimizer=prepared,
+        optimizer=optimizer,
         mixture=mixture,
         tasks=tasks,
         config=config,
-        micro_batch=planned.micro_batch,
+        micro_batch=min(planned.micro_batch, progress.micro_batch or planned.micro_batch),
         total_steps=total,
         pad=tokenizer.pad_token_id,
+        progress=progress,
+        saver=Saver(folder.checkpoints, recipe.train.keep_checkpoints, source, accelerator.is_main_process),
+        journal=Journal(folder.metrics, accelerator, display),
+        stop=stop,
+        time_limit=time_limit,
     )
-    display = StepDisplay(total, start)
-    if accelerator.is_main_process:
-        _say_what_starts(display, tasks, planned, start, total)
-    losses = training.run(start, display)
-    if accelerator.is_main_process:
-        with staged_folder(folder.adapter) as stage:
-            model.save_pretrained(str(stage))
-        tokenizer.save_pretrained(folder.path)
+    for problem in problems:
+        training.journal.say(f"passed over: {problem}")
+    _say_what_starts(training, planned)
+    with stop.deferred(), display:
+        losses = training.run()
+        if accelerator.is_main_process:
+            _save_result(folder, model, tokenizer, base_identity(recipe.base, identity["base"]))
     accelerator.end_training()
-    return Trained(folder.path, total, losses, training.bad_steps)
+    return Trained(folder.path, total, losses, progress.bad_steps, accelerator.is_main_process)
+
+
+def _fitting_plan(recipe: Recipe, device: torch.device) -> Plan:
+    planned = plan(recipe, device=device)
+    if not planned.fits:
+        assert planned.budget_bytes is not None
+        needed, there, ways = planned.peak_bytes / 2**30, planned.budget_bytes / 2**30, "; ".join(planned.ways_out)
+        raise WillNotFit(f"memory: needs {needed:.2f} GiB of {there:.2f} GiB; ways out: {ways}")
+    return planned
+
+
+def _bytes_to_write(recipe: Recipe, planned: Plan) -> int:
+    """All kept checkpoints, the one being written, the adapter, and the export where one is asked for."""
+    size = checkpoint_bytes(planned.trainable_parameters, recipe.train.optimizer)
+    weights = Path(recipe.base.model).glob("*.safetensors") if recipe.finish.export else []
+    export = sum(path.stat().st_size for path in weights)
+    return (recipe.train.keep_checkpoints + 1) * size + 4 * planned.trainable_parameters + export
+
+
+def _adapted_model(recipe: Recipe, config: MixtureConfig, planned: Plan, device: torch.device) -> PeftModel:
+    base = load_base(recipe.base, device)
+    if planned.checkpointing:
+        enable_checkpointing(base)
+    return add_adapter(base, config, recipe.train.seed)
 
 
 def _first_batches(
@@ -124,51 +196,21 @@ def _first_batches(
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def num_steps(settings: Train, rows_per_epoch: int) -> int:
-    """Return the updates of a run; epochs count every row of every task once."""
-    if settings.steps is not None:
-        return settings.steps
-    assert settings.epochs is not None
-    return math.ceil(settings.epochs * rows_per_epoch / settings.global_batch)
-
-
-def _check_folder(folder: RunFolder, recipe: Recipe, resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise InputRefused("give --resume or --overwrite, not both")
-    if resume:
-        _refuse_changed(read_recipe(folder.path), recipe)
-    elif overwrite and is_run(folder.path):
-        return
-    else:
-        try:
-            refuse_taken(folder.path, "output")
-        except InputRefused as error:
-            hint = "; continue it with --resume or replace it with --overwrite" if is_run(folder.path) else ""
-            raise InputRefused(f"{error}{hint}") from None
-
-
-def _refuse_changed(before: Recipe, now: Recipe) -> None:
-    """A resumed run must be the same run: name the first key that decides the weights and differs."""
-    if before.fingerprint() == now.fingerprint():
-        return
-    changed = [
-        f"{section}.{key}: {old!r} became {new!r}"
-        for section in ("base", "adapter", "data", "train")
-        for key, old in getattr(before, section).model_dump().items()
-        if (new := getattr(now, section).model_dump()[key]) != old
-    ]
-    raise InputRefused(f"--resume: the recipe changed since the run began ({changed[0]}); take it back or start anew")
+def _save_result(
+    folder: RunFolder, model: PeftModel, tokenizer: PreTrainedTokenizerBase, identity: dict[str, str]
+) -> None:
+    with as_trouble("the adapter", folder.path):
+        save_adapter(model, folder.adapter, identity)
+        tokenizer.save_pretrained(folder.path)
 
 
 def _accelerator(recipe: Recipe, folder: RunFolder) -> Accelerator:
     for tracker in recipe.train.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise InputRefused(f"train.trackers: {tracker} is not installed; pip install {tracker}")
-    device = default_device()
-    dtype = compute_dtype(recipe.base, device)
     accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision="fp16" if dtype is torch.float16 and device.type == "cuda" else "no",
+        cpu=default_device().type == "cpu",
+        mixed_precision="no",
         log_with=list(recipe.train.trackers) or None,
         project_dir=str(folder.path),
     )
@@ -179,69 +221,17 @@ def _accelerator(recipe: Recipe, folder: RunFolder) -> Accelerator:
     return accelerator
 
 
-def _open_folder(
-    folder: RunFolder,
-    recipe: Recipe,
-    planned: Plan,
-    parameters: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-    resume: bool,
-) -> int:
-    """Make or reopen the folder; return the update to start from."""
-    start = 0
-    if resume:
-        start, problems = checkpoint.restore_newest(folder.checkpoints, parameters, optimizer)
-        for problem in problems:
-            print(f"passed over: {problem}")
-    if accelerator.is_main_process:
-        if not resume and folder.path.exists():
-            shutil.rmtree(folder.path)
-        folder.checkpoints.mkdir(parents=True, exist_ok=True)
-        _forget_after(folder.metrics, start)
-        write_atomically(folder.recipe, recipe.dump_yaml())
-        write_json(folder.manifest, _manifest(recipe, planned, accelerator))
-    accelerator.wait_for_everyone()
-    if recipe.train.trackers:
-        accelerator.init_trackers("qd2mora", config={"fingerprint": recipe.fingerprint()})
-    return start
-
-
-def _forget_after(metrics: Path, step: int) -> None:
-    """Drop the lines of steps that will be done again, and a last line cut short by a kill."""
-    if not metrics.exists():
-        return
-    kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-    write_atomically(metrics, "".join(line + "\n" for line in kept))
-
-
-def _manifest(recipe: Recipe, planned: Plan, accelerator: Accelerator) -> dict[str, Any]:
-    return {
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
-        "processes": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "recipe": recipe.fingerprint(),
-        "base": fingerprint(recipe.base),
-        "data": {task.name: content_hash(task.path) for task in recipe.data.tasks},
-        "plan": planned.to_json(),
-    }
-
-
-def _say_what_starts(display: StepDisplay, tasks: list[TaskRows], planned: Plan, start: int, total: int) -> None:
-    for task in tasks:
+def _say_what_starts(training: Training, planned: Plan) -> None:
+    for task in training.tasks:
         notes = [f"{len(task.train)} rows", f"{len(task.validation)} held out"]
         notes += [f"{task.num_cut} cut at the end"] if task.num_cut else []
         notes += [f"{task.num_dropped} dropped (no room for the answer)"] if task.num_dropped else []
-        display.say(f"task {task.task.name}: {', '.join(notes)}")
+        training.journal.say(f"task {task.task.name}: {', '.join(notes)}")
     layers = "recomputed" if planned.checkpointing else "kept"
-    display.say(
-        f"training {planned.trainable_parameters:,} parameters, micro batch {planned.micro_batch}, "
-        f"activations {layers}, planned peak {planned.peak_bytes / 2**30:.2f} GiB; steps {start} to {total}"
+    training.journal.say(
+        f"training {planned.trainable_parameters:,} parameters, micro batch {training.micro_batch}, activations "
+        f"{layers}, planned peak {planned.peak_bytes / 2**30:.2f} GiB; steps {training.progress.step} to "
+        f"{training.total_steps}"
     )
 
 

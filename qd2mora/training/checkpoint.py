@@ -1,131 +1,121 @@
-"""Checkpoints: safetensors and JSON, written to a stage folder, published by one rename, verified by hash.
+"""Checkpoints: safetensors and JSON, sealed, published by one rename, read back before an older one goes.
 
 `checkpoints/step-N/` holds `adapter.safetensors` (trainable tensors by parameter name), `optimizer.safetensors`
-(moments as `parameter::moment`) and `state.json`, written last, with the step, the scalars and the other files' hashes.
+(moments as `parameter::moment`) and `manifest.json`, written last: the declared inventory (dtype and shape of every
+tensor), the scalars, the progress, and the hash of each file and of itself.
 """
 
-import hashlib
-import json
-import shutil
+import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load as load_tensors
+from torch import Tensor
 
-from qd2mora.errors import DamagedFile
-from qd2mora.run_folder import staged_folder, write_json
+from qd2mora.durable import remove_folder, staged_folder, write_file
+from qd2mora.errors import DamagedFile, NotFinite
+from qd2mora.sealed import open_manifest, read_listed, seal_folder, verify_folder
+from qd2mora.training.state import Progress, State, owner_of
+from qd2mora.training.tensor_file import Inventory, encoded, inventory_of
 
-_FILES = ("adapter.safetensors", "optimizer.safetensors")
+ADAPTER, OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
 
 
-def save(
-    folder: Path, step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, keep: int
-) -> Path:
-    """Publish `folder/step-N` and remove all but the newest `keep`, after the new one is on disk."""
-    moments, scalars = _optimizer_state(parameters, optimizer)
-    target = folder / f"step-{step}"
+def save(folder: Path, state: State, keep: int) -> Path:
+    """Publish `folder/step-N`; once it is read back whole, remove all but the newest `keep`.
+
+    Raises NotFinite where a tensor is not, DamagedFile where the disk gave back something else, OSError.
+    """
+    _refuse_not_finite(state)
+    target = folder / f"step-{state.progress.step}"
     with staged_folder(target) as stage:
-        save_file({name: tensor.detach().cpu() for name, tensor in parameters.items()}, stage / _FILES[0])
-        save_file(moments, stage / _FILES[1])
-        hashes = {name: _sha256(stage / name) for name in _FILES}
-        write_json(stage / "state.json", {"step": step, "scalars": scalars, "sha256": hashes})
+        tensors = {ADAPTER: state.adapter, OPTIMIZER: state.moments}
+        files = {name: write_file(stage / name, encoded(content)) for name, content in tensors.items()}
+        inventory = {name: inventory_of(content) for name, content in tensors.items()}
+        content = {"inventory": inventory, "scalars": state.scalars, "progress": asdict(state.progress)}
+        seal_folder(stage, files, content)
+        verify_folder(stage)
     for old in steps_on_disk(folder)[:-keep]:
-        shutil.rmtree(folder / f"step-{old}")
+        remove_folder(folder / f"step-{old}")
     return target
 
 
-def restore_newest(
-    folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> tuple[int, list[str]]:
-    """Load the newest valid checkpoint in place; return its step (0: none) and what was wrong with newer ones.
+def newest(folder: Path, adapter: Inventory, moments: Inventory) -> tuple[State | None, list[str]]:
+    """Return the newest valid checkpoint, and what was wrong with newer ones. Nothing on disk is touched.
 
-    Raises DamagedFile where checkpoints are there and none is whole.
+    `adapter` and `moments` are what a checkpoint has to hold. Raises DamagedFile where some are there and none is
+    whole.
     """
     problems: list[str] = []
     for step in reversed(steps_on_disk(folder)):
         try:
-            state, adapter, moments = _read(folder / f"step-{step}", parameters)
+            return read(folder / f"step-{step}", adapter, moments), problems
         except DamagedFile as error:
             problems.append(str(error))
-            continue
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(adapter[name])
-        _load_optimizer(parameters, optimizer, moments, state["scalars"])
-        return step, problems
     if problems:
         raise DamagedFile(f"no whole checkpoint: {'; '.join(problems)}; start anew with --overwrite")
-    return 0, problems
+    return None, problems
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+    """Rename checkpoints newer than `step`, which are damaged, so that they do not count as kept ones."""
+    for damaged in [other for other in steps_on_disk(folder) if other > step]:
+        place = folder / f"damaged-step-{damaged}"
+        if place.exists():
+            remove_folder(place)
+        os.rename(folder / f"step-{damaged}", place)
 
 
 def steps_on_disk(folder: Path) -> list[int]:
     """Return the steps of published checkpoints, ascending."""
     names = [path.name.removeprefix("step-") for path in folder.glob("step-*")]
-    return sorted(int(name) for name in names if name.isdecimal())
+    return sorted(int(name) for name in names if name.isdecimal() and name.isascii() and str(int(name)) == name)
 
 
-def _read(
-    folder: Path, parameters: dict[str, nn.Parameter]
-) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+def read(folder: Path, adapter: Inventory, moments: Inventory) -> State:
+    """Return a checkpoint that holds exactly the tensors of this run. Raises DamagedFile."""
+    manifest = open_manifest(folder)
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        for name in _FILES:
-            if _sha256(folder / name) != state["sha256"][name]:
-                raise DamagedFile(f"{folder / name} is not what was written")
-        adapter, moments = (load_file(folder / name) for name in _FILES)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        tensors = {name: load_tensors(read_listed(folder, manifest, name)) for name in (ADAPTER, OPTIMIZER)}
+        progress, scalars = Progress(**manifest["progress"]), dict(manifest["scalars"])
+        declared = {name: _as_inventory(manifest["inventory"][name]) for name in (ADAPTER, OPTIMIZER)}
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DamagedFile(f"{folder} is damaged: {error}") from error
-    shapes = {name: tuple(tensor.shape) for name, tensor in adapter.items()}
-    if shapes != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
-        raise DamagedFile(f"{folder} holds other tensors than this recipe trains")
-    return state, adapter, moments
+    if progress.step != int(folder.name.removeprefix("step-")):
+        raise DamagedFile(f"{folder} holds step {progress.step}")
+    state = State(tensors[ADAPTER], tensors[OPTIMIZER], scalars, progress)
+    _compare(folder, declared, {ADAPTER: inventory_of(state.adapter), OPTIMIZER: inventory_of(state.moments)})
+    # A parameter that never had a gradient has no moments; one that has any has all.
+    owners = {owner_of(name) for name in state.moments}
+    wanted = {name: entry for name, entry in moments.items() if owner_of(name) in owners}
+    _compare(folder, {ADAPTER: adapter, OPTIMIZER: wanted}, declared)
+    if progress.applied and not owners:
+        raise DamagedFile(f"{folder} holds no moments after {progress.applied} updates")
+    return state
 
 
-def _optimizer_state(
-    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return an optimiser's tensors and scalars by `parameter::moment`, one `::` more for each level of nesting."""
-    flat: dict[str, Any] = {}
-    state = optimizer.state_dict()["state"]
-    for index, name in enumerate(parameters):
-        _flatten(state.get(index, {}), name, flat)
-    tensors = {
-        key: value.detach().cpu().contiguous().clone() for key, value in flat.items() if isinstance(value, Tensor)
-    }
-    return tensors, {key: value for key, value in flat.items() if key not in tensors}
+def _as_inventory(content: dict[str, Any]) -> Inventory:
+    return {name: (str(dtype), list(shape)) for name, (dtype, shape) in content.items()}
 
 
-def _load_optimizer(
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    tensors: dict[str, Tensor],
-    scalars: dict[str, Any],
-) -> None:
-    position = {name: index for index, name in enumerate(parameters)}
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in (tensors | scalars).items():
-        name, *path = key.split("::")
-        node = state.setdefault(position[name], {})
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def _compare(folder: Path, wanted: dict[str, Inventory], there: dict[str, Inventory]) -> None:
+    for file, entries in wanted.items():
+        for name in sorted(entries.keys() | there[file].keys()):
+            if entries.get(name) != there[file].get(name):
+                raise DamagedFile(
+                    f"{folder / file} holds other tensors than this recipe trains: {name} is "
+                    f"{there[file].get(name, 'not there')}, not {entries.get(name, 'wanted')}"
+                )
 
 
-def _flatten(value: Any, path: str, into: dict[str, Any]) -> None:
-    if isinstance(value, dict):
-        for key, child in value.items():
-            _flatten(child, f"{path}::{key}", into)
-    else:
-        into[path] = value
+def _refuse_not_finite(state: State) -> None:
+    named: dict[str, Tensor] = {**state.adapter, **state.moments}
+    for name, tensor in named.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NotFinite(f"step {state.progress.step} is not saved: {name} is not finite; continue with --resume")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-__all__ = ["restore_newest", "save", "steps_on_disk"]
+__all__ = ["newest", "read", "save", "set_aside_after", "steps_on_disk"]

@@ -1,36 +1,40 @@
 """The loop: step n is a function of the recipe, the seed and n, so that a resumed run is the same run.
 
 A step reads its rows from the mixture by number, normalises by the labelled tokens of the whole step over all micro
-batches and processes, adds the gradient of the penalty once, clips, and updates.
+batches and processes, adds up the gradients of all processes, adds the gradient of the penalty once, clips, and
+updates. Until the update nothing is changed, so a step can be done again: on smaller micro batches where memory ran
+out, at a smaller loss scale where float16 overflowed.
 """
 
-import contextlib
-import json
 import math
 import resource
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import FrameType
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from torch import Tensor, nn
 
 from qd2mora.data import Mixture, Row, TaskRows, collate
-from qd2mora.errors import NotFinite, SignalStop
-from qd2mora.mixture import MixtureConfig, Routing, after_step, orthogonality, routing_of, weight_penalty
-from qd2mora.mixture.draws import mixed
+from qd2mora.errors import NotFinite, SignalStop, WillNotFit
+from qd2mora.memory.loss import RowLoss
+from qd2mora.mixture import MixtureConfig, after_step, orthogonality, routing_of, weight_penalty
 from qd2mora.recipe import Train
-from qd2mora.run_folder import RunFolder
-from qd2mora.training import checkpoint
+from qd2mora.stopping import StopRequest
 from qd2mora.training.estimator import backward_over_draws
+from qd2mora.training.faults import as_lost, is_out_of_memory
+from qd2mora.training.journal import Journal
+from qd2mora.training.numbers import blame, is_too_bad, lower_scale, prove_flow, raise_scale
 from qd2mora.training.optimizer import learning_rate
-from qd2mora.training.progress import StepDisplay
+from qd2mora.training.processes import sum_gradients, sum_numbers
+from qd2mora.training.randomness import key_of
+from qd2mora.training.saver import Saver
 from qd2mora.training.stages import enter_stage
-
-MAX_BAD_IN_A_ROW = 3
+from qd2mora.training.state import Progress
+from qd2mora.training.time_limit import TimeLimit
+from qd2mora.training.watchdog import Watchdog
 
 
 @dataclass
@@ -38,10 +42,8 @@ class Training:
     """Everything the loop works on; `parameters` are the trainable ones by name."""
 
     train: Train
-    folder: RunFolder
     accelerator: Accelerator
-    model: nn.Module
-    row_loss: nn.Module
+    model: PeftModel
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     mixture: Mixture
@@ -50,42 +52,38 @@ class Training:
     micro_batch: int
     total_steps: int
     pad: int
-    bad_steps: int = 0
-    _bad_in_a_row: int = 0
-    _stop: list[int] = field(default_factory=list)
+    progress: Progress
+    saver: Saver
+    journal: Journal
+    stop: StopRequest
+    time_limit: TimeLimit
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    _must_stop: bool = False
 
-    @property
-    def routing(self) -> Routing | None:
-        """What the routers are told; None where the adapter has none."""
-        return routing_of(self.model)
+    def __post_init__(self) -> None:
+        self.row_loss = RowLoss(self.model)
+        # None where the adapter has no routers of ours.
+        self._routing = routing_of(self.model)
 
-    def run(self, start: int, display: StepDisplay) -> dict[str, float]:
-        """Train from update `start` to the end; return the last held-out losses.
+    def run(self) -> dict[str, float]:
+        """Train to the end; return the last held-out losses.
 
-        Raises SignalStop after saving when a signal came, NotFinite when steps keep failing.
+        Raises SignalStop after saving when a signal came or time is up, NotFinite when steps keep failing, WillNotFit
+        when one row does not fit, DeviceLost, DiskTrouble.
         """
         losses: dict[str, float] = {}
-        with self._signals(), display:
-            if start == 0:
-                losses = self._evaluate_and_log(0, display)
-            for update in range(start, self.total_steps):
-                metrics = self._step(update)
-                done = update + 1
-                self._log(done, metrics, display)
-                is_last = done == self.total_steps
-                if done % self.train.eval_every == 0 or is_last:
-                    losses = self._evaluate_and_log(done, display)
-                if done % self.train.save_every == 0 or is_last or self._stop:
-                    self.save(done)
-                if self._stop and not is_last:
-                    raise SignalStop(f"stopped by signal {self._stop[0]} after step {done}; continue with --resume")
+        with as_lost(), self.saver, self.watchdog:
+            if self.progress.step == 0:
+                losses = self._evaluate_and_log()
+            while self.progress.step < self.total_steps:
+                began = time.monotonic()
+                self._log(self._step())
+                losses = self._after_step() or losses
+                self.time_limit.took(time.monotonic() - began)
+            with self.watchdog.paused():
+                self.saver.finish()
+                self.accelerator.wait_for_everyone()
         return losses
-
-    def save(self, step: int) -> None:
-        """Publish a checkpoint from the main process."""
-        if self.accelerator.is_main_process:
-            checkpoint.save(self.folder.checkpoints, step, self.parameters, self.optimizer, self.train.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
 
     def evaluate(self) -> dict[str, float]:
         """Return the held-out loss per labelled token of each task, in nats."""
@@ -94,33 +92,37 @@ class Training:
         for task in self.tasks:
             if task.validation:
                 sums = torch.zeros(2, dtype=torch.float64)
-                for places in self._micro_batches(task.validation):
-                    rows = [task.validation[place] for place in places]
+                for rows, keys in self._micro_batches(task.validation, 0):
+                    self._tell_routers(rows, keys)
                     with torch.no_grad():
-                        loss = self.row_loss(self._batch(rows)).sum().double().cpu()
+                        loss = self._row_losses(rows).sum().double().cpu()
                     sums += torch.stack([loss, torch.tensor(float(sum(row.num_labels for row in rows)))])
-                total: Tensor = self.accelerator.reduce(sums.to(self.accelerator.device, torch.float32), "sum")
-                losses[task.task.name] = float(total[0] / total[1])
+                    self.watchdog.beat()
+                total, labels = self._sum([*sums])
+                losses[task.task.name] = total / labels
         self.model.train()
         return losses
 
-    def _step(self, update: int) -> dict[str, float]:
-        began = time.perf_counter()
-        torch.manual_seed(self._random_seed(update))
+    def _step(self) -> dict[str, float]:
+        began, update = time.perf_counter(), self.progress.step
         rows = self.mixture.rows(update * self.train.global_batch, self.train.global_batch)
         enter_stage(self.model, self.optimizer, self.config, update, self.total_steps)
-        loss = self._accumulate(rows, update)
-        penalty, halves = self._add_penalties()
-        rate = learning_rate(self.train, update, self.total_steps)
+        loss, norm, penalty, halves = self._gradients(rows)
+        rate = learning_rate(self.train, self.progress.applied, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        norm = self._clip()
-        is_finite = math.isfinite(loss) and math.isfinite(norm)
-        if is_finite:
+        self.progress.step += 1
+        if math.isfinite(loss) and math.isfinite(norm):
+            prove_flow(self.model, self.parameters, self.progress)
             self.optimizer.step()
             after_step(self.model)
-        self._count_bad(is_finite, update, loss, norm)
+            self.progress.applied += 1
+            self.progress.bad_in_a_row = 0
+            raise_scale(self.progress)
+        else:
+            self._count_bad(rows, loss, norm)
         self.optimizer.zero_grad(set_to_none=True)
+        self.watchdog.beat()
         tokens = sum(len(row.ids) for row in rows)
         return {
             "loss": loss,
@@ -131,48 +133,90 @@ class Training:
             "learning_rate": rate,
             "tokens": tokens,
             "labels": sum(row.num_labels for row in rows),
+            "bad_steps": self.progress.bad_steps,
             "tokens_per_s": tokens / (time.perf_counter() - began),
             "memory": self._memory(),
         }
 
-    def _accumulate(self, rows: list[Row], update: int) -> float:
-        """Add the gradients of a step's rows; return the loss per labelled token over all processes."""
-        num_labels = sum(row.num_labels for row in rows)
-        total = torch.zeros((), device=self.accelerator.device)
-        parts = list(self._micro_batches(rows))
-        for number, places in enumerate(parts):
-            is_last = number == len(parts) - 1
-            self._tell_routers(places, rows, update)
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.row_loss):
-                total += self._backward(self._batch([rows[place] for place in places]), 1 / num_labels)
-        return float(self.accelerator.reduce(total, "sum"))
+    def _gradients(self, rows: list[Row]) -> tuple[float, float, float, list[float]]:
+        """Leave a step's whole gradient in the parameters; return loss, gradient norm, penalties, likeness."""
+        while True:
+            local, is_short = self._try_to_accumulate(rows)
+            stop = self.stop.number is not None or self.time_limit.is_near
+            loss, short, stops = self._sum([local, float(is_short), float(stop)])
+            self._must_stop = stops > 0
+            if short:
+                self._halve_micro_batch()
+                continue
+            sum_gradients(self.parameters, self.accelerator.num_processes)
+            self._unscale()
+            penalty, halves = self._add_penalties()
+            norm = self._clip()
+            if math.isfinite(norm) or not math.isfinite(loss) or not lower_scale(self.progress):
+                return loss, norm, penalty, halves
+            self.optimizer.zero_grad(set_to_none=True)
 
-    def _backward(self, batch: dict[str, Tensor], share: float) -> Tensor:
+    def _try_to_accumulate(self, rows: list[Row]) -> tuple[Tensor | float, bool]:
+        """Return this process's part of the loss, and whether memory ran out on the way."""
+        try:
+            return self._accumulate(rows), False
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the handler: the traceback that keeps the activations alive is gone.
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return 0.0, True
+
+    def _accumulate(self, rows: list[Row]) -> Tensor:
+        """Add the gradients of this process's rows; return their part of the loss per labelled token of the step."""
+        place = (self.progress.step, self.accelerator.process_index)
+        torch.manual_seed(key_of(self.train.seed, "step", *place))
+        share, tokens = 1 / sum(row.num_labels for row in rows), sum(len(row.ids) for row in rows)
+        total = torch.zeros((), device=self.accelerator.device)
+        if self._routing is not None:
+            self._routing.forget()
+        for part, keys in self._micro_batches(rows, self.progress.step * self.train.global_batch):
+            self._tell_routers(part, keys)
+            if self._routing is not None:
+                self._routing.share = (sum(len(row.ids) for row in part) / tokens, len(part) / len(rows))
+                self._routing.loss_scale = self.progress.loss_scale or 1.0
+            total += self._backward(part, share)
+            self.watchdog.beat()
+        return total
+
+    def _backward(self, part: list[Row], share: float) -> Tensor:
         """Add the gradients of one micro batch; return its part of the step's loss. `share`: one over all labels."""
 
         def backward(loss: Tensor) -> None:
-            # Gradients are averaged over processes; their sum is wanted.
-            self.accelerator.backward(loss * self.accelerator.num_processes)
+            (loss * (self.progress.loss_scale or 1.0)).backward()
 
         if self.config.row.estimator == "rloo":
-            assert self.routing is not None
-            return backward_over_draws(lambda: self.row_loss(batch), backward, self.routing, share) * share
-        loss = self.row_loss(batch).sum() * share
+            assert self._routing is not None
+            return backward_over_draws(lambda: self._row_losses(part), backward, self._routing, share) * share
+        loss = self._row_losses(part).sum() * share
         backward(loss)
         return loss.detach()
 
-    def _tell_routers(self, places: list[int], rows: list[Row], update: int) -> None:
-        """Say which rows of the step a micro batch holds, so that chance and penalties do not depend on the split.
+    def _tell_routers(self, rows: list[Row], keys: tuple[int, ...]) -> None:
+        """Say which rows run: chance in the adapters is a function of their keys, whatever the split."""
+        if self._routing is not None:
+            self._routing.rows, self._routing.lengths = keys, tuple(len(row.ids) for row in rows)
 
-        A row's key is a function of the seed, the update and the row's place in the step.
-        """
-        if self.routing is None:
-            return
-        lengths = tuple(len(rows[place].ids) for place in places)
-        self.routing.share = (sum(lengths) / sum(len(row.ids) for row in rows), len(places) / len(rows))
-        self.routing.loss_scale = self._gradient_scale() * self.accelerator.num_processes
-        self.routing.rows = tuple(mixed(self.train.seed, update, place) for place in places)
-        self.routing.lengths = lengths
+    def _row_losses(self, rows: list[Row]) -> Tensor:
+        """Return the summed loss of each row."""
+        batch = {name: tensor.to(self.accelerator.device) for name, tensor in collate(rows, self.pad).items()}
+        is_scaled = self.progress.loss_scale is not None
+        with torch.autocast(self.accelerator.device.type, torch.float16, enabled=is_scaled):
+            losses: Tensor = self.row_loss(batch)
+        return losses
+
+    def _unscale(self) -> None:
+        if self.progress.loss_scale is not None:
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(1 / self.progress.loss_scale)
 
     def _add_penalties(self) -> tuple[float, list[float]]:
         """Add the gradients of penalties that read weights, once a step.
@@ -180,7 +224,8 @@ class Training:
         Return what all penalties added to the loss, those that read routing included, and how alike the down and the up
         experts are: the two halves of D2MoRA's penalty, unweighted.
         """
-        total = sum(self.routing.take_values().values()) if self.routing else 0.0
+        routed = sum(self._routing.take_values().values()) if self._routing is not None else 0.0
+        (total,) = self._sum([routed])
         weights = {penalty.kind: penalty.weight for penalty in self.config.weight_penalties}
         diversity = weights.pop("diversity_cos", 0.0)
         with torch.set_grad_enabled(diversity > 0):
@@ -195,67 +240,76 @@ class Training:
 
     def _add_gradient(self, value: Tensor) -> None:
         trained = list(self.parameters.values())
-        gradients = torch.autograd.grad(value * self._gradient_scale(), trained, allow_unused=True)
+        gradients = torch.autograd.grad(value, trained, allow_unused=True)
         for tensor, gradient in zip(trained, gradients, strict=True):
             if gradient is not None:
                 tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
 
-    def _gradient_scale(self) -> float:
-        scaler = self.accelerator.scaler
-        return float(scaler.get_scale()) if scaler else 1.0
-
     def _clip(self) -> float:
         limit = self.train.max_grad_norm or math.inf
-        return float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit))
+        return float(nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))
 
-    def _count_bad(self, is_finite: bool, update: int, loss: float, norm: float) -> None:
-        if is_finite:
-            self._bad_in_a_row = 0
+    def _count_bad(self, rows: list[Row], loss: float, norm: float) -> None:
+        self.progress.bad_steps += 1
+        self.progress.bad_in_a_row += 1
+        if not is_too_bad(self.progress):
             return
-        self.bad_steps += 1
-        self._bad_in_a_row += 1
-        if self._bad_in_a_row >= MAX_BAD_IN_A_ROW:
-            bad = [name for name, tensor in self.parameters.items() if not _is_finite(tensor.grad)]
-            where = bad[0] if bad else "no gradient, but the loss"
-            raise NotFinite(
-                f"step {update + 1}: loss {loss}, gradient norm {norm}, {self._bad_in_a_row} bad steps in a row; first "
-                f"not finite: {where}; lower train.learning_rate, then --resume"
+        part, keys = next(self._micro_batches(rows, 0))
+        self._tell_routers(part, keys)
+        with torch.no_grad():
+            where = blame(self.model, self.parameters, lambda: self._row_losses(part))
+        in_a_row = f"{self.progress.bad_in_a_row} bad steps in a row, {self.progress.bad_steps} in all"
+        raise NotFinite(
+            f"step {self.progress.step}: loss {loss}, gradient norm {norm}, {in_a_row}; first not finite: {where}; "
+            "continue with a lower train.learning_rate, --resume and --allow-changed train.learning_rate"
+        )
+
+    def _halve_micro_batch(self) -> None:
+        if self.micro_batch == 1:
+            raise WillNotFit(
+                f"memory: step {self.progress.step + 1} does not fit the device with one row at a time; lower "
+                "data.max_length, or see `qd2mora plan` for what takes the memory"
             )
+        self.micro_batch = self.progress.micro_batch = self.micro_batch // 2
+        self.optimizer.zero_grad(set_to_none=True)
+        self.journal.say(f"out of memory: from step {self.progress.step + 1} on micro batches of {self.micro_batch}")
 
-    def _micro_batches(self, rows: list[Row]) -> Iterator[list[int]]:
-        """The places in `rows` of this process's share, rows of like length together."""
-        process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        mine = sorted(range(len(rows)), key=lambda place: len(rows[place].ids))[process::processes]
-        for start in range(0, len(mine), self.micro_batch):
-            yield mine[start : start + self.micro_batch]
-
-    def _batch(self, rows: list[Row]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.accelerator.device) for name, tensor in collate(rows, self.pad).items()}
-
-    def _random_seed(self, update: int) -> int:
-        seed = self.train.seed * 1_000_003 + update
-        return (seed * self.accelerator.num_processes + self.accelerator.process_index) % (1 << 63)
-
-    def _evaluate_and_log(self, step: int, display: StepDisplay) -> dict[str, float]:
-        losses = self.evaluate()
-        if losses and self.accelerator.is_main_process:
-            self._append({"step": step, "eval_loss": losses})
-            self.accelerator.log({f"eval_loss/{task}": loss for task, loss in losses.items()}, step=step)
-            display.evaluation(step, losses)
+    def _after_step(self) -> dict[str, float]:
+        """Evaluate, save and stop where it is time to; return the held-out losses where there are new ones."""
+        self.saver.poll()
+        done = self.progress.step
+        is_last = done == self.total_steps
+        losses = self._evaluate_and_log() if done % self.train.eval_every == 0 or is_last else {}
+        if done % self.train.save_every == 0 or is_last or self._must_stop:
+            with self.watchdog.paused():
+                self.saver.save(self.progress)
+        if self._must_stop and not is_last:
+            with self.watchdog.paused():
+                self.saver.finish()
+                self.accelerator.wait_for_everyone()
+            why = f"signal {self.stop.number}" if self.stop.number is not None else "train.time_limit"
+            raise SignalStop(f"stopped by {why} after step {done}; continue with --resume")
         return losses
 
-    def _log(self, step: int, metrics: dict[str, float], display: StepDisplay) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        display.step(step, metrics)
-        if step % self.train.log_every == 0 or step == self.total_steps:
-            finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-            self._append({"step": step, **finite})
-            self.accelerator.log(metrics, step=step)
+    def _micro_batches(self, rows: list[Row], first: int) -> Iterator[tuple[list[Row], tuple[int, ...]]]:
+        """Yield this process's share, rows of like length together, with a key for each: it numbers from `first` on."""
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        mine = sorted(enumerate(rows, first), key=lambda numbered: len(numbered[1].ids))[process::processes]
+        for start in range(0, len(mine), self.micro_batch):
+            part = mine[start : start + self.micro_batch]
+            yield [row for _, row in part], tuple(key_of(self.train.seed, "row", number) for number, _ in part)
 
-    def _append(self, line: dict[str, object]) -> None:
-        with self.folder.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    def _sum(self, numbers: list[Tensor | float]) -> list[float]:
+        return sum_numbers(numbers, self.accelerator.device, self.accelerator.num_processes)
+
+    def _evaluate_and_log(self) -> dict[str, float]:
+        losses = self.evaluate()
+        self.journal.evaluation(self.progress.step, losses)
+        return losses
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        step = self.progress.step
+        self.journal.step(step, metrics, step % self.train.log_every == 0 or step == self.total_steps)
 
     def _memory(self) -> int:
         """Peak bytes so far: allocated on the GPU, or resident in this process on a CPU."""
@@ -263,27 +317,5 @@ class Training:
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first signal asks for a checkpoint after the step; the second ends the process at once."""
 
-        def note(number: int, frame: FrameType | None) -> None:
-            if self._stop:
-                signal.signal(number, signal.SIG_DFL)
-                signal.raise_signal(number)
-            self._stop.append(number)
-
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        before = {number: signal.signal(number, note) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def _is_finite(gradient: Tensor | None) -> bool:
-    return gradient is None or bool(torch.isfinite(gradient).all())
-
-
-__all__ = ["MAX_BAD_IN_A_ROW", "Training"]
+__all__ = ["Training"]

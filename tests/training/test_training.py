@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_only_damage_everywhere_stops(ma
         for key, tensor in adapter_of(tmp_path / "run").items():
             assert torch.equal(tensor, wanted[key])
     for folder in checkpoints.glob("step-*"):
-        (folder / "state.json").write_text("{", encoding="utf-8")
+        (folder / "manifest.json").write_text("{", encoding="utf-8")
     with pytest.raises(DamagedFile):
         train(settings, resume=True)
 

@@ -1,0 +1,98 @@
+"""The adapter on disk: PEFT's own layout, sealed, with the base it belongs to.
+
+An adapter is a correction of one base in one quantisation. On another it still loads, and answers a little worse
+without a word; so its manifest carries the base's fingerprint, and another base is refused unless told.
+"""
+
+import hashlib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load as load_tensors
+from torch import nn
+
+from qd2mora.base import fingerprint
+from qd2mora.durable import staged_folder
+from qd2mora.errors import DamagedFile, InputRefused, NotFinite
+from qd2mora.recipe import Base
+from qd2mora.sealed import open_manifest, read_listed, seal_folder
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+def base_identity(base: Base, mark: str | None = None) -> dict[str, Any]:
+    """Return what an adapter remembers of its base; `mark` is its fingerprint where it is known already."""
+    quantization = f"{base.quantization}, double" if base.quantization == "nf4" and base.double_quant else None
+    return {"base": mark or fingerprint(base), "base.quantization": quantization or base.quantization}
+
+
+def save_adapter(model: PeftModel, folder: Path, identity: dict[str, Any]) -> None:
+    """Write the adapter whole or not at all, read back and compared before it takes its name.
+
+    Raises NotFinite, OSError, and DamagedFile where the disk gave back something else.
+    """
+    wanted = {name: tensor.detach().cpu() for name, tensor in get_peft_model_state_dict(model).items()}
+    bad = [name for name, tensor in wanted.items() if not tensor.isfinite().all()]
+    if bad:
+        raise NotFinite(f"the adapter is not saved: {bad[0]} is not finite")
+    with staged_folder(folder) as stage:
+        model.save_pretrained(str(stage))
+        files = {name: _size_and_hash((stage / name).read_bytes()) for name in (CONFIG, WEIGHTS)}
+        for name in files:
+            (stage / name).chmod(0o666 & ~_umask())  # safetensors 0.8 makes files that others cannot read
+        seal_folder(stage, files, {"identity": identity, "inventory": _inventory(wanted)})
+        there = load_tensors((stage / WEIGHTS).read_bytes())
+        if there.keys() != wanted.keys() or not all(there[name].equal(wanted[name]) for name in wanted):
+            raise DamagedFile(f"{stage}: the adapter read back is not the one in memory")
+
+
+def load_adapter(model: nn.Module, base: Base, folder: Path, allow_changed: Collection[str] = ()) -> PeftModel:
+    """Put a saved adapter on its base. Raises DamagedFile, InputRefused."""
+    manifest = open_manifest(folder, lambda name: not name.endswith(".md"))
+    content = {name: read_listed(folder, manifest, name) for name in (CONFIG, WEIGHTS)}
+    refuse_another_base(manifest["identity"], base_identity(base), allow_changed)
+    adapted = PeftModel.from_pretrained(model, str(folder))
+    # PEFT 0.21 warns of missing tensors, and takes those of another dtype.
+    wanted, there = get_peft_model_state_dict(adapted), load_tensors(content[WEIGHTS])
+    inventory = _inventory(there)
+    if inventory != manifest["inventory"] or {name: list(each.shape) for name, each in wanted.items()} != {
+        name: shape for name, (_, shape) in inventory.items()
+    }:
+        raise DamagedFile(f"{folder / WEIGHTS} does not hold the tensors that {CONFIG} asks for")
+    return adapted
+
+
+def refuse_another_base(before: dict[str, Any], now: dict[str, Any], allowed: Collection[str]) -> None:
+    """Compare an adapter's base with the one it is put on. Raises InputRefused."""
+    for name, value in now.items():
+        if before[name] != value and name not in allowed:
+            raise InputRefused(
+                f"{name}: the adapter was trained on {_short(before[name])}, this is {_short(value)}; give it back its "
+                f"base, or insist with --allow-changed {name}"
+            )
+
+
+def _inventory(tensors: dict[str, Any]) -> dict[str, list[Any]]:
+    return {
+        name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in sorted(tensors.items())
+    }
+
+
+def _size_and_hash(content: bytes) -> tuple[int, str]:
+    return len(content), hashlib.sha256(content).hexdigest()
+
+
+def _umask() -> int:
+    """The process's mask, read without changing it."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Umask:"))
+    return int(line.split()[1], 8)
+
+
+def _short(value: str) -> str:
+    return value[:12] if len(value) == 64 else value
+
+
+__all__ = ["base_identity", "load_adapter", "refuse_another_base", "save_adapter"]

@@ -1,0 +1,104 @@
+"""Folders that cannot lie: a manifest, written last, holds the size and hash of every file and a hash of itself.
+
+A manifest is JSON in one fixed form; it is read by parsing it, writing it again and comparing bytes, so that any
+changed bit is seen, in a space as in a number.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qd2mora.durable import write_file
+from qd2mora.errors import DamagedFile
+
+MANIFEST = "manifest.json"
+_MAX_MANIFEST_BYTES = 16 << 20
+_HASH = "sha256"
+
+
+def seal_text(content: dict[str, Any]) -> str:
+    """Return a mapping as JSON that carries its own hash. Raises ValueError for numbers that JSON cannot hold."""
+    body = json.dumps(content, sort_keys=True, indent=1, allow_nan=False)
+    sealed = {**content, _HASH: hashlib.sha256(body.encode()).hexdigest()}
+    return json.dumps(sealed, sort_keys=True, indent=1, allow_nan=False) + "\n"
+
+
+def unseal_text(text: bytes, where: str) -> dict[str, Any]:
+    """Return what `seal_text` was given. Raises DamagedFile where one byte differs."""
+    try:
+        content = json.loads(text)
+        del content[_HASH]
+        is_whole = seal_text(content).encode() == text
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DamagedFile(f"{where} is damaged: {error}") from error
+    if not is_whole:
+        raise DamagedFile(f"{where} is not what was written")
+    return content
+
+
+def seal_folder(folder: Path, files: dict[str, tuple[int, str]], content: dict[str, Any]) -> None:
+    """Write the manifest of a folder whose `files`, name to size and hash, are all on disk."""
+    listed = {name: {"bytes": size, _HASH: digest} for name, (size, digest) in files.items()}
+    write_file(folder / MANIFEST, [seal_text({**content, "files": listed}).encode()])
+
+
+def open_manifest(folder: Path, is_foreign: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
+    """Return a sealed folder's manifest after comparing its list of files with what is there.
+
+    `is_foreign` says of a name that is not listed whether it is out of place. Raises DamagedFile.
+    """
+    content = unseal_text(_read(folder / MANIFEST, _MAX_MANIFEST_BYTES), str(folder / MANIFEST))
+    listed = content.get("files")
+    if not isinstance(listed, dict):
+        raise DamagedFile(f"{folder / MANIFEST} lists no files")
+    there = {entry.name for entry in os.scandir(folder)} - {MANIFEST}
+    for name in sorted(listed.keys() - there):
+        raise DamagedFile(f"{folder} lacks {name!r}")
+    for name in sorted(there - listed.keys()):
+        if is_foreign(name):
+            raise DamagedFile(f"{folder} holds {name!r}, which was not written with it")
+    return content
+
+
+def read_listed(folder: Path, manifest: dict[str, Any], name: str) -> bytes:
+    """Return the bytes of a listed file: what is checked is what is used. Raises DamagedFile."""
+    entry = manifest["files"].get(name)
+    if entry is None:
+        raise DamagedFile(f"{folder / MANIFEST} does not list {name!r}")
+    content = _read(folder / name, entry["bytes"])
+    if len(content) != entry["bytes"] or hashlib.sha256(content).hexdigest() != entry[_HASH]:
+        raise DamagedFile(f"{folder / name} is not what was written")
+    return content
+
+
+def verify_folder(folder: Path) -> None:
+    """Read every file of a sealed folder back from disk, without holding it in memory. Raises DamagedFile."""
+    for name, entry in open_manifest(folder)["files"].items():
+        with (folder / name).open("rb") as file:
+            digest = hashlib.file_digest(file, _HASH).hexdigest()
+        if digest != entry[_HASH]:
+            raise DamagedFile(f"{folder / name} is not what was written")
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """Read at most one byte more than `limit`: a file that grew cannot fill the memory."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(handle, "rb") as file:
+            return file.read(limit + 1)
+    except OSError as error:
+        raise DamagedFile(f"{path} cannot be read: {error.strerror}") from error
+
+
+__all__ = [
+    "MANIFEST",
+    "open_manifest",
+    "read_listed",
+    "seal_folder",
+    "seal_text",
+    "unseal_text",
+    "verify_folder",
+]

@@ -1,0 +1,66 @@
+"""Stopping by signal: the first asks, the second ends the process at once.
+
+Where nothing is at stake (loading, tokenising, exporting: files appear whole or not at all) the first signal raises
+SignalStop on the spot. Inside `deferred()` it is only noted, and the training loop stops where its state is whole.
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from qd2mora.errors import SignalStop
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass
+class StopRequest:
+    """Which signal came, if any, and whether it is only noted."""
+
+    number: int | None = None
+    is_deferred: bool = False
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Only note a signal while the block runs."""
+        self.is_deferred = True
+        self.check()
+        try:
+            yield
+        finally:
+            self.is_deferred = False
+
+    def check(self) -> None:
+        """Raise SignalStop where a signal was noted, or was swallowed by a library."""
+        if self.number is not None:
+            raise SignalStop(f"stopped by {signal.Signals(self.number).name}; nothing was lost, run the command again")
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
+        if self.number is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.number = number
+        if not self.is_deferred:
+            self.check()
+
+
+@contextmanager
+def listening() -> Iterator[StopRequest]:
+    """Handle SIGINT, SIGTERM and SIGUSR1 while the block runs; only the main thread of a program can."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, request.note) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+__all__ = ["SIGNALS", "StopRequest", "listening"]

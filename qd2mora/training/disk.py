@@ -1,0 +1,45 @@
+"""Room on disk: asked for before the start, and told plainly when it runs out."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qd2mora.errors import DiskTrouble
+
+MIB = 1 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def refuse_full(folder: Path, needed: int) -> None:
+    """Compare what a run will write with what is free to this user. Raises DiskTrouble."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    state = os.statvfs(there)
+    free = state.f_bavail * state.f_frsize
+    if free < needed:
+        raise DiskTrouble(
+            f"disk: '{folder}' needs {needed / MIB:,.1f} MiB for checkpoints and adapter, {free / MIB:,.1f} MiB are "
+            f"free; {needed - free} bytes are missing: make room, or keep fewer (train.keep_checkpoints)"
+        )
+
+
+def checkpoint_bytes(parameters: int, optimizer: str) -> int:
+    """Return about what one checkpoint takes: parameters and two moments, float32, or of 8 bits where they are."""
+    moment = 4 if optimizer == "adamw" else 1.1
+    return int(parameters * (4 + 2 * moment)) + MIB
+
+
+@contextmanager
+def as_trouble(what: str, folder: Path) -> Iterator[None]:
+    """Turn the disk's errors into one line and exit code 5. Raises DiskTrouble."""
+    try:
+        yield
+    except OSError as error:
+        why = "no space left" if error.errno in _FULL else (error.strerror or str(error))
+        raise DiskTrouble(
+            f"{what} could not be written to '{folder}': {why}; earlier checkpoints are whole: make room and --resume"
+        ) from error
+
+
+__all__ = ["as_trouble", "checkpoint_bytes", "refuse_full"]

@@ -1,0 +1,92 @@
+"""What a run depends on, field by field, so that a resume in a changed world is refused by name.
+
+Places are left out: a base or a data file may move, as long as every byte of it is the same.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from qd2mora.data import TaskRows, content_hash
+from qd2mora.errors import InputRefused
+from qd2mora.recipe import Recipe
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "numpy", "qd2mora")
+
+Identity = dict[str, Any]
+
+
+def identity_of_inputs(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tasks: list[TaskRows], processes: int, device: torch.device
+) -> Identity:
+    """Return everything but the base's weights: recipe keys, versions, tokenizer, data, processes, device.
+
+    `data.NAME` is the file; `rows.NAME` is what template and tokenizer made of it, in order, held-out rows too.
+    """
+    versions = {f"versions.{name}": importlib.metadata.version(name) for name in PACKAGES}
+    files = {f"data.{task.name}": content_hash(task.path) for task in recipe.data.tasks}
+    rows = {f"rows.{task.task.name}": _hash_of_rows(task) for task in tasks}
+    where = {"device": device.type, "processes": processes}
+    return _recipe_keys(recipe) | versions | where | {"tokenizer": tokenizer_hash(tokenizer)} | files | rows
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a hash of a tokenizer: vocabulary, merges, added tokens, special ones, chat template."""
+    fast: Any = tokenizer
+    whole = fast.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab().items()))
+    parts = [whole, str(tokenizer.special_tokens_map), str(tokenizer.chat_template)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def refuse_changed(before: Identity, now: Identity, allowed: Collection[str]) -> list[str]:
+    """Compare the fields of `now` with those a run began with; return the changed ones that are allowed.
+
+    Raises InputRefused naming the first other one, what it was and what it is.
+    """
+    changed = [name for name in now if before.get(name, "absent") != now[name]]
+    for name in changed:
+        if name not in allowed:
+            was, became = _short(before.get(name, "absent")), _short(now.get(name, "absent"))
+            raise InputRefused(
+                f"--resume: {name} changed since the run began ({was} became {became}); take it back, start anew, "
+                f"or insist with --allow-changed {name}"
+            )
+    return changed
+
+
+def _recipe_keys(recipe: Recipe) -> Identity:
+    sections = recipe.deciding()
+    del sections["base"]["model"]
+    flat: Identity = {"data.tasks": [task["name"] for task in sections["data"]["tasks"]]}
+    for task in sections["data"].pop("tasks"):
+        del task["path"]
+        if isinstance(task["validation"], str):  # a place too: what is in it counts as rows
+            del task["validation"]
+        flat |= {f"data.tasks.{task['name']}.{key}": value for key, value in task.items()}
+    for section, keys in sections.items():
+        for key, value in keys.items():
+            nested = value if isinstance(value, dict) else {"": value}
+            flat |= {f"{section}.{key}.{inner}".rstrip("."): entry for inner, entry in nested.items()}
+    return flat
+
+
+def _hash_of_rows(task: TaskRows) -> str:
+    digest = hashlib.sha256()
+    for rows in (task.train, task.validation):
+        digest.update(f"{len(rows)};".encode())
+        for row in rows:
+            digest.update(f"{len(row.ids)},{row.masked};".encode())
+            digest.update(row.ids.tobytes())
+    return digest.hexdigest()
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)
+
+
+__all__ = ["Identity", "identity_of_inputs", "refuse_changed", "tokenizer_hash"]

@@ -1,0 +1,116 @@
+"""One run, one process: a lock on the run folder that ends with its holder, however that ends.
+
+The lock is the kernel's (flock), so a killed holder leaves none. The file says who holds it. On file systems that do
+not share locks between machines it is a lease too: the holder touches it, and a file of another machine counts as held
+while it is fresh.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qd2mora.errors import InputRefused
+
+TOUCH_S = 10.0
+LEASE_S = 60.0
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` while the block runs, making its folder; an empty folder made here is removed again.
+
+    Raises InputRefused where another process holds it, naming that one, or where the folder cannot be made.
+    """
+    made = [parent for parent in path.parents if not parent.exists()]
+    handle = _acquire(path)
+    ended = threading.Event()
+    beat = threading.Thread(target=_touch, args=(handle, ended), name="lock", daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        beat.join()
+        with contextlib.suppress(FileNotFoundError):  # somebody removed the folder by hand
+            os.unlink(path)
+        os.close(handle)
+        with contextlib.suppress(OSError):  # not empty: the run is in it
+            for folder in made:
+                os.rmdir(folder)
+
+
+def _acquire(path: Path) -> int:
+    """Return the locked handle of the file that stands at `path`, and not of one removed meanwhile."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:  # the last holder removed the folder between the two calls
+            continue
+        except OSError as error:
+            raise InputRefused(f"output: '{path.parent}' cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(handle)
+            os.close(handle)
+            raise InputRefused(f"output: '{path.parent}' is in use by {holder}; wait for it or stop it") from None
+        if not _is_still_there(handle, path):
+            os.close(handle)
+            continue
+        _refuse_leased(handle, path)
+        os.ftruncate(handle, 0)
+        record = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.pwrite(handle, json.dumps(record).encode(), 0)
+        return handle
+
+
+def _is_still_there(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _refuse_leased(handle: int, path: Path) -> None:
+    """A fresh file of another machine is held there, though this machine's kernel does not know."""
+    age = time.time() - os.fstat(handle).st_mtime
+    record = _record(handle)
+    if record.get("host", socket.gethostname()) != socket.gethostname() and age < LEASE_S:
+        holder = _holder(handle)
+        os.close(handle)
+        raise InputRefused(
+            f"output: '{path.parent}' was in use {age:.0f} s ago by {holder}; if that one has ended, try again in "
+            f"{LEASE_S - age:.0f} s"
+        )
+
+
+def _holder(handle: int) -> str:
+    record = _record(handle)
+    if not record:
+        return "another process"
+    return f"process {record.get('pid')} on {record.get('host')}, since {record.get('started')}"
+
+
+def _record(handle: int) -> dict[str, object]:
+    try:
+        content = json.loads(os.pread(handle, 4096, 0))
+    except ValueError:  # just made, or cut short
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _touch(handle: int, ended: threading.Event) -> None:
+    while not ended.wait(TOUCH_S):
+        with contextlib.suppress(OSError):  # a full or lost disk shows elsewhere
+            os.utime(handle)
+
+
+__all__ = ["LEASE_S", "locked"]

@@ -1,0 +1,83 @@
+"""Saving beside training: a copy of the small trainable state is taken, and written while the next steps run.
+
+One save is in flight at a time. It has the guarantees of a save that is waited for: until its last rename the older
+checkpoints are the newest. Where memory has no room for the copy, training waits.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from qd2mora.errors import StopError
+from qd2mora.training import checkpoint
+from qd2mora.training.disk import as_trouble
+from qd2mora.training.state import Progress, State, StateSource
+
+
+@dataclass
+class Saver:
+    """Publishes checkpoints from the main process; the others only take part in collecting the state."""
+
+    folder: Path
+    keep: int
+    source: StateSource
+    is_main: bool = True
+    _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "save"))
+    _job: "Future[None] | None" = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the save in flight; what it has to say yields to an error that is on its way."""
+        try:
+            self.finish()
+        except StopError:
+            if error is None:
+                raise
+        finally:
+            self._writer.shutdown()
+
+    def save(self, progress: Progress) -> None:
+        """Begin to save, after the one in flight has ended. Raises what that one raised."""
+        self.finish()
+        adapter, moments, scalars = self.source.collect(copied=True)
+        if self.is_main:
+            state = State(adapter, moments, scalars, replace(progress))
+            if _has_room_for(state):
+                self._job = self._writer.submit(self._write, state)
+            else:
+                self._write(state)
+
+    def poll(self) -> None:
+        """Raise what a save that has ended raised: NotFinite, DiskTrouble, DamagedFile."""
+        if self._job is not None and self._job.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save in flight. Raises what it raised."""
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()
+
+    def _write(self, state: State) -> None:
+        with as_trouble(f"checkpoint of step {state.progress.step}", self.folder):
+            checkpoint.save(self.folder, state, self.keep)
+
+
+def _has_room_for(state: State) -> bool:
+    """Tell whether the copy leaves as much memory again to the rest of the machine."""
+    size = sum(tensor.nbytes for tensor in (*state.adapter.values(), *state.moments.values()))
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return False
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    return free > size
+
+
+__all__ = ["Saver"]
