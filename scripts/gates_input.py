@@ -1,10 +1,12 @@
 """Do hostile or damaged inputs end in one clear line, and does each guard matter?
 
-    python scripts/gates_input.py                # every gate in its long size, then every mutant; about 30 minutes
-    python scripts/gates_input.py --only P1 V1   # some gates; --quick: in the size of the tests; --no-mutants
+    python scripts/gates_input.py                # every gate in its long size, then every mutant; about 15 minutes
+    python scripts/gates_input.py --only P1 V1   # some gates; --quick: in the size of the tests
+    python scripts/gates_input.py --no-mutants   # or --no-gates
 
-Each mutant is an edit of a guarded line in a copy of the source tree, on which the quick gate must fail. Results go to
-`scripts/results/gates_input.json` when everything ran; exit code 1 where a gate fails or a mutant lives.
+Each mutant is an edit of a guarded line in a copy of the source tree, on which the quick gate must fail. What ran whole
+goes to `scripts/results/gates_input.json` and `gates_input_mutants.json`; exit code 1 where a gate fails or a mutant
+lives.
 """
 
 import argparse
@@ -27,7 +29,7 @@ import gates  # type: ignore[import-not-found]  # noqa: E402
 import mutants  # type: ignore[import-not-found]  # noqa: E402
 import torch  # noqa: E402
 
-RESULTS = ROOT / "scripts" / "results" / "gates_input.json"
+RESULTS = ROOT / "scripts" / "results"
 
 
 def main() -> None:
@@ -36,23 +38,26 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(gates.GATES), default=list(gates.GATES))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--no-mutants", action="store_true")
+    parser.add_argument("--no-gates", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    report: dict[str, Any] = {
-        "device": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "quick": asked.quick,
-        "gates": run_gates(asked.only, asked.quick),
-        "mutants": {} if asked.no_mutants else run_mutants(asked.only),
-    }
-    if asked.only == list(gates.GATES) and not asked.quick:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    failed = [name for name, gate in report["gates"].items() if gate["failures"]]
-    alive = [name for name, killed in report["mutants"].items() if not killed]
+    found = {} if asked.no_gates else run_gates(asked.only, asked.quick)
+    noticed = {} if asked.no_mutants else run_mutants(asked.only)
+    if asked.only == list(gates.GATES):
+        if found and not asked.quick:
+            _write("gates_input.json", {"gates": found})
+        if noticed:
+            _write("gates_input_mutants.json", {"killed": sum(noticed.values()), "mutants": noticed})
+    failed = [name for name, gate in found.items() if gate["failures"]]
+    alive = [name for name, killed in noticed.items() if not killed]
     print(json.dumps({"failed_gates": failed, "living_mutants": alive}))
     sys.exit(1 if failed or alive else 0)
+
+
+def _write(name: str, content: dict[str, Any]) -> None:
+    machine = {"device": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / name).write_text(json.dumps(machine | content, indent=1) + "\n", encoding="utf-8")
 
 
 def run_gates(names: list[str], quick: bool) -> dict[str, Any]:
@@ -67,7 +72,10 @@ def run_gates(names: list[str], quick: bool) -> dict[str, Any]:
             result = gates.run_gate(name, made, Path(folder), quick=quick)
             seconds = round(time.monotonic() - began, 1)
             found[name] = {"cases": result.cases, "failures": result.failures, **result.numbers, "seconds": seconds}
-            print(f"{name:20} {result.cases} cases, {len(result.failures)} failures, {seconds} s {result.numbers}")
+            print(
+                f"{name:20} {result.cases} cases, {len(result.failures)} failures, {seconds} s {result.numbers}",
+                flush=True,
+            )
             for failure in result.failures[:5]:
                 print("   ", failure)
     return found
@@ -89,7 +97,7 @@ def run_mutants(names: list[str]) -> dict[str, bool]:
             path.write_text(whole.replace(before, after), encoding="utf-8")
             label = f"{gate}: {file}: {before.strip()} -> {after.strip() or 'nothing'}"
             noticed[label] = not _holds(copy, gate)
-            print("killed" if noticed[label] else "ALIVE ", label)
+            print("killed" if noticed[label] else "ALIVE ", label, flush=True)
             path.write_text(whole, encoding="utf-8")
     return noticed
 
