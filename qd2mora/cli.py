@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import sys
 import traceback
 from pathlib import Path
@@ -207,9 +208,11 @@ def _numbers(text: str) -> list[float]:
 def main() -> None:
     """Run the command line; an error becomes one line and an exit code."""
     sys.excepthook = _show_traceback
+    _show_log()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        code = app(arguments, standalone_mode=False)
+        # Not app(...): that puts typer's own hook for tracebacks in place of ours.
+        code = typer.main.get_command(app)(arguments, standalone_mode=False)
     except (StopError, TyperException, OSError) as error:
         if len(arguments) < len(sys.argv[1:]):
             raise
@@ -226,6 +229,20 @@ def _exit_code(error: StopError | TyperException | OSError) -> int:
         disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
         return DiskTrouble.exit_code if error.errno in disk else InputRefused.exit_code
     return error.exit_code
+
+
+class _Line(logging.Formatter):
+    """A log line without the secrets in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
+def _show_log() -> None:
+    """Print what the package logs, to stderr and once."""
+    log, handler = logging.getLogger("qd2mora"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Line("%(message)s"))
+    log.handlers, log.propagate = [handler], False
 
 
 def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

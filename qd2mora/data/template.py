@@ -1,0 +1,105 @@
+"""A tokenizer's chat template, rendered in a child process with limits: see `template_child.py`.
+
+Only a template that comes with the tokenizer is rendered; a recipe names none.
+"""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from qd2mora.data.rows import BadRow
+from qd2mora.errors import InputRefused
+
+WAIT_S = 2.0
+SECONDS = 2
+"""Processor time of one rendering, for a child that nobody waits for any more."""
+START_S = 60.0
+MEMORY = 1 << 30
+"""Address space of the child."""
+LONGEST = 4 << 20
+LONGEST_TEMPLATE = 128 << 10
+
+
+class ChatTemplate:
+    """Renders conversations; `with` it, and the child ends with the block."""
+
+    def __init__(self, template: str, tokens: dict[str, str], where: str) -> None:
+        """`tokens`: what the template may name, `bos_token` and the like; `where` names it in errors."""
+        if len(template) > LONGEST_TEMPLATE:
+            raise InputRefused(f"{where}: a chat template of {len(template)} characters (limit {LONGEST_TEMPLATE})")
+        self.where = where
+        self.settings: dict[str, Any] = {"path": sys.path, "template": template, "tokens": tokens}
+        self.settings |= {"memory": MEMORY, "seconds": SECONDS, "longest": LONGEST}
+
+    def __enter__(self) -> Self:
+        self.child = subprocess.Popen(
+            [sys.executable, "-I", str(Path(__file__).with_name("template_child.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={"PATH": os.defpath, "PYTHONIOENCODING": "utf-8"},
+        )
+        self._send(self.settings)
+        self._line(START_S)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.child.kill()
+        self.child.communicate()
+
+    def render(self, messages: list[dict[str, str]], *, asking: bool = False) -> str:
+        """Return the text of a conversation; `asking`: up to where the assistant's next answer begins.
+
+        Raises BadRow where the template refuses the conversation, InputRefused where the template itself will not do.
+        """
+        self._send({"conversations": [messages], "add_generation_prompt": asking})
+        answer: dict[str, str] = json.loads(self._line(WAIT_S))
+        if "refused" in answer:
+            raise BadRow("the chat template refuses it", f": {answer['refused']}")
+        return answer["text"]
+
+    def _send(self, content: Any) -> None:
+        try:
+            self._pipe(self.child.stdin).write(json.dumps(content).encode() + b"\n")
+            self._pipe(self.child.stdin).flush()
+        except BrokenPipeError:
+            raise InputRefused(f"{self.where}: the chat template {self._end()}") from None
+
+    def _line(self, wait_s: float) -> bytes:
+        """Read one line, by what is there: a child that stops halfway must not stop us."""
+        pipe, deadline, text = self._pipe(self.child.stdout), time.monotonic() + wait_s, b""
+        while not text.endswith(b"\n"):
+            ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
+            part = os.read(pipe.fileno(), 1 << 16) if ready else b""
+            if not part:
+                raise InputRefused(f"{self.where}: the chat template {self._end()}")
+            text += part
+        return text
+
+    def _end(self) -> str:
+        """Say why the child is at its end; end it."""
+        try:
+            code = self.child.wait(0.2)
+        except subprocess.TimeoutExpired:
+            return f"took more than {WAIT_S:g} s"
+        if code == -signal.SIGXCPU:
+            return f"took more than {SECONDS} s of processor time"
+        lines = self._pipe(self.child.stderr).read().decode(errors="replace").strip().splitlines()
+        return f"will not do: {lines[-1][:200] if lines else f'its process ended with {code}'}"
+
+    @staticmethod
+    def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+        assert pipe is not None
+        return pipe
+
+
+__all__ = ["ChatTemplate"]

@@ -1,0 +1,45 @@
+"""Renders chat templates, alone in a process of its own: `template.py` starts it and talks JSON lines with it.
+
+The template is somebody's program. It runs in transformers' sandbox, with no environment, a bound on memory and on the
+processor time of each answer; whatever it does beyond that ends this process, not the run.
+"""
+
+import json
+import resource
+import sys
+from types import TracebackType
+
+
+def _say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say in one short line what went wrong: nobody reads the pipe until this process has ended."""
+    print(f"{kind.__name__}: {' '.join(str(error)[:300].split())}", file=sys.stderr)
+
+
+def main() -> None:
+    """Read the settings, then a request a line; answer each with a line."""
+    sys.excepthook = _say
+    settings = json.loads(sys.stdin.readline())
+    sys.path[:] = settings["path"]
+    import jinja2
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    resource.setrlimit(resource.RLIMIT_AS, (settings["memory"], settings["memory"]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        until = int(used.ru_utime + used.ru_stime) + 1 + settings["seconds"]
+        resource.setrlimit(resource.RLIMIT_CPU, (until, resource.RLIM_INFINITY))
+        try:
+            request = json.loads(line) | settings["tokens"]
+            texts, _ = render_jinja_template(**request, chat_template=settings["template"])
+            answer = {"text": texts[0]} if len(texts[0]) <= settings["longest"] else {"refused": "the text is too long"}
+        except jinja2.exceptions.SecurityError:
+            raise
+        except jinja2.exceptions.TemplateError as error:
+            answer = {"refused": str(error)[:200]}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""The quick sizes of the gates on input; `python scripts/gates_input.py` runs the long ones and their mutants."""
+
+from pathlib import Path
+
+import gates
+import pytest
+
+CLAIMS = {
+    "R1": "a mangled recipe is accepted or refused in one line that names its place",
+    "D1": "a row without room for its answer is dropped and counted, or refused",
+    "D2": "a bad row is refused by its number or left out and counted",
+    "D2 before the model": "a bad row is answered before any weights are read",
+    "P1": "a payload in any file slot runs nothing",
+    "V1": "a name leads out of no folder",
+    "Y1": "a config brings no code",
+    "J1": "a chat template escapes nothing and stops nothing",
+    "BM1": "a header that lies is refused at once and in little memory",
+    "X1": "no secret is printed or written",
+}
+
+
+@pytest.mark.parametrize("name", gates.GATES, ids=lambda name: f"{name}: {CLAIMS[name]}")
+def test_the_gate_holds(name: str, made: Path, tmp_path: Path) -> None:
+    result = gates.run_gate(name, made, tmp_path, quick=True)
+    assert result.cases > 0
+    assert result.failures == []
