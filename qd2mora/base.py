@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from transformers import logging as transformers_logging
 
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.recipe import Base
+from qd2mora.untrusted import check_config, check_tokenizer, check_weights
 
 # It reports, at import, that an optional CPU kernel is not installed.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -41,6 +43,8 @@ transformers_logging.set_verbosity_error()
 warnings.filterwarnings("ignore", r".*gradient_checkpointing", FutureWarning)
 
 RANDOM = "random:"
+
+_TOKENIZER_PATTERNS = ["*token*.json", "tokenizer.model", "*config.json", "vocab.*", "merges.txt", "*.jinja"]
 
 # What transformers 5 raises on a config or tokenizer file that is not as it should be: it checks little of them itself.
 _UNLOADABLE = (
@@ -113,9 +117,10 @@ def base_config(base: Base) -> LlamaConfig:
     """Return the model's configuration without reading weights. Raises InputRefused."""
     if base.model.startswith(RANDOM):
         return _shape(base.model).config()
-    _refuse_missing(base.model)
+    folder = _folder(base.model, ["*config.json"])
+    check_config(folder)
     try:
-        config = AutoConfig.from_pretrained(base.model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except _UNLOADABLE as error:
         raise InputRefused(f"base.model: '{base.model}' cannot be loaded: {_first_line(error)}") from error
     return config
@@ -131,9 +136,11 @@ def load_base(base: Base, device: torch.device | None = None) -> PreTrainedModel
     if base.model.startswith(RANDOM):
         return random_base(_shape(base.model), base, device)
     base_config(base)
+    folder = _folder(base.model, ["*config.json", "*.safetensors", "model.safetensors.index.json"])
+    check_weights(folder)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            base.model,
+            folder,
             quantization_config=_quantization(base, dtype),
             dtype=dtype,
             device_map={"": device},
@@ -144,25 +151,27 @@ def load_base(base: Base, device: torch.device | None = None) -> PreTrainedModel
         )
     except (*_UNLOADABLE, RuntimeError) as error:
         raise InputRefused(f"base.model: '{base.model}' cannot be loaded: {_first_line(error)}") from error
+    model.name_or_path = model.config._name_or_path = base.model  # what an adapter is said to belong to
     _refuse_partial(model, loading, base.model)
     return _finished(model)
 
 
-def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer with a pad token that is never mistaken for the end of a text.
 
     Where none is declared: the unknown token, else an existing reserved token, else the end token; padding is masked
     by position in any case, so that a real end token in a row keeps its label. Raises InputRefused.
     """
-    if folder.startswith(RANDOM):
-        raise InputRefused(f"base.model: '{folder}' has random weights and no tokenizer; it can be planned and timed")
-    _refuse_missing(folder, needs="tokenizer_config.json")
+    if model.startswith(RANDOM):
+        raise InputRefused(f"base.model: '{model}' has random weights and no tokenizer; it can be planned and timed")
+    folder = _folder(model, _TOKENIZER_PATTERNS, needs="tokenizer_config.json")
+    check_tokenizer(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except _UNLOADABLE as error:
-        raise InputRefused(f"base.model: no tokenizer in '{folder}': {_first_line(error)}") from error
+        raise InputRefused(f"base.model: no tokenizer in '{model}': {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
-        raise InputRefused(f"base.model: the tokenizer of '{folder}' has no end token; set eos_token in its config")
+        raise InputRefused(f"base.model: the tokenizer of '{model}' has no end token; set eos_token in its config")
     if tokenizer.pad_token_id is None:
         known = tokenizer.get_vocab()
         names = ("<pad>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
@@ -291,6 +300,17 @@ def _shape(model: str) -> Shape:
     if name not in SHAPES:
         raise InputRefused(f"base.model: no shape '{name}'; {nearest(name, SHAPES)}")
     return SHAPES[name]
+
+
+def _folder(model: str, patterns: list[str], needs: str = "config.json") -> Path:
+    """Return the folder of a model; of a hub id, where its files of these patterns are kept. Raises InputRefused."""
+    _refuse_missing(model, needs)
+    if os.path.isdir(model):
+        return Path(model)
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise InputRefused(f"base.model: '{model}' cannot be got from the hub: {_first_line(error)}") from error
 
 
 def _refuse_missing(model: str, needs: str = "config.json") -> None:

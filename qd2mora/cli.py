@@ -3,7 +3,9 @@
 import errno
 import json
 import sys
+import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated
 
 import typer
@@ -11,7 +13,8 @@ from rich.console import Console
 from typer.exceptions import TyperException
 
 from qd2mora import __version__
-from qd2mora.errors import InputRefused, StopError, nearest
+from qd2mora.errors import DiskTrouble, InputRefused, StopError, nearest
+from qd2mora.redact import redacted
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -105,12 +108,14 @@ def merge(
     out: Annotated[Path, typer.Option(help="New folder for the export.", show_default=False)],
     strategy: Annotated[str, typer.Option(help="From routed to static: core_lsq or mean_gate.")] = "core_lsq",
     task: Annotated[str | None, typer.Option(help="Export for this task alone.")] = None,
+    vector: Annotated[str | None, typer.Option(help="Export for rows with this vector: numbers with commas.")] = None,
 ) -> None:
     """Export ordinary fp16 weights, with a report of what the export keeps."""
     from qd2mora.merging import merge as run_merge
     from qd2mora.report import show_export
 
-    show_export(run_merge(run, out, strategy=strategy, task=task), out, Console())
+    numbers = None if vector is None else _numbers(vector)
+    show_export(run_merge(run, out, strategy=strategy, task=task, vector=numbers), out, Console())
 
 
 @app.command(name="eval")
@@ -180,19 +185,31 @@ def _numbers(text: str) -> list[float]:
 
 def main() -> None:
     """Run the command line; an error becomes one line and an exit code."""
+    sys.excepthook = _show_traceback
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         code = app(arguments, standalone_mode=False)
     except (StopError, TyperException, OSError) as error:
-        # A full disk is told apart from other trouble with files.
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if len(arguments) < len(sys.argv[1:]) or (isinstance(error, OSError) and not full):
+        if len(arguments) < len(sys.argv[1:]):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(5 if isinstance(error, OSError) else error.exit_code)
+        print(f"error: {redacted(' '.join(str(error).split()))}", file=sys.stderr)
+        sys.exit(_exit_code(error))
     except typer.Abort:
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _exit_code(error: StopError | TyperException | OSError) -> int:
+    """A full or failing disk is told apart from a path that will not do."""
+    if isinstance(error, OSError):
+        disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+        return DiskTrouble.exit_code if error.errno in disk else InputRefused.exit_code
+    return error.exit_code
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of --debug, or of a mistake of ours, without the secrets in it."""
+    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 __all__ = ["app", "main"]

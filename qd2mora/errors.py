@@ -1,16 +1,21 @@
 """What stops a command: each error is one line for the user and one exit code.
 
-A message names the thing, where it stands, its value and what would do.
+A message names the thing, where it stands, its value and what would do; it never holds a secret.
 """
 
 import difflib
 from collections.abc import Iterable
+
+from qd2mora.redact import redacted
 
 
 class StopError(Exception):
     """A command cannot go on; `exit_code` is what the process returns."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class InputRefused(StopError):  # noqa: N818 - reads as the sentence it is

@@ -18,6 +18,9 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from qd2mora.errors import InputRefused
 from qd2mora.recipe_adapter import Adapter, Count, Experts, Place, Section
 from qd2mora.recipe_file import apply_override, dump_yaml, read_mapping
+from qd2mora.redact import secret_in
+
+MAX_TEXT = 4096
 
 # Names that users of neighbouring tools will type, and what they are called here.
 NEIGHBOURS = {
@@ -105,6 +108,8 @@ class Data(Section):
     """Rows are padded, not packed."""
     mask_prompt: bool = True
     """Learn the answer only."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """`error`: the first row that cannot be learned from stops the run; `skip`: such rows are left out and counted."""
 
     @model_validator(mode="after")
     def _tasks_agree(self) -> "Data":
@@ -219,6 +224,7 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
 
 def parse_recipe(content: Any, where: str = "recipe") -> Recipe:
     """Check a plain mapping. Raises InputRefused."""
+    _refuse_texts(content, where, ())
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -237,6 +243,24 @@ def _anchored(recipe: Recipe, folder: Path) -> Recipe:
         tasks.append(task.model_copy(update={"path": anchor(task.path), "validation": held_out}))
     base = recipe.base.model_copy(update={"model": anchor(recipe.base.model)})
     return recipe.model_copy(update={"base": base, "data": recipe.data.model_copy(update={"tasks": tasks})})
+
+
+def _refuse_texts(node: Any, where: str, location: tuple[str | int, ...]) -> None:
+    """Refuse a text that holds a secret, in a value or a key, or that is too long to be anything here."""
+    if isinstance(node, dict | list):
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+            if isinstance(key, str):
+                _refuse_texts(key, where, (*location, "a key"))
+            _refuse_texts(child, where, (*location, key))
+    elif isinstance(node, str):
+        if len(node) > MAX_TEXT:
+            raise InputRefused(f"{where}: {_dotted(location)}: {len(node)} characters (limit {MAX_TEXT})")
+        kind = secret_in(node)
+        if kind:
+            raise InputRefused(
+                f"{where}: {_dotted(location)} holds {kind}; a recipe holds no secrets, they come from the "
+                "environment (HF_TOKEN, WANDB_API_KEY)"
+            )
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -1,6 +1,7 @@
 """Reading a recipe's YAML: safe, no surprises, and every mistake named with its line.
 
-YAML 1.2's idea of a number (`1e-4` is one, `1:30` is not); duplicate keys, aliases and tags refused, size limited.
+YAML 1.2's idea of a number (`1e-4` is one, `1:30` is not); duplicate keys, aliases and tags refused, size and depth
+limited.
 """
 
 import re
@@ -12,6 +13,8 @@ import yaml
 from qd2mora.errors import InputRefused
 
 MAX_BYTES = 1 << 20
+MAX_DEPTH = 32
+MAX_DIGITS = 4000  # Python itself converts no longer ones
 
 
 def _marked(problem: str, place: Any) -> yaml.MarkedYAMLError:
@@ -19,16 +22,25 @@ def _marked(problem: str, place: Any) -> yaml.MarkedYAMLError:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that knows `1e-4` as a float and refuses duplicate keys, aliases and tags."""
+    """SafeLoader that knows `1e-4` as a float and refuses duplicate keys, aliases, tags and depth."""
+
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
+        if self.depth > MAX_DEPTH:
+            raise _marked(f"nested more than {MAX_DEPTH} deep", event)
         if isinstance(event, yaml.AliasEvent):
             raise _marked("aliases are not allowed in a recipe", event)
         if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag:
             # SafeLoader would do no harm, but it crashes on some, such as `!!bool x` (PyYAML 6.0.3).
             raise _marked("tags are not allowed in a recipe", event)
-        return super().compose_node(parent, index)
+        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and _LONG_INTEGER.match(event.value):
+            raise _marked(f"a number of more than {MAX_DIGITS} digits", event)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -45,9 +57,11 @@ class _Dumper(yaml.SafeDumper):
     """SafeDumper that quotes a text which `_Loader` would read as a number, such as `1e5`."""
 
 
+_LONG_INTEGER = re.compile(rf"[-+]?[0-9]{{{MAX_DIGITS}}}")
 # PyYAML follows YAML 1.1, where a float needs a dot and a signed exponent, `on` is true, 010 is 8, 1:30 is 90 and
-# 2026-01-31 is a date; people mean YAML 1.2.
-_REPLACED = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("float", "bool", "int", "timestamp"))
+# 2026-01-31 is a date, `<<` merges and `=` is a value of no kind; people mean YAML 1.2.
+_KINDS = ("float", "bool", "int", "timestamp", "merge", "value")
+_REPLACED = tuple(f"tag:yaml.org,2002:{kind}" for kind in _KINDS)
 _FLOAT = re.compile(r"^[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF|nan|NaN|NAN))$", re.ASCII)
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
@@ -68,10 +82,16 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InputRefused(f"{where}, line {line}: not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise InputRefused(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from error
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "line 1, column 1"
+        raise InputRefused(f"{where}, {place}: not valid YAML: {error.problem}") from error
+    except yaml.reader.ReaderError as error:
+        raise InputRefused(f"{where}, {_end_of(text[: error.position])}: not valid YAML: {error.reason}") from error
+
+
+def _end_of(before: str) -> str:
+    """Name the place behind a text."""
+    return f"line {before.count(chr(10)) + 1}, column {len(before) - before.rfind(chr(10))}"
 
 
 def dump_yaml(content: dict[str, Any]) -> str:
@@ -83,11 +103,16 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """Read a recipe file into a plain mapping. Raises InputRefused."""
     try:
         size = path.stat().st_size
+        if not path.is_file():
+            raise InputRefused(f"{path}: cannot be read as a recipe: not an ordinary file")
         if size > MAX_BYTES:
             raise InputRefused(f"{path}: {size} bytes is too long for a recipe (limit {MAX_BYTES})")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputRefused(f"{path}: no such recipe; `qd2mora recipes` lists those that come along") from None
+    except UnicodeDecodeError as error:
+        place = _end_of(error.object[: error.start].decode(errors="replace"))
+        raise InputRefused(f"{path}, {place}: not UTF-8; save it as UTF-8") from error
     except (OSError, ValueError) as error:
         raise InputRefused(f"{path}: cannot be read as a recipe: {error}") from error
     content = parse_yaml(text, str(path))
@@ -103,6 +128,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     if not separator or not path:
         raise InputRefused(f"override {override!r}: write key=value, for example train.steps=100")
+    override = f"{path}=..."  # the value may be a secret under a key that does not exist
     value = parse_yaml(text, f"override {override!r}")
     keys = path.split(".")
     node: Any = content

@@ -8,10 +8,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qd2mora.base import load_tokenizer
+from qd2mora.base import SHAPES, load_tokenizer
 from qd2mora.data import Row, TaskRows, prepare
 from qd2mora.evaluation import Score, open_subject, score_tasks
 from qd2mora.merging import Export, merge
+from qd2mora.mixture import MixtureConfig
+from qd2mora.mixture.counts import llama_linears, trainable_parameters
 from qd2mora.mixture.method import TASK, Gate, Method
 from qd2mora.mixture.presets import METHODS, find_method
 from qd2mora.recipe import Recipe
@@ -36,9 +38,13 @@ def finish(run: Path, console: Console) -> None:
     """End a training: export and score as the recipe's `finish` says, then tell where everything lies."""
     folder, recipe = RunFolder(run), read_recipe(run)
     lies = {"adapter": folder.adapter, "recipe": folder.recipe, "metrics": folder.metrics}
-    by_task = find_method(recipe.adapter.method).depends_on == TASK and len(recipe.data.tasks) > 1
-    if recipe.finish.export and by_task:
-        console.print("no export: this method routes by task; `qd2mora merge --task NAME` exports for one")
+    row = find_method(recipe.adapter.method)
+    by_task = row.depends_on == TASK and row.reads_task and len(recipe.data.tasks) > 1
+    if recipe.finish.export and (by_task or row.reads_vector):
+        which = "--vector NUMBERS" if row.reads_vector else "--task NAME"
+        console.print(f"no export: this method routes by row; `qd2mora merge {which}` exports for one")
+    elif recipe.finish.export and row.placement == "block":
+        console.print("no export: this method stands beside a whole block, and no weight can take its update")
     elif recipe.finish.export:
         shutil.rmtree(folder.export, ignore_errors=True)
         show_export(merge(run, folder.export), folder.export, console)
@@ -117,10 +123,11 @@ def show_methods(name: str | None, console: Console) -> None:
         console.print(method_text(find_method(name)), highlight=False, soft_wrap=True, markup=False)
         return
     table = Table()
-    for heading in ("method", "what", "export", "formula"):
-        table.add_column(heading)
+    for heading in ("method", "what", "export", "formula", "parameters on 7B"):
+        table.add_column(heading, justify="right" if heading.startswith("parameters") else "left")
     for method in METHODS.values():
-        table.add_row(method.name, method.title, EXPORT[method.depends_on], method.mark)
+        count = f"{parameters_on_7b(method) / 1e6:.1f}M"
+        table.add_row(method.name, method.title, _export_word(method), method.mark, count)
     console.print(table)
     console.print("`qd2mora methods NAME` prints a method's equation, routers, defaults and source")
 
@@ -155,13 +162,14 @@ def _coloured(row: Row, tokenizer: object) -> str:
 
 def _lengths(tasks: list[TaskRows]) -> Table:
     table = Table(title="rows and lengths")
-    for heading in ("task", "train", "held out", "median", "longest", "learned", "cut", "dropped"):
+    for heading in ("task", "train", "held out", "median", "longest", "learned", "cut", "dropped", "skipped"):
         table.add_column(heading, justify="left" if heading == "task" else "right")
     for task in tasks:
         lengths = sorted(len(row.ids) for row in task.train)
         learned = sum(row.num_labels for row in task.train) / sum(lengths)
         numbers = (len(task.train), len(task.validation), lengths[len(lengths) // 2], lengths[-1])
-        table.add_row(task.task.name, *map(str, numbers), f"{learned:.0%}", str(task.num_cut), str(task.num_dropped))
+        lost = (task.num_cut, task.num_dropped, task.skipped.total)
+        table.add_row(task.task.name, *map(str, numbers), f"{learned:.0%}", *map(str, lost))
     return table
 
 
@@ -182,9 +190,29 @@ def method_text(method: Method) -> str:
         "penalties": ", ".join(f"{each.kind} {each.weight:g}" for each in method.penalties) or "none",
         "init": f"down experts {method.init_down}, up experts zero",
         "targets": ", ".join(method.targets),
+        "parameters": f"{parameters_on_7b(method):,} on LLaMA-7B with these defaults",
         "given LoRAs": {"no": "not taken", "allowed": "taken by adapter.adapters", "needed": "needed"}[method.given],
     }
     return method.title + "".join(f"\n  {key:13} {value}" for key, value in rows.items())
+
+
+def parameters_on_7b(method: Method) -> int:
+    """Return what a method trains on LLaMA-7B with its own defaults: eight tasks, vectors of 64 numbers."""
+    shape = SHAPES["llama-7b"]
+    linears = llama_linears(shape.hidden, shape.intermediate, shape.hidden, shape.hidden)
+    config = MixtureConfig(
+        method=method.name,
+        num_tasks=8 if method.reads_task else None,
+        external_width=64 if method.reads_vector else None,
+        target_modules=list(method.targets),
+    )
+    return trainable_parameters(config, linears, shape.layers, shape.hidden)
+
+
+def _export_word(method: Method) -> str:
+    if method.placement == "block":
+        return "none"
+    return "exact per vector" if method.reads_vector else EXPORT[method.depends_on]
 
 
 def _gate_text(gate: Gate) -> str:
@@ -197,4 +225,13 @@ def _gate_text(gate: Gate) -> str:
     return ", ".join([words, *changed])
 
 
-__all__ = ["finish", "method_text", "show_export", "show_methods", "show_rows", "show_scores", "verdict"]
+__all__ = [
+    "finish",
+    "method_text",
+    "parameters_on_7b",
+    "show_export",
+    "show_methods",
+    "show_rows",
+    "show_scores",
+    "verdict",
+]

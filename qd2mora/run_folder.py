@@ -20,6 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from qd2mora.base import load_base, load_tokenizer
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Recipe, load_recipe
+from qd2mora.redact import redacted
+from qd2mora.untrusted import check_adapter
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def open_run(path: str | Path, device: torch.device | None = None) -> OpenRun:
     recipe = read_recipe(path)
     if not (folder.adapter / "adapter_model.safetensors").is_file():
         raise InputRefused(f"'{path}' holds no finished adapter; continue it with `qd2mora train RECIPE --resume`")
+    check_adapter(folder.adapter)
     model = PeftModel.from_pretrained(load_base(recipe.base, device), str(folder.adapter))
     return OpenRun(folder, recipe, model.eval(), load_tokenizer(str(path)))
 
@@ -116,7 +119,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file through a temporary name and a rename."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(redacted(text, named=False), encoding="utf-8")
     sync(partial)
     partial.replace(path)
     sync(path.parent)

@@ -22,7 +22,7 @@ from qd2mora.base import (
     load_tokenizer,
     random_base,
 )
-from qd2mora.errors import InputRefused
+from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.recipe import Base
 
 IDS = torch.arange(3, 27).view(2, 12)
@@ -136,7 +136,7 @@ def test_a_folder_that_holds_no_model_is_refused(folder: Path, tmp_path: Path) -
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
-    with pytest.raises(InputRefused, match="cannot be loaded"):
+    with pytest.raises(DamagedFile, match=r"model\.safetensors"):
         load_base(Base(model=str(broken)))
 
 

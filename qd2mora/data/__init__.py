@@ -3,7 +3,7 @@
 from qd2mora.data.collate import collate
 from qd2mora.data.mix import Mixture
 from qd2mora.data.prepare import IGNORE, Row, TaskRows, encode, prepare
-from qd2mora.data.read import FORMATS, Pair, content_hash, read_pairs
+from qd2mora.data.read import FORMATS, Pair, Skipped, content_hash, read_pairs
 
 __all__ = [
     "FORMATS",
@@ -11,6 +11,7 @@ __all__ = [
     "Mixture",
     "Pair",
     "Row",
+    "Skipped",
     "TaskRows",
     "collate",
     "content_hash",

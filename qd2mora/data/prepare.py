@@ -1,16 +1,21 @@
 """From recipe to token rows: reading, holding out, tokenising, masking, counting what was cut."""
 
+import logging
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from qd2mora.data.read import Pair, read_pairs
+from qd2mora.data.read import Pair, Skipped, read_pairs
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Data, Task
 
 IGNORE = -100
+MAX_DROPPED = 0.05
+"""Share of training rows that may lose their whole answer to `max_length` where bad rows are errors."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +45,15 @@ class TaskRows:
     """Training rows that lost their end to `max_length`."""
     num_dropped: int = 0
     """Training rows that lost their whole answer, and are left out."""
+    skipped: Skipped = field(default_factory=Skipped)
+    """Rows of the files that could not be learned from (`data.on_bad_row: skip`), and rows said twice."""
 
 
 def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[TaskRows]:
     """Read and tokenise every task; held-out rows depend on the seed and the task's name alone.
 
-    Raises InputRefused with file and row, and where a task has nothing left to learn.
+    Raises InputRefused with file and row, and where a task has nothing left to learn. Where bad rows are skipped, how
+    many, why and where is logged, and kept in `TaskRows.skipped`.
     """
     return [_prepare_task(data, index, tokenizer, seed) for index in range(len(data.tasks))]
 
@@ -78,24 +86,41 @@ def encode(
 
 def _prepare_task(data: Data, index: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskRows:
     task = data.tasks[index]
-    pairs = read_pairs(task, task.path)
+    skipped = Skipped()
+    noted = skipped if data.on_bad_row == "skip" else None
+    pairs = read_pairs(task, task.path, noted)
+    skipped.duplicates = len(pairs) - len(set(pairs))
     if isinstance(task.validation, str):
-        held_out = read_pairs(task, task.validation)
+        held_out = read_pairs(task, task.validation, noted)
     else:
         pairs, held_out = _hold_out(pairs, task, seed)
+    if skipped.total:
+        _log.warning("data.tasks.%s: %s", task.name, skipped.line())
     group = task.group or 0
     rows = encode(pairs, tokenizer, index, data.max_length, data.mask_prompt, group)
-    result = TaskRows(task, validation=_labelled(encode(held_out, tokenizer, index, data.max_length, True, group)))
+    result = TaskRows(task, skipped=skipped)
+    result.validation = _labelled(encode(held_out, tokenizer, index, data.max_length, True, group))
     result.train = _labelled(rows)
     end = tokenizer.eos_token_id
     result.num_dropped = len(rows) - len(result.train)
     result.num_cut = sum(row.ids[-1] != end for row in result.train)
+    _refuse_masked(data, result, rows)
+    return result
+
+
+def _refuse_masked(data: Data, result: TaskRows, rows: list[Row]) -> None:
+    """Refuse a task that `max_length` leaves without answers, wholly or in more rows than an oversight explains."""
+    where = f"data.tasks.{result.task.name}"
     if not result.train:
         raise InputRefused(
-            f"data.tasks.{task.name}: every label is masked: no answer fits data.max_length {data.max_length} "
+            f"{where}: every label is masked: no answer fits data.max_length {data.max_length} "
             f"(the shortest prompt takes {min(len(row.ids) for row in rows)} tokens or more)"
         )
-    return result
+    if data.on_bad_row == "error" and result.num_dropped > MAX_DROPPED * len(rows):
+        raise InputRefused(
+            f"{where}: {result.num_dropped} of {len(rows)} rows have no room for an answer within data.max_length "
+            f"{data.max_length}; raise it, or leave them out with data.on_bad_row: skip"
+        )
 
 
 def _labelled(rows: list[Row]) -> list[Row]:

@@ -1,21 +1,15 @@
-"""Rows of a task, read from a file or a hub data set and checked; every refusal names the file and the row."""
+"""Rows of a task as text, checked: a row that cannot be learned from stops the run, or is left out and counted."""
 
-import csv
 import hashlib
-import io
-import json
 import math
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from qd2mora.data import completion, instruction
+from qd2mora.data.rows import HUB, MAX_ROW_BYTES, BadRow, Repeated, rows_of
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.recipe import Task
-
-HUB = "hub:"
 
 
 @dataclass(frozen=True)
@@ -42,6 +36,32 @@ class Pair:
     vector: tuple[float, ...] | None = None
 
 
+@dataclass
+class Skipped:
+    """Rows that were left out: the places of each reason, and how many rows were kept twice."""
+
+    places: dict[str, list[str]] = field(default_factory=dict)
+    duplicates: int = 0
+    """Rows kept that say what an earlier one says."""
+
+    @property
+    def total(self) -> int:
+        return sum(len(places) for places in self.places.values())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows left out, by reason."""
+        return {reason: len(places) for reason, places in self.places.items()}
+
+    def line(self) -> str:
+        """Say in one line what was left out, with the first places of each reason."""
+        parts = []
+        for reason, places in self.places.items():
+            more = ", ..." if len(places) > 3 else ""
+            parts.append(f"{len(places)} {reason} ({', '.join(places[:3])}{more})")
+        return f"{self.total} rows left out: {'; '.join(parts)}"
+
+
 def find_format(task: Task) -> Format:
     """Return the task's format. Raises InputRefused naming the nearest one."""
     if task.format not in FORMATS:
@@ -50,24 +70,27 @@ def find_format(task: Task) -> Format:
     return FORMATS[task.format]
 
 
-def read_pairs(task: Task, path: str) -> list[Pair]:
-    """Read and check all rows of `path` as the task's format. Raises InputRefused with file and row."""
+def read_pairs(task: Task, path: str, skipped: Skipped | None = None) -> list[Pair]:
+    """Read and check the rows of `path` as the task's format, up to the task's limit.
+
+    Where `skipped` is given, a bad row is left out and noted there; else it raises InputRefused with file and row.
+    """
     form = find_format(task)
-    rows = _read_rows(path, task)
-    for field in task.select or {}:
-        if rows and not any(isinstance(row, dict) and field in row for row in rows):
-            raise InputRefused(f"data.tasks.{task.name}.select: rows of {path} have no field {field!r}")
-    chosen = [
-        (number, row)
-        for number, row in enumerate(rows, 1)
-        # A row that is no object is kept here, and refused below by its number.
-        if not isinstance(row, dict)
-        or all(str(row.get(field)) == value for field, value in (task.select or {}).items())
-    ]
-    if not chosen:
+    pairs: list[Pair] = []
+    for place, row in _selected(task, path):
+        if len(pairs) == task.limit:
+            break
+        try:
+            pairs.append(_checked(form, row, task.vector))
+        except BadRow as error:
+            if skipped is None:
+                raise InputRefused(f"{path}, {place}: {error}") from error
+            skipped.places.setdefault(error.reason, []).append(f"{path}, {place}")
+    if not pairs:
         wanted = f" with {task.select}" if task.select else ""
-        raise InputRefused(f"{path}: no rows{wanted} for task '{task.name}'")
-    return [_checked(form, row, f"{path}, row {number}", task.vector) for number, row in chosen[: task.limit]]
+        left_out = f"; {skipped.line()}" if skipped and skipped.total else ""
+        raise InputRefused(f"{path}: no rows{wanted} for task '{task.name}'{left_out}")
+    return pairs
 
 
 def content_hash(path: str) -> str:
@@ -78,133 +101,71 @@ def content_hash(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _checked(form: Format, row: Any, where: str, vector: str | None = None) -> Pair:
+def _selected(task: Task, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield the rows whose fields have the values asked for, and whatever is no row at all."""
+    wanted = task.select or {}
+    seen: set[str] = set()
+    has_rows = False
+    for place, row in rows_of(path, task):
+        has_rows = True
+        if isinstance(row, dict):
+            seen |= row.keys() & wanted.keys()
+            if any(str(row.get(name)) != value for name, value in wanted.items()):
+                continue
+        yield place, row
+    for name in wanted:
+        if has_rows and name not in seen:
+            raise InputRefused(f"data.tasks.{task.name}.select: rows of {path} have no field {name!r}")
+
+
+def _checked(form: Format, row: Any, vector: str | None = None) -> Pair:
+    """Return a row as text. Raises BadRow."""
+    if isinstance(row, BadRow):
+        raise row
+    if isinstance(row, Repeated):
+        raise BadRow("a key is given twice", f": {row.key[:40]!r}")
     if not isinstance(row, dict):
-        raise InputRefused(f"{where}: a row is an object with {', '.join(form.fields)}, this is {_short(row)}")
-    for field in form.fields:
-        if field not in row:
-            raise InputRefused(f"{where}: no field '{field}'; the row has {', '.join(map(repr, row)) or 'no fields'}")
-    for field in (*form.fields, *form.optional):
-        value = row.get(field)
-        if value is None and field in form.optional:
-            continue
-        if not isinstance(value, str):
-            raise InputRefused(f"{where}: field '{field}' should be text, it is {_short(value)}")
-        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise InputRefused(f"{where}: field '{field}' holds half a character (a lone surrogate), which is no text")
+        raise BadRow("a row is an object", f" with {', '.join(form.fields)}, this is {_short(row)}")
+    for name in form.fields:
+        if name not in row:
+            raise BadRow(f"no field '{name}'", f"; the row has {', '.join(map(repr, row))[:200] or 'no fields'}")
+    for name in (*form.fields, *form.optional):
+        if row.get(name) is not None or name in form.fields:
+            _check_text(name, row[name])
     prompt, answer = form.split(row)
     if not answer.strip():
-        raise InputRefused(f"{where}: field '{form.fields[-1]}' is empty, there is nothing to learn")
-    return Pair(prompt, answer, None if vector is None else _vector(row, vector, where))
+        raise BadRow(f"field '{form.fields[-1]}' is empty", ", there is nothing to learn")
+    return Pair(prompt, answer, None if vector is None else _vector(row, vector))
 
 
-def _vector(row: dict[str, Any], field: str, where: str) -> tuple[float, ...]:
-    value = row.get(field)
+def _vector(row: dict[str, Any], name: str) -> tuple[float, ...]:
+    value = row.get(name)
     numbers = value if isinstance(value, list) else list(getattr(value, "tolist", list)())
     if not numbers or not all(isinstance(each, int | float) and math.isfinite(each) for each in numbers):
-        raise InputRefused(f"{where}: field {field!r} should be a list of numbers, it is {_short(value)}")
+        raise BadRow(f"field {name!r} should be a list of numbers", f", it is {_short(value)}")
     return tuple(map(float, numbers))
 
 
-def _read_rows(path: str, task: Task) -> list[Any]:
-    if path.startswith(HUB):
-        return _read_hub(path, task)
-    file = Path(path)
-    if not os.path.exists(path):  # Path.exists raises where the name is impossible
-        raise InputRefused(f"data.tasks.{task.name}: no file '{path}'")
-    if not file.is_file():
-        raise InputRefused(f"data.tasks.{task.name}: '{path}' is a folder; name a json, jsonl, csv or parquet file")
-    if file.stat().st_size == 0:
-        raise InputRefused(f"{path}: the file is empty")
-    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
-    if file.suffix not in readers:
-        raise InputRefused(f"{path}: unknown kind of file '{file.suffix}'; there are {', '.join(readers)}")
-    return readers[file.suffix](file)
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputRefused(f"{file}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
-    except OSError as error:
-        raise InputRefused(f"{file}: cannot be read: {error.strerror}") from error
-
-
-def _read_json(file: Path) -> list[Any]:
-    text = _text(file)
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            return _read_jsonl(file)  # JSON lines under the name .json
-        raise InputRefused(f"{file}, line {error.lineno}: not JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputRefused(f"{file}: {_not_json(error)}") from error
-    if not isinstance(content, list):
-        raise InputRefused(f"{file}: a JSON data file is a list of rows, this is {_short(content)}")
-    return content
-
-
-def _read_jsonl(file: Path) -> list[Any]:
-    rows = []
-    for number, line in enumerate(_text(file).split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise InputRefused(f"{file}, line {number}: {_not_json(error)}") from error
-    return rows
-
-
-def _not_json(error: ValueError | RecursionError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg}"
-    return "nested too deeply" if isinstance(error, RecursionError) else "holds a number of too many digits"
-
-
-def _read_csv(file: Path) -> list[Any]:
-    """Fields stay text: 007 is not 7, and NA is not missing."""
-    try:
-        reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
-        rows = list(reader)
-    except csv.Error as error:
-        raise InputRefused(f"{file}: not a csv file: {error}") from error
-    names = list(reader.fieldnames or ())
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise InputRefused(f"{file}: two columns are called {twice!r}")
-    for number, row in enumerate(rows, 1):
-        if None in row:  # a comma that is not quoted would cut the answer short
-            raise InputRefused(f"{file}, row {number}: more fields than the header names; quote text that holds commas")
-    return rows
-
-
-def _read_parquet(file: Path) -> list[Any]:
-    # Not `datasets`: its cache goes by path and time of change, and gave the rows of an older file (datasets 5.0).
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    try:
-        with pyarrow.parquet.ParquetFile(file) as content:
-            rows: list[Any] = content.read().to_pylist()
-    except (ValueError, OSError) as error:
-        raise InputRefused(f"{file}: not a parquet file: {str(error).splitlines()[0]}") from error
-    return rows
-
-
-def _read_hub(path: str, task: Task) -> list[Any]:
-    import datasets
-
-    name, _, split = path.removeprefix(HUB).partition(":")
-    try:
-        return list(datasets.load_dataset(name, split=split or "train"))
-    except (datasets.exceptions.DatasetNotFoundError, ValueError, OSError) as error:
-        raise InputRefused(f"data.tasks.{task.name}: '{path}' cannot be got: {str(error).splitlines()[0]}") from error
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise BadRow(f"field '{name}' should be text", f", it is {_short(value)}")
+    if len(value) > MAX_ROW_BYTES:
+        raise BadRow(f"field '{name}' is longer than {MAX_ROW_BYTES} characters")
+    if "\0" in value:
+        raise BadRow(f"field '{name}' holds a NUL character")
+    if not value.isascii():
+        surrogates = [letter for letter in value if "\ud800" <= letter <= "\udfff"]
+        if surrogates and all("\udc80" <= letter <= "\udcff" for letter in surrogates):
+            raise BadRow(f"field '{name}' is not UTF-8", "; save it as UTF-8")
+        if surrogates:
+            raise BadRow(f"field '{name}' holds half a character", " (a lone surrogate), which is no text")
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
+    kind = type(value).__name__
+    # A container may be nested deeper than repr goes.
+    text = "" if isinstance(value, dict | list | Repeated) else f" {repr(value)[:40]}"
+    return f"{kind}{text}"
 
 
-__all__ = ["FORMATS", "Format", "Pair", "content_hash", "find_format", "read_pairs"]
+__all__ = ["FORMATS", "Format", "Pair", "Skipped", "content_hash", "find_format", "read_pairs"]

@@ -66,10 +66,18 @@ class Export:
         }
 
 
-def merge(run: str | Path, out: str | Path, *, strategy: str = "core_lsq", task: str | None = None) -> Export:
+def merge(
+    run: str | Path,
+    out: str | Path,
+    *,
+    strategy: str = "core_lsq",
+    task: str | None = None,
+    vector: list[float] | None = None,
+) -> Export:
     """Export a run as a float16 Hugging Face folder `out`, with `export_report.json` in it.
 
     `task`: export for this task alone: calibration and measuring use its rows; needed where the method routes by task.
+    `vector`: export for rows that bring this vector, where the method reads one.
 
     Raises InputRefused; `out` appears whole or not at all.
     """
@@ -78,15 +86,16 @@ def merge(run: str | Path, out: str | Path, *, strategy: str = "core_lsq", task:
     _check_placement(run)
     opened = open_run(run)
     number = _task_number(opened, task)
+    _check_vector(opened, vector)
     calibration, held_out = _sample_rows(opened, number)
-    held_out_batches = _batches(opened, held_out)
-    tested = held_out_batches or _batches(opened, calibration)
+    held_out_batches = _batches(opened, held_out, vector)
+    tested = held_out_batches or _batches(opened, calibration, vector)
     if _depends_on(opened) == TOKEN:
         moments = collect(opened.model, _batches(opened, calibration))
         mixing = {name: STRATEGIES[strategy](each) for name, each in moments.items()}
     else:
         strategy, calibration = "exact", []
-        mixing = constant_mixing(opened.model, number or 0)
+        mixing = constant_mixing(opened.model, number or 0, vector)
     with staged_folder(Path(out)) as stage:
         base: Any = opened.model.get_base_model()
         export = Export(
@@ -102,13 +111,16 @@ def merge(run: str | Path, out: str | Path, *, strategy: str = "core_lsq", task:
     return export
 
 
-def constant_mixing(model: PeftModel, task: int, adapter_name: str = "default") -> dict[str, Tensor]:
-    """Return the K of every linear, float64, where it depends on no token; `task` is the one exported for."""
+def constant_mixing(
+    model: PeftModel, task: int, vector: list[float] | None = None, adapter_name: str = "default"
+) -> dict[str, Tensor]:
+    """Return the K of every linear, float64, where it depends on no token; `task`, `vector`: those exported for."""
     routing: Any = model.base_model
     mixing = {}
     for name, layer in mixture_layers(model).items():
         device = layer.tensors(adapter_name)["mixture_A"].device
         routing.routing.task_index = torch.tensor([task], device=device)
+        routing.routing.external = None if vector is None else torch.tensor([vector], device=device)
         with torch.no_grad():
             x = torch.zeros(1, 1, layer.in_features, device=device)
             mixing[name] = layer.mixing(x, adapter_name)[0, 0].double().cpu()
@@ -134,12 +146,24 @@ def _task_number(opened: OpenRun, task: str | None) -> int | None:
     names = [each.name for each in opened.recipe.data.tasks]
     if task is not None and task not in names:
         raise InputRefused(f"--task: no task '{task}' in this run; there are {', '.join(names)}")
-    if task is None and _depends_on(opened) == TASK and len(names) > 1:
+    row = find_method(opened.recipe.adapter.method)
+    if task is None and row.depends_on == TASK and row.reads_task and len(names) > 1:
         method = opened.recipe.adapter.method
         raise InputRefused(
             f"--task: {method} routes by task, one export serves one task; name one of {', '.join(names)}"
         )
     return None if task is None else names.index(task)
+
+
+def _check_vector(opened: OpenRun, vector: list[float] | None) -> None:
+    adapter = opened.recipe.adapter
+    width = adapter.external_width if find_method(adapter.method).reads_vector else None
+    given = None if vector is None else len(vector)
+    if given != width:
+        wanted = "reads no vector" if width is None else f"reads a vector of {width} numbers"
+        raise InputRefused(
+            f"--vector: {adapter.method} {wanted}, {given or 'none'} given; one export serves one vector"
+        )
 
 
 def _sample_rows(opened: OpenRun, number: int | None) -> tuple[list[Row], list[Row]]:
@@ -155,12 +179,17 @@ def _sample_rows(opened: OpenRun, number: int | None) -> tuple[list[Row], list[R
     return calibration, [row for task in chosen for row in some(task.validation, HELD_OUT_ROWS)]
 
 
-def _batches(opened: OpenRun, rows: list[Row]) -> list[dict[str, Tensor]]:
+def _batches(opened: OpenRun, rows: list[Row], vector: list[float] | None = None) -> list[dict[str, Tensor]]:
     pad = opened.tokenizer.pad_token_id
     by_length = sorted(rows, key=lambda row: len(row.ids))
     parts = [by_length[start : start + ROWS_AT_ONCE] for start in range(0, len(by_length), ROWS_AT_ONCE)]
     device = opened.model.device
-    return [{name: tensor.to(device) for name, tensor in collate(part, pad).items()} for part in parts]
+    batches = [{name: tensor.to(device) for name, tensor in collate(part, pad).items()} for part in parts]
+    if vector is not None:
+        batches = [
+            batch | {"external": torch.tensor([vector] * len(batch["labels"]), device=device)} for batch in batches
+        ]
+    return batches
 
 
 def _unexplained(

@@ -1,16 +1,21 @@
-"""The fast form: the whole mixture as one autograd function that adds into the base's output.
+"""The fast form: a frozen linear and the whole mixture beside it as one autograd function.
 
-Forward: one product u = x [A; routers that read x]^T, a step in rank space v = K_t u, one product y += s v B^T.
-Backward: dv = s dy B, the step in rank space again with autograd on tensors of tokens x rank, then the gradients of A,
-B and x as one product each. Saved for the backward pass: x (which the base's own backward does not need) and u. Dropout
-and noise keep their keys, not their numbers.
+Forward: y = W x + b, one product u = x [A; routers that read x]^T, a step in rank space v = K_t u, one product
+y += s v B^T in place. Backward: dx = dy W, dv = s dy B, the step in rank space again with autograd on tensors of
+tokens x rank (on a GPU by a kernel of our own), then the gradients of A and B as one product each, and dx += du [A;
+routers] in place. Saved for the backward pass: x (which the base's own backward does not need) and u. Dropout and noise
+keep their keys, not their numbers. Where the base's product is somebody else's (trained, hooked, under autocast), or
+another adapter came first, y is given and added into.
+
+`forward` and `backward` are pure functions of tensors and a `Plan`; `_Mixture` calls them for eager autograd,
+`compiled` as operators of torch.library.
 
 Deviation from the plain form in `ops`: none in exact arithmetic; in 16 bits the update is rounded once, with y.
 
 Shapes: T tokens, D d_in, O d_out, F all rows that read x, P all ranks of the up banks.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 
-from qd2mora.mixture import ops
+from qd2mora.mixture import frozen, ops
 from qd2mora.mixture.draws import Draws
+from qd2mora.mixture.frozen import Form, flat
 from qd2mora.mixture.ops import RankStep
 from qd2mora.mixture.routers import Gating
 
@@ -40,92 +46,122 @@ class Dropout:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """What one call knows beside tensors. Tensors come as downs, then ups, then the small ones by name."""
+class Plan:
+    """What one adapter of one linear knows beside tensors. Tensors come as downs, then ups, then small ones by name.
+
+    `form` is the frozen base's, None where y is given. `draws` and `observe` belong to one call.
+    """
 
     num_downs: int
     num_ups: int
-    num_banks: int
     names: tuple[str, ...]
     step: RankStep
     scaling: float
-    draws: Draws | None
-    dropout: Dropout | None
-    observe: Observe | None
+    form: Form | None = None
+    dropout: Dropout | None = None
+    draws: Draws | None = None
+    observe: Observe | None = None
 
-    def parts(self, tensors: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+    @property
+    def num_banks(self) -> int:
+        """Down matrices that are not routers."""
+        return self.num_downs - len(self.step.router_rows)
+
+    def parts(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
         """Return down matrices, up banks and small tensors."""
         ups = self.num_downs + self.num_ups
         small = dict(zip(self.names, tensors[ups:], strict=True))
         return list(tensors[: self.num_downs]), list(tensors[self.num_downs : ups]), small
 
 
-class _AddMixture(torch.autograd.Function):
-    """y (..., O), x (..., D), then the call's tensors."""
+def forward(plan: Plan, y: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Add the mixture of x (..., D) into y (..., O), contiguous, in place; return u (..., F) in the dtype of y."""
+    downs, ups, small = plan.parts(tensors)
+    u = _features(plan, x.to(y.dtype), downs)
+    v = plan.step.mix(ops.wide(u), small, plan.draws)
+    y.view(-1, y.shape[-1]).addmm_(flat(v).to(y.dtype), _columns(ups, y.dtype).T, alpha=plan.scaling)
+    return u
+
+
+def backward(
+    plan: Plan,
+    dy: Tensor,
+    x: Tensor,
+    u: Tensor,
+    base: list[Tensor],
+    tensors: Sequence[Tensor],
+    needs_x: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Return the gradient of x through the mixture (and the base that `plan.form` names), and those of the tensors."""
+    downs, ups, small = plan.parts(tensors)
+    num_downs, num_large = plan.num_downs, plan.num_downs + plan.num_ups
+    dy_TO = flat(dy)
+    dv_TP = (dy_TO @ _columns(ups, dy.dtype)).mul_(plan.scaling)
+    v, du, dsmall = _through_step(plan, u, small, dv_TP.view(*u.shape[:-1], -1), needs[num_large:])
+    du_TF = flat(du).to(dy.dtype)
+    dups: list[Tensor | None] = [None] * len(ups)
+    if any(needs[num_downs:num_large]):
+        dups = _column_gradients(plan, dy_TO, flat(v).to(dy.dtype), ups)
+    ddowns: list[Tensor | None] = [None] * num_downs
+    if any(needs[:num_downs]):
+        ddowns = _row_gradients(plan, du_TF, flat(x).to(dy.dtype), downs, x.shape)
+    dx = None
+    if needs_x:
+        dx_TD = None if plan.form is None else frozen.input_gradient(plan.form, base, dy_TO)
+        dx = _add_input_gradient(plan, dx_TD, du_TF, downs, x)
+    grads = [*ddowns, *dups, *dsmall]
+    return dx, [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+class _Mixture(torch.autograd.Function):
+    """y (..., O) or None, x (..., D), the plan, the base's tensors, then the plan's tensors."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, call: _Call, *tensors: Tensor) -> Tensor:
-        downs, ups, small = call.parts(tensors)
-        u = _features(call, x.to(y.dtype), downs)
-        v = call.step.mix(ops.wide(u), small, call.draws)
-        y.view(-1, y.shape[-1]).addmm_(v.flatten(0, -2).to(y.dtype), _columns(ups, y.dtype).T, alpha=call.scaling)
-        ctx.mark_dirty(y)
+    def forward(ctx: Any, y: Tensor | None, x: Tensor, plan: Plan, base: list[Tensor], *tensors: Tensor) -> Tensor:
+        if y is None:
+            assert plan.form is not None
+            y = frozen.product(plan.form, base, x)
+        else:
+            ctx.mark_dirty(y)
+        u = forward(plan, y, x, tensors)
         ctx.save_for_backward(x, u, *tensors)
-        ctx.call = call
+        # Frozen, so not among what is saved: hooks that move saved tensors away would move weights.
+        ctx.plan, ctx.base = plan, base
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        call: _Call = ctx.call
         x, u, *tensors = ctx.saved_tensors
-        downs, ups, small = call.parts(tuple(tensors))
         needs = ctx.needs_input_grad
-        dy_TO, x_TD = dy.flatten(0, -2), x.flatten(0, -2).to(dy.dtype)
-        dv_TP = call.scaling * (dy_TO @ _columns(ups, dy.dtype))
-        v, du, dsmall = _through_step(call, u, small, dv_TP.view(*u.shape[:-1], -1), needs[3 + len(downs) + len(ups) :])
-        du_TF = du.flatten(0, -2).to(dy.dtype)
-        dups: list[Tensor | None] = [None] * len(ups)
-        if any(needs[3 + len(downs) : 3 + len(downs) + len(ups)]):
-            dB_OP = call.scaling * (dy_TO.T @ v.flatten(0, -2).to(dy.dtype))
-            widths = [up.shape[0] * up.shape[2] if up.dim() == 3 else up.shape[1] for up in ups]
-            parts = zip(ups, dB_OP.split(widths, -1), strict=True)
-            dups = [ops.unstack_columns(part.contiguous(), up.shape).to(up.dtype) for up, part in parts]
-        ddowns = (
-            _row_gradients(call, du_TF, x_TD, downs, x.shape) if any(needs[3 : 3 + len(downs)]) else [None] * len(downs)
-        )
-        dx = _input_gradient(call, du_TF, downs, x) if needs[1] else None
-        grads = [*ddowns, *dups, *dsmall]
-        return (dy, dx, None, *(grad if need else None for grad, need in zip(grads, needs[3:], strict=True)))
+        dx, grads = backward(ctx.plan, dy, x, u, ctx.base, tensors, needs[1], needs[4:])
+        return (dy if needs[0] else None, dx, None, None, *grads)
+
+
+def mixed_linear(
+    plan: Plan, base: list[Tensor], x: Tensor, downs: list[Tensor], ups: list[Tensor], small: Mapping[str, Tensor]
+) -> Tensor:
+    """Return W x + b + s B K_t A x (..., O), W frozen and described by `plan.form`, in the dtype of x.
+
+    `x` is (..., D); `downs` are (rows, D) or (M, R, D), banks first, then the routers of `step.router_rows`; `ups` are
+    banks (N, O, R) or (O, ranks); `small` is what the step reads besides. Routers read x undropped.
+    """
+    return _Mixture.apply(None, x, plan, base, *downs, *ups, *small.values())
 
 
 def add_mixture(
-    y: Tensor,
-    x: Tensor,
-    downs: list[Tensor],
-    ups: list[Tensor],
-    small: Mapping[str, Tensor],
-    step: RankStep,
-    scaling: float,
-    *,
-    draws: Draws | None = None,
-    dropout: Dropout | None = None,
-    observer: Observe | None = None,
+    plan: Plan, y: Tensor, x: Tensor, downs: list[Tensor], ups: list[Tensor], small: Mapping[str, Tensor]
 ) -> Tensor:
-    """Add s B K_t A x to y (..., O), in place where autograd allows it, and return the sum.
+    """Add s B K_t A x to y (..., O), in place where autograd allows it, and return the sum; else as `mixed_linear`.
 
-    `x` is (..., D); `downs` are (rows, D) or (M, R, D), banks first, then the routers of `step.router_rows`; `ups` are
-    banks (N, O, R) or (O, ranks); `small` is what the step reads besides. Routers read x undropped. Products run in the
-    dtype of y.
+    Products run in the dtype of y.
     """
-    num_banks = len(downs) - len(step.router_rows)
-    names = tuple(small)
-    call = _Call(len(downs), len(ups), num_banks, names, step, scaling, draws, dropout, observer)
     # A 4-bit linear with a bias returns a view made inside its own autograd function (bitsandbytes 0.50); autograd
     # forbids adding into such a view.
     is_locked = y._is_view() and isinstance(y.grad_fn, BackwardCFunction)
     y = y.clone() if is_locked else y.contiguous()
-    return _AddMixture.apply(y, x, call, *downs, *ups, *small.values())
+    return _Mixture.apply(y, x, plan, [], *downs, *ups, *small.values())
 
 
 def _columns(ups: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -134,7 +170,7 @@ def _columns(ups: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _through_step(
-    call: _Call, u: Tensor, small: dict[str, Tensor], dv: Tensor, needs: tuple[bool, ...]
+    plan: Plan, u: Tensor, small: dict[str, Tensor], dv: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """Do the step again; return v, the gradient of u, and those of the small tensors."""
     leaf = ops.wide(u).detach().requires_grad_()
@@ -142,8 +178,8 @@ def _through_step(
         name: tensor.detach().requires_grad_(need) for (name, tensor), need in zip(small.items(), needs, strict=True)
     }
     with torch.enable_grad():
-        v, gatings = call.step.route(leaf, leaves, call.draws)
-        extra = call.observe(gatings) if call.observe is not None else None
+        v, gatings = plan.step.route(leaf, leaves, plan.draws)
+        extra = plan.observe(gatings) if plan.observe is not None else None
     wanted = [leaf, *(tensor for tensor in leaves.values() if tensor.requires_grad)]
     outputs, grads = (
         ([v], [dv.to(v.dtype)]) if extra is None else ([v, extra], [dv.to(v.dtype), torch.ones_like(extra)])
@@ -154,15 +190,15 @@ def _through_step(
     return v.detach(), torch.zeros_like(leaf) if du is None else du, dsmall
 
 
-def _features(call: _Call, x: Tensor, downs: list[Tensor]) -> Tensor:
+def _features(plan: Plan, x: Tensor, downs: list[Tensor]) -> Tensor:
     """Return [downs] x, (..., F): one product, or with dropout one for each mask and one for the routers."""
-    if call.dropout is None:
+    if plan.dropout is None:
         return ops.features(x, downs)
-    banks = torch.cat([ops.stack_rows(bank) for bank in downs[: call.num_banks]])
-    groups = call.dropout.groups(banks, len(banks))
-    parts = [ops.features(_mask(call, x, number).mul_(x), [bank]) for number, bank in enumerate(groups)]
-    if call.num_banks < len(downs):
-        parts.append(ops.features(x, downs[call.num_banks :]))
+    banks = torch.cat([ops.stack_rows(bank) for bank in downs[: plan.num_banks]])
+    groups = plan.dropout.groups(banks, len(banks))
+    parts = [ops.features(_mask(plan, x, number).mul_(x), [bank]) for number, bank in enumerate(groups)]
+    if plan.num_banks < len(downs):
+        parts.append(ops.features(x, downs[plan.num_banks :]))
     return torch.cat(parts, -1)
 
 
@@ -170,43 +206,51 @@ def _num_rows(matrices: list[Tensor]) -> int:
     return sum(matrix.numel() // matrix.shape[-1] for matrix in matrices)
 
 
-def _mask(call: _Call, like: Tensor, number: int) -> Tensor:
-    assert call.dropout is not None and call.draws is not None
-    return call.draws.keep(like, call.dropout.probability, number)
+def _mask(plan: Plan, like: Tensor, number: int) -> Tensor:
+    assert plan.dropout is not None and plan.draws is not None
+    return plan.draws.keep(like, plan.dropout.probability, number)
 
 
 def _row_gradients(
-    call: _Call, du_TF: Tensor, x_TD: Tensor, downs: list[Tensor], shape: torch.Size
+    plan: Plan, du_TF: Tensor, x_TD: Tensor, downs: list[Tensor], shape: torch.Size
 ) -> list[Tensor | None]:
     """Return the gradients of the down matrices."""
-    if call.dropout is None:
+    if plan.dropout is None:
         d_FD = du_TF.T @ x_TD
     else:
-        num = _num_rows(downs[: call.num_banks])
+        num = _num_rows(downs[: plan.num_banks])
         parts = []
-        for number, du in enumerate(call.dropout.groups(du_TF[:, :num].T, num)):
-            parts.append(du @ _mask(call, x_TD.view(shape), number).flatten(0, -2).mul_(x_TD))
+        for number, du in enumerate(plan.dropout.groups(du_TF[:, :num].T, num)):
+            parts.append(du @ flat(_mask(plan, x_TD.view(shape), number)).mul_(x_TD))
         d_FD = torch.cat([*parts, du_TF[:, num:].T @ x_TD])
     pieces = d_FD.split([_num_rows([matrix]) for matrix in downs])
     return [piece.view(matrix.shape).to(matrix.dtype) for piece, matrix in zip(pieces, downs, strict=True)]
 
 
-def _input_gradient(call: _Call, du_TF: Tensor, downs: list[Tensor], x: Tensor) -> Tensor:
-    """Return dx in the shape and dtype of x."""
+def _column_gradients(plan: Plan, dy_TO: Tensor, v_TP: Tensor, ups: list[Tensor]) -> list[Tensor | None]:
+    """Return the gradients of the up banks."""
+    dB_OP = (dy_TO.T @ v_TP).mul_(plan.scaling)
+    widths = [up.shape[0] * up.shape[2] if up.dim() == 3 else up.shape[1] for up in ups]
+    parts = zip(ups, dB_OP.split(widths, -1), strict=True)
+    return [ops.unstack_columns(part.contiguous(), up.shape).to(up.dtype) for up, part in parts]
+
+
+def _add_input_gradient(plan: Plan, dx_TD: Tensor | None, du_TF: Tensor, downs: list[Tensor], x: Tensor) -> Tensor:
+    """Add du [downs] to dx (T, D), in place, and return it in the shape and dtype of x."""
     rows = torch.cat([ops.stack_rows(matrix).to(du_TF.dtype) for matrix in downs])
-    if call.dropout is None:
-        return (du_TF @ rows).view(x.shape).to(x.dtype)
-    num = _num_rows(downs[: call.num_banks])
-    dx_TD = None
-    duos = zip(call.dropout.groups(du_TF[:, :num].T, num), call.dropout.groups(rows[:num], num), strict=True)
-    for number, (du, bank) in enumerate(duos):
-        part = (du.T @ bank).view(x.shape)
-        part.mul_(_mask(call, part, number))
-        dx_TD = part.flatten(0, -2) if dx_TD is None else dx_TD.add_(part.flatten(0, -2))
-    assert dx_TD is not None
-    if num < len(rows):
+    num = 0
+    if plan.dropout is not None:
+        num = _num_rows(downs[: plan.num_banks])
+        duos = zip(plan.dropout.groups(du_TF[:, :num].T, num), plan.dropout.groups(rows[:num], num), strict=True)
+        for number, (du, bank) in enumerate(duos):
+            part = (du.T @ bank).view(x.shape)
+            part.mul_(_mask(plan, part, number))
+            dx_TD = flat(part) if dx_TD is None else dx_TD.add_(flat(part))
+    if dx_TD is None:
+        dx_TD = du_TF @ rows
+    elif num < len(rows):
         dx_TD.addmm_(du_TF[:, num:], rows[num:])
     return dx_TD.view(x.shape).to(x.dtype)
 
 
-__all__ = ["Dropout", "add_mixture"]
+__all__ = ["Dropout", "Observe", "Plan", "add_mixture", "backward", "forward", "mixed_linear"]

@@ -16,9 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from qd2mora.mixture import ops
+from qd2mora.mixture import frozen, ops
 from qd2mora.mixture.config import MixtureConfig
-from qd2mora.mixture.fused import Dropout, add_mixture
+from qd2mora.mixture.fused import Dropout, Plan, add_mixture, mixed_linear
 from qd2mora.mixture.gating import given_logits
 from qd2mora.mixture.initial import initial_tensor
 from qd2mora.mixture.method import STATIC, TASK
@@ -145,39 +145,60 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             if self.merged and self.disable_adapters:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        y = self.base_layer(x, *args, **kwargs)
-        for name in self.active_adapters:
-            if name in self.mixture_spec:
-                y = self.base_scaled(y, name)
-                y = y + self._static(x, name).to(y.dtype) if name in self.static_mixing else self._routed(y, x, name)
+        names = [name for name in self.active_adapters if name in self.mixture_spec]
+        form = self._form(x, names) if not (args or kwargs) else None
+        if form is not None:
+            y = self._routed(None, x, names.pop(0), form)
+        else:
+            y = self.base_layer(x, *args, **kwargs)
+        for name in names:
+            y = self.base_scaled(y, name)
+            y = y + self._static(x, name).to(y.dtype) if name in self.static_mixing else self._routed(y, x, name)
         return y
+
+    def _form(self, x: Tensor, names: list[str]) -> frozen.Form | None:
+        """Return the frozen base's form where its product joins the first adapter's autograd function."""
+        if not names or names[0] in self.static_mixing or not torch.is_grad_enabled():
+            return None
+        tensors = self.tensors(names[0])
+        if "mixture_base_scale" in tensors or torch.is_autocast_enabled(x.device.type):
+            return None
+        if not (x.requires_grad or any(tensor.requires_grad for tensor in tensors.values())):
+            return None
+        form = frozen.form_of(self.base_layer)
+        # A dense linear in another dtype than x raises in its own forward.
+        return form if form is None or form.blocksize or form.dtype is x.dtype else None
 
     def base_scaled(self, y: Tensor, name: str) -> Tensor:
         """Return a_0 y where the method scales its base, y itself elsewhere; a_0 is within 0.8 and 1.2."""
         scale = self.tensors(name).get("mixture_base_scale")
         return y if scale is None else y * (1 + 0.2 * scale.tanh()).to(y.dtype)
 
-    def _routed(self, y: Tensor, x: Tensor, name: str) -> Tensor:
+    def _routed(self, y: Tensor | None, x: Tensor, name: str, form: frozen.Form | None = None) -> Tensor:
+        """Return y plus one adapter's output, or with a form in y's place, the base's output plus it."""
         config, spec = self.mixture_config[name], self.mixture_spec[name]
-        if not isinstance(self.get_base_layer(), nn.Linear):
+        if y is not None and not isinstance(self.get_base_layer(), nn.Linear):
             y = y.clone()  # a block's last operation may need its output in the backward pass; no adding into that
-        downs, ups = self.banks(name)
+        (downs, ups), small = self.banks(name), self._small(x, name)
+        downs = downs + self._routers_of_x(name)
         probability = config.dropout if self.training else 0.0
         needs_draws = probability > 0 or (self.training and any(_is_random(gate) for _, gate in spec.step.gates))
-        draws = self.routing.draws(self.layer_key) if needs_draws else None
         sizes = spec.step.ranks_down if config.dropout_per_expert else (spec.step.width_down,)
-        return add_mixture(
-            y,
-            x,
-            downs + self._routers_of_x(name),
-            ups,
-            self._small(x, name),
+        plan = Plan(
+            len(downs),
+            len(ups),
+            tuple(small),
             spec.step,
             spec.scaling,
-            draws=draws,
+            form,
             dropout=Dropout(probability, sizes) if probability else None,
-            observer=Observer.of(spec, self.routing, name, x) if self.training else None,
+            draws=self.routing.draws(self.layer_key) if needs_draws else None,
+            observe=Observer.of(spec, self.routing, name, x) if self.training else None,
         )
+        if y is not None:
+            return add_mixture(plan, y, x, downs, ups, small)
+        assert form is not None
+        return mixed_linear(plan, frozen.tensors_of(cast(nn.Linear, self.base_layer), form), x, downs, ups, small)
 
     def _static(self, x: Tensor, name: str) -> Tensor:
         u = ops.wide(ops.features(x, [self.rows(name)]))

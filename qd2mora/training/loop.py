@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from qd2mora.data import Mixture, Row, TaskRows, collate
 from qd2mora.errors import NotFinite, SignalStop
 from qd2mora.mixture import MixtureConfig, Routing, after_step, orthogonality, routing_of, weight_penalty
+from qd2mora.mixture.draws import mixed
 from qd2mora.recipe import Train
 from qd2mora.run_folder import RunFolder
 from qd2mora.training import checkpoint
+from qd2mora.training.estimator import backward_over_draws
 from qd2mora.training.optimizer import learning_rate
 from qd2mora.training.progress import StepDisplay
 from qd2mora.training.stages import enter_stage
@@ -92,7 +94,8 @@ class Training:
         for task in self.tasks:
             if task.validation:
                 sums = torch.zeros(2, dtype=torch.float64)
-                for rows in self._micro_batches(task.validation):
+                for places in self._micro_batches(task.validation):
+                    rows = [task.validation[place] for place in places]
                     with torch.no_grad():
                         loss = self.row_loss(self._batch(rows)).sum().double().cpu()
                     sums += torch.stack([loss, torch.tensor(float(sum(row.num_labels for row in rows)))])
@@ -106,7 +109,7 @@ class Training:
         torch.manual_seed(self._random_seed(update))
         rows = self.mixture.rows(update * self.train.global_batch, self.train.global_batch)
         enter_stage(self.model, self.optimizer, self.config, update, self.total_steps)
-        loss = self._accumulate(rows)
+        loss = self._accumulate(rows, update)
         penalty, halves = self._add_penalties()
         rate = learning_rate(self.train, update, self.total_steps)
         for group in self.optimizer.param_groups:
@@ -132,28 +135,44 @@ class Training:
             "memory": self._memory(),
         }
 
-    def _accumulate(self, rows: list[Row]) -> float:
+    def _accumulate(self, rows: list[Row], update: int) -> float:
         """Add the gradients of a step's rows; return the loss per labelled token over all processes."""
         num_labels = sum(row.num_labels for row in rows)
         total = torch.zeros((), device=self.accelerator.device)
         parts = list(self._micro_batches(rows))
-        for number, part in enumerate(parts):
+        for number, places in enumerate(parts):
             is_last = number == len(parts) - 1
-            self._tell_routers(part, rows)
+            self._tell_routers(places, rows, update)
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.row_loss):
-                loss = self.row_loss(self._batch(part)).sum() / num_labels
-                # Gradients are averaged over processes; their sum is wanted.
-                self.accelerator.backward(loss * self.accelerator.num_processes)
-            total += loss.detach()
+                total += self._backward(self._batch([rows[place] for place in places]), 1 / num_labels)
         return float(self.accelerator.reduce(total, "sum"))
 
-    def _tell_routers(self, part: list[Row], rows: list[Row]) -> None:
-        """Say what share of the step a micro batch is: routing penalties count by it, whatever the split."""
+    def _backward(self, batch: dict[str, Tensor], share: float) -> Tensor:
+        """Add the gradients of one micro batch; return its part of the step's loss. `share`: one over all labels."""
+
+        def backward(loss: Tensor) -> None:
+            # Gradients are averaged over processes; their sum is wanted.
+            self.accelerator.backward(loss * self.accelerator.num_processes)
+
+        if self.config.row.estimator == "rloo":
+            assert self.routing is not None
+            return backward_over_draws(lambda: self.row_loss(batch), backward, self.routing, share) * share
+        loss = self.row_loss(batch).sum() * share
+        backward(loss)
+        return loss.detach()
+
+    def _tell_routers(self, places: list[int], rows: list[Row], update: int) -> None:
+        """Say which rows of the step a micro batch holds, so that chance and penalties do not depend on the split.
+
+        A row's key is a function of the seed, the update and the row's place in the step.
+        """
         if self.routing is None:
             return
-        tokens = sum(len(row.ids) for row in part) / sum(len(row.ids) for row in rows)
-        self.routing.share = (tokens, len(part) / len(rows))
+        lengths = tuple(len(rows[place].ids) for place in places)
+        self.routing.share = (sum(lengths) / sum(len(row.ids) for row in rows), len(places) / len(rows))
         self.routing.loss_scale = self._gradient_scale() * self.accelerator.num_processes
+        self.routing.rows = tuple(mixed(self.train.seed, update, place) for place in places)
+        self.routing.lengths = lengths
 
     def _add_penalties(self) -> tuple[float, list[float]]:
         """Add the gradients of penalties that read weights, once a step.
@@ -203,10 +222,10 @@ class Training:
                 f"not finite: {where}; lower train.learning_rate, then --resume"
             )
 
-    def _micro_batches(self, rows: list[Row]) -> Iterator[list[Row]]:
-        """This process's share, rows of like length together."""
+    def _micro_batches(self, rows: list[Row]) -> Iterator[list[int]]:
+        """The places in `rows` of this process's share, rows of like length together."""
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        mine = sorted(rows, key=lambda row: len(row.ids))[process::processes]
+        mine = sorted(range(len(rows)), key=lambda place: len(rows[place].ids))[process::processes]
         for start in range(0, len(mine), self.micro_batch):
             yield mine[start : start + self.micro_batch]
 

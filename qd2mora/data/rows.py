@@ -1,0 +1,192 @@
+"""Rows of a file, one at a time: each a value, or the reason why it is none.
+
+A line longer than `MAX_ROW_BYTES` is passed over unread, so that no file takes more memory than one row; only a JSON
+list is parsed whole, as JSON demands.
+"""
+
+import csv
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qd2mora.errors import InputRefused
+from qd2mora.recipe import Task
+
+HUB = "hub:"
+MAX_ROW_BYTES = 8 << 20
+
+
+class BadRow(ValueError):  # noqa: N818 - reads as the sentence it is
+    """A row that cannot be learned from: `reason` is what is counted, `detail` what this one has."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason + detail)
+        self.reason = reason
+
+
+class Repeated:
+    """Stands for a JSON object in which a key is given twice: a reader that takes the last one would hide it."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+
+def rows_of(path: str, task: Task) -> Iterator[tuple[str, Any]]:
+    """Yield (place, row) of a data file or hub data set; what cannot be read as a row is a BadRow in its place.
+
+    Raises InputRefused where the file as a whole cannot be read.
+    """
+    if path.startswith(HUB):
+        return _numbered(_hub_rows(path, task))
+    file = Path(path)
+    readers = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    try:
+        if not file.exists():
+            raise InputRefused(f"data.tasks.{task.name}: no file '{path}'")
+        if not file.is_file():
+            what = "a folder" if file.is_dir() else "not an ordinary file"
+            raise InputRefused(f"data.tasks.{task.name}: '{path}' is {what}; name a json, jsonl, csv or parquet file")
+        if file.stat().st_size == 0:
+            raise InputRefused(f"{path}: the file is empty")
+        file.open("rb").close()
+    except (OSError, ValueError) as error:
+        raise InputRefused(f"data.tasks.{task.name}: no file '{path}': {error}") from error
+    if file.suffix not in readers:
+        raise InputRefused(f"{path}: unknown kind of file '{file.suffix}'; there are {', '.join(readers)}")
+    return readers[file.suffix](file)
+
+
+def parse_row(text: str) -> Any:
+    """Parse one JSON text. Raises BadRow."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise BadRow("not JSON", f": {error.msg}") from error
+    except RecursionError as error:
+        raise BadRow("nested too deeply") from error
+    except ValueError as error:
+        raise BadRow("holds a number of too many digits") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Any:
+    content = dict(pairs)
+    if len(content) == len(pairs):
+        return content
+    names = [name for name, _ in pairs]
+    return Repeated(next(name for name in names if names.count(name) > 1))
+
+
+def _numbered(rows: Iterator[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """A place is the row where it parses, the line where it does not: empty lines count as lines alone."""
+    row = 0
+    for line, text in enumerate(_lines(file), 1):
+        if isinstance(text, str) and not text.strip():
+            continue
+        row += 1
+        if isinstance(text, BadRow):
+            yield f"line {line}", text
+            continue
+        try:
+            value = parse_row(text)
+        except BadRow as error:
+            yield f"line {line}", error
+        else:
+            yield f"row {row}", value
+
+
+def _lines(file: Path) -> Iterator[str | BadRow]:
+    place = 0
+    with file.open("rb") as stream:
+        while line := stream.readline(MAX_ROW_BYTES + 1):
+            begin, place = place, place + len(line)
+            if len(line) > MAX_ROW_BYTES:
+                while not line.endswith(b"\n") and (line := stream.readline(1 << 20)):
+                    place += len(line)
+                yield BadRow(f"longer than {MAX_ROW_BYTES} bytes")
+                continue
+            try:
+                yield line.decode("utf-8-sig" if begin == 0 else "utf-8")
+            except UnicodeDecodeError as error:
+                yield BadRow("not UTF-8", f" at byte {begin + error.start}; save it as UTF-8")
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    with file.open("rb") as stream:
+        start = stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        if start.startswith(b"{"):
+            return _jsonl_rows(file)  # JSON lines under the name .json
+        raise InputRefused(_not_json(file, error)) from error
+    if not isinstance(content, list):
+        raise InputRefused(f"{file}: a JSON data file is a list of rows, this is {type(content).__name__}")
+    return _numbered(iter(content))
+
+
+def _not_json(file: Path, error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{file}, line {error.lineno}: not JSON: {error.msg}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"{file}: not UTF-8 at byte {error.start}; save it as UTF-8"
+    return f"{file}: {'nested too deeply' if isinstance(error, RecursionError) else 'a number of too many digits'}"
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    return _numbered(_csv_values(file))
+
+
+def _csv_values(file: Path) -> Iterator[Any]:
+    """Fields stay text: 007 is not 7, and NA is not missing."""
+    # Bytes that are not UTF-8 become lone surrogates, which are refused row by row.
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        reader = csv.DictReader(stream, strict=True)
+        try:
+            names = list(reader.fieldnames or ())
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise InputRefused(f"{file}: the header names '{twice}' twice")
+            for row in reader:
+                if None in row:  # a comma that is not quoted would cut the answer short
+                    yield BadRow("more fields than the header names", "; quote text that holds commas")
+                elif None in row.values():
+                    yield BadRow("fewer fields than the header names")
+                else:
+                    yield row
+        except csv.Error as error:
+            raise InputRefused(f"{file}, line {reader.line_num}: not a csv file: {error}") from error
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    return _numbered(_parquet_values(file))
+
+
+def _parquet_values(file: Path) -> Iterator[Any]:
+    # Not `datasets`: its cache goes by path and time of change, and gave the rows of an older file (datasets 5.0).
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as content:
+            for batch in content.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except (ValueError, OSError) as error:
+        raise InputRefused(f"{file}: not a parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _hub_rows(path: str, task: Task) -> Iterator[Any]:
+    import datasets
+
+    name, _, split = path.removeprefix(HUB).partition(":")
+    try:
+        return itertools.chain(datasets.load_dataset(name, split=split or "train"))
+    except (datasets.exceptions.DatasetNotFoundError, ValueError, OSError) as error:
+        raise InputRefused(f"data.tasks.{task.name}: '{path}' cannot be got: {str(error).splitlines()[0]}") from error
+
+
+__all__ = ["HUB", "MAX_ROW_BYTES", "BadRow", "Repeated", "parse_row", "rows_of"]

@@ -1,0 +1,172 @@
+"""A frozen linear's product and its gradient to the input, as pure functions of tensors that keep nothing.
+
+Dense weights, and 4-bit ones of bitsandbytes through its public dequantise: the dense weight lives for one product, and
+is made again in the backward pass. The output is bitwise that of the linear's own forward on a CPU.
+
+Deviation from bitsandbytes 0.50: its backward pass dequantises in the dtype that was quantised, its forward pass in
+that of the product; here both use the latter, so that the gradient is that of what ran.
+
+Shapes: T tokens, D d_in, O d_out.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+# bitsandbytes 0.50 takes a float64 compute dtype and returns memory it never wrote.
+_FOUR_BIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Slices of W on a CPU, see `_rows_at_once`. Few tokens go through another product there, so they see W whole.
+CACHED_BYTES, MIN_ROWS, MIN_TOKENS = 16 << 20, 64, 32
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the tensors of a frozen linear mean: weight, then the quantisation's, then the bias.
+
+    `dtype` is the product's; `shape` (O, D); `blocksize` 0 is a dense weight, `nested` the blocksize of doubly
+    quantised scales, 0 where they are plain.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    has_bias: bool
+    blocksize: int = 0
+    nested: int = 0
+    quant_type: str = ""
+
+
+def form_of(linear: nn.Module) -> Form | None:
+    """Return a linear's form; None where its own forward must run: trained, hooked, packed, or of another kind."""
+    if not isinstance(linear, nn.Linear) or _is_watched(linear):
+        return None
+    bias: Any = linear.bias
+    if linear.weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    if type(linear) is nn.Linear and type(linear.weight) is nn.Parameter:
+        return Form(linear.weight.dtype, (linear.out_features, linear.in_features), bias is not None)
+    return _four_bit_form(linear)
+
+
+def tensors_of(linear: nn.Linear, form: Form) -> list[Tensor]:
+    """Return the tensors that `form` speaks of."""
+    weight: Any = linear.weight
+    tensors = [weight]
+    if form.blocksize:
+        state = weight.quant_state
+        tensors.append(state.absmax)
+        if form.nested:
+            tensors += [state.offset, state.state2.absmax, state.state2.code]
+    return [*tensors, linear.bias] if form.has_bias else tensors
+
+
+def weight(form: Form, tensors: list[Tensor]) -> Tensor:
+    """Return the dense weight (O, D) in the product's dtype: the tensor itself, or a fresh one where it is 4-bit."""
+    return _rows(form, tensors, _scales(form, tensors), 0, form.shape[0]) if form.blocksize else tensors[0]
+
+
+def product(form: Form, tensors: list[Tensor], x: Tensor) -> Tensor:
+    """Return W x + b, (..., O), fresh, in the dtype of x."""
+    bias = tensors[-1].to(form.dtype) if form.has_bias else None
+    x_TD, num_rows = flat(x).to(form.dtype), _rows_at_once(form, tensors[0])
+    if x_TD.shape[0] < MIN_TOKENS or num_rows >= form.shape[0]:
+        return F.linear(x.to(form.dtype), weight(form, tensors), bias).to(x.dtype)
+    y_TO, scales = x_TD.new_empty(x_TD.shape[0], form.shape[0]), _scales(form, tensors)
+    for start in range(0, form.shape[0], num_rows):
+        stop = min(start + num_rows, form.shape[0])
+        W_rows, out = _rows(form, tensors, scales, start, stop), y_TO[:, start:stop]
+        if bias is None:
+            torch.mm(x_TD, W_rows.T, out=out)
+        else:
+            torch.addmm(bias[start:stop], x_TD, W_rows.T, out=out)
+    return y_TO.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def input_gradient(form: Form, tensors: list[Tensor], dy_TO: Tensor) -> Tensor:
+    """Return dy W, (T, D), fresh, in the dtype of dy."""
+    dy_TO, dtype, num_rows = dy_TO.to(form.dtype), dy_TO.dtype, _rows_at_once(form, tensors[0])
+    if num_rows >= form.shape[0]:
+        return (dy_TO @ weight(form, tensors)).to(dtype)
+    scales = _scales(form, tensors)
+    dx_TD = dy_TO[:, :num_rows] @ _rows(form, tensors, scales, 0, num_rows)
+    for start in range(num_rows, form.shape[0], num_rows):
+        stop = min(start + num_rows, form.shape[0])
+        dx_TD.addmm_(dy_TO[:, start:stop], _rows(form, tensors, scales, start, stop))
+    return dx_TD.to(dtype)
+
+
+def _rows_at_once(form: Form, packed: Tensor) -> int:
+    """Return how many rows of W to dequantise at once: all, but on a CPU in float32 as many as its cache holds.
+
+    A slice stays in the cache between the dequantiser that writes it and the product that reads it, and the allocator
+    gives its memory back to the next slice, where a whole weight is fetched anew from the system, page by page. The
+    backward pass adds up slices, which 16 bits would round.
+    """
+    d_out, d_in = form.shape
+    whole_blocks = form.blocksize and d_in % form.blocksize == 0 and d_in % 2 == 0 and packed.dtype is torch.uint8
+    if not whole_blocks or packed.device.type != "cpu" or form.dtype is not torch.float32:
+        return d_out
+    return max(MIN_ROWS, CACHED_BYTES // (4 * d_in) // MIN_ROWS * MIN_ROWS)
+
+
+def _scales(form: Form, tensors: list[Tensor]) -> Tensor:
+    """Return the scale of each block of 4-bit weights, float32."""
+    if not form.nested:
+        return tensors[1]
+    from bitsandbytes.functional import QuantState, dequantize_blockwise
+
+    offset, absmax, code = tensors[2:5]
+    second = QuantState(absmax, code=code, blocksize=form.nested, dtype=torch.float32)
+    return dequantize_blockwise(tensors[1], second) + offset
+
+
+def _rows(form: Form, tensors: list[Tensor], scales: Tensor, start: int, stop: int) -> Tensor:
+    """Return rows of the dense weight, fresh; all of them in any form, some where `_rows_at_once` says so."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    # A first axis of 1 would make bitsandbytes return the transpose.
+    packed_N1, d_in = tensors[0].view(-1, 1), form.shape[1]
+    if stop - start < form.shape[0]:
+        packed_N1 = packed_N1[start * d_in // 2 : stop * d_in // 2]
+        scales = scales[start * d_in // form.blocksize : stop * d_in // form.blocksize]
+    shape = torch.Size((stop - start, d_in))
+    state = QuantState(scales, shape=shape, blocksize=form.blocksize, quant_type=form.quant_type, dtype=form.dtype)
+    return dequantize_4bit(packed_N1, state)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """Return (..., width) as (tokens, width), whatever leads, even nothing."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _is_watched(linear: nn.Module) -> bool:
+    """Tell whether somebody hooked the linear: parameter gathering, offloading, statistics. There is no public list."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return any(hooks) or "forward" in linear.__dict__
+
+
+def _four_bit_form(linear: nn.Linear) -> Form | None:
+    weight: Any = linear.weight
+    # Only a 4-bit linear has both; its subclasses may do something else in their forward, so the class must match.
+    if type(linear).__name__ not in ("Linear4bit", "LinearNF4", "LinearFP4") or not hasattr(weight, "quant_state"):
+        return None
+    state, module = weight.quant_state, linear
+    compute: Any = module.compute_dtype
+    # Without a quantisation state the module finds it itself, and without a compute dtype it takes the first input's.
+    if (
+        state is None
+        or compute not in _FOUR_BIT_DTYPES
+        or tuple(state.shape) != (linear.out_features, linear.in_features)
+    ):
+        return None
+    if hasattr(state, "packing_format_for_cpu") and state.packing_format_for_cpu:
+        return None
+    nested = state.state2.blocksize if state.nested else 0
+    if nested not in (0, 256):  # bitsandbytes refuses others in its own product
+        return None
+    return Form(compute, tuple(state.shape), linear.bias is not None, state.blocksize, nested, state.quant_type)
+
+
+__all__ = ["Form", "flat", "form_of", "input_gradient", "product", "tensors_of", "weight"]
