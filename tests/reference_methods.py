@@ -17,7 +17,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass
 class Row:
-    """One row: x (T, D), its task, the vector it brings, the first pass's states (T, H), prompt tokens (T)."""
+    """A row: x (T, D), its task, the vector it brings, the first pass's states (T, H), which tokens are prompt (T)."""
 
     x: Tensor
     task: int = 0
