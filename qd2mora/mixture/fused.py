@@ -7,8 +7,8 @@ routers] in place. Saved for the backward pass: x (which the base's own backward
 keep their keys, not their numbers. Where the base's product is somebody else's (trained, hooked, under autocast), or
 another adapter came first, y is given and added into.
 
-`forward` and `backward` are pure functions of tensors and a `Plan`; `_Mixture` calls them for eager autograd, `compiled`
-as operators of torch.library.
+`forward` and `backward` are pure functions of tensors and a `Plan`; `_Mixture` calls them for eager autograd,
+`compiled` as operators of torch.library.
 
 Deviation from the plain form in `ops`: none in exact arithmetic; in 16 bits the update is rounded once, with y.
 
@@ -235,9 +235,7 @@ def _column_gradients(plan: Plan, dy_TO: Tensor, v_TP: Tensor, ups: list[Tensor]
     return [ops.unstack_columns(part.contiguous(), up.shape).to(up.dtype) for up, part in parts]
 
 
-def _add_input_gradient(
-    plan: Plan, dx_TD: Tensor | None, du_TF: Tensor, downs: list[Tensor], x: Tensor
-) -> Tensor:
+def _add_input_gradient(plan: Plan, dx_TD: Tensor | None, du_TF: Tensor, downs: list[Tensor], x: Tensor) -> Tensor:
     """Add du [downs] to dx (T, D), in place, and return it in the shape and dtype of x."""
     rows = torch.cat([ops.stack_rows(matrix).to(du_TF.dtype) for matrix in downs])
     num = 0
