@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 
 # bitsandbytes 0.50 takes a float64 compute dtype and returns memory it never wrote.
 _FOUR_BIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Slices of W on a CPU, see `_rows_at_once`. Few tokens go through another product there, so they see W whole.
+# Slices of W on a CPU, see `_cuts`. Few tokens go through another product there, so they see W whole.
 CACHED_BYTES, MIN_ROWS, MIN_TOKENS = 16 << 20, 64, 32
 
 
@@ -70,12 +70,11 @@ def weight(form: Form, tensors: list[Tensor]) -> Tensor:
 def product(form: Form, tensors: list[Tensor], x: Tensor) -> Tensor:
     """Return W x + b, (..., O), fresh, in the dtype of x."""
     bias = tensors[-1].to(form.dtype) if form.has_bias else None
-    x_TD, num_rows = flat(x).to(form.dtype), _rows_at_once(form, tensors[0])
-    if x_TD.shape[0] < MIN_TOKENS or num_rows >= form.shape[0]:
+    x_TD, cuts = flat(x).to(form.dtype), _cuts(form, tensors[0])
+    if x_TD.shape[0] < MIN_TOKENS or len(cuts) == 1:
         return F.linear(x.to(form.dtype), weight(form, tensors), bias).to(x.dtype)
     y_TO, scales = x_TD.new_empty(x_TD.shape[0], form.shape[0]), _scales(form, tensors)
-    for start in range(0, form.shape[0], num_rows):
-        stop = min(start + num_rows, form.shape[0])
+    for start, stop in cuts:
         W_rows, out = _rows(form, tensors, scales, start, stop), y_TO[:, start:stop]
         if bias is None:
             torch.mm(x_TD, W_rows.T, out=out)
@@ -86,29 +85,30 @@ def product(form: Form, tensors: list[Tensor], x: Tensor) -> Tensor:
 
 def input_gradient(form: Form, tensors: list[Tensor], dy_TO: Tensor) -> Tensor:
     """Return dy W, (T, D), fresh, in the dtype of dy."""
-    dy_TO, dtype, num_rows = dy_TO.to(form.dtype), dy_TO.dtype, _rows_at_once(form, tensors[0])
-    if num_rows >= form.shape[0]:
+    dy_TO, dtype, cuts = dy_TO.to(form.dtype), dy_TO.dtype, _cuts(form, tensors[0])
+    if len(cuts) == 1:
         return (dy_TO @ weight(form, tensors)).to(dtype)
-    scales = _scales(form, tensors)
-    dx_TD = dy_TO[:, :num_rows] @ _rows(form, tensors, scales, 0, num_rows)
-    for start in range(num_rows, form.shape[0], num_rows):
-        stop = min(start + num_rows, form.shape[0])
+    scales, (_, stop) = _scales(form, tensors), cuts[0]
+    dx_TD = dy_TO[:, :stop] @ _rows(form, tensors, scales, 0, stop)
+    for start, stop in cuts[1:]:
         dx_TD.addmm_(dy_TO[:, start:stop], _rows(form, tensors, scales, start, stop))
     return dx_TD.to(dtype)
 
 
-def _rows_at_once(form: Form, packed: Tensor) -> int:
-    """Return how many rows of W to dequantise at once: all, but on a CPU in float32 as many as its cache holds.
+def _cuts(form: Form, packed: Tensor) -> list[tuple[int, int]]:
+    """Return the rows of W to dequantise at once: all, but on a CPU in float32 as many as its cache holds.
 
     A slice stays in the cache between the dequantiser that writes it and the product that reads it, and the allocator
     gives its memory back to the next slice, where a whole weight is fetched anew from the system, page by page. The
-    backward pass adds up slices, which 16 bits would round.
+    backward pass adds up slices, which 16 bits would round. No slice is thin: thin products add in another order.
     """
     d_out, d_in = form.shape
     whole_blocks = form.blocksize and d_in % form.blocksize == 0 and d_in % 2 == 0 and packed.dtype is torch.uint8
     if not whole_blocks or packed.device.type != "cpu" or form.dtype is not torch.float32:
-        return d_out
-    return max(MIN_ROWS, CACHED_BYTES // (4 * d_in) // MIN_ROWS * MIN_ROWS)
+        return [(0, d_out)]
+    num_rows = max(MIN_ROWS, CACHED_BYTES // (4 * d_in) // MIN_ROWS * MIN_ROWS)
+    starts = list(range(0, max(1, d_out - MIN_ROWS + 1), num_rows))
+    return list(zip(starts, [*starts[1:], d_out], strict=True))
 
 
 def _scales(form: Form, tensors: list[Tensor]) -> Tensor:
@@ -123,7 +123,7 @@ def _scales(form: Form, tensors: list[Tensor]) -> Tensor:
 
 
 def _rows(form: Form, tensors: list[Tensor], scales: Tensor, start: int, stop: int) -> Tensor:
-    """Return rows of the dense weight, fresh; all of them in any form, some where `_rows_at_once` says so."""
+    """Return rows of the dense weight, fresh; all of them in any form, some where `_cuts` says so."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     # A first axis of 1 would make bitsandbytes return the transpose.

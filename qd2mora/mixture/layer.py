@@ -9,6 +9,7 @@ mixture_start_B (negated), the frozen start of a shared expert that does not beg
 """
 
 import zlib
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from qd2mora.mixture import frozen, ops
+from qd2mora.mixture import compiled, frozen, ops
 from qd2mora.mixture.config import MixtureConfig
 from qd2mora.mixture.fused import Dropout, Plan, add_mixture, mixed_linear
 from qd2mora.mixture.gating import given_logits
@@ -176,29 +177,44 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
 
     def _routed(self, y: Tensor | None, x: Tensor, name: str, form: frozen.Form | None = None) -> Tensor:
         """Return y plus one adapter's output, or with a form in y's place, the base's output plus it."""
-        config, spec = self.mixture_config[name], self.mixture_spec[name]
         if y is not None and not isinstance(self.get_base_layer(), nn.Linear):
             y = y.clone()  # a block's last operation may need its output in the backward pass; no adding into that
         (downs, ups), small = self.banks(name), self._small(x, name)
         downs = downs + self._routers_of_x(name)
+        base = [] if form is None else frozen.tensors_of(cast(nn.Linear, self.base_layer), form)
+        if torch.compiler.is_compiling():
+            number = self._entry(name, form is not None, len(downs), len(ups), ",".join(small))
+            return compiled.mixture(number, y, x, base, [*downs, *ups, *small.values()])
+        plan, is_random = self._plan(name, form, len(downs), len(ups), tuple(small))
+        if is_random:
+            plan = replace(plan, draws=self.routing.draws(self.layer_key))
+        if self.training:
+            plan = replace(plan, observe=Observer.of(self.mixture_spec[name], self.routing, name, x))
+        if y is None:
+            return mixed_linear(plan, base, x, downs, ups, small)
+        return add_mixture(plan, y, x, downs, ups, small)
+
+    def _plan(
+        self, name: str, form: frozen.Form | None, num_downs: int, num_ups: int, names: tuple[str, ...]
+    ) -> tuple[Plan, bool]:
+        """Return an adapter's plan, without what belongs to one call, and whether a call draws random numbers."""
+        config, spec = self.mixture_config[name], self.mixture_spec[name]
         probability = config.dropout if self.training else 0.0
-        needs_draws = probability > 0 or (self.training and any(_is_random(gate) for _, gate in spec.step.gates))
         sizes = spec.step.ranks_down if config.dropout_per_expert else (spec.step.width_down,)
-        plan = Plan(
-            len(downs),
-            len(ups),
-            tuple(small),
-            spec.step,
-            spec.scaling,
-            form,
-            dropout=Dropout(probability, sizes) if probability else None,
-            draws=self.routing.draws(self.layer_key) if needs_draws else None,
-            observe=Observer.of(spec, self.routing, name, x) if self.training else None,
-        )
-        if y is not None:
-            return add_mixture(plan, y, x, downs, ups, small)
-        assert form is not None
-        return mixed_linear(plan, frozen.tensors_of(cast(nn.Linear, self.base_layer), form), x, downs, ups, small)
+        dropout = Dropout(probability, sizes) if probability else None
+        is_random = probability > 0 or (self.training and any(_is_random(gate) for _, gate in spec.step.gates))
+        return Plan(num_downs, num_ups, names, spec.step, spec.scaling, form, dropout), is_random
+
+    @torch.compiler.assume_constant_result
+    def _entry(self, name: str, takes_base: bool, num_downs: int, num_ups: int, names: str) -> int:
+        """Return the number by which the operators of `compiled` know this adapter; runs while the layer is traced."""
+        form = frozen.form_of(self.base_layer) if takes_base else None
+        small = tuple(names.split(",")) if names else ()
+        plan, is_random = self._plan(name, form, num_downs, num_ups, small)
+        routing, key, spec = self.routing, self.layer_key, self.mixture_spec[name]
+        draw = (lambda: routing.draws(key)) if is_random else None
+        observer = (lambda x: Observer.of(spec, routing, name, x)) if self.training else None
+        return compiled.enter(self, compiled.Entry(plan, draw, observer))
 
     def _static(self, x: Tensor, name: str) -> Tensor:
         u = ops.wide(ops.features(x, [self.rows(name)]))

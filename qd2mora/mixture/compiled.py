@@ -1,0 +1,194 @@
+"""The fast form as operators of torch.library, so that torch.compile takes a layer whole, without a graph break.
+
+`forward` and `backward` of `fused` run inside the operators as they do under eager autograd; the compiler sees tensors,
+names and the number of an entry that knows the rest. Keys of dropout and noise are drawn inside the forward operator
+and come out as a tensor, for the backward operator to draw the same numbers.
+
+Deviation from eager: what watches the gates (penalties, load counts) reads the routing as it is when the backward pass
+runs, where eager keeps that of the forward pass; they are the same unless another pass runs in between.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import count
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from qd2mora.mixture import frozen, fused
+from qd2mora.mixture.draws import Draws
+from qd2mora.mixture.fused import Observe, Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One adapter of one linear in one mode: its plan, and what makes a call's draws and observer."""
+
+    plan: Plan
+    draw: Callable[[], Draws] | None
+    observer: Callable[[Tensor], Observe | None] | None
+
+
+_numbers = count()
+_entries: WeakValueDictionary[int, Entry] = WeakValueDictionary()
+# A layer keeps its entries alive, without knowing: a copied or saved layer must not take the numbers along.
+_kept: WeakKeyDictionary[nn.Module, list[Entry]] = WeakKeyDictionary()
+
+
+def enter(layer: nn.Module, entry: Entry) -> int:
+    """Keep an entry for as long as its layer lives; return its number. Runs while a layer is traced."""
+    number = next(_numbers)
+    _entries[number] = entry
+    _kept.setdefault(layer, []).append(entry)
+    return number
+
+
+def mixture(number: int, y: Tensor | None, x: Tensor, base: list[Tensor], tensors: list[Tensor]) -> Tensor:
+    """Return what `fused.mixed_linear` does, or with y what `add_mixture` does, of the numbered entry's plan."""
+    needs = [tensor.requires_grad for tensor in tensors]
+    out, _, _ = _forward(y, x, base, tensors, number, x.requires_grad, needs)
+    return out
+
+
+@torch.library.custom_op("qd2mora::mixture_forward", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _forward(
+    y: Tensor | None,
+    x: Tensor,
+    base: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    number: int,
+    needs_x: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output, u, and the keys of the draws."""
+    entry = _entries[number]
+    draws = entry.draw() if entry.draw is not None else None
+    plan = replace(entry.plan, draws=draws)
+    if y is None:
+        assert plan.form is not None
+        out = frozen.product(plan.form, list(base), x)
+    else:
+        out = y.clone(memory_format=torch.contiguous_format)
+    u = fused.forward(plan, out, x, tensors)
+    return out, u, _packed(draws, _num_rows(x))
+
+
+@_forward.register_fake
+def _(
+    y: Tensor | None,
+    x: Tensor,
+    base: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    number: int,
+    needs_x: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    entry = _entries[number]
+    if y is None:
+        assert entry.plan.form is not None
+        out = x.new_empty(*x.shape[:-1], entry.plan.form.shape[0])
+    else:
+        out = torch.empty_like(y, memory_format=torch.contiguous_format)
+    u = out.new_empty(*x.shape[:-1], entry.plan.step.features)
+    width = 0 if entry.draw is None else _num_rows(x)
+    return out, u, torch.empty((2, width), dtype=torch.int64)
+
+
+@torch.library.custom_op("qd2mora::mixture_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    u: Tensor,
+    keys: Tensor,
+    base: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    number: int,
+    needs_x: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Return the gradients of x and the tensors, empty ones where none is needed."""
+    entry = _entries[number]
+    observe = entry.observer(x) if entry.observer is not None else None
+    plan = replace(entry.plan, draws=_unpacked(keys), observe=observe)
+    with _autograd_inside():
+        dx, grads = fused.backward(plan, dy.contiguous(), x, u, list(base), tensors, needs_x, needs)
+    return [dy.new_empty(0) if grad is None else _alone(grad) for grad in (dx, *grads)]
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    u: Tensor,
+    keys: Tensor,
+    base: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    number: int,
+    needs_x: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    pairs = zip((x, *tensors), (needs_x, *needs), strict=True)
+    return [
+        torch.empty_like(of, memory_format=torch.contiguous_format) if need else dy.new_empty(0) for of, need in pairs
+    ]
+
+
+def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    y, x, base, tensors, number, needs_x, needs = inputs
+    _, u, keys = output
+    ctx.save_for_backward(x, u, keys, *base, *tensors)
+    ctx.has_y, ctx.num_base, ctx.number, ctx.needs_x, ctx.needs = y is not None, len(base), number, needs_x, needs
+
+
+def _pull(ctx, dy: Tensor, du: Tensor | None, dkeys: Tensor | None):  # type: ignore[no-untyped-def]
+    x, u, keys, *rest = ctx.saved_tensors
+    base, tensors = rest[: ctx.num_base], rest[ctx.num_base :]
+    dx, *grads = _backward(dy, x, u, keys, base, tensors, ctx.number, ctx.needs_x, ctx.needs)
+    found = [grad if need else None for grad, need in zip((dx, *grads), (ctx.needs_x, *ctx.needs), strict=True)]
+    return dy if ctx.has_y else None, found[0], [None] * len(base), found[1:], None, None, None
+
+
+_forward.register_autograd(_pull, setup_context=_keep)
+
+
+def _alone(grad: Tensor) -> Tensor:
+    """Return a tensor that owns its memory: what an operator returns may not share any."""
+    return grad.contiguous() if grad.untyped_storage().nbytes() == grad.nbytes else grad.clone()
+
+
+@contextmanager
+def _autograd_inside() -> Iterator[None]:
+    """Let the step in rank space be differentiated inside an operator, where torch has autograd switched off.
+
+    There is no public way: torch.func.vjp fails there under torch.compile (torch 2.13).
+    """
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+        yield
+
+
+def _num_rows(x: Tensor) -> int:
+    return x.shape[0] if x.dim() == 3 else 1
+
+
+def _packed(draws: Draws | None, num_rows: int) -> Tensor:
+    """Return keys and lengths (2, rows) int64; a single key stands in every row, with length -1."""
+    if draws is None:
+        return torch.empty((2, 0), dtype=torch.int64)
+    if draws.lengths is None:
+        return torch.tensor([[draws.keys[0]] * num_rows, [-1] * num_rows])
+    return torch.tensor([draws.keys, draws.lengths])
+
+
+def _unpacked(keys: Tensor) -> Draws | None:
+    if not keys.numel():
+        return None
+    key, lengths = keys.tolist()
+    return Draws((key[0],)) if lengths[0] < 0 else Draws(tuple(key), tuple(lengths))
+
+
+__all__ = ["Entry", "enter", "mixture"]
