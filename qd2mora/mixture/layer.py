@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from qd2mora.mixture import compiled, frozen, ops
+from qd2mora.mixture import block, compiled, frozen, ops
 from qd2mora.mixture.config import MixtureConfig
 from qd2mora.mixture.fused import Dropout, Plan, add_mixture, mixed_linear
 from qd2mora.mixture.gating import given_logits
@@ -132,12 +132,16 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
 
     def rank_space(self, x: Tensor, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Return u = A x, (..., Q + S), and v = K_t u, (..., P + S), float32, without dropout; s B v is the output."""
+        closing = block.closing_rank_space(self, x, adapter_name)
+        if closing is not None:
+            return closing
         u_ext, small = self._features(x, adapter_name)
         step = self.mixture_spec[adapter_name].step
         return u_ext[..., : step.width_down + step.shared], step.mix(u_ext, small)
 
     def mixing(self, x: Tensor, adapter_name: str) -> Tensor:
         """Return K_t of every token, (..., P + S, Q + S) float32: what routing made of the banks."""
+        x = block.mean_input(self, x, adapter_name)
         return self.mixture_spec[adapter_name].step.mixing(*self._features(x, adapter_name))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -146,6 +150,9 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             if self.merged and self.disable_adapters:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        whole = block.routed_adapter(self)
+        if whole is not None:
+            return block.forward(self, x, whole)
         names = [name for name in self.active_adapters if name in self.mixture_spec]
         form = self._form(x, names) if not (args or kwargs) else None
         if form is not None:

@@ -5,11 +5,15 @@ The tuner's hooks fill it before a forward pass; it stays as it is for the backw
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qd2mora.mixture.draws import Draws, mixed
+
+if TYPE_CHECKING:
+    from qd2mora.mixture.block import Slots
 
 IGNORE = -100
 
@@ -41,6 +45,7 @@ class Routing:
     keeps_pools: bool = False
     is_first_pass: bool = False
     shared_logits: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    slots: dict[tuple[str, str], "Slots"] = field(default_factory=dict)
     pools: dict[tuple[str, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[tuple[str, str], Tensor] = field(default_factory=dict)

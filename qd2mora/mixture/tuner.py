@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from qd2mora.errors import InputRefused
+from qd2mora.mixture.block import refuse_open_blocks, refuse_unfit
 from qd2mora.mixture.config import MixtureConfig
 from qd2mora.mixture.hooks import wants_hidden, watch_passes
 from qd2mora.mixture.layer import MixtureLinear, merge_refusal
@@ -39,6 +40,11 @@ class MixtureModel(BaseTuner):
             self._router_owners: dict[tuple[str, str], str] = {}
             watch_passes(model, self)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put the adapter's layers in. Raises InputRefused where they do not fit together."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        refuse_open_blocks(mixture_layers(model).values(), adapter_name)
+
     def _create_and_replace(  # type: ignore[override]  # meets its own configuration only
         self,
         peft_config: MixtureConfig,
@@ -49,6 +55,7 @@ class MixtureModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
+        refuse_unfit(peft_config, current_key)
         place = self._place(peft_config, adapter_name, target, current_key)
         if isinstance(target, MixtureLinear):
             target.update_layer(adapter_name, peft_config, place)
