@@ -4,12 +4,11 @@
 
 Compares, on the same NF4 weight: the bare base, this project's D2MoRA (M4 N3 r16) and other methods, PEFT's LoRA (r 64,
 more parameters), and the loop over experts as the D2MoRA authors' layer runs it, written anew from the formula. On a
-CPU all is float32, on a GPU bfloat16 with adapters as PEFT keeps them. `process` times are CPU seconds of all threads:
-on a shared machine they tell work from waiting. Prints a table and, last, one line of JSON.
+CPU all is float32, on a GPU bfloat16 with adapters as PEFT keeps them. `work` are the CPU seconds of one thread: on a
+shared machine they tell work from waiting. Prints a table and, last, one line of JSON.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +26,7 @@ from bench_parts import (
     size,
     summary,
     time_columns,
+    worked,
 )
 from torch import Tensor, nn
 
@@ -87,17 +87,18 @@ def saved_bytes(module: Module, x: Tensor) -> int:
     return sum(kept.values())
 
 
-def process_seconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """Return the least CPU seconds that one run takes on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = []
-    for _ in range(repeats + 1):
-        began = time.process_time()
-        run()
-        found.append(time.process_time() - began)
-    torch.set_num_threads(threads)
-    return min(found[1:])
+def work_ratios(work: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Return ratios of CPU seconds; of the loop also what each adds to the base's own."""
+    if not work:
+        return {}
+    base = work["base"]
+    added = {name: [all_ - own for all_, own in zip(work[name], base, strict=True)] for name in work}
+    return {
+        "work_ours_per_lora": ratio(work, "ours", "peft lora"),
+        "work_loop_per_ours": ratio(work, "expert loop", "ours"),
+        "work_ours_per_base": ratio(work, "ours", "base"),
+        "work_loop_added_per_lora_added": ratio(added, "expert loop", "peft lora"),
+    }
 
 
 def main() -> None:
@@ -130,10 +131,10 @@ def main() -> None:
     found = summary(times)
     kept = {name: saved_bytes(module, x) for name, module in modules.items()}
     peaks = {name: peak_bytes(run, device) for name, run in runs.items()}
-    worked = {name: process_seconds(run) for name, run in runs.items()} if device.type == "cpu" else {}
+    work = worked(runs, device, options.repeats) if device.type == "cpu" else {}
     columns = time_columns(found, "base")
     columns |= {
-        "process ms": {name: f"{1e3 * value:.1f}" for name, value in worked.items()},
+        "work ms": {name: f"{1e3 * value['median_s']:.1f}" for name, value in summary(work).items()},
         "kept KiB": {name: size(value, "KiB") for name, value in kept.items()},
         "peak MiB": {name: size(value, "MiB") for name, value in peaks.items()},
     }
@@ -141,14 +142,15 @@ def main() -> None:
         "bench": "layer",
         **context(device, vars(options)),
         "times": found,
-        "process_s": worked,
+        "work": summary(work),
         "saved_bytes": kept,
         "peak_bytes": peaks,
         "ratios": {
             "ours_per_lora": ratio(times, "ours", "peft lora"),
             "loop_per_ours": ratio(times, "expert loop", "ours"),
             "ours_per_base": ratio(times, "ours", "base"),
-        },
+        }
+        | work_ratios(work),
     }
     report(result, columns, options.out)
 

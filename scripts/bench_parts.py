@@ -98,18 +98,31 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def round_robin(
-    runs: Mapping[str, Callable[[], object]], device: torch.device, repeats: int, warm_up: int = WARM_UP
+    runs: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+    warm_up: int = WARM_UP,
 ) -> dict[str, list[float]]:
     """Return seconds of each run, one after the other in turn, so that drift of the machine meets all alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(warm_up + repeats):
         for name, run in runs.items():
             _wait(device)
-            began = time.perf_counter()
+            began = clock()
             run()
             _wait(device)
             if repeat >= warm_up:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(clock() - began)
+    return times
+
+
+def worked(runs: Mapping[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Return the CPU seconds of each run on one thread: on a shared machine they tell work from waiting."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = round_robin(runs, device, repeats, time.process_time, warm_up=1)
+    torch.set_num_threads(threads)
     return times
 
 
@@ -200,4 +213,5 @@ __all__ = [
     "size",
     "summary",
     "time_columns",
+    "worked",
 ]
