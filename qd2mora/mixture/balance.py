@@ -102,7 +102,7 @@ def _localized(routed: View, penalty: Penalty) -> Tensor:
     of_expert = (torch.arange(num_experts, device=routed.probs.device) < num_experts // 2).long()
     summed = (routed.probs * routed.counted.unsqueeze(-1)).sum(1)
     same = routed.group[:, :1] == of_expert
-    weighed = summed * torch.where(same, 1 + penalty.delta, 1 - penalty.delta)
+    weighed = summed * (1 + penalty.delta * (2 * same.to(summed.dtype) - 1))
     value = weighed.var() / (weighed.mean().square() + 1e-10)
     return value.expand(len(weighed))
 

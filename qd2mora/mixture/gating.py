@@ -30,7 +30,11 @@ def given_logits(
     key = (adapter, f"{place.scope_key(gate.scope)}:{role}")
     if place.owns_router:
         routing.shared_logits[key] = _scores(role, x, tensors, routing, key, spec)
-    return routing.shared_logits[key]
+    shared = routing.shared_logits[key]
+    is_cut_off = torch.is_grad_enabled() and tensors["mixture_A"].requires_grad and not shared.requires_grad
+    if gate.scope == "model" and is_cut_off and gate.select != "fixed":
+        raise ValueError("one router serves the model: recomputing layers needs use_reentrant=False to reach it")
+    return shared
 
 
 def _scores(

@@ -101,6 +101,19 @@ class MixtureModel(BaseTuner):
             routing.prompt = prompt_of(labels, kwargs.get("attention_mask"))
         return self.model.forward(*args, **kwargs)
 
+    def generate(
+        self, *args: Any, task_index: Tensor | None = None, external: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Continue texts with the routed adapter inside; the whole input is the prompt, whose routing is kept.
+
+        Rows told before (`read_rows`) stay where this call names none.
+        """
+        routing = self.routing
+        routing.task_index = routing.task_index if task_index is None else task_index
+        routing.external = routing.external if external is None else external
+        routing.prompt = None
+        return self.model.generate(*args, **kwargs)
+
     def after_step(self) -> None:
         """Move the selection biases against the load of the step just taken; once an optimiser step.
 

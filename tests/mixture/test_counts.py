@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from qd2mora.base import SHAPES
 from qd2mora.mixture import MixtureConfig, mixture_layers
+from qd2mora.mixture.counts import llama_linears, trainable_parameters
 from qd2mora.mixture.presets import METHODS
 
 TABLE = [
@@ -138,7 +139,16 @@ def test_a_7b_has_as_many_trainable_parameters_as_the_rows_formula_says(method: 
         external_width=64 if row.reads_vector else None,
         target_modules=list(targets),
     )
-    assert trained_on_a_7b(config)[0] == count
+    assert trained_on_a_7b(config)[0] == count == counted_from_sizes(config)
+
+
+def counted_from_sizes(config: MixtureConfig) -> int:
+    return trainable_parameters(config, llama_linears(D, F, D, D), 32, D)
+
+
+def test_counting_from_sizes_alone_knows_experts_that_are_whole_mlps() -> None:
+    config = MixtureConfig(method="mixlora", target_modules=list(METHODS["mixlora"].targets))
+    assert trained_on_a_7b(config)[0] == counted_from_sizes(config)
 
 
 @pytest.mark.parametrize(

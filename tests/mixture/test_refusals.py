@@ -1,0 +1,45 @@
+"""Values that a method forbids end in one line that names the key and the value."""
+
+import pytest
+
+from qd2mora.errors import InputRefused
+from qd2mora.mixture import MixtureConfig
+
+
+@pytest.mark.parametrize(
+    ("method", "role", "fields", "key", "value"),
+    [
+        ("mola", "down", {"top_k": 9}, "top_k", "9"),
+        ("mola", "down", {"top_k": 0}, "top_k", "0"),
+        ("flylora", "rank", {"top_k": 33}, "top_k", "33"),
+        ("loramoe", "down", {"top_k": 2}, "top_k", "2"),
+        ("loramoe", "down", {"granularity": "batch"}, "granularity", "batch"),
+        ("loramoe", "down", {"select": "topk"}, "select", "topk"),
+        ("loramoe", "down", {"input": "z"}, "input", "z"),
+        ("loramoe", "down", {"input": "self", "score": "activation"}, "input", "self"),
+        ("loramoe", "down", {"score": "static"}, "score", "static"),
+        ("loramoe", "down", {"capacity": 3}, "capacity", "3"),
+        ("loramoe", "down", {"select": "fixed"}, "select", "fixed"),
+        ("loramoe", "down", {"temperature": 0.0}, "temperature", "0.0"),
+        ("loramoe", "down", {"scope": "block", "score": "noisy"}, "scope", "noisy"),
+        ("d2mora", "up", {"granularity": "sequence"}, "granularity", "sequence"),
+        ("d2mora", "core", {"top_k": 1}, "core", "d2mora"),
+    ],
+)
+def test_a_gate_that_cannot_be_is_refused_in_one_line(
+    method: str, role: str, fields: dict[str, object], key: str, value: str
+) -> None:
+    with pytest.raises(InputRefused) as refused:
+        MixtureConfig(method=method, gates={role: fields})
+    line = str(refused.value)
+    assert line.startswith(f"adapter.gates.{role}") and key in line and value in line and "\n" not in line
+
+
+def test_a_number_of_experts_given_beats_the_methods_own_allocation() -> None:
+    config = MixtureConfig(method="mola", down={"experts": 3}, up={"experts": 3})
+    assert config.allocation is None and config.num_down == 3
+
+
+def test_changing_a_static_gate_to_read_x_makes_the_method_depend_on_the_token() -> None:
+    config = MixtureConfig(method="cat", gates={"down": {"input": "x", "score": "linear"}})
+    assert (MixtureConfig(method="cat").depends_on, config.depends_on) == ("static", "token")
