@@ -239,7 +239,8 @@ class _Choice:
 
     @property
     def _is_mean(self) -> bool:
-        sums_to_one = self.gate.weight in ("renorm", "straight_through")
+        sums_to_one = self.gate.weight == "renorm"
+        sums_to_one |= self.gate.weight == "straight_through" and self.gate.omega * (self.gate.top_k or 1) == 1
         sums_to_one |= self.gate.weight == "softmax" and self.gate.select in ("all", "fixed")
         return sums_to_one and self.gate.select != "switch"
 

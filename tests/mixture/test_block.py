@@ -91,7 +91,7 @@ def gates_of(logits: Tensor, top_k: int, weight: str) -> Tensor:
         "one": chosen,
         "sigmoid": logits.sigmoid() * chosen,
         "uniform": chosen,
-        "straight_through": (p * chosen / (p * chosen).sum()).detach() + p - p.detach(),
+        "straight_through": chosen.detach() + p - p.detach(),
     }[weight]
 
 
