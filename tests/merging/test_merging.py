@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from qd2mora.adapter_folder import base_identity, save_adapter
 from qd2mora.base import dense_weight, load_base, load_tokenizer
 from qd2mora.data import collate, prepare
 from qd2mora.errors import InputRefused, NotFinite
@@ -38,7 +39,7 @@ def make_run(folder: Path, method: str, *, tied: bool = True) -> Path:
     for name, tensor in model.named_parameters():
         if "mixture_" in name:
             nn.init.normal_(tensor, std=0.1 if "mixture_B" in name else 0.3)
-    model.save_pretrained(run / "adapter")
+    save_adapter(model, run / "adapter", base_identity(recipe.base))
     load_tokenizer(recipe.base.model).save_pretrained(run)
     return run
 
@@ -196,7 +197,7 @@ def test_a_weight_that_does_not_fit_float16_is_refused_and_nothing_is_left(tmp_p
     for name, tensor in opened.model.named_parameters():
         if "mixture_" in name:
             tensor.data.fill_(1e3)
-    opened.model.save_pretrained(run / "adapter")
+    save_adapter(opened.model, run / "adapter", base_identity(opened.recipe.base))
     with pytest.raises(NotFinite, match="float16"):
         merge(run, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
