@@ -18,7 +18,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import tiny
+import tiny  # noqa: E402
 
 
 def warm() -> None:
