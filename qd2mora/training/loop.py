@@ -110,7 +110,6 @@ class Training:
             group["lr"] = rate
         self.progress.step += 1
         if math.isfinite(loss) and math.isfinite(norm):
-            prove_flow(self.model, self.parameters, self.progress)
             self.optimizer.step()
             self.progress.applied += 1
             self.progress.bad_in_a_row = 0
@@ -146,6 +145,7 @@ class Training:
                 continue
             sum_gradients(self.parameters, self.accelerator.num_processes)
             self._unscale()
+            prove_flow(self.model, self.parameters, self.progress)  # the penalty would hide a detached expert
             halves = self._add_penalty()
             norm = self._clip()
             if math.isfinite(norm) or not math.isfinite(loss) or not lower_scale(self.progress):

@@ -177,3 +177,31 @@ def stubborn_run(recipe: Path) -> None:
 
     StepDisplay.step = never  # type: ignore[method-assign]
     train_run(recipe)
+
+
+def limited_run(recipe: Path, size: int) -> None:
+    """Train where no file may grow beyond so many bytes."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    train_run(recipe)
+
+
+def hanging_run(recipe: Path) -> None:
+    """Train with a sixth step that never ends, watched closely."""
+    import time
+
+    from qd2mora.memory.loss import RowLoss
+    from qd2mora.training import watchdog
+
+    watchdog.LEAST_S = 1.0
+    forward, calls = RowLoss.forward, []
+
+    def hanging(self: RowLoss, batch: Any) -> Any:
+        calls.append(1)
+        while len(calls) == 11:
+            time.sleep(0.1)
+        return forward(self, batch)
+
+    RowLoss.forward = hanging  # type: ignore[method-assign]
+    train_run(recipe)
