@@ -113,7 +113,6 @@ class Training:
             group["lr"] = rate
         self.progress.step += 1
         if math.isfinite(loss) and math.isfinite(norm):
-            prove_flow(self.model, self.parameters, self.progress)
             self.optimizer.step()
             after_step(self.model)
             self.progress.applied += 1
@@ -150,6 +149,7 @@ class Training:
                 continue
             sum_gradients(self.parameters, self.accelerator.num_processes)
             self._unscale()
+            prove_flow(self.model, self.parameters, self.progress)  # the penalty would hide a detached expert
             penalty, halves = self._add_penalties()
             norm = self._clip()
             if math.isfinite(norm) or not math.isfinite(loss) or not lower_scale(self.progress):

@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 _ALWAYS = {"os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect", "pickle.find_class"}
 _WATCHED: dict[str, object] = {}
 
@@ -77,6 +79,7 @@ def _read_all(reader: int, child: int, deadline: float) -> bytes:
 
 
 def _in_child(action: Callable[[], object], marker: str) -> Outcome:
+    torch.set_num_threads(1)  # the parent's pool of threads does not live on in a fork, and would be waited for
     sys.addaudithook(_watch)
     out, err, events = io.StringIO(), io.StringIO(), []
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

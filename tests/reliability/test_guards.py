@@ -1,0 +1,148 @@
+"""W1, F1, U1, LG1: two runs, a full disk, a hang, a lost device, a log that cannot be written."""
+
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import runs
+import small
+
+from qd2mora.errors import DamagedFile, DeviceLost, DiskTrouble, InputRefused
+from qd2mora.memory.loss import RowLoss
+from qd2mora.recipe import load_recipe
+from qd2mora.training import train
+from qd2mora.training.lock import locked
+from qd2mora.training.saver import Saver
+from qd2mora.training.state import Progress
+from qd2mora.training.watchdog import Watchdog
+
+PAIRS = int(os.environ.get("GATE_PAIRS", "40"))
+
+
+def hold(path: Path, start: float, seconds: float) -> None:
+    time.sleep(max(0.0, start - time.time()))
+    with locked(path):
+        time.sleep(seconds)
+
+
+def test_of_two_at_once_one_runs_and_a_killed_holder_leaves_no_lock(tmp_path: Path) -> None:
+    """W1."""
+    for number in range(PAIRS):
+        path, begin = tmp_path / f"run{number}" / "LOCK", time.time() + 0.15
+        pair = [runs.start(hold, path, begin, 0.3) for _ in range(2)]
+        for process in pair:
+            process.join()
+        assert sorted(process.exitcode for process in pair) == [0, 2]
+        assert not path.exists()
+    for number in range(PAIRS // 5):
+        path = tmp_path / f"stale{number}" / "LOCK"
+        holder = runs.start(hold, path, 0.0, 60.0)
+        while not (path.exists() and path.read_bytes()):
+            time.sleep(0.01)
+        with pytest.raises(InputRefused, match=f"in use by process {holder.pid} "), locked(path):
+            pass
+        holder.kill()
+        holder.join()
+        with locked(path):
+            pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize("call", ["write", "fsync", "rename", "open"])
+def test_a_disk_error_anywhere_in_a_save_leaves_the_old_checkpoints(
+    call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F1: at the first to the fifth such call of a save."""
+    small.save(tmp_path, 3)
+    real = getattr(os, call)
+    for which in range(1, 6):
+        calls: list[int] = []
+
+        def failing(*args: object, at: int = which, seen: list[int] = calls, **options: object) -> object:
+            seen.append(1)
+            if len(seen) == at:
+                raise OSError(number, os.strerror(number))
+            return real(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, failing)
+            saver = Saver(tmp_path, 2, small.source_at(4))
+            try:
+                saver.save(Progress(step=4, applied=4))
+                saver.finish()
+                is_told = False
+            except DiskTrouble as error:
+                is_told = "earlier checkpoints are whole" in str(error)
+            except DamagedFile:  # what was written could not be read back
+                is_told = call == "open"
+        assert is_told or len(calls) < which
+        assert small.load(tmp_path)[0] in (3, 4)
+        assert not list(tmp_path.glob(".step-*.partial"))
+
+
+def test_a_full_disk_ends_a_run_with_code_5_and_the_resume_gives_the_same_bytes(
+    made: Path, whole: Path, tmp_path: Path
+) -> None:
+    recipe = runs.write_recipe(made, tmp_path / "run", "adapter.dropout=0.1")
+    assert runs.outcome(runs.limited_run, recipe, 60_000, log=tmp_path / "log") == 5, (tmp_path / "log").read_text()
+    assert runs.outcome(runs.train_run, recipe, True, log=tmp_path / "log") == 0
+    assert runs.result_of(tmp_path / "run") == runs.result_of(whole.with_suffix(""))
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(
+    made: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LG1."""
+    monkeypatch.setattr("qd2mora.run_folder.RunFolder.metrics", Path("/dev/full"))
+    train(load_recipe(runs.write_recipe(made, tmp_path / "run", "adapter.dropout=0.1")))
+    assert runs.result_of(tmp_path / "run") == runs.result_of(whole.with_suffix(""))
+
+
+def test_a_hung_step_ends_with_code_3_and_a_stack(made: Path, tmp_path: Path) -> None:
+    """U1."""
+    recipe, log = runs.write_recipe(made, tmp_path / "run"), tmp_path / "log"
+    began = time.monotonic()
+    assert runs.outcome(runs.hanging_run, recipe, log=log) == 3
+    assert time.monotonic() - began < 30
+    assert "no sign of life" in log.read_text() and "hanging" in log.read_text()
+    assert runs.newest_valid(tmp_path / "run") == 5
+
+
+def test_a_process_that_was_stopped_and_goes_on_is_not_taken_for_hung() -> None:
+    gave_up: list[float] = []
+    with Watchdog(0.4, gave_up.append) as watchdog:
+        for _ in range(10):
+            watchdog.beat()
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert not gave_up
+        time.sleep(0.6)
+    assert len(gave_up) == 1
+    assert signal.SIGSTOP not in (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("is_backward", [False, True])
+def test_nothing_is_saved_after_a_device_error(
+    is_backward: bool, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = RowLoss.forward, []
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def faulty(self: RowLoss, batch: dict[str, object]) -> object:
+        losses = forward(self, batch)
+        calls.append(1)
+        if len(calls) == 7:
+            if not is_backward:
+                fail()
+            losses.register_hook(lambda gradient: fail())
+        return losses
+
+    monkeypatch.setattr(RowLoss, "forward", faulty)
+    with pytest.raises(DeviceLost, match="CUDA error"):
+        train(load_recipe(runs.write_recipe(made, tmp_path / "run")))
+    assert runs.newest_valid(tmp_path / "run") == 3

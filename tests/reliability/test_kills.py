@@ -1,0 +1,113 @@
+"""K1, T1: a run that is killed or asked to stop at any moment ends as if nothing had happened."""
+
+import os
+import random
+import signal
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import runs
+
+KILLS = int(os.environ.get("GATE_KILLS", "200"))
+SIGNALS = int(os.environ.get("GATE_SIGNALS", "30"))
+
+
+def in_a_save(run: Path) -> bool:
+    """Whether a kill left a save half done: its stage, or an older checkpoint on its way out."""
+    return any((run / "checkpoints").glob(".step-*"))
+
+
+def at(process: BaseProcess, seconds: float, number: int) -> bool:
+    """Send a signal after so many seconds; False where the process had ended before."""
+    process.join(seconds)
+    if process.exitcode is not None:
+        return False
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join()
+    return True
+
+
+def time_of_a_run(made: Path, folder: Path) -> float:
+    times = []
+    for number in range(3):
+        recipe = runs.write_recipe(made, folder / f"timed{number}", "adapter.dropout=0.1")
+        began = time.monotonic()
+        assert runs.outcome(runs.train_run, recipe) == 0
+        times.append(time.monotonic() - began)
+    return sorted(times)[1]
+
+
+def test_runs_killed_at_any_moment_end_with_the_same_bytes(made: Path, whole: Path, tmp_path: Path) -> None:
+    """K1: chains of SIGKILLs until a run is done; no published checkpoint is broken, no saved step is lost."""
+    wanted = runs.result_of(whole.with_suffix(""))
+    length, draw = time_of_a_run(made, tmp_path), random.Random(0)
+    kills = inside = chains = 0
+    while kills < KILLS:
+        chains += 1
+        recipe = runs.write_recipe(made, tmp_path / f"chain{chains}" / "run", "adapter.dropout=0.1")
+        run, seen = recipe.with_suffix(""), 0
+        while True:
+            process = runs.start(runs.train_run, recipe, True, log=recipe.parent / "log")
+            was_killed = at(process, draw.uniform(0.02, 1.1) * length, signal.SIGKILL)
+            newest = runs.newest_valid(run)
+            assert newest >= seen, f"step {seen} was saved, {newest} is left"
+            seen = newest
+            if not was_killed:
+                assert process.exitcode == 0, (recipe.parent / "log").read_text()
+                break
+            kills += 1
+            inside += in_a_save(run)
+        assert runs.result_of(run) == wanted
+    print(f"K1 kills={kills} inside_a_save={inside} runs={chains}")
+    assert inside >= 0.3 * kills
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_at_any_moment_stops_a_run_that_resumes_to_the_same_bytes(
+    which: int, made: Path, whole: Path, tmp_path: Path
+) -> None:
+    """T1: exit 75 or 0 wherever the signal lands, loading and saving included."""
+    wanted = runs.result_of(whole.with_suffix(""))
+    length, draw = time_of_a_run(made, tmp_path), random.Random(which)
+    for number in range(SIGNALS // 3):
+        recipe = runs.write_recipe(made, tmp_path / f"run{number}", "adapter.dropout=0.1")
+        process = runs.start(runs.listening_run, recipe, log=recipe.with_suffix(".log"))
+        _wait_for(recipe.with_suffix(".listening"))
+        at(process, draw.uniform(0, 1) * length, which)
+        assert process.exitcode in (0, 75), recipe.with_suffix(".log").read_text()
+        if process.exitcode == 75:
+            assert runs.outcome(runs.train_run, recipe, True, log=recipe.with_suffix(".log")) == 0
+        assert runs.result_of(recipe.with_suffix("")) == wanted
+
+
+def test_a_second_signal_ends_the_process_at_once(made: Path, tmp_path: Path) -> None:
+    recipe = runs.write_recipe(made, tmp_path / "run", "train.steps=100000", "train.save_every=100000")
+    process = runs.start(runs.stubborn_run, recipe)
+    _wait_for(recipe.with_suffix(".listening"))
+    assert process.pid is not None
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(0.3)
+    process.join(5)
+    assert process.exitcode == -signal.SIGTERM
+
+
+def test_a_run_stops_before_its_time_limit_and_resumes_to_the_same_bytes(
+    made: Path, whole: Path, tmp_path: Path
+) -> None:
+    recipe = runs.write_recipe(made, tmp_path / "run", "adapter.dropout=0.1", "train.time_limit=1s")
+    log = tmp_path / "log"
+    assert runs.outcome(runs.slow_run, recipe, log=log) == 75, log.read_text()
+    assert "train.time_limit" in log.read_text()
+    assert runs.outcome(runs.train_run, recipe, True, ("train.time_limit=1h",)) == 0
+    assert runs.result_of(tmp_path / "run") == runs.result_of(whole.with_suffix(""))
+
+
+def _wait_for(path: Path) -> None:
+    until = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < until
+        time.sleep(0.002)

@@ -1,0 +1,5 @@
+"""What the fork server preloads."""
+
+from runs import warm
+
+warm()
