@@ -88,16 +88,13 @@ def saved_bytes(module: Module, x: Tensor) -> int:
 
 
 def work_ratios(work: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Return ratios of CPU seconds; of the loop also what each adds to the base's own."""
+    """Return ratios of CPU seconds."""
     if not work:
         return {}
-    base = work["base"]
-    added = {name: [all_ - own for all_, own in zip(work[name], base, strict=True)] for name in work}
     return {
         "work_ours_per_lora": ratio(work, "ours", "peft lora"),
         "work_loop_per_ours": ratio(work, "expert loop", "ours"),
         "work_ours_per_base": ratio(work, "ours", "base"),
-        "work_loop_added_per_lora_added": ratio(added, "expert loop", "peft lora"),
     }
 
 

@@ -83,15 +83,18 @@ def product(form: Form, tensors: list[Tensor], x: Tensor) -> Tensor:
     return y_TO.view(*x.shape[:-1], -1).to(x.dtype)
 
 
-def input_gradient(form: Form, tensors: list[Tensor], dy_TO: Tensor) -> Tensor:
-    """Return dy W, (T, D), fresh, in the dtype of dy."""
-    dy_TO, dtype, cuts = dy_TO.to(form.dtype), dy_TO.dtype, _cuts(form, tensors[0])
-    if len(cuts) == 1:
-        return (dy_TO @ weight(form, tensors)).to(dtype)
-    scales, (_, stop) = _scales(form, tensors), cuts[0]
-    dx_TD = dy_TO[:, :stop] @ _rows(form, tensors, scales, 0, stop)
-    for start, stop in cuts[1:]:
-        dx_TD.addmm_(dy_TO[:, start:stop], _rows(form, tensors, scales, start, stop))
+def input_gradient(form: Form, tensors: list[Tensor], dy_TO: Tensor, into_TD: Tensor | None = None) -> Tensor:
+    """Return dy W, (T, D), in the dtype of dy: fresh, or added to a tensor that is given, in place where it can be."""
+    dy_TO, dtype, cuts, scales = dy_TO.to(form.dtype), dy_TO.dtype, _cuts(form, tensors[0]), None
+    dx_TD = None if into_TD is None else into_TD.to(form.dtype)
+    if len(cuts) > 1:
+        scales = _scales(form, tensors)
+    for start, stop in cuts:
+        W_rows = weight(form, tensors) if scales is None else _rows(form, tensors, scales, start, stop)
+        part_TO = dy_TO[:, start:stop]
+        dx_TD = part_TO @ W_rows if dx_TD is None else dx_TD.addmm_(part_TO, W_rows)
+        del W_rows  # before the next slice is made
+    assert dx_TD is not None
     return dx_TD.to(dtype)
 
 

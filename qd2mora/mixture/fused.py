@@ -108,8 +108,7 @@ def backward(
         ddowns = _row_gradients(plan, du_TF, flat(x).to(dy.dtype), downs, x.shape)
     dx = None
     if needs_x:
-        dx_TD = None if plan.form is None else frozen.input_gradient(plan.form, base, dy_TO)
-        dx = _add_input_gradient(plan, dx_TD, du_TF, downs, x)
+        dx = _input_gradient(plan, base, dy_TO, du_TF, downs, x)
     grads = [*ddowns, *dups, *dsmall]
     return dx, [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
@@ -202,6 +201,10 @@ def _features(plan: Plan, x: Tensor, downs: list[Tensor]) -> Tensor:
     return torch.cat(parts, -1)
 
 
+def _rows(matrices: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat([ops.stack_rows(matrix).to(dtype) for matrix in matrices])
+
+
 def _num_rows(matrices: list[Tensor]) -> int:
     return sum(matrix.numel() // matrix.shape[-1] for matrix in matrices)
 
@@ -235,21 +238,25 @@ def _column_gradients(plan: Plan, dy_TO: Tensor, v_TP: Tensor, ups: list[Tensor]
     return [ops.unstack_columns(part.contiguous(), up.shape).to(up.dtype) for up, part in parts]
 
 
-def _add_input_gradient(plan: Plan, dx_TD: Tensor | None, du_TF: Tensor, downs: list[Tensor], x: Tensor) -> Tensor:
-    """Add du [downs] to dx (T, D), in place, and return it in the shape and dtype of x."""
-    rows = torch.cat([ops.stack_rows(matrix).to(du_TF.dtype) for matrix in downs])
-    num = 0
+def _input_gradient(
+    plan: Plan, base: list[Tensor], dy_TO: Tensor, du_TF: Tensor, downs: list[Tensor], x: Tensor
+) -> Tensor:
+    """Return dx in the shape and dtype of x: what was dropped first, so that no mask lives beside the dense weight."""
+    dx_TD, num, rest = None, 0, downs
     if plan.dropout is not None:
-        num = _num_rows(downs[: plan.num_banks])
-        duos = zip(plan.dropout.groups(du_TF[:, :num].T, num), plan.dropout.groups(rows[:num], num), strict=True)
+        num, rest = _num_rows(downs[: plan.num_banks]), downs[plan.num_banks :]
+        banks = _rows(downs[: plan.num_banks], du_TF.dtype)
+        duos = zip(plan.dropout.groups(du_TF[:, :num].T, num), plan.dropout.groups(banks, num), strict=True)
         for number, (du, bank) in enumerate(duos):
             part = (du.T @ bank).view(x.shape)
             part.mul_(_mask(plan, part, number))
             dx_TD = flat(part) if dx_TD is None else dx_TD.add_(flat(part))
+    if plan.form is not None:
+        dx_TD = frozen.input_gradient(plan.form, base, dy_TO, dx_TD)
     if dx_TD is None:
-        dx_TD = du_TF @ rows
-    elif num < len(rows):
-        dx_TD.addmm_(du_TF[:, num:], rows[num:])
+        dx_TD = du_TF @ _rows(rest, du_TF.dtype)
+    elif rest:
+        dx_TD.addmm_(du_TF[:, num:], _rows(rest, du_TF.dtype))
     return dx_TD.view(x.shape).to(x.dtype)
 
 
