@@ -1,4 +1,4 @@
-"""Settings for every test: few threads, because many small products stall on more, and no state left by a trainer."""
+"""Settings for every test: one thread, as in runs that tests fork, and no state left by a trainer."""
 
 import os
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)
