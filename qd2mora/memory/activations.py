@@ -74,12 +74,12 @@ def backward_bytes(layer: LayerShapes, done: Pass, dequantised: int) -> dict[str
 
     Either the down projection's weight is dequantised beside the gradients of its output and input, or the gated
     product has three gradients of its width at once. An adapter on the down projection has let go of its input by
-    then; with dropout a mask of that width and the step in rank space are there besides.
+    then; with dropout the step in rank space still runs beside its mask.
     """
     hidden, wide = (done.tokens * done.item * width for width in (layer.hidden, layer.intermediate))
     gradients = hidden + 3 * wide
     if layer.adapts_down:
-        gradients += done.tokens * FLOAT * layer.rank_space if done.dropout else -wide
+        gradients += (done.tokens * FLOAT * layer.rank_space if done.dropout else 0) - wide
     if dequantised + hidden + wide > gradients:
         return {"gradients in a layer": hidden + wide, "largest weight dequantised": dequantised}
     return {"gradients in a layer": gradients}

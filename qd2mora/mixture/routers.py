@@ -59,10 +59,10 @@ def decide(
     """
     if gate.score == "activation":
         norm = logits.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)
-        probs = (logits.abs() / norm / gate.temperature).softmax(-1)
+        probs = _soft(logits.abs() / norm, gate.temperature)
         rank = (logits if bias is None else logits + bias).abs()
     else:
-        probs = (logits / gate.temperature).softmax(-1)
+        probs = _soft(logits, gate.temperature)
         rank = logits if bias is None else logits + bias
     if gate.select == "sample" and noise is not None:
         assert gate.top_k is not None
@@ -150,25 +150,33 @@ def _within_capacity(chosen: Tensor, capacity: int | None, counted: Tensor | Non
 
 
 def _weigh(gate: Gate, logits: Tensor, probs: Tensor, chosen: Tensor | None) -> Tensor:
-    used = torch.ones_like(probs) if chosen is None else chosen
     match gate.weight:
         case "softmax":
-            return probs * used
+            return probs if chosen is None else probs * chosen
+        case "renorm" if chosen is None:
+            return probs
         case "renorm":
-            masked = probs * used
+            assert chosen is not None
+            masked = probs * chosen
             total = masked.sum(-1, keepdim=True)
             # A token that a full expert turned away has no expert, and must not bring 0 / 0 into the backward pass.
             return masked / torch.where(total > 0, total, torch.ones_like(total))
-        case "straight_through":
-            return gate.omega * used + probs - probs.detach()
-        case "one":
-            return used
-        case "uniform":
-            return gate.omega * used
-        case "sigmoid":
-            return logits.sigmoid() * used
         case "bounded":
             return 1 + 0.2 * logits.tanh()
+    used = torch.ones_like(probs) if chosen is None else chosen
+    match gate.weight:
+        case "straight_through":
+            return gate.omega * used + probs - probs.detach()
+        case "sigmoid":
+            return logits.sigmoid() * used
+        case "uniform":
+            return gate.omega * used
+        case _:  # one
+            return used
+
+
+def _soft(scores: Tensor, temperature: float) -> Tensor:
+    return (scores if temperature == 1 else scores / temperature).softmax(-1)
 
 
 __all__ = ["Gating", "decide", "log_probability", "noisy", "top_k_mask", "tsallis_entropy"]
