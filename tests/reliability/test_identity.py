@@ -16,7 +16,8 @@ from qd2mora.training import train
 
 CHANGES = [
     "base.double_quant=false", "base.compute_dtype=float32", "adapter.rank=3", "adapter.alpha=9", "adapter.dropout=0.2",
-    "adapter.dropout_per_expert=true", "adapter.targets=[q_proj]", "adapter.down={experts: 2}", "adapter.up={experts: 2}",
+    "adapter.dropout_per_expert=true", "adapter.targets=[q_proj]",
+    "adapter.down={experts: 2}", "adapter.up={experts: 2}",
     "adapter.penalty=0.5", "adapter.method=hydralora", "data.max_length=64", "data.mask_prompt=false",
     "data.tasks.0.limit=10", "data.tasks.0.validation=1", "data.tasks.1.name=other", "train.steps=9",
     "train.global_batch=8", "train.learning_rate=1e-3", "train.schedule=cosine", "train.warmup_steps=2",
