@@ -113,3 +113,14 @@ def _wait_for(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < until
         time.sleep(0.002)
+
+
+def test_a_signal_that_a_library_takes_for_an_error_of_its_own_is_still_a_signal() -> None:
+    from qd2mora.errors import InputRefused, SignalStop
+    from qd2mora.stopping import listening
+
+    with pytest.raises(SignalStop), listening():
+        try:
+            signal.raise_signal(signal.SIGUSR1)
+        except SignalStop:
+            raise InputRefused("the weights are bad") from None
