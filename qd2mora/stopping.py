@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from qd2mora.errors import SignalStop
+from qd2mora.errors import SignalStop, StopError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -22,6 +22,8 @@ class StopRequest:
 
     number: int | None = None
     is_deferred: bool = False
+    was_raised: bool = False
+    """Whether SignalStop was raised on the spot."""
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -45,6 +47,7 @@ class StopRequest:
             signal.raise_signal(number)
         self.number = number
         if not self.is_deferred:
+            self.was_raised = True
             self.check()
 
 
@@ -58,6 +61,11 @@ def listening() -> Iterator[StopRequest]:
     before = {number: signal.signal(number, request.note) for number in SIGNALS}
     try:
         yield request
+    except (StopError, RuntimeError, ValueError, OSError):
+        # transformers 5.23 catches what is raised while it converts weights, and says that the weights are bad.
+        if request.was_raised:
+            request.check()
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -80,11 +80,7 @@ def train(
     with listening() as stop, locked(folder.lock) if is_main else contextlib.nullcontext():
         if is_main:
             check_folder(folder, resume, overwrite)  # what was true before the lock need not be
-        try:
-            return _train_locked(recipe, folder, stop, resume, allow_changed)
-        except InputRefused:
-            stop.check()  # a library that loads weights may swallow the signal and blame the files
-            raise
+        return _train_locked(recipe, folder, stop, resume, allow_changed)
 
 
 def num_steps(settings: Train, rows_per_epoch: int) -> int:

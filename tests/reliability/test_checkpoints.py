@@ -1,4 +1,4 @@
-"""B1, S1, PW1: a checkpoint is what was written, or it is not used."""
+"""B1, S1: a checkpoint is what was written, or it is not used."""
 
 import itertools
 import json
@@ -22,7 +22,6 @@ from qd2mora.training.tensor_file import encoded
 
 FLIPS = int(os.environ.get("GATE_FLIPS", "2000"))
 CUTS = int(os.environ.get("GATE_CUTS", "300"))
-POWER_CUTS = int(os.environ.get("GATE_POWER_CUTS", "2000"))
 
 
 @pytest.fixture
