@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import runs
+import forked_runs as runs
 
 
 @pytest.fixture(scope="session")

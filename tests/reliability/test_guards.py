@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-import runs
+import forked_runs as runs
 import small
 
 from qd2mora.errors import DamagedFile, DeviceLost, DiskTrouble, InputRefused

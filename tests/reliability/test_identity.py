@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import runs
+import forked_runs as runs
 
 from qd2mora.base import load_base
 from qd2mora.errors import DamagedFile, InputRefused

@@ -1,5 +1,5 @@
 """What the fork server preloads."""
 
-from runs import warm
+from forked_runs import warm
 
 warm()
