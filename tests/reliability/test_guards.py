@@ -6,8 +6,8 @@ import signal
 import time
 from pathlib import Path
 
-import pytest
 import forked_runs as runs
+import pytest
 import small
 
 from qd2mora.errors import DamagedFile, DeviceLost, DiskTrouble, InputRefused

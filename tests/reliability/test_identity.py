@@ -4,8 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
 import forked_runs as runs
+import pytest
 
 from qd2mora.base import load_base
 from qd2mora.errors import DamagedFile, InputRefused

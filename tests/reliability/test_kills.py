@@ -7,8 +7,8 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import pytest
 import forked_runs as runs
+import pytest
 
 KILLS = int(os.environ.get("GATE_KILLS", "60"))
 LONG = ("adapter.dropout=0.1", "train.steps=20", "adapter.rank=64", "adapter.targets=all-linear")

@@ -3,8 +3,8 @@
 import shutil
 from pathlib import Path
 
-import pytest
 import forked_runs as runs
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn

@@ -1,0 +1,64 @@
+"""The command line: one verb, one function; heavy imports stay inside the verb, so that --help is instant."""
+
+import errno
+import logging
+import sys
+import traceback
+from types import TracebackType
+
+import typer
+from typer.exceptions import TyperException
+
+# Each module adds its verbs to the app, in the order of --help.
+from qd2mora.cli import run_verbs, model_verbs, list_verbs  # isort: skip  # noqa: F401
+from qd2mora.cli.app import app
+from qd2mora.errors import DiskTrouble, InputRefused, StopError
+from qd2mora.redact import redacted
+
+
+def main() -> None:
+    """Run the command line; an error becomes one line and an exit code."""
+    sys.excepthook = _show_traceback
+    _show_log()
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        # Not app(...): that puts typer's own hook for tracebacks in place of ours.
+        code = typer.main.get_command(app)(arguments, standalone_mode=False)
+    except (StopError, TyperException, OSError) as error:
+        if len(arguments) < len(sys.argv[1:]):
+            raise
+        print(f"error: {redacted(' '.join(str(error).split()))}", file=sys.stderr)
+        sys.exit(_exit_code(error))
+    except typer.Abort:
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _exit_code(error: StopError | TyperException | OSError) -> int:
+    """A full or failing disk is told apart from a path that will not do."""
+    if isinstance(error, OSError):
+        disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+        return DiskTrouble.exit_code if error.errno in disk else InputRefused.exit_code
+    return error.exit_code
+
+
+class _Line(logging.Formatter):
+    """A log line without the secrets in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
+def _show_log() -> None:
+    """Print what the package logs, to stderr and once."""
+    log, handler = logging.getLogger("qd2mora"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Line("%(message)s"))
+    log.handlers, log.propagate = [handler], False
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of --debug, or of a mistake of ours, without the secrets in it."""
+    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,73 @@
+"""Verbs on a recipe: train, plan, preview."""
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from qd2mora.cli.app import AllowChanged, Overrides, RecipePath, app
+from qd2mora.stopping import listening
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
+    allow_changed: AllowChanged = None,
+) -> None:
+    """Plan, then train; write the run folder."""
+    from qd2mora.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    # A signal counts from here on: the imports alone take seconds.
+    with listening():
+        from qd2mora.report import finish
+        from qd2mora.training import train as run_training
+
+        trained = run_training(loaded, resume=resume, overwrite=overwrite, allow_changed=allow_changed or ())
+        if trained.is_main:
+            finish(trained.folder, Console())
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    budget: Annotated[str | None, typer.Option(help="Memory to fit, for example 8GiB.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a run will need, item by item, without reading weights."""
+    from qd2mora.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from qd2mora.memory import plan as make_plan
+    from qd2mora.memory import render
+
+    planned = make_plan(loaded, budget=budget)
+    if as_json:
+        typer.echo(json.dumps(planned.to_json(), indent=1))
+    else:
+        Console().print(render(planned))
+    if not planned.fits:
+        raise typer.Exit(3)
+
+
+@app.command()
+def preview(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    number: Annotated[int, typer.Option("-n", help="Rows of each task.", min=1)] = 3,
+) -> None:
+    """Show rows as the model sees them: what is given, what is learned, lengths, shares."""
+    from qd2mora.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from qd2mora.report import show_rows
+
+    show_rows(loaded, number, Console())
+
+
+__all__ = ["plan", "preview", "train"]

@@ -1,0 +1,59 @@
+"""The recipe's data section: what is learned from."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from qd2mora.recipe_adapter import Count, Place, Section
+
+
+class Task(Section):
+    """One data set."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    path: Place
+    """A json, jsonl, csv or parquet file (beside the recipe, else in the working folder) or `hub:owner/name:split`."""
+    format: str = "instruction"
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share in the mixture relative to the others'; all tasks give one, or none does (plain concatenation)."""
+    limit: Count | None = None
+    """Use the first so many rows."""
+    select: dict[str, str] | None = None
+    """Only rows whose fields have these values, for example {task: boolq}."""
+    group: Annotated[int, Field(ge=0, le=1)] | None = None
+    """Which half of the experts a localised balance steers these rows to: 1 the first half, 0 the rest."""
+    vector: str | None = None
+    """Field that holds a list of numbers, for methods whose router reads a vector of each row."""
+    validation: Annotated[int, Field(ge=0)] | Place = 0
+    """Rows held out from the file, or another file."""
+
+
+class Data(Section):
+    """What is learned from."""
+
+    tasks: Annotated[list[Task], Field(min_length=1)]
+    mix: Literal["rows", "tokens"] = "rows"
+    """What the weights count."""
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Longer rows are cut at the end, and counted."""
+    packing: Literal[False] = False
+    """Rows are padded, not packed."""
+    mask_prompt: bool = True
+    """Learn the answer only."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """`error`: the first row that cannot be learned from stops the run; `skip`: such rows are left out and counted."""
+
+    @model_validator(mode="after")
+    def _tasks_agree(self) -> "Data":
+        names = [task.name for task in self.tasks]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"two tasks are called '{twice}'")
+        if len({task.weight is None for task in self.tasks}) > 1:
+            raise ValueError("give a weight to every task or to none")
+        if self.mix == "tokens" and self.tasks[0].weight is None:
+            raise ValueError("mix: tokens needs a weight on every task")
+        return self
+
+
+__all__ = ["Data", "Task"]

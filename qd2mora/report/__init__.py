@@ -1,0 +1,18 @@
+"""What a person reads: tables of scores and exports, rows as the model sees them, the methods, and a run's ending."""
+
+from qd2mora.report.endings import finish
+from qd2mora.report.exports import show_export, verdict
+from qd2mora.report.methods import method_text, parameters_on_7b, show_methods
+from qd2mora.report.rows import show_rows
+from qd2mora.report.scores import show_scores
+
+__all__ = [
+    "finish",
+    "method_text",
+    "parameters_on_7b",
+    "show_export",
+    "show_methods",
+    "show_rows",
+    "show_scores",
+    "verdict",
+]

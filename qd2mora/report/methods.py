@@ -1,0 +1,94 @@
+"""The methods: a table, or one in full."""
+
+from rich.console import Console
+from rich.table import Table
+
+from qd2mora.base import SHAPES
+from qd2mora.mixture import MixtureConfig
+from qd2mora.mixture.counts import llama_linears, trainable_parameters
+from qd2mora.mixture.method import Gate, Method
+from qd2mora.mixture.presets import METHODS, find_method
+
+EXPORT = {"static": "exact", "task": "exact per task", "token": "measured"}
+WHAT_IT_MEANS = {
+    "static": "merges exactly",
+    "task": "merges exactly for one task",
+    "token": "merges approximately, measured",
+}
+
+
+FORMULA = {
+    "verified": "as in the authors' code",
+    "reconstruction": "partly inferred",
+    "part": "the part that carries over",
+}
+
+
+def show_methods(name: str | None, console: Console) -> None:
+    """Print the table of methods, or one in full."""
+    if name is not None:
+        console.print(method_text(find_method(name)), highlight=False, soft_wrap=True, markup=False)
+        return
+    table = Table()
+    for heading in ("method", "what", "export", "formula", "parameters on 7B"):
+        table.add_column(heading, justify="right" if heading.startswith("parameters") else "left")
+    for method in METHODS.values():
+        count = f"{parameters_on_7b(method) / 1e6:.1f}M"
+        table.add_row(method.name, method.title, _export_word(method), method.mark, count)
+    console.print(table)
+    console.print("`qd2mora methods NAME` prints a method's equation, routers, defaults and source")
+
+
+def method_text(method: Method) -> str:
+    """Return a method in full: equation, source, what was inferred, routers, defaults."""
+    scaling = "alpha / total rank" if method.scaling_rank == "total" else "alpha / rank"
+    experts = f"{method.down} down, {method.up} up, {method.pairing}"
+    rows = {
+        "equation": method.equation,
+        "source": method.source,
+        "formula": FORMULA[method.mark] + (f"; {method.note}" if method.note else ""),
+        "K depends on": f"{method.depends_on}: {WHAT_IT_MEANS[method.depends_on]}",
+        "rank": ", ".join(map(str, method.ranks or (method.rank,))),
+        "alpha": f"{method.alpha:g} (scaled by {scaling})",
+        "experts": experts + (f", {method.allocation} by depth" if method.allocation else ""),
+        "core": method.core + (f" of {method.cores}" if method.cores else ""),
+        **{f"router {role}": _gate_text(gate) for role, gate in method.gates.items()},
+        "penalties": ", ".join(f"{each.kind} {each.weight:g}" for each in method.penalties) or "none",
+        "init": f"down experts {method.init_down}, up experts zero",
+        "targets": ", ".join(method.targets),
+        "parameters": f"{parameters_on_7b(method):,} on LLaMA-7B with these defaults",
+        "given LoRAs": {"no": "not taken", "allowed": "taken by adapter.adapters", "needed": "needed"}[method.given],
+    }
+    return method.title + "".join(f"\n  {key:13} {value}" for key, value in rows.items())
+
+
+def parameters_on_7b(method: Method) -> int:
+    """Return what a method trains on LLaMA-7B with its own defaults: eight tasks, vectors of 64 numbers."""
+    shape = SHAPES["llama-7b"]
+    linears = llama_linears(shape.hidden, shape.intermediate, shape.hidden, shape.hidden)
+    config = MixtureConfig(
+        method=method.name,
+        num_tasks=8 if method.reads_task else None,
+        external_width=64 if method.reads_vector else None,
+        target_modules=list(method.targets),
+    )
+    return trainable_parameters(config, linears, shape.layers, shape.hidden)
+
+
+def _export_word(method: Method) -> str:
+    if method.placement == "block":
+        return "none"
+    return "exact per vector" if method.reads_vector else EXPORT[method.depends_on]
+
+
+def _gate_text(gate: Gate) -> str:
+    """The six fields, then every number that differs from a plain softmax router's."""
+    plain = Gate()
+    numbers = ("top_k", "top_p", "temperature", "entropy_limit", "capacity", "omega", "width", "bias_rate")
+    words = f"input {gate.input}, granularity {gate.granularity}, scope {gate.scope}, score {gate.score}, "
+    words += f"select {gate.select}, weight {gate.weight}"
+    changed = [f"{key} {getattr(gate, key):g}" for key in numbers if getattr(gate, key) != getattr(plain, key)]
+    return ", ".join([words, *changed])
+
+
+__all__ = ["method_text", "parameters_on_7b", "show_methods"]
