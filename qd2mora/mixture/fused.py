@@ -1,11 +1,11 @@
 """The fast form: a frozen linear and the whole mixture beside it as one autograd function.
 
 Forward: y = W x + b, one product u = x [A; routers that read x]^T, a step in rank space v = K_t u, one product
-y += s v B^T in place. Backward: dx = dy W, dv = s dy B, the step in rank space again with autograd on tensors of
-tokens x rank (on a GPU by a kernel of our own), then the gradients of A and B as one product each, and dx += du [A;
-routers] in place. Saved for the backward pass: x (which the base's own backward does not need) and u. Dropout and noise
-keep their keys, not their numbers. Where the base's product is somebody else's (trained, hooked, under autocast), or
-another adapter came first, y is given and added into.
+y += s v B^T in place. Backward: dx = dy W, dv = s dy B, the step in rank space again with its gradient (`rank_space`: a
+kernel pair on a GPU), then the gradients of A and B as one product each, and dx += du [A; routers] in place. Saved for
+the backward pass: x (which the base's own backward does not need) and u. Dropout and noise keep their keys, not their
+numbers. Where the base's product is somebody else's (trained, hooked, under autocast), or another adapter came first, y
+is given and added into.
 
 `forward` and `backward` are pure functions of tensors and a `Plan`; `_Mixture` calls them for eager autograd,
 `compiled` as operators of torch.library.
@@ -15,7 +15,7 @@ Deviation from the plain form in `ops`: none in exact arithmetic; in 16 bits the
 Shapes: T tokens, D d_in, O d_out, F all rows that read x, P all ranks of the up banks.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 
-from qd2mora.mixture import frozen, ops
+from qd2mora.mixture import frozen, ops, rank_space
 from qd2mora.mixture.draws import Draws
 from qd2mora.mixture.frozen import Form, flat
 from qd2mora.mixture.ops import RankStep
-from qd2mora.mixture.routers import Gating
-
-Observe = Callable[[Mapping[str, Gating]], Tensor | None]
+from qd2mora.mixture.rank_space import Observe
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def forward(plan: Plan, y: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> Tens
     """Add the mixture of x (..., D) into y (..., O), contiguous, in place; return u (..., F) in the dtype of y."""
     downs, ups, small = plan.parts(tensors)
     u = _features(plan, x.to(y.dtype), downs)
-    v = plan.step.mix(ops.wide(u), small, plan.draws)
+    v = rank_space.mix(plan.step, u, small, plan.draws)
     y.view(-1, y.shape[-1]).addmm_(flat(v).to(y.dtype), _columns(ups, y.dtype).T, alpha=plan.scaling)
     return u
 
@@ -98,7 +96,8 @@ def backward(
     num_downs, num_large = plan.num_downs, plan.num_downs + plan.num_ups
     dy_TO = flat(dy)
     dv_TP = (dy_TO @ _columns(ups, dy.dtype)).mul_(plan.scaling)
-    v, du, dsmall = _through_step(plan, u, small, dv_TP.view(*u.shape[:-1], -1), needs[num_large:])
+    dv = dv_TP.view(*u.shape[:-1], -1)
+    v, du, dsmall = rank_space.through(plan.step, u, small, dv, needs[num_large:], plan.draws, plan.observe)
     du_TF = flat(du).to(dy.dtype)
     dups: list[Tensor | None] = [None] * len(ups)
     if any(needs[num_downs:num_large]):
@@ -166,27 +165,6 @@ def add_mixture(
 def _columns(ups: list[Tensor], dtype: torch.dtype) -> Tensor:
     columns = [ops.stack_columns(up).to(dtype) for up in ups]
     return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
-
-
-def _through_step(
-    plan: Plan, u: Tensor, small: dict[str, Tensor], dv: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Do the step again; return v, the gradient of u, and those of the small tensors."""
-    leaf = ops.wide(u).detach().requires_grad_()
-    leaves = {
-        name: tensor.detach().requires_grad_(need) for (name, tensor), need in zip(small.items(), needs, strict=True)
-    }
-    with torch.enable_grad():
-        v, gatings = plan.step.route(leaf, leaves, plan.draws)
-        extra = plan.observe(gatings) if plan.observe is not None else None
-    wanted = [leaf, *(tensor for tensor in leaves.values() if tensor.requires_grad)]
-    outputs, grads = (
-        ([v], [dv.to(v.dtype)]) if extra is None else ([v, extra], [dv.to(v.dtype), torch.ones_like(extra)])
-    )
-    found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
-    du = next(found)
-    dsmall = [next(found) if tensor.requires_grad else None for tensor in leaves.values()]
-    return v.detach(), torch.zeros_like(leaf) if du is None else du, dsmall
 
 
 def _features(plan: Plan, x: Tensor, downs: list[Tensor]) -> Tensor:
