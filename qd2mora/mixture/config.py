@@ -181,12 +181,24 @@ class MixtureConfig(PeftConfig):
                 raise InputRefused(f"adapter.penalty: {row.name} has none; name one in adapter.penalties")
             content["penalties"] = {row.penalties[0].kind: adapter.penalty} | content.get("penalties", {})
         targets = adapter.targets or content.pop("targets", None) or list(row.targets)
-        return cls(
+        config = cls(
             **content,
             num_tasks=num_tasks if row.reads_task or _reads_task(content.get("gates")) else None,
             target_modules=targets,
             task_type="CAUSAL_LM",
         )
+        config._check_aims(num_tasks)
+        return config
+
+    def _check_aims(self, num_tasks: int) -> None:
+        """A penalty that aims each task at the expert of its number needs as many experts."""
+        counts = {"down": self.num_down, "up": self.num_up, "core": self.row.cores, "rank": self.rank or 1}
+        experts = min((counts[role] for role in self.gates_of_row if counts[role] > 1), default=1)
+        if num_tasks > experts and any(each.kind == "router_ce" and each.weight for each in self.routing_penalties):
+            raise InputRefused(
+                f"adapter.penalties.router_ce: aims each task at an expert of its own; {num_tasks} tasks, {experts} "
+                "experts"
+            )
 
     def _check(self, method: Method) -> None:
         assert self.rank is not None and self.alpha is not None

@@ -97,12 +97,7 @@ def _averaged(gate: Gate, scores: Tensor, routing: Routing, key: tuple[str, str]
 
 
 def _known_tasks(x: Tensor, routing: Routing, spec: LinearSpec) -> Tensor:
-    index, num_tasks = routing.task_index, spec.num_tasks
-    if index is None:
-        raise ValueError("this adapter routes by task: pass task_index=(batch,) to the model's forward")
-    if int(index.max()) >= num_tasks or int(index.min()) < 0:
-        raise ValueError(f"task_index {index.tolist()} is outside the {num_tasks} tasks of this adapter")
-    return _for_rows(index.to(x.device), x)
+    return _for_rows(routing.tasks_among(spec.num_tasks).to(x.device), x)
 
 
 def _for_rows(values: Tensor, x: Tensor) -> Tensor:

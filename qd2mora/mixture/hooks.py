@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qd2mora.mixture.routing import Routing
+
 if TYPE_CHECKING:
     from qd2mora.mixture.tuner import MixtureModel
 
@@ -32,6 +34,8 @@ def _read_pass(tuner: "MixtureModel", decoder: nn.Module, args: tuple[Any, ...],
     cache = kwargs.get("past_key_values", kwargs.get("cache"))
     routing.keeps_pools = cache is not None or kwargs.get("use_cache") is True
     routing.is_decoding = cache is not None and cache.get_seq_length() > 0
+    if cache is not None and not routing.is_decoding:
+        _follow_beams(routing, cache)
     mask = kwargs.get("attention_mask")
     length = inputs.shape[1] if isinstance(inputs, Tensor) and inputs.dim() > 1 else 0
     routing.attended = mask[:, -length:].bool() if isinstance(mask, Tensor) and mask.dim() == 2 and length else None
@@ -40,6 +44,17 @@ def _read_pass(tuner: "MixtureModel", decoder: nn.Module, args: tuple[Any, ...],
         routing.prompt = None
     if wants_hidden(tuner):
         routing.hidden = _first_pass(tuner, decoder, args, kwargs)
+
+
+def _follow_beams(routing: Routing, cache: Any) -> None:
+    """Let the routers' running means go where a new cache's rows go when beam search reorders them."""
+    reorder = cache.reorder_cache
+
+    def both(order: Tensor) -> None:
+        reorder(order)
+        routing.reorder_pools(order)
+
+    cache.reorder_cache = both
 
 
 def wants_hidden(tuner: "MixtureModel") -> bool:

@@ -49,6 +49,7 @@ class Routing:
     pools: dict[tuple[str, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    _known: tuple[Tensor, int] | None = None
 
     def read(self, batch: Mapping[str, Tensor]) -> None:
         """Take what a collated batch says of its rows; labels tell the prompt."""
@@ -57,6 +58,25 @@ class Routing:
         self.external = batch.get("external")
         labels = batch.get("labels")
         self.prompt = None if labels is None else prompt_of(labels, batch.get("attention_mask"))
+
+    def tasks_among(self, num_tasks: int) -> Tensor:
+        """Return task_index, looked at once a pass: a look waits for the device. Raises ValueError."""
+        index = self.task_index
+        if index is None:
+            raise ValueError("this adapter routes by task: pass task_index=(batch,) to the model's forward")
+        is_known = self._known is not None and self._known[0] is index and self._known[1] == num_tasks
+        # A compiler cannot look; a number outside then fails in torch's own indexing.
+        if not is_known and not torch.compiler.is_compiling():
+            if int(index.max()) >= num_tasks or int(index.min()) < 0:
+                raise ValueError(f"task_index {index.tolist()} is outside the {num_tasks} tasks of this adapter")
+            self._known = (index, num_tasks)
+        return index
+
+    def reorder_pools(self, order: Tensor) -> None:
+        """Follow beam search, which goes on with other rows than before: `order` (rows,)."""
+        for key, (summed, number) in self.pools.items():
+            moved = [part.index_select(0, order.to(part.device)) if part.dim() else part for part in (summed, number)]
+            self.pools[key] = (moved[0], moved[1])
 
     def draws(self, layer_key: int, device_seed: int | None = None) -> Draws:
         """Return the keys of one layer's random numbers in this pass; without row keys, one from torch's generator."""

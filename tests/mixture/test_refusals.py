@@ -4,6 +4,7 @@ import pytest
 
 from qd2mora.errors import InputRefused
 from qd2mora.mixture import MixtureConfig
+from qd2mora.recipe import Adapter
 
 
 @pytest.mark.parametrize(
@@ -43,3 +44,10 @@ def test_a_number_of_experts_given_beats_the_methods_own_allocation() -> None:
 def test_changing_a_static_gate_to_read_x_makes_the_method_depend_on_the_token() -> None:
     config = MixtureConfig(method="cat", gates={"down": {"input": "x", "score": "linear"}})
     assert (MixtureConfig(method="cat").depends_on, config.depends_on) == ("static", "token")
+
+
+def test_a_penalty_that_aims_tasks_at_experts_needs_as_many_experts_as_tasks() -> None:
+    adapter = Adapter(method="hydralora", up={"experts": 3}, penalties={"router_ce": 1.0})
+    assert MixtureConfig.from_recipe(adapter, 3).num_up == 3
+    with pytest.raises(InputRefused, match=r"router_ce: .*; 4 tasks, 3 experts"):
+        MixtureConfig.from_recipe(adapter, 4)

@@ -315,3 +315,31 @@ def test_unknown_tasks_are_refused_by_number(name: str) -> None:
         batch["task_index"] = torch.tensor([outside])
         with pytest.raises(ValueError, match=rf"task_index \[{outside}\] is outside the 3 tasks"):
             logits(model, batch)
+
+
+@pytest.mark.parametrize("name", ["d2mora", "sequence", "prefix"])
+def test_beam_search_takes_the_routing_along(name: str) -> None:
+    """With a cache, whose rows beam search reorders, as without one."""
+    model = adapted(name)
+    ids = IDS[:2, :4]
+    settings = {"num_beams": 3, "do_sample": False, "max_new_tokens": 6, "pad_token_id": 3, "eos_token_id": None}
+    told = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    cached = model.generate(**told, **settings, use_cache=True)
+    chosen = [best_of_beams(model, ids[row : row + 1], 3, 6, name) for row in range(2)]
+    assert cached[:, 4:].tolist() == chosen
+
+
+def best_of_beams(model: PeftModel, prompt: Tensor, beams: int, number: int, name: str) -> list[int]:
+    """Beam search written out, one whole pass for every token of every beam."""
+    kept: list[tuple[float, list[int]]] = [(0.0, [])]
+    for _ in range(number):
+        grown = []
+        for score, tokens in kept:
+            ids = torch.cat([prompt, torch.tensor([tokens], dtype=torch.long)], -1)
+            is_prompt = torch.arange(ids.shape[1])[None] < prompt.shape[1]
+            with torch.no_grad():
+                out = model(input_ids=ids, prompt_mask=is_prompt, use_cache=False).logits[0, -1].log_softmax(-1)
+            best = out.topk(beams)
+            grown += [(score + float(value), [*tokens, int(token)]) for value, token in zip(*best, strict=True)]
+        kept = sorted(grown, reverse=True)[:beams]
+    return kept[0][1]
