@@ -16,6 +16,8 @@ from qd2mora.adapter_folder import load_adapter
 from qd2mora.base import load_base, load_tokenizer
 from qd2mora.durable import staged_folder, write_atomically, write_json
 from qd2mora.errors import InputRefused
+from qd2mora.mixture import MixtureConfig
+from qd2mora.mixture.method import STATIC
 from qd2mora.recipe import Recipe, load_recipe
 from qd2mora.untrusted import check_adapter
 
@@ -63,6 +65,27 @@ class OpenRun:
     recipe: Recipe
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def config(self) -> MixtureConfig | None:
+        """The adapter's configuration with the recipe's changes; None for PEFT's own DoRA, which routes nothing."""
+        config = self.model.peft_config["default"]
+        return config if isinstance(config, MixtureConfig) else None
+
+    @property
+    def depends_on(self) -> str:
+        """What the adapter's K depends on."""
+        return STATIC if self.config is None else self.config.depends_on
+
+    @property
+    def reads_task(self) -> bool:
+        """Whether a router needs the row's task."""
+        return self.config is not None and self.config.reads_task
+
+    @property
+    def vector_width(self) -> int | None:
+        """Width of the vector that routers read of each row; None where they read none."""
+        return self.config.external_width if self.config is not None and self.config.reads_vector else None
 
 
 def is_run(path: str | Path) -> bool:

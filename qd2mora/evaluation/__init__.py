@@ -10,7 +10,6 @@ from qd2mora.data.instruction import split
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.score import Score, score_rows, score_tasks
 from qd2mora.evaluation.subject import Subject, open_subject
-from qd2mora.mixture.presets import find_method
 from qd2mora.recipe import load_recipe
 from qd2mora.run_folder import is_run, read_recipe
 
@@ -67,21 +66,21 @@ def _task_number(subject: Subject, task: str | None) -> int:
     names = [each.name for each in subject.run.recipe.data.tasks]
     if task is not None and task not in names:
         raise InputRefused(f"--task: no task '{task}' in this run; there are {', '.join(names)}")
-    if task is None and find_method(subject.run.recipe.adapter.method).reads_task and len(names) > 1:
+    if task is None and subject.run.reads_task and len(names) > 1:
         raise InputRefused(f"--task: this adapter routes by task; name one of {', '.join(names)}")
     return names.index(task) if task else 0
 
 
 def _checked_vector(subject: Subject, vector: list[float] | None) -> bool:
     """Tell whether the adapter reads a vector, and refuse a missing one, one too many, or one of another length."""
-    adapter = subject.run.recipe.adapter if subject.run else None
-    if adapter is None or not find_method(adapter.method).reads_vector:
+    width = subject.run.vector_width if subject.run else None
+    if width is None:
         if vector is not None:
             raise InputRefused("--vector: this model reads none")
         return False
-    if vector is None or len(vector) != adapter.external_width:
+    if vector is None or len(vector) != width:
         given = "none" if vector is None else f"{len(vector)} numbers"
-        raise InputRefused(f"--vector: this adapter reads {adapter.external_width} numbers of each row, {given} given")
+        raise InputRefused(f"--vector: this adapter reads {width} numbers of each row, {given} given")
     return True
 
 

@@ -1,8 +1,8 @@
-"""How much of the adapter an export keeps: per linear from moments, end to end from losses and distributions."""
+"""How much of the adapter an export keeps: per linear from its output, end to end from losses and distributions."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from qd2mora.memory.loss import IGNORE, labelled_states, output_head
-from qd2mora.merging.statistics import Moments
+from qd2mora.merging.static import Statics, replaced
+from qd2mora.merging.statistics import Moments, decode, observed
 from qd2mora.mixture import MixtureLinear, mixture_layers
 
 TOKENS_AT_ONCE = 256
@@ -18,13 +19,15 @@ TOKENS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Means over the labelled tokens of held-out rows, in nats."""
+    """Means over the labelled tokens of held-out rows, in nats; `agreement`: share with the same token ranked first."""
 
     base: float
     routed: float
     merged: float
     kl_per_token: float
     tokens: int
+    agreement: float = 1.0
+    tasks: dict[str, "Fidelity"] = field(default_factory=dict)
 
     @property
     def gain_kept(self) -> float | None:
@@ -32,62 +35,115 @@ class Fidelity:
         gain = self.base - self.routed
         return (self.base - self.merged) / gain if gain > 0 else None
 
+    def to_json(self) -> dict[str, Any]:
+        """Return plain numbers, the tasks' below `tasks`."""
+        content: dict[str, Any] = {
+            "loss": {key: getattr(self, key) for key in ("base", "routed", "merged")},
+            "gain_kept": self.gain_kept,
+            "kl_per_token": self.kl_per_token,
+            "greedy_agreement": self.agreement,
+            "held_out_tokens": self.tokens,
+        }
+        return content | ({"tasks": {name: each.to_json() for name, each in self.tasks.items()}} if self.tasks else {})
 
-def unexplained(moments: Moments, mixing_PQ: Tensor, up_OP: Tensor) -> float:
+
+def unexplained(moments: Moments, core_PF: Tensor, up_OP: Tensor) -> float:
     """Return E|B (v - K u)|^2 / E|B v|^2, the share of the adapter's output that a static K misses.
 
     From moments alone: the error's second moment is E[vv] - K E[uv] - E[vu] K^T + K E[uu] K^T. float64.
     """
+    width = core_PF.shape[1]
     gram = up_OP.double().T @ up_OP.double()
-    cross = mixing_PQ @ moments.vu.T
-    error = moments.vv - cross - cross.T + mixing_PQ @ moments.uu @ mixing_PQ.T
+    cross = core_PF @ moments.vu[:, :width].T
+    error = moments.vv - cross - cross.T + core_PF @ moments.uu[:width, :width] @ core_PF.T
     total = float((gram * moments.vv).sum())
     return max(0.0, float((gram * error).sum())) / total if total > 0 else 0.0
 
 
-@contextmanager
-def merged(model: PeftModel, mixing: dict[str, Tensor], adapter_name: str = "default") -> Iterator[None]:
-    """Let every adapted linear use its static K, as the merged weights will, while the block runs."""
-    layers: dict[str, MixtureLinear] = mixture_layers(model)
-    for name, layer in layers.items():
-        device = layer.tensors(adapter_name)["mixture_A"].device
-        layer.static_mixing[adapter_name] = mixing[name].float().to(device)
-    try:
-        yield
-    finally:
-        for layer in layers.values():
-            del layer.static_mixing[adapter_name]
+def missed(
+    model: PeftModel, statics: Statics, batches: Iterable[dict[str, Tensor]], adapter_name: str = "default"
+) -> dict[str, float]:
+    """Return for each linear the share of the adapter's output energy that its static update misses, in one pass.
+
+    The output s B v and the update's s' B' A' x are compared in rank space: [v, A' x] against the banks' own products.
+    """
+    layers = mixture_layers(model)
+    energies = {name: torch.zeros(2, dtype=torch.float64) for name in statics}
+    with torch.no_grad():
+        banks = {
+            name: _joint_gram(layers[name], static.up, static.scaling, adapter_name) for name, static in statics.items()
+        }
+
+        def observe(name: str, layer: MixtureLinear, x: Tensor, attended: Tensor) -> None:
+            v = layer.rank_space(x, adapter_name)[1][attended]
+            mean = layer.mean_input(x, adapter_name)[attended].float()
+            joint = torch.cat([v.float(), -mean @ statics[name].down.to(mean).T], 1)
+            second = (joint.T @ joint).double().cpu()
+            num = v.shape[1]
+            gram = banks[name]
+            energies[name] += torch.stack([(gram * second).sum(), (gram * second)[:num, :num].sum()])
+
+        for batch in batches:
+            with observed({name: layers[name] for name in statics}, observe, batch["attention_mask"].bool()):
+                decode(model, batch)
+    return {name: _share(*energy.tolist()) for name, energy in energies.items()}
 
 
-def measure(model: PeftModel, mixing: dict[str, Tensor], batches: Iterable[dict[str, Tensor]]) -> Fidelity:
-    """Compare base, routed and merged on the labelled tokens of batches, in one pass over them."""
-    sums = torch.zeros(4, dtype=torch.float64)
-    tokens = 0
+def _joint_gram(layer: MixtureLinear, up: Tensor, scaling: float, adapter_name: str) -> Tensor:
+    columns = layer.scaling(adapter_name) * layer.columns(adapter_name).double().cpu()
+    both = torch.cat([columns, scaling * up.double().cpu()], 1)
+    return both.T @ both
+
+
+def _share(missing: float, total: float) -> float:
+    return max(0.0, missing) / total if total > 0 else 0.0
+
+
+def measure(
+    model: PeftModel, statics: Statics, batches: Iterable[dict[str, Tensor]], tasks: Sequence[str] = ()
+) -> Fidelity:
+    """Compare base, routed and merged on the labelled tokens of batches, in one pass over them.
+
+    `tasks`: names by the rows' task index; each gets a part of its own where there are several.
+    """
+    sums = torch.zeros(max(1, len(tasks)), 6, dtype=torch.float64)
     with torch.no_grad():
         for batch in batches:
             keep = batch["labels"][:, 1:] != IGNORE
             targets = batch["labels"][:, 1:][keep]
             routed = labelled_states(model, batch, keep)
-            with merged(model, mixing):
+            with replaced(model, statics):
                 static = labelled_states(model, batch, keep)
             with model.disable_adapter():
                 base = labelled_states(model, batch, keep)
-            sums += _compare(base, routed, static, targets, output_head(model))
-            tokens += len(targets)
-    base_loss, routed_loss, merged_loss, kl = (sums / max(1, tokens)).tolist()
-    return Fidelity(base_loss, routed_loss, merged_loss, kl, tokens)
+            compared = _compare(base, routed, static, targets, output_head(model))
+            task = (
+                batch["task_index"][keep.nonzero()[:, 0]].cpu() if len(tasks) > 1 else torch.zeros(len(targets)).long()
+            )
+            sums.index_add_(0, task, compared)
+    parts = {name: _fidelity(part) for name, part in zip(tasks, sums, strict=True) if part[5]} if len(tasks) > 1 else {}
+    return _fidelity(sums.sum(0), parts)
+
+
+def _fidelity(sums: Tensor, tasks: dict[str, Fidelity] | None = None) -> Fidelity:
+    base, routed, merged, kl, agreed, _ = (sums / sums[5].clamp_min(1)).tolist()
+    return Fidelity(base, routed, merged, kl, int(sums[5]), agreed, tasks or {})
 
 
 def _compare(base: Tensor, routed: Tensor, static: Tensor, targets: Tensor, head: torch.nn.Module) -> Tensor:
-    """Return summed losses of the three and the summed KL(routed | merged); a few hundred tokens' logits at once."""
-    sums = torch.zeros(4, dtype=torch.float64)
+    """Return (tokens, 6): three losses, KL(routed | merged), whether both rank the same token first, and 1.
+
+    The logits of a few hundred tokens are there at once.
+    """
+    rows = []
     parts = zip(*(tensor.split(TOKENS_AT_ONCE) for tensor in (base, routed, static, targets)), strict=True)
     for base_part, routed_part, static_part, target in parts:
         logs = [head(states).float().log_softmax(-1) for states in (base_part, routed_part, static_part)]
-        losses = [F.nll_loss(log, target, reduction="sum") for log in logs]
-        kl = F.kl_div(logs[2], logs[1], reduction="sum", log_target=True)
-        sums += torch.stack([*losses, kl]).double().cpu()
-    return sums
+        losses = [F.nll_loss(log, target, reduction="none") for log in logs]
+        kl = F.kl_div(logs[2], logs[1], reduction="none", log_target=True).sum(-1)
+        agreed = (logs[2].argmax(-1) == logs[1].argmax(-1)).float()
+        rows.append(torch.stack([*losses, kl, agreed, torch.ones_like(kl)], 1).double().cpu())
+    return torch.cat(rows) if rows else torch.zeros(0, 6, dtype=torch.float64)
 
 
-__all__ = ["Fidelity", "measure", "merged", "unexplained"]
+__all__ = ["Fidelity", "measure", "missed", "unexplained"]

@@ -106,12 +106,12 @@ def has_slots(layer: "MixtureLinear", adapter: str) -> bool:
 
 
 def routed_adapter(layer: "MixtureLinear") -> str | None:
-    """Return the active adapter that mixes whole MLPs here, None where there is none or a static K stands in for it.
+    """Return the active adapter that mixes whole MLPs here, None where there is none or a static one stands in for it.
 
     Raises ValueError where another adapter is active beside it: what the two should mean together is not defined.
     """
     names = [name for name in layer.active_adapters if name in layer.mixture_spec]
-    found = [name for name in names if name not in layer.static_mixing and has_slots(layer, name)]
+    found = [name for name in names if name not in layer.static_updates and has_slots(layer, name)]
     if found and len(names) > 1:
         others = ", ".join(name for name in names if name != found[0])
         raise ValueError(f"adapter '{found[0]}' mixes whole MLPs and runs alone on them; deactivate {others}")

@@ -114,6 +114,16 @@ class MixtureConfig(PeftConfig):
         return most_dependent(self.gates_of_row.values())
 
     @property
+    def reads_task(self) -> bool:
+        """Whether a gate needs the row's task, alone or beside x."""
+        return any(gate.input in ("task", "task+x") for gate in self.gates_of_row.values())
+
+    @property
+    def reads_vector(self) -> bool:
+        """Whether a gate needs a vector of the row."""
+        return any(gate.input == "external" for gate in self.gates_of_row.values())
+
+    @property
     def shared_rank(self) -> int:
         return 0 if self.shared is None else int(self.shared["rank"])
 

@@ -15,13 +15,13 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from qd2mora.mixture import block, compiled, frozen, ops
 from qd2mora.mixture.config import MixtureConfig
 from qd2mora.mixture.fused import Dropout, Plan, add_mixture, mixed_linear
 from qd2mora.mixture.gating import given_logits
 from qd2mora.mixture.initial import initial_tensor
+from qd2mora.mixture.low_rank import LowRank
 from qd2mora.mixture.method import STATIC, TASK
 from qd2mora.mixture.observer import Observer
 from qd2mora.mixture.routing import Routing
@@ -67,8 +67,8 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self.routing = routing
         self.mixture_config: dict[str, MixtureConfig] = {}
         self.mixture_spec: dict[str, LinearSpec] = {}
-        # A constant K that stands in for routing while an export is measured, by adapter.
-        self.static_mixing: dict[str, Tensor] = {}
+        # A static update that stands in for routing, by adapter: what an export will hold, measured or trained.
+        self.static_updates: dict[str, LowRank] = {}
         for name in TENSORS:
             setattr(self, name, nn.ParameterDict())
         self._disable_adapters = False
@@ -130,19 +130,31 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         """Return everything that v is multiplied with, (d_out, P + S)."""
         return torch.cat([ops.stack_columns(bank) for bank in self.banks(adapter_name)[1]], -1)
 
-    def rank_space(self, x: Tensor, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Return u = A x, (..., Q + S), and v = K_t u, (..., P + S), float32, without dropout; s B v is the output."""
+    def linear_rows(self, adapter_name: str) -> Tensor:
+        """Return all that reads x linearly: [A; routers of x], (Q + S + E, d_in); a static update may use any of it."""
+        return torch.cat([self.rows(adapter_name), *self._routers_of_x(adapter_name)])
+
+    def rank_space(self, x: Tensor, adapter_name: str, *, with_routers: bool = False) -> tuple[Tensor, Tensor]:
+        """Return u = A x, (..., Q + S), and v = K_t u, (..., P + S), float32, without dropout; s B v is the output.
+
+        `with_routers`: u is [A; routers of x] x, (..., Q + S + E).
+        """
         closing = block.closing_rank_space(self, x, adapter_name)
         if closing is not None:
             return closing
         u_ext, small = self._features(x, adapter_name)
         step = self.mixture_spec[adapter_name].step
-        return u_ext[..., : step.width_down + step.shared], step.mix(u_ext, small)
+        u = u_ext if with_routers else u_ext[..., : step.width_down + step.shared]
+        return u, step.mix(u_ext, small)
 
     def mixing(self, x: Tensor, adapter_name: str) -> Tensor:
         """Return K_t of every token, (..., P + S, Q + S) float32: what routing made of the banks."""
-        x = block.mean_input(self, x, adapter_name)
+        x = self.mean_input(x, adapter_name)
         return self.mixture_spec[adapter_name].step.mixing(*self._features(x, adapter_name))
+
+    def mean_input(self, x: Tensor, adapter_name: str) -> Tensor:
+        """Return what the base reads of x, (..., D): a mean over slots in a mixed MLP's last linear, x elsewhere."""
+        return block.mean_input(self, x, adapter_name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base output plus the active adapters' (..., d_out), in the base output's dtype."""
@@ -161,12 +173,12 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             y = self.base_layer(x, *args, **kwargs)
         for name in names:
             y = self.base_scaled(y, name)
-            y = y + self._static(x, name).to(y.dtype) if name in self.static_mixing else self._routed(y, x, name)
+            y = y + self._static(x, name).to(y.dtype) if name in self.static_updates else self._routed(y, x, name)
         return y
 
     def _form(self, x: Tensor, names: list[str]) -> frozen.Form | None:
         """Return the frozen base's form where its product joins the first adapter's autograd function."""
-        if not names or names[0] in self.static_mixing or not torch.is_grad_enabled():
+        if not names or names[0] in self.static_updates or not torch.is_grad_enabled():
             return None
         tensors = self.tensors(names[0])
         if "mixture_base_scale" in tensors or torch.is_autocast_enabled(x.device.type):
@@ -224,9 +236,9 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         return compiled.enter(self, compiled.Entry(plan, draw, observer))
 
     def _static(self, x: Tensor, name: str) -> Tensor:
-        u = ops.wide(ops.features(x, [self.rows(name)]))
-        v = F.linear(u, self.static_mixing[name])
-        return ops.up_product(v, self.columns(name), self.scaling(name), x.dtype)
+        update = self.static_updates[name]
+        u = ops.features(x, [update.down])
+        return ops.up_product(u, update.up, update.scaling, x.dtype)
 
     def _features(self, x: Tensor, name: str) -> tuple[Tensor, dict[str, Tensor]]:
         return ops.wide(ops.features(x, [self.rows(name), *self._routers_of_x(name)])), self._small(x, name)

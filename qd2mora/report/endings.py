@@ -9,8 +9,8 @@ from rich.console import Console
 from qd2mora.data import prepare
 from qd2mora.evaluation import open_subject, score_tasks
 from qd2mora.merging import merge
+from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.method import TASK
-from qd2mora.mixture.presets import find_method
 from qd2mora.recipe import Recipe
 from qd2mora.report.exports import show_export
 from qd2mora.report.scores import show_scores
@@ -21,12 +21,12 @@ def finish(run: Path, console: Console) -> None:
     """End a training: export and score as the recipe's `finish` says, then tell where everything lies."""
     folder, recipe = RunFolder(run), read_recipe(run)
     lies = {"adapter": folder.adapter, "recipe": folder.recipe, "metrics": folder.metrics}
-    row = find_method(recipe.adapter.method)
-    by_task = row.depends_on == TASK and row.reads_task and len(recipe.data.tasks) > 1
-    if recipe.finish.export and (by_task or row.reads_vector):
-        which = "--vector NUMBERS" if row.reads_vector else "--task NAME"
+    config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
+    by_task = config.depends_on == TASK and config.reads_task and len(recipe.data.tasks) > 1
+    if recipe.finish.export and (by_task or config.reads_vector):
+        which = "--vector NUMBERS" if config.reads_vector else "--task NAME"
         console.print(f"no export: this method routes by row; `qd2mora merge {which}` exports for one")
-    elif recipe.finish.export and row.placement == "block":
+    elif recipe.finish.export and config.row.placement == "block":
         console.print("no export: this method stands beside a whole block, and no weight can take its update")
     elif recipe.finish.export:
         shutil.rmtree(folder.export, ignore_errors=True)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from qd2mora.base import SHAPES, enable_checkpointing, load_base
 from qd2mora.merging import core_lsq, mean_gate
 from qd2mora.merging.fidelity import measure, unexplained
+from qd2mora.merging.static import of_cores
 from qd2mora.merging.statistics import collect
 from qd2mora.mixture import MixtureConfig, add_adapter, mixture_layers
 from qd2mora.mixture.method import ALL, MLP
@@ -149,8 +150,8 @@ def test_equal_experts_merge_exactly_in_each_linear_and_end_to_end(strategy) -> 
     for name, tensor in model.named_parameters():
         if ".mlp." in name and ("mixture_A" in name or "mixture_B" in name):
             tensor.data.copy_(tensor.data[:1].expand_as(tensor).clone())
-    mixing = {name: strategy.mixing(moments) for name, moments in collect(model, [batch()]).items()}
-    fidelity = measure(model, mixing, [batch()])
+    cores = {name: strategy.mixing(moments) for name, moments in collect(model, [batch()]).items()}
+    fidelity = measure(model, of_cores(model, cores), [batch()])
     assert abs(fidelity.base - fidelity.routed) > 0.01
     # Gates sum to one, as do their means and what is fitted to them; the rest is float32 sums.
     assert abs(fidelity.kl_per_token) < 1e-6
@@ -169,8 +170,8 @@ def test_a_static_stand_in_is_measured_where_the_mixture_is_real() -> None:
         assert (mean > 0.01) == (".mlp." in name), name
         # A mean of gates that sum to one: as many times the identity's trace.
         assert float(mean_gate.mixing(each).trace()) == pytest.approx(4, rel=1e-5)
-    mixing = {name: core_lsq.mixing(each) for name, each in moments.items()}
-    fidelity = measure(model, mixing, [batch()])
+    cores = {name: core_lsq.mixing(each) for name, each in moments.items()}
+    fidelity = measure(model, of_cores(model, cores), [batch()])
     assert 1e-3 < fidelity.kl_per_token < 10
     assert not model.base_model.routing.slots
     assert torch.equal(logits(model), routed)
