@@ -164,6 +164,8 @@ class Recipe(Section):
         content = self.model_dump(mode="json", exclude={"output": True, "memory": True, "finish": True})
         for key in HARMLESS:
             del content["train"][key]
+        for task in content["data"]["tasks"]:
+            del task["metric"]
         return content
 
     def fingerprint(self) -> str:

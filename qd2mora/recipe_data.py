@@ -26,6 +26,10 @@ class Task(Section):
     """Field that holds a list of numbers, for methods whose router reads a vector of each row."""
     validation: Annotated[int, Field(ge=0)] | Place = 0
     """Rows held out from the file, or another file."""
+    metric: Literal["exact", "choice", "rouge", "loss"] | None = None
+    """How `eval` scores held-out rows: `exact`, the written words are the right ones (where left out); `choice`, the
+    right one of the task's answers is the likeliest; `rouge`, ROUGE-L (extra `scores`); `loss` alone. Where it is
+    given, training scores it too at every `train.eval_every`."""
 
 
 class Data(Section):

@@ -33,15 +33,54 @@ def merge(
 def evaluate(
     model: ModelPath,
     recipe: Annotated[Path | None, typer.Option(help="Recipe whose held-out rows are asked.")] = None,
+    suite: Annotated[str | None, typer.Option(help="Published tests to ask instead: commonsense.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the suite's test files or of harness tasks.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Only these tasks, with commas between.")] = None,
+    scoring: Annotated[str, typer.Option(help="Of a suite: generate, or likelihood of the choices.")] = "generate",
+    prompt: Annotated[str, typer.Option(help="Of a suite: published, or training's own.")] = "published",
+    beams: Annotated[int, typer.Option(help="1 is greedy; the commonsense tables use 4.", min=1)] = 1,
+    harness: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")] = None,
     limit: Annotated[int | None, typer.Option(help="Rows of each task.", min=1)] = None,
+    rows_at_once: Annotated[int, typer.Option(help="Rows of a batch; no score depends on it.", min=1)] = 32,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the scores; the same command goes on.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     allow_changed: AllowChanged = None,
 ) -> None:
-    """Score held-out rows per task: exact match of greedy answers, and loss."""
-    from qd2mora.evaluation import evaluate as run_evaluation
-    from qd2mora.report import show_scores
+    """Score tasks: held-out rows by their own metric, a published suite, or the harness's tasks."""
+    from qd2mora.report import show_harness, show_scores
 
-    scores = run_evaluation(model, recipe=recipe, limit=limit, allow_changed=allow_changed or ())
+    chosen = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if harness is not None:
+        from qd2mora.evaluation.harness import run_harness
+
+        results = run_harness(
+            model,
+            [name.strip() for name in harness.split(",") if name.strip()],
+            folder=data,
+            limit=limit,
+            rows_at_once=rows_at_once,
+            out=out,
+            allow_changed=allow_changed or (),
+        )
+        typer.echo(json.dumps(results, indent=1)) if as_json else show_harness(results, Console())
+        return
+    from qd2mora.evaluation import evaluate as run_evaluation
+
+    scores = run_evaluation(
+        model,
+        recipe=recipe,
+        suite=suite,
+        data=data,
+        scoring=scoring,
+        prompt=prompt,
+        beams=beams,
+        tasks=chosen,
+        limit=limit,
+        rows_at_once=rows_at_once,
+        out=out,
+        allow_changed=allow_changed or (),
+        is_shown=True,
+    )
     if as_json:
         typer.echo(json.dumps({name: score.to_json() for name, score in scores.items()}, indent=1))
     else:

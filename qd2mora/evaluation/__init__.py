@@ -5,34 +5,14 @@ from pathlib import Path
 
 import torch
 
-from qd2mora.data import prepare
 from qd2mora.data.instruction import split
 from qd2mora.errors import InputRefused
-from qd2mora.evaluation.score import Score, score_rows, score_tasks
+from qd2mora.evaluation.asked import AskedTask, ask_held_out, ask_suite
+from qd2mora.evaluation.evaluate import evaluate, score_all, score_tasks
+from qd2mora.evaluation.score import Record, Score, bootstrap
+from qd2mora.evaluation.scoring import score_task
 from qd2mora.evaluation.subject import Subject, open_subject
-from qd2mora.recipe import load_recipe
-from qd2mora.run_folder import is_run, read_recipe
-
-
-def evaluate(
-    model: str | Path,
-    *,
-    recipe: str | Path | None = None,
-    limit: int | None = None,
-    allow_changed: Collection[str] = (),
-) -> dict[str, Score]:
-    """Score a run or model folder on held-out rows, per task: those of `recipe`, else of the run itself.
-
-    Raises InputRefused where there is nothing to ask, or the base is another (unless `allow_changed`), DamagedFile.
-    """
-    if recipe is None and not is_run(model):
-        raise InputRefused(f"'{model}' is not a run: say with --recipe whose held-out rows to ask")
-    asked = load_recipe(recipe) if recipe else read_recipe(model)
-    subject = open_subject(model, allow_changed)
-    scores = score_tasks(subject, prepare(asked.data, subject.tokenizer, asked.train.seed), limit)
-    if not scores:
-        raise InputRefused("no task of the recipe holds out rows; set data.tasks.0.validation=200")
-    return scores
+from qd2mora.evaluation.suites import SUITES
 
 
 def generate(
@@ -84,4 +64,19 @@ def _checked_vector(subject: Subject, vector: list[float] | None) -> bool:
     return True
 
 
-__all__ = ["Score", "Subject", "evaluate", "generate", "open_subject", "score_rows", "score_tasks"]
+__all__ = [
+    "SUITES",
+    "AskedTask",
+    "Record",
+    "Score",
+    "Subject",
+    "ask_held_out",
+    "ask_suite",
+    "bootstrap",
+    "evaluate",
+    "generate",
+    "open_subject",
+    "score_all",
+    "score_task",
+    "score_tasks",
+]

@@ -1,89 +1,113 @@
-"""Scoring held-out rows: greedy answers compared word for word, and the loss of the right answer."""
+"""A task's score: a value for each row, their mean, and how sure it is."""
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from qd2mora.data import IGNORE, Row, TaskRows, collate
-from qd2mora.evaluation.subject import Subject
-from qd2mora.memory.loss import token_losses
+Z = 1.96
+RESAMPLES = 2000
 
-ROWS_AT_ONCE = 32
+
+@dataclass(frozen=True)
+class Record:
+    """One row's result. `value` is what the metric gives it, `loss` the nats of its right answer of `labels` tokens.
+
+    `normalized`: the value where choices are weighed by nats a token, else None. `text`: what was written or chosen.
+    """
+
+    row: int
+    value: float
+    loss: float
+    labels: int
+    normalized: float | None = None
+    text: str = ""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One task's result: rows asked, answers equal to the right one, loss per answer token in nats."""
+    """One task's result over its rows, in their order; `metric` is exact, extract, choice, rouge or loss."""
 
-    rows: int
-    correct: int
-    loss: float
+    metric: str
+    records: tuple[Record, ...]
+
+    @property
+    def rows(self) -> int:
+        return len(self.records)
+
+    @property
+    def values(self) -> list[float]:
+        return [record.value for record in self.records]
+
+    @property
+    def is_share(self) -> bool:
+        """Whether each row is right or wrong."""
+        return self.metric in ("exact", "extract", "choice")
+
+    @property
+    def mean(self) -> float:
+        """The score: the share of right rows, the mean ROUGE-L, or the loss a token."""
+        return self.loss if self.metric == "loss" else sum(self.values) / self.rows
 
     @property
     def accuracy(self) -> float:
-        return self.correct / self.rows
+        return self.mean
+
+    @property
+    def correct(self) -> int:
+        return round(sum(self.values))
+
+    @property
+    def loss(self) -> float:
+        """Nats a token of the right answers."""
+        return sum(record.loss for record in self.records) / sum(record.labels for record in self.records)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95% interval of the accuracy."""
-        z, n, p = 1.96, self.rows, self.accuracy
-        center = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return max(0.0, center - half), min(1.0, center + half)
+        """The 95% interval of `mean`: Wilson's for shares, else the bootstrap over rows."""
+        if self.is_share:
+            return wilson(self.correct, self.rows)
+        if self.metric == "loss":
+            return bootstrap([record.loss for record in self.records], [record.labels for record in self.records])
+        return bootstrap(self.values)
+
+    @property
+    def is_better_high(self) -> bool:
+        return self.metric != "loss"
 
     def to_json(self) -> dict[str, object]:
-        return asdict(self) | {"accuracy": self.accuracy, "interval": self.interval}
+        """Return the numbers without the rows."""
+        content: dict[str, object] = {"metric": self.metric, "rows": self.rows, "loss": self.loss}
+        content |= {"score": self.mean, "interval": self.interval}
+        if self.is_share:
+            content |= {"correct": self.correct, "accuracy": self.accuracy}
+        normalized = [record.normalized for record in self.records if record.normalized is not None]
+        if normalized:
+            content["accuracy_normalized"] = sum(normalized) / self.rows
+        if self.metric == "extract":
+            content["without_answer"] = sum(not record.text for record in self.records)
+        return content
 
 
-def score_tasks(subject: Subject, tasks: list[TaskRows], limit: int | None = None) -> dict[str, Score]:
-    """Score the held-out rows of every task that has some, the first `limit` of each."""
-    scores = {}
-    for task in tasks:
-        rows = task.validation[:limit]
-        if rows:
-            scores[task.task.name] = score_rows(subject, rows)
-    return scores
+def wilson(correct: int, rows: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share."""
+    p = correct / rows
+    center = (p + Z * Z / (2 * rows)) / (1 + Z * Z / rows)
+    half = Z * math.sqrt(p * (1 - p) / rows + Z * Z / (4 * rows * rows)) / (1 + Z * Z / rows)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
-def score_rows(subject: Subject, rows: list[Row]) -> Score:
-    """Ask rows of like length together; the result does not depend on who shares a batch."""
-    by_length = sorted(rows, key=lambda row: len(row.ids))
-    correct, loss, labels = 0, 0.0, 0
-    for start in range(0, len(by_length), ROWS_AT_ONCE):
-        part = by_length[start : start + ROWS_AT_ONCE]
-        correct += sum(_answers_right(subject, part))
-        loss += _answer_loss(subject, part)
-        labels += sum(row.num_labels for row in part)
-    return Score(len(rows), correct, loss / labels)
+def bootstrap(values: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0) -> tuple[float, float]:
+    """The 95% percentile interval of sum(values) / sum(weights), rows drawn anew with replacement; weights 1 if None.
+
+    A function of its arguments alone.
+    """
+    numbers, rows = np.asarray(values, dtype=np.float64), len(values)
+    shares = np.ones(rows) if weights is None else np.asarray(weights, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(0, rows, (RESAMPLES, rows))
+    low, high = np.quantile(numbers[drawn].sum(1) / shares[drawn].sum(1), [0.025, 0.975])
+    return float(low), float(high)
 
 
-def _answers_right(subject: Subject, rows: list[Row]) -> list[bool]:
-    prompts = [Row(row.task, row.ids[: row.masked], row.masked, row.pair) for row in rows]
-    batch = _batch(subject, prompts, "left")
-    subject.route(batch)
-    longest = max(len(row.ids) - row.masked for row in rows)
-    answers = subject.continue_texts(batch["input_ids"], batch["attention_mask"], longest + 2)
-    texts = subject.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return [text.split() == row.pair.answer.split() for text, row in zip(texts, rows, strict=True)]
-
-
-def _answer_loss(subject: Subject, rows: list[Row]) -> float:
-    batch = _batch(subject, rows, "right")
-    subject.route(batch)
-    keep = batch["labels"][:, 1:] != IGNORE
-    with torch.no_grad():
-        decoder = subject.plain.get_decoder()
-        hidden = decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        states = hidden.last_hidden_state[:, :-1][keep]
-        losses = token_losses(states, batch["labels"][:, 1:][keep], subject.plain.get_output_embeddings())
-    return float(losses.sum())
-
-
-def _batch(subject: Subject, rows: list[Row], side: str) -> dict[str, Tensor]:
-    batch = collate(rows, subject.tokenizer.pad_token_id, multiple=1, side=side)
-    return {name: tensor.to(subject.plain.device) for name, tensor in batch.items()}
-
-
-__all__ = ["Score", "score_rows", "score_tasks"]
+__all__ = ["Record", "Score", "bootstrap", "wilson"]

@@ -7,50 +7,72 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qd2mora.base import load_base, load_tokenizer
 from qd2mora.errors import InputRefused
-from qd2mora.mixture import read_rows, reads_first_pass
+from qd2mora.mixture import MixtureConfig, read_rows, reads_first_pass
 from qd2mora.recipe import Base
 from qd2mora.run_folder import OpenRun, is_run, open_run
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that answers; `model` is a PeftModel for a run and a plain transformers model otherwise."""
+    """A model that answers; `model` is a PeftModel where it has an adapter and a plain transformers model otherwise."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     run: OpenRun | None = None
 
     @property
+    def is_adapted(self) -> bool:
+        return isinstance(self.model, PeftModel)
+
+    @property
     def plain(self) -> Any:
         """The transformers model, adapters inside."""
-        return self.model.base_model.model if self.run else self.model
+        return self.model.base_model.model if self.is_adapted else self.model
 
-    def route(self, batch: Mapping[str, Tensor]) -> None:
-        """Tell the routers what a batch says of its rows; a plain model needs no telling."""
-        if self.run:
-            read_rows(self.model, batch)
+    @property
+    def may_fork(self) -> bool:
+        """Whether one cached prompt can be continued in several ways: no router keeps something for each row."""
+        configs = self.model.peft_config.values() if self.is_adapted else []
+        gates = [
+            gate for config in configs if isinstance(config, MixtureConfig) for gate in config.gates_of_row.values()
+        ]
+        return not any(gate.is_averaged or gate.input == "hidden" for gate in gates)
+
+    def route(self, batch: Mapping[str, Tensor], copies: int = 1) -> None:
+        """Tell the routers what a batch says of its rows, each of which runs `copies` times one after another."""
+        if not self.is_adapted:
+            return
+        if copies > 1:
+            kept = ("task_index", "group", "external")
+            batch = {name: batch[name].repeat_interleave(copies, 0) for name in kept if name in batch}
+        read_rows(self.model, batch)
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
         """Be the base while the block runs."""
-        assert self.run is not None
+        assert self.is_adapted
         with self.model.disable_adapter():
             yield
 
-    def continue_texts(self, ids: Tensor, mask: Tensor, max_new_tokens: int) -> list[list[int]]:
-        """Continue left-padded prompts (rows, length) greedily; return the new tokens of each row, without the end."""
+    def continue_texts(self, ids: Tensor, mask: Tensor, max_new_tokens: int, beams: int = 1) -> list[list[int]]:
+        """Continue left-padded prompts (rows, length), greedily or with a beam search; return each row's new tokens.
+
+        The end token is left out. `route` comes before, with `copies=beams`.
+        """
         eos = self.tokenizer.eos_token_id
         settings = GenerationConfig(
             do_sample=False,
+            num_beams=beams,
             max_new_tokens=max_new_tokens,
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=eos,
-            use_cache=not (self.run and reads_first_pass(self.model)),
+            use_cache=not (self.is_adapted and reads_first_pass(self.model)),
         )
         with torch.no_grad():
             out = self.plain.generate(input_ids=ids, attention_mask=mask, generation_config=settings)

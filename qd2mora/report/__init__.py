@@ -4,13 +4,14 @@ from qd2mora.report.endings import finish
 from qd2mora.report.exports import show_export, verdict
 from qd2mora.report.methods import method_text, parameters_on_7b, show_methods
 from qd2mora.report.rows import show_rows
-from qd2mora.report.scores import show_scores
+from qd2mora.report.scores import show_harness, show_scores
 
 __all__ = [
     "finish",
     "method_text",
     "parameters_on_7b",
     "show_export",
+    "show_harness",
     "show_methods",
     "show_rows",
     "show_scores",

@@ -1,0 +1,123 @@
+"""What a model does with rows: writes answers, weighs choices, is surprised by the right answer.
+
+Rows of a batch never see each other: prompts are padded on the left with their positions counted from their own first
+token, so that a row's result is the same alone and in any batch, up to the order of floating point sums.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qd2mora.data import IGNORE, Row, collate
+from qd2mora.evaluation.subject import Subject
+from qd2mora.memory.loss import token_losses
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """A choice's negative log-likelihood after the prompt, in nats, and its tokens."""
+
+    loss: float
+    tokens: int
+
+
+def write_answers(subject: Subject, rows: list[Row], max_new_tokens: int, beams: int = 1) -> list[str]:
+    """Return what the model writes after each row's prompt."""
+    prompts = [Row(row.task, row.ids[: row.masked], row.masked, row.pair) for row in rows]
+    batch = batch_of(subject, prompts, "left")
+    subject.route(batch, copies=beams)
+    tokens = subject.continue_texts(batch["input_ids"], batch["attention_mask"], max_new_tokens, beams)
+    return subject.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def answer_losses(subject: Subject, rows: list[Row]) -> list[float]:
+    """Return the summed cross-entropy of each row's own answer, in nats."""
+    batch = batch_of(subject, rows, "right")
+    subject.route(batch)
+    keep = batch["labels"][:, 1:] != IGNORE
+    hidden = subject.plain.get_decoder()(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    )
+    states = hidden.last_hidden_state[:, :-1][keep]
+    losses = token_losses(states, batch["labels"][:, 1:][keep], subject.plain.get_output_embeddings())
+    return _sums(losses, keep)
+
+
+def weigh_choices(subject: Subject, rows: list[Row], choices: list[list[list[int]]]) -> list[list[Weighed]]:
+    """Weigh each row's `choices` (token ids), equally many for every row of the batch."""
+    if subject.may_fork:
+        losses = _forked(subject, rows, choices)
+    else:
+        losses = _apart(subject, rows, choices)
+    return [
+        [Weighed(loss, len(ids)) for loss, ids in zip(each, offered, strict=True)]
+        for each, offered in zip(losses, choices, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _forked(subject: Subject, rows: list[Row], choices: list[list[list[int]]]) -> list[list[float]]:
+    """Read each prompt once, and continue its cache with every choice."""
+    copies = len(choices[0])
+    prompts = [Row(row.task, row.ids[: row.masked], row.masked, row.pair) for row in rows]
+    batch = batch_of(subject, prompts, "left")
+    mask, decoder = batch["attention_mask"], subject.plain.get_decoder()
+    subject.route(batch)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    first = decoder(input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=True)
+    cache = first.past_key_values
+    cache.batch_repeat_interleave(copies)
+    ids, keep = _padded([each for offered in choices for each in offered], subject)
+    subject.route(batch, copies)
+    starts = mask.sum(-1).repeat_interleave(copies)
+    second = decoder(
+        input_ids=ids,
+        attention_mask=torch.cat([mask.repeat_interleave(copies, 0), keep.long()], 1),
+        position_ids=starts[:, None] + torch.arange(ids.shape[1], device=ids.device),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    before = first.last_hidden_state[:, -1:].repeat_interleave(copies, 0)
+    states = torch.cat([before, second.last_hidden_state[:, :-1]], 1)
+    losses = _sums(token_losses(states[keep], ids[keep], subject.plain.get_output_embeddings()), keep)
+    return [losses[start : start + copies] for start in range(0, len(losses), copies)]
+
+
+def _apart(subject: Subject, rows: list[Row], choices: list[list[list[int]]]) -> list[list[float]]:
+    """Read prompt and choice whole for every choice, where routers keep something that cannot be copied."""
+    columns = []
+    for number in range(len(choices[0])):
+        whole = []
+        for row, offered in zip(rows, choices, strict=True):
+            ids = np.concatenate([row.ids[: row.masked], np.asarray(offered[number], dtype=np.int32)])
+            whole.append(Row(row.task, ids, row.masked, row.pair))
+        columns.append(answer_losses(subject, whole))
+    return [list(each) for each in zip(*columns, strict=True)]
+
+
+def _padded(texts: list[list[int]], subject: Subject) -> tuple[Tensor, Tensor]:
+    """Return (texts, longest) token ids, padded on the right, and which of them count."""
+    width = max(map(len, texts))
+    pad = subject.tokenizer.pad_token_id
+    ids = torch.tensor([each + [pad] * (width - len(each)) for each in texts])
+    keep = torch.tensor([[True] * len(each) + [False] * (width - len(each)) for each in texts])
+    return ids.to(subject.plain.device), keep.to(subject.plain.device)
+
+
+def _sums(losses: Tensor, keep: Tensor) -> list[float]:
+    """Sum the losses of the kept places of each row, in float64."""
+    row_of_token = keep.nonzero()[:, 0]
+    sums: Tensor = torch.zeros(len(keep), dtype=torch.float64, device=losses.device)
+    return sums.index_add(0, row_of_token, losses.double()).tolist()
+
+
+def batch_of(subject: Subject, rows: list[Row], side: str) -> dict[str, Tensor]:
+    """Collate rows on the device of the model, padded on `side`."""
+    batch = collate(rows, subject.tokenizer.pad_token_id, multiple=1, side=side)
+    return {name: tensor.to(subject.plain.device) for name, tensor in batch.items()}
+
+
+__all__ = ["Weighed", "answer_losses", "batch_of", "weigh_choices", "write_answers"]

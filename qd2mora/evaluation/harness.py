@@ -1,0 +1,187 @@
+"""lm-evaluation-harness on a routed model (an optional extra): its tasks, its prompts, its metrics, our forward pass.
+
+The harness's own Hugging Face model would load the base alone or a PEFT adapter without our checks; this one asks an
+opened subject, so that routers hear of padding and prompts as everywhere else.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qd2mora.data import Row
+from qd2mora.data.read import Pair
+from qd2mora.errors import InputRefused
+from qd2mora.evaluation.answering import batch_of
+from qd2mora.evaluation.subject import Subject, open_subject
+from qd2mora.run_folder import write_json
+
+try:
+    import lm_eval
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as error:
+    raise InputRefused("--harness needs lm-evaluation-harness: pip install 'qd2mora[harness]'") from error
+
+NEW_TOKENS = 256  # where a task does not say how many it wants
+_NO_TEXT = Pair("", "")
+
+Request = tuple[tuple[str, str], list[int], list[int]]
+
+
+def run_harness(
+    model: str | Path,
+    tasks: Sequence[str],
+    *,
+    folder: str | Path | None = None,
+    limit: int | None = None,
+    rows_at_once: int = 32,
+    out: str | Path | None = None,
+    allow_changed: Collection[str] = (),
+) -> dict[str, dict[str, Any]]:
+    """Return the harness's numbers by task; `folder` holds task files (YAML) of one's own, `out` takes the JSON.
+
+    Raises InputRefused where a task is not known or the adapter reads more of a row than its text.
+    """
+    # Its own list of thousands takes seconds to read.
+    own = None if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
+    if own is not None and all(name in own.all_tasks for name in tasks):
+        manager = own
+    else:
+        manager = TaskManager(include_path=None if folder is None else str(folder))
+    unknown = [name for name in tasks if name not in manager.all_tasks]
+    if unknown or not tasks:
+        raise InputRefused(f"--harness: no task '{unknown[0] if unknown else ''}'; `lm-eval ls tasks` lists them")
+    subject = open_subject(model, allow_changed)
+    _refuse_rows_with_more(subject)
+    asked = HarnessModel(subject, rows_at_once)
+    found = lm_eval.simple_evaluate(
+        model=asked, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=1000, log_samples=False
+    )
+    results: dict[str, dict[str, Any]] = {name: _plain(numbers) for name, numbers in found["results"].items()}
+    if out is not None:
+        write_json(Path(out), results)
+    return results
+
+
+class HarnessModel(TemplateLM):
+    """The harness's view of a subject."""
+
+    def __init__(self, subject: Subject, rows_at_once: int) -> None:
+        super().__init__()
+        self.subject = subject
+        self.tokenizer = subject.tokenizer
+        self.rows_at_once = rows_at_once
+        self.max_length = int(subject.plain.config.max_position_embeddings)
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else int(begin)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Tokenise a text; with its begin token unless told otherwise."""
+        ids: list[int] = self.tokenizer(string, add_special_tokens=add_special_tokens is not False)["input_ids"]
+        return ids
+
+    def _loglikelihood_tokens(self, requests: list[Request], **kwargs: Any) -> list[tuple[float, bool]]:
+        """Return of each continuation its log-likelihood and whether greedy decoding would write it."""
+        rows = []
+        for _, context, continuation in requests:
+            ids = (context + continuation)[-self.max_length :]
+            rows.append(Row(0, np.asarray(ids, dtype=np.int32), len(ids) - len(continuation), _NO_TEXT))
+        order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+        for start in range(0, len(order), self.rows_at_once):
+            numbers = order[start : start + self.rows_at_once]
+            for number, result in zip(numbers, self._weigh([rows[each] for each in numbers]), strict=True):
+                found[number] = result
+        return found
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Return the log-likelihood of whole texts, read in windows that each predict every token once."""
+        sums = []
+        for request in requests:
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
+            parts: list[Request] = [(("", ""), *make_disjoint_window(window)) for window in windows]
+            sums.append(sum(value for value, _ in self._loglikelihood_tokens(parts)))
+        return sums
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Continue each context greedily (or by its beams) up to the first of its stop texts."""
+        written: list[str] = [""] * len(requests)
+        wishes = [request.args for request in requests]
+        order = sorted(range(len(wishes)), key=lambda number: (str(wishes[number][1]), len(wishes[number][0])))
+        while order:
+            same = [number for number in order if wishes[number][1] == wishes[order[0]][1]][: self.rows_at_once]
+            order = [number for number in order if number not in same]
+            for number, text in zip(same, self._continue([wishes[each] for each in same]), strict=True):
+                written[number] = text
+        return written
+
+    @torch.no_grad()
+    def _weigh(self, rows: list[Row]) -> list[tuple[float, bool]]:
+        batch = batch_of(self.subject, rows, "right")
+        self.subject.route(batch)
+        plain = self.subject.plain
+        states = plain.get_decoder()(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).last_hidden_state
+        found = []
+        for number, row in enumerate(rows):
+            first, last = max(row.masked, 1), len(row.ids)
+            logits = plain.get_output_embeddings()(states[number, first - 1 : last - 1]).float().log_softmax(-1)
+            targets = batch["input_ids"][number, first:last]
+            total = float(logits.gather(-1, targets[:, None]).double().sum())
+            found.append((total, bool((logits.argmax(-1) == targets).all())))
+        return found
+
+    def _continue(self, wishes: list[tuple[str, dict[str, Any]]]) -> list[str]:
+        settings = wishes[0][1]
+        stops = settings.get("until") or []
+        stops = [stops] if isinstance(stops, str) else stops
+        room = min(int(settings.get("max_gen_toks", NEW_TOKENS)), self.max_length // 2)
+        beams = int(settings.get("num_beams", 1))
+        ids = [self.tok_encode(context)[-(self.max_length - room) :] for context, _ in wishes]
+        rows = [Row(0, np.asarray(each, dtype=np.int32), len(each), _NO_TEXT) for each in ids]
+        batch = batch_of(self.subject, rows, "left")
+        self.subject.route(batch, copies=beams)
+        tokens = self.subject.continue_texts(batch["input_ids"], batch["attention_mask"], room, beams)
+        return [_until(text, stops) for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def _until(text: str, stops: list[str]) -> str:
+    return min((text.split(stop)[0] for stop in stops if stop), key=len, default=text)
+
+
+def _refuse_rows_with_more(subject: Subject) -> None:
+    if subject.run is None:
+        return
+    reads_task = subject.run.reads_task and len(subject.run.recipe.data.tasks) > 1
+    if reads_task or subject.run.vector_width is not None:
+        raise InputRefused(f"--harness: {subject.run.recipe.adapter.method} reads the task or a vector of each row, its tasks bring none")
+
+
+def _plain(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Keep what JSON can hold."""
+    return {
+        name: value
+        for name, value in numbers.items()
+        if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    }
+
+
+__all__ = ["HarnessModel", "run_harness"]

@@ -1,0 +1,106 @@
+"""Scoring a task batch by batch: which rows go together, and what a metric makes of what the model did."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+
+from qd2mora.data import Row
+from qd2mora.evaluation.answering import answer_losses, weigh_choices, write_answers
+from qd2mora.evaluation.asked import AskedTask
+from qd2mora.evaluation.rouge import rouge_l
+from qd2mora.evaluation.score import Record, Score
+from qd2mora.evaluation.subject import Subject
+from qd2mora.evaluation.suites import extracted
+
+ROWS_AT_ONCE = 32
+
+
+def score_task(
+    subject: Subject,
+    task: AskedTask,
+    *,
+    beams: int = 1,
+    rows_at_once: int = ROWS_AT_ONCE,
+    known: Iterable[Record] = (),
+    on_batch: Callable[[list[Record]], None] = lambda records: None,
+) -> Score:
+    """Score every row that is not `known`; `on_batch` hears of each batch as it is done.
+
+    Rows of like length and as many choices go together; the result does not depend on who shares a batch.
+    """
+    records = {record.row: record for record in known}
+    for numbers in batches_of(task, records.keys(), rows_at_once):
+        done = score_batch(subject, task, numbers, beams)
+        records |= {record.row: record for record in done}
+        on_batch(done)
+    return Score(task.metric, tuple(records[number] for number in range(len(task.rows))))
+
+
+def batches_of(task: AskedTask, known: Collection[int], rows_at_once: int) -> Iterator[list[int]]:
+    """Yield the numbers of rows that run together."""
+    fan = [len(each) for each in task.choices] or [0] * len(task.rows)
+    left = [number for number in range(len(task.rows)) if number not in known]
+    left.sort(key=lambda number: (fan[number], len(task.rows[number].ids)))
+    while left:
+        count = next((place for place, number in enumerate(left) if fan[number] != fan[left[0]]), len(left))
+        batch = left[: min(count, rows_at_once)]
+        left = left[len(batch) :]
+        yield batch
+
+
+def score_batch(subject: Subject, task: AskedTask, numbers: list[int], beams: int = 1) -> list[Record]:
+    """Score the rows of one batch."""
+    rows = [task.rows[number] for number in numbers]
+    if task.metric == "choice":
+        return _weigh(subject, task, numbers, rows)
+    losses = answer_losses(subject, rows)
+    if task.metric == "loss":
+        texts, values = [""] * len(rows), [loss / row.num_labels for loss, row in zip(losses, rows, strict=True)]
+    else:
+        written = write_answers(subject, rows, task.max_new_tokens, beams)
+        labels = [task.labels[number] for number in numbers]
+        texts, values = _judged(task, labels, written)
+    return [
+        Record(number, value, loss, row.num_labels, text=text)
+        for number, value, loss, row, text in zip(numbers, values, losses, rows, texts, strict=True)
+    ]
+
+
+def _judged(task: AskedTask, labels: list[str], written: list[str]) -> tuple[list[str], list[float]]:
+    """Return what counts of each written text, and its value."""
+    if task.metric == "extract":
+        found = [extracted(task.pattern, text) for text in written]
+        return found, [float(text == label) for text, label in zip(found, labels, strict=True)]
+    if task.metric == "rouge":
+        measure = rouge_l()
+        return written, [measure(label, text) for text, label in zip(written, labels, strict=True)]
+    return written, [float(text.split() == label.split()) for text, label in zip(written, labels, strict=True)]
+
+
+def _weigh(subject: Subject, task: AskedTask, numbers: list[int], rows: list[Row]) -> list[Record]:
+    ids = [_choice_ids(subject, task.choices[number]) for number in numbers]
+    records = []
+    for number, weighed in zip(numbers, weigh_choices(subject, rows, ids), strict=True):
+        texts = task.choices[number]
+        right = texts.index(task.labels[number])
+        by_sum = min(range(len(texts)), key=lambda place: weighed[place].loss)
+        by_mean = min(range(len(texts)), key=lambda place: weighed[place].loss / weighed[place].tokens)
+        records.append(
+            Record(
+                number,
+                float(by_sum == right),
+                weighed[right].loss,
+                weighed[right].tokens,
+                float(by_mean == right),
+                texts[by_sum],
+            )
+        )
+    return records
+
+
+def _choice_ids(subject: Subject, texts: tuple[str, ...]) -> list[list[int]]:
+    """Tokenise choices as answers; where one begins another, the end token tells them apart."""
+    ids: list[list[int]] = subject.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    begins = any(one != two and two[: len(one)] == one for one in ids for two in ids)
+    return [[*each, subject.tokenizer.eos_token_id] for each in ids] if begins else ids
+
+
+__all__ = ["ROWS_AT_ONCE", "batches_of", "score_batch", "score_task"]

@@ -1,0 +1,135 @@
+"""Evaluation from the outside: metrics of a recipe's tasks, files that outlive a kill, the command line."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_cli import run as run_cli
+
+from qd2mora.data import prepare
+from qd2mora.errors import InputRefused
+from qd2mora.evaluation import Record, Score, Subject, ask_held_out, bootstrap, evaluate, score_task
+from qd2mora.evaluation.score import wilson
+from qd2mora.recipe import load_recipe
+
+
+def with_metrics(made: Path, folder: Path, first: str, last: str) -> Path:
+    settings = load_recipe(made / "run.yaml", [f"data.tasks.0.metric={first}", f"data.tasks.1.metric={last}"])
+    path = folder / "asked.yaml"
+    path.write_text(settings.dump_yaml(), encoding="utf-8")
+    return path
+
+
+def test_each_task_is_scored_by_its_own_metric(made: Path, subject: Subject, tmp_path: Path) -> None:
+    recipe = with_metrics(made, tmp_path, "choice", "loss")
+    scores = evaluate(made / "run", recipe=recipe)
+    assert {name: score.metric for name, score in scores.items()} == {"first": "choice", "last": "loss"}
+    assert scores["last"].mean == scores["last"].loss
+    low, high = scores["last"].interval
+    assert low < scores["last"].mean < high
+    assert {record.text for record in scores["first"].records} <= set(
+        row.pair.answer for row in prepare(load_recipe(recipe).data, subject.tokenizer, 0)[0].train
+    )
+    exact = evaluate(made / "run")
+    assert {score.metric for score in exact.values()} == {"exact"}
+    # the loss of the right answer is the same whatever else is asked
+    assert exact["last"].loss == pytest.approx(scores["last"].loss, rel=1e-6)
+
+
+def test_rouge_is_the_librarys(made: Path, subject: Subject, tmp_path: Path) -> None:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    settings = load_recipe(with_metrics(made, tmp_path, "rouge", "exact"))
+    task, _ = ask_held_out(prepare(settings.data, subject.tokenizer, 0))
+    score = score_task(subject, task)
+    measure = RougeScorer(["rougeL"], use_stemmer=True)
+    for record, label in zip(score.records, task.labels, strict=True):
+        assert record.value == measure.score(label, record.text)["rougeL"].fmeasure
+    assert not score.is_share
+
+
+def test_too_many_different_answers_are_no_choice(made: Path, subject: Subject, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("qd2mora.evaluation.asked.MOST_CHOICES", 2)
+    settings = load_recipe(with_metrics(made, tmp_path, "choice", "exact"))
+    with pytest.raises(InputRefused, match=r"data.tasks.first.metric: choice .*limit 2"):
+        ask_held_out(prepare(settings.data, subject.tokenizer, 0))
+
+
+def test_an_evaluation_that_was_killed_goes_on_and_ends_the_same(made: Path, tmp_path: Path, monkeypatch) -> None:
+    question = {"suite": "commonsense", "data": made / "suite", "tasks": ["boolq", "siqa"], "rows_at_once": 2}
+    evaluate(made / "run", **question, out=tmp_path / "whole.json")
+    calls = []
+    import qd2mora.evaluation.scoring as scoring
+
+    write = scoring.write_answers
+
+    def killed_at_the_fourth(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    monkeypatch.setattr(scoring, "write_answers", killed_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(made / "run", **question, out=tmp_path / "broken.json")
+    assert not (tmp_path / "broken.json").exists()
+    rows = tmp_path / "broken.rows.jsonl"
+    rows.write_bytes(rows.read_bytes() + b'{"task": "si')  # a line cut short
+    monkeypatch.setattr(scoring, "write_answers", lambda *arguments: calls.append(2) or write(*arguments))
+    evaluate(made / "run", **question, out=tmp_path / "broken.json")
+    assert calls.count(2) == 3  # six batches in all, three of them kept
+    read = [json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8")) for name in ("whole", "broken")]
+    assert read[0] == read[1]
+    with pytest.raises(InputRefused, match=r"another question .task siqa changed"):
+        evaluate(made / "run", **question | {"limit": 5, "tasks": ["siqa"]}, out=tmp_path / "broken.json")
+    with pytest.raises(InputRefused, match="model changed"):
+        evaluate(made / "base", **question, out=tmp_path / "broken.json")
+
+
+def test_the_command_line_asks_a_suite_of_a_run_and_a_base(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = ["--suite", "commonsense", "--data", made / "suite", "--tasks", "siqa"]
+    assert run_cli(monkeypatch, "eval", made / "run", *suite, "--scoring", "likelihood", "--json") == 0
+    score = json.loads(capsys.readouterr().out)["siqa"]
+    assert score["rows"] == 6 and {"accuracy", "accuracy_normalized", "interval", "loss"} <= score.keys()
+    assert run_cli(monkeypatch, "eval", made / "base", *suite, "--beams", 2, "--out", tmp_path / "scores.json") == 0
+    assert "right answers, 6 rows a task" in capsys.readouterr().out
+    assert json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))["siqa"]["metric"] == "extract"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--suite", "commonsense"], "--data: say in which folder"),
+        (["--suite", "comonsense", "--data", "."], "did you mean 'commonsense'"),
+        (["--suite", "commonsense", "--data", "{made}/suite"], "holds no piqa.json"),
+        (["--suite", "commonsense", "--data", "{made}/suite", "--tasks", "bolq"], "did you mean 'boolq'"),
+        (["--suite", "commonsense", "--data", ".", "--scoring", "guess"], "--scoring: 'guess'"),
+        (["--suite", "commonsense", "--data", ".", "--recipe", "x.yaml"], "not both"),
+        (["--scoring", "likelihood"], "data.tasks.0.metric=choice"),
+        (["--tasks", "frist"], "there are first, last"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line(
+    arguments: list[str], words: str, made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli(monkeypatch, "eval", made / "run", *(each.format(made=made) for each in arguments)) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_intervals_are_wilsons_and_the_bootstraps() -> None:
+    # Brown, Cai, DasGupta 2001: the interval of 0 of n is [0, z^2 / (n + z^2)]
+    assert wilson(0, 20) == pytest.approx((0, 1.96**2 / (20 + 1.96**2)))
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    low, high = bootstrap(values.tolist())
+    # the normal theory's interval, within what 2,000 resamples resolve
+    half = 1.96 * values.std() / math.sqrt(400)
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.05)
+    assert bootstrap(values.tolist()) == (low, high)
+    records = tuple(Record(place, 0.5 + place / 8, 2.0, place + 1) for place in range(3))
+    assert Score("rouge", records).interval == bootstrap([0.5, 0.625, 0.75])
+    assert Score("loss", records).mean == 1.0

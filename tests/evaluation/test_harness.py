@@ -1,0 +1,65 @@
+"""lm-evaluation-harness asks a routed model: its numbers are those of our own passes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qd2mora.errors import InputRefused
+from qd2mora.evaluation import Subject
+
+pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's and evaluate's own
+
+TASK = """
+task: colours
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+output_type: {kind}
+test_split: test
+doc_to_text: "{{{{text}}}}"
+doc_to_target: {target}
+{more}
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    rows = [{"text": "Say the first word: red blue", "label": 0}, {"text": "Say the last word: sun", "label": 1}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return tmp_path
+
+
+def test_choices_and_generation_run_on_a_routed_run(tasks: Path, made: Path, subject: Subject) -> None:
+    from test_answering import slow_loss
+
+    from qd2mora.data import encode
+    from qd2mora.data.read import Pair
+    from qd2mora.evaluation.harness import HarnessModel, run_harness
+
+    more = 'doc_to_choice: ["red", "green"]\nmetric_list: [{metric: acc}]'
+    text = TASK.format(path=tasks / "rows.jsonl", kind="multiple_choice", target="label", more=more)
+    (tasks / "colours.yaml").write_text(text, encoding="utf-8")
+    results = run_harness(made / "run", ["colours"], folder=tasks, out=tasks / "out.json")
+    assert results["colours"]["acc,none"] in (0.0, 0.5, 1.0)
+    assert json.loads((tasks / "out.json").read_text(encoding="utf-8")) == results
+    row = encode([Pair("red", "blue green")], subject.tokenizer, 0, 64, True)[0]
+    ids = row.ids[row.masked :].tolist()
+    asked = HarnessModel(subject, 4)
+    (value, _), (again, _) = asked._loglikelihood_tokens([(("", ""), row.ids[: row.masked].tolist(), ids)] * 2)
+    assert value == again == pytest.approx(-slow_loss(subject, row, ids), rel=2e-5)
+
+
+def test_a_task_that_is_not_known_and_an_adapter_that_reads_more_are_refused(made: Path, tasks: Path) -> None:
+    import asking
+
+    from qd2mora.evaluation.harness import run_harness
+
+    with pytest.raises(InputRefused, match="no task 'colors'"):
+        run_harness(made / "run", ["colors"])
+    if not (made / "by_task").is_dir():
+        asking.save_run(made, "by_task", method="moelora")
+    text = TASK.format(path=tasks / "rows.jsonl", kind="generate_until", target="label", more="")
+    (tasks / "colours.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(InputRefused, match="reads the task or a vector"):
+        run_harness(made / "by_task", ["colours"], folder=tasks)
