@@ -172,7 +172,8 @@ def _refuse_rows_with_more(subject: Subject) -> None:
         return
     reads_task = subject.run.reads_task and len(subject.run.recipe.data.tasks) > 1
     if reads_task or subject.run.vector_width is not None:
-        raise InputRefused(f"--harness: {subject.run.recipe.adapter.method} reads the task or a vector of each row, its tasks bring none")
+        method = subject.run.recipe.adapter.method
+        raise InputRefused(f"--harness: {method} reads the task or a vector of each row, its tasks bring none")
 
 
 def _plain(numbers: dict[str, Any]) -> dict[str, Any]:
