@@ -1,11 +1,12 @@
 """What does one mixture cost beside one LoRA? Forward and backward of a single 4-bit linear, in one process.
 
-    python scripts/bench_layer.py [--device cuda] [--tokens 512] [--width 4096] [--threads 2] [--out FILE]
+    python scripts/bench_layer.py [--device cuda] [--tokens 512] [--width 4096] [--threads 2]
+        [--dtype bfloat16] [--dropout 0.05] [--out FILE]
 
 Compares, on the same NF4 weight: the bare base, this project's D2MoRA (M4 N3 r16) and other methods, PEFT's LoRA (r 64,
-more parameters), and the loop over experts as the D2MoRA authors' layer runs it, written anew from the formula. On a
-CPU all is float32, on a GPU bfloat16 with adapters as PEFT keeps them. `work` are the CPU seconds of one thread: on a
-shared machine they tell work from waiting. Prints a table and, last, one line of JSON.
+more parameters), and the loop over experts as the D2MoRA authors' layer runs it, written anew from the formula. Unless
+--dtype says otherwise, on a CPU all is float32, on a GPU bfloat16 with adapters as PEFT keeps them. `work` are the CPU
+seconds of one thread: on a shared machine they tell work from waiting. Prints a table and, last, one line of JSON.
 """
 
 import argparse
@@ -53,7 +54,7 @@ class Holder(nn.Module):
         return self.linear(x)
 
 
-def contenders(width: int, device: torch.device, dtype: torch.dtype) -> dict[str, Module]:
+def contenders(width: int, device: torch.device, dtype: torch.dtype, dropout: float) -> dict[str, Module]:
     """Build all on one weight; up experts are random, so that nothing is multiplied by zeros alone."""
     base = bnb.nn.Linear4bit(width, width, bias=False, compute_dtype=dtype, quant_type="nf4")
     weight = torch.randn(width, width, dtype=dtype) * 0.02
@@ -61,12 +62,18 @@ def contenders(width: int, device: torch.device, dtype: torch.dtype) -> dict[str
     base.support_avx512bf16_for_cpu = False
     found: dict[str, Module] = {"base": base}
     for name, settings in METHODS.items():
-        layer = MixtureLinear(base, "default", MixtureConfig(**settings), Routing()).to(device).train()
+        layer = MixtureLinear(base, "default", MixtureConfig(**settings, dropout=dropout), Routing()).to(device).train()
         nn.init.normal_(layer.tensors("default")["mixture_B"], std=0.02)
         found[name] = layer
         if name == "ours":
-            found["expert loop"] = ExpertLoop(layer)
-    lora = peft.LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=["linear"], init_lora_weights=False)
+            found["expert loop"] = ExpertLoop(layer, dropout)
+    lora = peft.LoraConfig(
+        r=LORA_RANK,
+        lora_alpha=2 * LORA_RANK,
+        lora_dropout=dropout,
+        target_modules=["linear"],
+        init_lora_weights=False,
+    )
     theirs: Any = peft.get_peft_model(Holder(base), lora).to(device)
     found["peft lora"] = theirs.base_model.model.linear
     return found
@@ -105,14 +112,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     device = torch.device(options.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    modules = contenders(options.width, device, dtype)
+    dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    modules = contenders(options.width, device, dtype, options.dropout)
     x = torch.randn(1, options.tokens, options.width, device=device, dtype=dtype, requires_grad=True)
     dy = torch.randn_like(x)
 

@@ -32,11 +32,11 @@ REPEATS, WARM_UP = 20, 3
 
 
 class ExpertLoop(nn.Module):
-    """A D2MoRA layer's tensors and base, run as a loop over experts. No dropout."""
+    """A D2MoRA layer's tensors and base, run as a loop over experts; each down expert drops x anew."""
 
-    def __init__(self, layer: MixtureLinear) -> None:
+    def __init__(self, layer: MixtureLinear, dropout: float = 0.0) -> None:
         super().__init__()
-        self.base, self.scaling = layer.base_layer, layer.scaling("default")
+        self.base, self.scaling, self.dropout = layer.base_layer, layer.scaling("default"), dropout
         tensors = layer.tensors("default")
         self.downs = nn.ParameterList([nn.Parameter(part.detach().clone()) for part in tensors["mixture_A"]])
         self.ups = nn.ParameterList([nn.Parameter(part.detach().clone()) for part in tensors["mixture_B"]])
@@ -49,7 +49,8 @@ class ExpertLoop(nn.Module):
         gate_down = F.linear(x.float(), self.router_down.float()).softmax(-1)
         z = torch.zeros((), device=x.device)
         for i, down in enumerate(self.downs):
-            z = z + F.linear(x.float(), down.float()) * gate_down[..., i : i + 1]
+            dropped = F.dropout(x.float(), self.dropout) if self.dropout else x.float()
+            z = z + F.linear(dropped, down.float()) * gate_down[..., i : i + 1]
         gate_up = F.linear(z, self.router_up.float()).softmax(-1)
         for j, up in enumerate(self.ups):
             result = result + F.linear(z, up.float()) * gate_up[..., j : j + 1] * self.scaling
