@@ -54,6 +54,8 @@ def _show_log() -> None:
     log, handler = logging.getLogger("qd2mora"), logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Line("%(message)s"))
     log.handlers, log.propagate = [handler], False
+    # On a CPU bitsandbytes 0.50 asks for a package of kernels whose product is not used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
