@@ -64,7 +64,10 @@ NEIGHBOURS = {
 
 
 # Keys of `train` that leave the trained weights as they are.
-HARMLESS = ("save_every", "eval_every", "keep_checkpoints", "log_every", "trackers", "micro_batch", "time_limit")
+HARMLESS = (
+    *("save_every", "eval_every", "keep_checkpoints", "keep_best"),
+    *("log_every", "trackers", "micro_batch", "time_limit"),
+)
 
 
 class Base(Section):
@@ -103,6 +106,12 @@ class Train(Section):
     """At least two, so that there is a way back where the newest is damaged."""
     time_limit: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(s|min|h)$")] | None = None
     """Save and stop (exit 75) before so much time is over, for example 11.5h."""
+    early_stopping: Count | None = None
+    """Stop after so many evaluations in a row without a better one overall; null: never."""
+    keep_best: Literal["none", "overall", "tasks"] = "overall"
+    """Which best adapters `best/` keeps a copy of: of the whole, or of every task too."""
+    final: Literal["last", "best"] = "last"
+    """What `adapter/` holds at the end: the adapter of the last step, or the best overall."""
     log_every: Count = 1
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim"]] = Field(default=[])
 
@@ -112,6 +121,8 @@ class Train(Section):
             raise ValueError("give either steps or epochs")
         if isinstance(self.micro_batch, int) and self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
+        if self.final == "best" and self.keep_best == "none":
+            raise ValueError("final: best needs keep_best: overall or tasks")
         return self
 
 
@@ -162,10 +173,13 @@ class Recipe(Section):
     def deciding(self) -> dict[str, Any]:
         """Return the sections without the keys that leave the trained weights as they are."""
         content = self.model_dump(mode="json", exclude={"output": True, "memory": True, "finish": True})
+        is_judged = self.train.early_stopping is not None or self.train.final == "best"
         for key in HARMLESS:
-            del content["train"][key]
+            if not (is_judged and key == "eval_every"):
+                del content["train"][key]
         for task in content["data"]["tasks"]:
-            del task["metric"]
+            if not is_judged:
+                del task["metric"]
         return content
 
     def fingerprint(self) -> str:

@@ -1,7 +1,7 @@
 """A run folder: where things lie in it, and how it is opened.
 
 `recipe.yaml` (resolved), `manifest.json`, `adapter/` (PEFT's own layout and a seal), tokenizer files,
-`checkpoints/step-N/`, `metrics.jsonl`, and after a merge `export/`. While a run goes on, `LOCK`.
+`checkpoints/step-N/`, `metrics.jsonl`, `best/`, and after a merge `export/`. While a run goes on, `LOCK`.
 """
 
 from collections.abc import Collection
@@ -47,6 +47,10 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
 
     @property
     def export(self) -> Path:

@@ -25,13 +25,16 @@ from qd2mora.base import (
     load_base,
     load_tokenizer,
 )
-from qd2mora.data import Mixture, collate, prepare
+from qd2mora.data import Mixture, TaskRows, collate, prepare
 from qd2mora.errors import InputRefused, WillNotFit
+from qd2mora.evaluation import AskedTask, Subject, ask_held_out, score_all
+from qd2mora.evaluation.rouge import rouge_l
 from qd2mora.memory.plan import Plan, plan
 from qd2mora.mixture import MixtureConfig, add_adapter, selection_biases
 from qd2mora.recipe import Recipe, Train
 from qd2mora.run_folder import RunFolder
 from qd2mora.stopping import StopRequest, listening
+from qd2mora.training.best import BestKeeper
 from qd2mora.training.disk import as_trouble, checkpoint_bytes, refuse_full
 from qd2mora.training.faults import as_lost
 from qd2mora.training.identity import identity_of_inputs, refuse_changed
@@ -100,6 +103,8 @@ def _train_locked(
     tasks = prepare(recipe.data, tokenizer, recipe.train.seed)
     config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
     check_rows(config, tasks)
+    _check_judging(recipe, tasks)
+    asked = _asked_while_training(tasks)
     accelerator = _accelerator(recipe, folder)
     planned = _fitting_plan(recipe, accelerator.device)
     refuse_full(folder.path, _bytes_to_write(recipe, planned))
@@ -134,6 +139,14 @@ def _train_locked(
     if compute_dtype(recipe.base, accelerator.device) is torch.float16 and progress.loss_scale is None:
         progress.loss_scale = FIRST_LOSS_SCALE
     display = StepDisplay(total, progress.step)
+    mark = base_identity(recipe.base, identity["base"])
+    best = BestKeeper(
+        folder.best,
+        recipe.train.keep_best,
+        lambda place: save_adapter(model, place, mark),
+        accelerator.is_main_process,
+    )
+    best.resumed(progress)
     training = Training(
         train=recipe.train,
         accelerator=accelerator,
@@ -151,6 +164,8 @@ def _train_locked(
         journal=Journal(folder.metrics, accelerator, display),
         stop=stop,
         time_limit=time_limit,
+        best=best,
+        score=lambda: score_all(Subject(model, tokenizer), asked),
     )
     for problem in problems:
         training.journal.say(f"passed over: {problem}")
@@ -158,9 +173,11 @@ def _train_locked(
     with stop.deferred(), display:
         losses = training.run()
         if accelerator.is_main_process:
-            _save_result(folder, model, tokenizer, base_identity(recipe.base, identity["base"]))
+            _save_result(folder, model, tokenizer, mark)
+            if recipe.train.final == "best":
+                _take_best(training, folder)
     accelerator.end_training()
-    return Trained(folder.path, total, losses, progress.bad_steps, accelerator.is_main_process)
+    return Trained(folder.path, progress.step, losses, progress.bad_steps, accelerator.is_main_process)
 
 
 def _fitting_plan(recipe: Recipe, device: torch.device) -> Plan:
@@ -177,7 +194,9 @@ def _bytes_to_write(recipe: Recipe, planned: Plan) -> int:
     size = checkpoint_bytes(planned.trainable_parameters, recipe.train.optimizer)
     weights = Path(recipe.base.model).glob("*.safetensors") if recipe.finish.export else []
     export = sum(path.stat().st_size for path in weights)
-    return (recipe.train.keep_checkpoints + 1) * size + 4 * planned.trainable_parameters + export
+    # The result, and the best: kept, about to be, and where every task has its own, those.
+    adapters = {"none": 1, "overall": 3, "tasks": 3 + len(recipe.data.tasks)}[recipe.train.keep_best]
+    return (recipe.train.keep_checkpoints + 1) * size + adapters * 4 * planned.trainable_parameters + export
 
 
 def _adapted_model(recipe: Recipe, config: MixtureConfig, planned: Plan, device: torch.device) -> PeftModel:
@@ -202,6 +221,28 @@ def _save_result(
     with as_trouble("the adapter", folder.path):
         save_adapter(model, folder.adapter, identity)
         tokenizer.save_pretrained(folder.path)
+
+
+def _take_best(training: Training, folder: RunFolder) -> None:
+    """Let the adapter of the best evaluation be the run's result."""
+    with as_trouble("the adapter", folder.path):
+        step = training.best.copy_to(folder.adapter, training.progress)
+    training.journal.say(f"adapter/ holds step {step}, the best overall")
+
+
+def _asked_while_training(tasks: list[TaskRows]) -> list[AskedTask]:
+    """Return the tasks that name a metric other than the loss, to be scored beside it. Raises InputRefused."""
+    asked = ask_held_out([task for task in tasks if task.task.metric not in (None, "loss")])
+    if any(task.metric == "rouge" for task in asked):
+        rouge_l()
+    return asked
+
+
+def _check_judging(recipe: Recipe, tasks: list[TaskRows]) -> None:
+    """Refuse to judge without held-out rows. Raises InputRefused."""
+    key = "final" if recipe.train.final == "best" else "early_stopping"
+    if (recipe.train.early_stopping or key == "final") and not any(task.validation for task in tasks):
+        raise InputRefused(f"train.{key}: no task holds out rows to judge by; set data.tasks.0.validation=200")
 
 
 def _accelerator(recipe: Recipe, folder: RunFolder) -> Accelerator:

@@ -32,14 +32,16 @@ class Journal:
             self._try(lambda: self._append({"step": step, **_finite(metrics)}))
             self._try(lambda: self.accelerator.log(metrics, step=step))
 
-    def evaluation(self, step: int, losses: dict[str, float]) -> None:
-        """Write held-out losses."""
+    def evaluation(self, step: int, losses: dict[str, float], scores: Mapping[str, float]) -> None:
+        """Write held-out losses, and the scores of tasks that name a metric."""
         if not losses or not self.accelerator.is_main_process:
             return
-        self._try(lambda: self._append({"step": step, "eval_loss": _finite(losses)}))
+        scored = {"eval_score": _finite(scores)} if scores else {}
+        self._try(lambda: self._append({"step": step, "eval_loss": _finite(losses), **scored}))
         named = {f"eval_loss/{task}": loss for task, loss in losses.items()}
+        named |= {f"eval_score/{task}": score for task, score in scores.items()}
         self._try(lambda: self.accelerator.log(named, step=step))
-        self._try(lambda: self.display.evaluation(step, losses))
+        self._try(lambda: self.display.evaluation(step, losses, scores))
 
     def say(self, line: str) -> None:
         """Show a line."""

@@ -9,7 +9,7 @@ out, at a smaller loss scale where float16 overflowed.
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -19,10 +19,13 @@ from torch import Tensor, nn
 
 from qd2mora.data import Mixture, Row, TaskRows, collate
 from qd2mora.errors import NotFinite, SignalStop, WillNotFit
+from qd2mora.evaluation import Score
 from qd2mora.memory.loss import RowLoss
 from qd2mora.mixture import MixtureConfig, after_step, orthogonality, routing_of, weight_penalty
 from qd2mora.recipe import Train
 from qd2mora.stopping import StopRequest
+from qd2mora.training.best import BestKeeper
+from qd2mora.training.disk import as_trouble
 from qd2mora.training.estimator import backward_over_draws
 from qd2mora.training.faults import as_lost, is_out_of_memory
 from qd2mora.training.journal import Journal
@@ -57,6 +60,8 @@ class Training:
     journal: Journal
     stop: StopRequest
     time_limit: TimeLimit
+    best: BestKeeper
+    score: Callable[[], dict[str, Score]] = dict
     watchdog: Watchdog = field(default_factory=Watchdog)
     _must_stop: bool = False
 
@@ -75,15 +80,21 @@ class Training:
         with as_lost(), self.saver, self.watchdog:
             if self.progress.step == 0:
                 losses = self._evaluate_and_log()
-            while self.progress.step < self.total_steps:
+            while self.progress.step < self.total_steps and not self.has_stalled:
                 began = time.monotonic()
                 self._log(self._step())
                 losses = self._after_step() or losses
                 self.time_limit.took(time.monotonic() - began)
             with self.watchdog.paused():
                 self.saver.finish()
+                self._settle_best()
                 self.accelerator.wait_for_everyone()
         return losses
+
+    @property
+    def has_stalled(self) -> bool:
+        """Whether so many evaluations in a row were no better that training ends."""
+        return self.train.early_stopping is not None and self.progress.stale >= self.train.early_stopping
 
     def evaluate(self) -> dict[str, float]:
         """Return the held-out loss per labelled token of each task, in nats."""
@@ -280,9 +291,13 @@ class Training:
         done = self.progress.step
         is_last = done == self.total_steps
         losses = self._evaluate_and_log() if done % self.train.eval_every == 0 or is_last else {}
+        if self.has_stalled and not is_last:
+            is_last = True
+            self.journal.say(f"no better evaluation overall in {self.progress.stale}: stopped after step {done}")
         if done % self.train.save_every == 0 or is_last or self._must_stop:
             with self.watchdog.paused():
                 self.saver.save(self.progress)
+                self._settle_best()  # the checkpoint before this one is on disk by now
         if self._must_stop and not is_last:
             with self.watchdog.paused():
                 self.saver.finish()
@@ -303,9 +318,27 @@ class Training:
         return sum_numbers(numbers, self.accelerator.device, self.accelerator.num_processes)
 
     def _evaluate_and_log(self) -> dict[str, float]:
-        losses = self.evaluate()
-        self.journal.evaluation(self.progress.step, losses)
+        losses, scores = self.evaluate(), self._scores()
+        step = self.progress.step
+        self.journal.evaluation(step, losses, {task: score.mean for task, score in scores.items()})
+        if step:
+            with self.watchdog.paused(), as_trouble("the best adapter", self.best.folder):
+                self.best.note(self.progress, losses, scores)
         return losses
+
+    def _scores(self) -> dict[str, Score]:
+        """Score the tasks that name a metric, every process all of their rows."""
+        if self._routing is not None:
+            self._routing.rows = self._routing.lengths = None
+        self.model.eval()
+        with self.watchdog.paused():
+            scores = self.score()
+        self.model.train()
+        return scores
+
+    def _settle_best(self) -> None:
+        with as_trouble("the best adapter", self.best.folder):
+            self.best.settle(self.progress)
 
     def _log(self, metrics: dict[str, float]) -> None:
         step = self.progress.step

@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: a live bar on a terminal, plain lines elsewhere."""
 
 import sys
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -47,9 +48,12 @@ class StepDisplay:
         if not self.console.is_terminal and (step % self.every == 0 or step == 1):
             self.say(f"step {step}/{self.total}  {numbers}")
 
-    def evaluation(self, step: int, losses: dict[str, float]) -> None:
-        """Show held-out losses per task."""
-        self.say(f"step {step}/{self.total}  held-out loss  " + "  ".join(f"{k} {v:.4f}" for k, v in losses.items()))
+    def evaluation(self, step: int, losses: dict[str, float], scores: Mapping[str, float]) -> None:
+        """Show held-out losses per task, and the scores there are."""
+        for what, numbers in (("loss", losses), ("score", scores)):
+            if numbers:
+                each = "  ".join(f"{task} {number:.4f}" for task, number in numbers.items())
+                self.say(f"step {step}/{self.total}  held-out {what}  {each}")
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""

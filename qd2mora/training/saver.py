@@ -47,7 +47,7 @@ class Saver:
         self.finish()
         adapter, moments, scalars = self.source.collect(copied=True)
         if self.is_main:
-            state = State(adapter, moments, scalars, replace(progress))
+            state = State(adapter, moments, scalars, replace(progress, best=dict(progress.best)))
             if _has_room_for(state):
                 self._job = self._writer.submit(self._write, state)
             else:

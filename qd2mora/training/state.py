@@ -27,6 +27,10 @@ class Progress:
     loss_scale: float | None = None
     """Factor on the loss where gradients are float16."""
     applied_at_scale: int = 0
+    best: dict[str, list[Any]] = field(default_factory=dict)
+    """Step, value and what it is, of the best evaluation of each task and of the whole (see `best`)."""
+    stale: int = 0
+    """Evaluations since the last that was the best overall."""
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ def test_a_run_leaves_the_promised_folder(made: Path, tmp_path: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert names == {
         "adapter",
+        "best",
         "checkpoints",
         "manifest.json",
         "metrics.jsonl",
