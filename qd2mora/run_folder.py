@@ -1,7 +1,8 @@
 """A run folder: where things lie in it, and how it is opened.
 
 `recipe.yaml` (resolved), `manifest.json`, `adapter/` (PEFT's own layout and a seal), tokenizer files,
-`checkpoints/step-N/`, `metrics.jsonl`, `best/`, and after a merge `export/`. While a run goes on, `LOCK`.
+`checkpoints/step-N/`, `metrics.jsonl`, `best/`, at the end `routing.json` and `report.html`, and after a merge `export/`.
+While a run goes on, `LOCK`.
 """
 
 from collections.abc import Collection
@@ -55,6 +56,14 @@ class RunFolder:
     @property
     def export(self) -> Path:
         return self.path / "export"
+
+    @property
+    def routing(self) -> Path:
+        return self.path / "routing.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def lock(self) -> Path:

@@ -28,6 +28,7 @@ FLOORS = {
     "run_folder": 2,
     "merging": 3,
     "evaluation": 3,
+    "inspection": 3,
     "training": 4,
     "report": 4,
     "cli": 6,

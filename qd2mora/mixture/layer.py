@@ -24,6 +24,7 @@ from qd2mora.mixture.initial import initial_tensor
 from qd2mora.mixture.low_rank import LowRank
 from qd2mora.mixture.method import STATIC, TASK
 from qd2mora.mixture.observer import Observer
+from qd2mora.mixture.routers import Gating
 from qd2mora.mixture.routing import Routing
 from qd2mora.mixture.spec import ROLES, LinearSpec, Place
 
@@ -155,6 +156,10 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
     def mean_input(self, x: Tensor, adapter_name: str) -> Tensor:
         """Return what the base reads of x, (..., D): a mean over slots in a mixed MLP's last linear, x elsewhere."""
         return block.mean_input(self, x, adapter_name)
+
+    def gatings(self, x: Tensor, adapter_name: str) -> dict[str, Gating]:
+        """Return what each router decides of x (B, T, D), by role, without noise: what `inspection` counts."""
+        return self.mixture_spec[adapter_name].step.route(*self._features(x, adapter_name))[1]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base output plus the active adapters' (..., d_out), in the base output's dtype."""

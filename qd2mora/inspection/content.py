@@ -1,0 +1,187 @@
+"""What `routing.json` holds: every router and every bank of experts, their means, and a picture of the experts."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from qd2mora.durable import write_json
+from qd2mora.errors import DamagedFile
+from qd2mora.inspection.alarm import Measured, collapse_line, collapsed
+from qd2mora.inspection.counting import RoutingWatch
+from qd2mora.inspection.experts import measure_bank, project
+from qd2mora.mixture import MixtureLinear, mixture_layers, orthogonality
+from qd2mora.run_folder import RunFolder
+
+VERSION = 1
+NO_ROUTERS = "this method has no routers: the same update serves every token"
+
+
+def measured(watch: RoutingWatch) -> Measured:
+    """Return the routers that saw tokens, with their measures."""
+    pairs = [(router, router.measured()) for router in watch.routers.values()]
+    return [(router, measures) for router, measures in pairs if measures is not None]
+
+
+def summary(found: Measured, model: nn.Module) -> dict[str, Any]:
+    """Return the means over routers that `metrics.jsonl` keeps of an evaluation, and the likeness of experts.
+
+    entropies within 0 and 1; loads relative to an equal share, of the worst router; dead experts and collapsed routers
+    counted; mean |cos| of two experts of a bank.
+    """
+    choosing = [(router, each) for router, each in found if router.num_experts > 1]
+    each = [measures for _, measures in choosing]
+    return {
+        "routers": len(found),
+        "entropy": _mean(measures.entropy for measures in each),
+        "entropy_of_mean": _mean(measures.entropy_of_mean for measures in each),
+        "max_load": max((measures.max_load for measures in each), default=None),
+        "min_load": min((measures.min_load for measures in each), default=None),
+        "dead_experts": sum(len(measures.dead) for measures in each),
+        "mutual_information": _mean(measures.mutual_information for measures in each),
+        **mean_cosines(model),
+        "collapsed": len(collapsed(found)),
+    }
+
+
+def mean_cosines(model: nn.Module, adapter: str = "default") -> dict[str, float | None]:
+    """Return the mean |cos| over the pairs of down and of up experts; None where no bank has two of one rank."""
+    halves = [float(half.detach()) for half in orthogonality(model, adapter)]
+    pairs = num_pairs(model, adapter)
+    return {
+        f"cos_{bank}": half / pairs[bank] if pairs[bank] else None
+        for bank, half in zip(("down", "up"), halves, strict=True)
+    }
+
+
+def num_pairs(model: nn.Module, adapter: str = "default") -> dict[str, int]:
+    """Return how many pairs of experts each half of the diversity penalty sums over."""
+    pairs = {"down": 0, "up": 0}
+    for layer in mixture_layers(model).values():
+        for bank, name in (("down", "mixture_A"), ("up", "mixture_B")):
+            tensor = layer.tensors(adapter).get(name)
+            if tensor is not None and tensor.dim() == 3:
+                pairs[bank] += tensor.shape[0] * (tensor.shape[0] - 1) // 2
+    return pairs
+
+
+def routing_content(
+    watch: RoutingWatch, model: nn.Module, tasks: Sequence[str], rows: dict[str, dict[str, int]], step: int | None
+) -> dict[str, Any]:
+    """Return the whole report. `rows`: task to how many rows of which source were looked at."""
+    found = measured(watch)
+    layers = {name: layer for name, layer in mixture_layers(model).items() if watch.adapter in layer.mixture_spec}
+    banks = _banks(layers, watch.adapter)
+    return {
+        "version": VERSION,
+        "step": step,
+        "tasks": list(tasks),
+        "rows": rows,
+        "note": None if found else NO_ROUTERS,
+        "alarm": collapse_line(found),
+        "summary": summary(found, model) if found else mean_cosines(model, watch.adapter),
+        "pairs": num_pairs(model, watch.adapter),
+        "routers": [
+            {
+                "module": router.module,
+                "layer": router.layer,
+                "kind": router.kind,
+                "role": router.role,
+                "experts": router.num_experts,
+                "at_once": router.at_once if router.is_sparse else None,
+                "collapsed": router.is_collapsed(measures),
+                **measures.to_json(),
+            }
+            for router, measures in found
+        ],
+        "banks": banks,
+        "projection": _projection(layers, watch.adapter),
+    }
+
+
+def write_routing(folder: RunFolder, content: dict[str, Any]) -> None:
+    """Write `routing.json`."""
+    write_json(folder.routing, content)
+
+
+def read_routing(folder: RunFolder) -> dict[str, Any] | None:
+    """Return the content of `routing.json`, None where there is none. Raises DamagedFile."""
+    if not folder.routing.is_file():
+        return None
+    try:
+        content = json.loads(folder.routing.read_text(encoding="utf-8"))
+        if content["version"] == VERSION:
+            return dict(content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFile(
+            f"{folder.routing} is not a routing report; `qd2mora inspect --again` writes it anew"
+        ) from error
+    raise DamagedFile(f"{folder.routing} is of another version; `qd2mora inspect --again` writes it anew")
+
+
+def _banks(layers: dict[str, MixtureLinear], adapter: str) -> list[dict[str, Any]]:
+    found = []
+    for name, layer in layers.items():
+        place = layer.mixture_spec[adapter].place
+        for bank, rows, ranks in _rows_of(layer, adapter):
+            if len(ranks) > 1:
+                where = {"module": name, "layer": place.layer, "kind": place.kind, "bank": bank, "experts": len(ranks)}
+                found.append(where | measure_bank(rows, ranks).to_json())
+    return found
+
+
+def _rows_of(layer: MixtureLinear, adapter: str) -> list[tuple[str, Tensor, tuple[int, ...]]]:
+    """Return the banks as rows, (ranks, long side), with the rank of each expert; up experts transposed."""
+    tensors, step = layer.tensors(adapter), layer.mixture_spec[adapter].step
+    found = []
+    for bank, name, ranks in (("down", "mixture_A", step.ranks_down), ("up", "mixture_B", step.ranks_up)):
+        tensor = tensors.get(name)
+        if tensor is None:
+            continue
+        if tensor.dim() == 3:
+            rows = tensor.flatten(0, 1) if bank == "down" else tensor.mT.flatten(0, 1)
+            ranks = (len(rows) // len(tensor),) * len(tensor)
+        else:
+            rows = tensor if bank == "down" else tensor.mT
+        found.append((bank, rows, ranks))
+    return found
+
+
+def _projection(layers: dict[str, MixtureLinear], adapter: str) -> list[dict[str, Any]]:
+    """Return a picture of each kind of linear and each bank, over all layers whose experts have one size."""
+    groups: dict[tuple[str, str, int], list[tuple[int, int, Tensor]]] = {}
+    for layer in layers.values():
+        place = layer.mixture_spec[adapter].place
+        for bank, rows, ranks in _rows_of(layer, adapter):
+            if len(ranks) > 1 and len(set(ranks)) == 1:
+                for expert, part in enumerate(rows.split(list(ranks))):
+                    groups.setdefault((place.kind, bank, part.numel()), []).append((place.layer, expert, part))
+    pictures = []
+    for (kind, bank, _), experts in groups.items():
+        places, explained = project([part for _, _, part in experts])
+        points = [
+            {"layer": layer, "expert": expert, "x": place[0], "y": place[1]}
+            for (layer, expert, _), place in zip(experts, places, strict=True)
+            if place is not None
+        ]
+        if points:
+            pictures.append({"kind": kind, "bank": bank, "explained": explained, "points": points})
+    return pictures
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
+__all__ = [
+    "NO_ROUTERS",
+    "mean_cosines",
+    "measured",
+    "num_pairs",
+    "read_routing",
+    "routing_content",
+    "summary",
+    "write_routing",
+]
