@@ -1,8 +1,8 @@
 """A run folder: where things lie in it, and how it is opened.
 
 `recipe.yaml` (resolved), `manifest.json`, `adapter/` (PEFT's own layout and a seal), tokenizer files,
-`checkpoints/step-N/`, `metrics.jsonl`, `best/`, at the end `routing.json` and `report.html`, and after a merge `export/`.
-While a run goes on, `LOCK`.
+`checkpoints/step-N/`, `metrics.jsonl`, `best/`, at the end `routing.json` and `report.html`, and after a merge
+`export/`. While a run goes on, `LOCK`.
 """
 
 from collections.abc import Collection

@@ -29,6 +29,7 @@ from qd2mora.data import Mixture, TaskRows, collate, prepare
 from qd2mora.errors import InputRefused, WillNotFit
 from qd2mora.evaluation import AskedTask, Subject, ask_held_out, score_all
 from qd2mora.evaluation.rouge import rouge_l
+from qd2mora.inspection.content import write_routing
 from qd2mora.memory.plan import Plan, plan
 from qd2mora.mixture import MixtureConfig, add_adapter, selection_biases
 from qd2mora.recipe import Recipe, Train
@@ -176,6 +177,8 @@ def _train_locked(
             _save_result(folder, model, tokenizer, mark)
             if recipe.train.final == "best":
                 _take_best(training, folder)
+            else:
+                _save_routing(folder, training)
     accelerator.end_training()
     return Trained(folder.path, progress.step, losses, progress.bad_steps, accelerator.is_main_process)
 
@@ -227,6 +230,7 @@ def _take_best(training: Training, folder: RunFolder) -> None:
     """Let the adapter of the best evaluation be the run's result."""
     with as_trouble("the adapter", folder.path):
         step = training.best.copy_to(folder.adapter, training.progress)
+        folder.routing.unlink(missing_ok=True)  # what was measured may be another step's
     training.journal.say(f"adapter/ holds step {step}, the best overall")
 
 
@@ -243,6 +247,16 @@ def _check_judging(recipe: Recipe, tasks: list[TaskRows]) -> None:
     key = "final" if recipe.train.final == "best" else "early_stopping"
     if (recipe.train.early_stopping or key == "final") and not any(task.validation for task in tasks):
         raise InputRefused(f"train.{key}: no task holds out rows to judge by; set data.tasks.0.validation=200")
+
+
+def _save_routing(folder: RunFolder, training: Training) -> None:
+    """Write what routers did in the last evaluation; a run that was over before has its report, or gets it when asked.
+
+    A method without routers is told as such.
+    """
+    if training.live.step is not None or not training.live.watch.routers:
+        with as_trouble("the routing report", folder.path):
+            write_routing(folder, training.live.content())
 
 
 def _accelerator(recipe: Recipe, folder: RunFolder) -> Accelerator:

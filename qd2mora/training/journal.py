@@ -32,16 +32,29 @@ class Journal:
             self._try(lambda: self._append({"step": step, **_finite(metrics)}))
             self._try(lambda: self.accelerator.log(metrics, step=step))
 
-    def evaluation(self, step: int, losses: dict[str, float], scores: Mapping[str, float]) -> None:
-        """Write held-out losses, and the scores of tasks that name a metric."""
-        if not losses or not self.accelerator.is_main_process:
+    def evaluation(
+        self,
+        step: int,
+        losses: dict[str, float],
+        scores: Mapping[str, float],
+        routing: Mapping[str, float | None] | None = None,
+        alarm: str | None = None,
+    ) -> None:
+        """Write held-out losses, scores of tasks that name a metric, what routers did, and what is wrong with that."""
+        if not (losses or routing) or not self.accelerator.is_main_process:
             return
-        scored = {"eval_score": _finite(scores)} if scores else {}
-        self._try(lambda: self._append({"step": step, "eval_loss": _finite(losses), **scored}))
+        line: dict[str, Any] = {"step": step}
+        line |= {"eval_loss": _finite(losses)} if losses else {}
+        line |= {"eval_score": _finite(scores)} if scores else {}
+        line |= {"routing": dict(routing)} if routing else {}
+        line |= {"alarm": alarm} if alarm else {}
+        self._try(lambda: self._append(line))
         named = {f"eval_loss/{task}": loss for task, loss in losses.items()}
         named |= {f"eval_score/{task}": score for task, score in scores.items()}
+        named |= {f"routing/{name}": number for name, number in (routing or {}).items() if number is not None}
         self._try(lambda: self.accelerator.log(named, step=step))
-        self._try(lambda: self.display.evaluation(step, losses, scores))
+        if losses:
+            self._try(lambda: self.display.evaluation(step, losses, scores))
 
     def say(self, line: str) -> None:
         """Show a line."""

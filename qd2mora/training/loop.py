@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qd2mora.data import Mixture, Row, TaskRows, collate
 from qd2mora.errors import NotFinite, SignalStop, WillNotFit
 from qd2mora.evaluation import Score
-from qd2mora.memory.loss import RowLoss
+from qd2mora.memory.loss import IGNORE, RowLoss, labelled_states
 from qd2mora.mixture import MixtureConfig, after_step, orthogonality, routing_of, weight_penalty
 from qd2mora.recipe import Train
 from qd2mora.stopping import StopRequest
@@ -29,9 +29,10 @@ from qd2mora.training.disk import as_trouble
 from qd2mora.training.estimator import backward_over_draws
 from qd2mora.training.faults import as_lost, is_out_of_memory
 from qd2mora.training.journal import Journal
+from qd2mora.training.live_routing import LiveRouting
 from qd2mora.training.numbers import blame, is_too_bad, lower_scale, prove_flow, raise_scale
 from qd2mora.training.optimizer import learning_rate
-from qd2mora.training.processes import sum_gradients, sum_numbers
+from qd2mora.training.processes import sum_gradients, sum_numbers, sum_tensor
 from qd2mora.training.randomness import key_of
 from qd2mora.training.saver import Saver
 from qd2mora.training.stages import enter_stage
@@ -69,6 +70,7 @@ class Training:
         self.row_loss = RowLoss(self.model)
         # None where the adapter has no routers of ours.
         self._routing = routing_of(self.model)
+        self.live = LiveRouting(self.model, self.tasks)
 
     def run(self) -> dict[str, float]:
         """Train to the end; return the last held-out losses.
@@ -97,22 +99,38 @@ class Training:
         return self.train.early_stopping is not None and self.progress.stale >= self.train.early_stopping
 
     def evaluate(self) -> dict[str, float]:
-        """Return the held-out loss per labelled token of each task, in nats."""
+        """Return the held-out loss per labelled token of each task, in nats; routers are watched on the way."""
         self.model.eval()
         losses = {}
-        for task in self.tasks:
-            if task.validation:
-                sums = torch.zeros(2, dtype=torch.float64)
-                for rows, keys in self._micro_batches(task.validation, 0):
-                    self._tell_routers(rows, keys)
-                    with torch.no_grad():
-                        loss = self._row_losses(rows).sum().double().cpu()
-                    sums += torch.stack([loss, torch.tensor(float(sum(row.num_labels for row in rows)))])
-                    self.watchdog.beat()
-                total, labels = self._sum([*sums])
-                losses[task.task.name] = total / labels
+        with self.live.watching():
+            for task in self.tasks:
+                if task.validation:
+                    total, labels = self._loss_of(task.validation)
+                    losses[task.task.name] = total / labels
+                elif self.progress.step > 0:  # a step has shown that micro batches of this size fit
+                    self._run_through(self.live.stand_ins(task))
         self.model.train()
         return losses
+
+    def _loss_of(self, rows: list[Row]) -> list[float]:
+        """Return the summed loss of rows in evaluation, over all processes, and the number of their labels."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        for part, keys in self._micro_batches(rows, 0):
+            self._tell_routers(part, keys)
+            with torch.no_grad():
+                loss = self._row_losses(part).sum().double().cpu()
+            sums += torch.stack([loss, torch.tensor(float(sum(row.num_labels for row in part)))])
+            self.watchdog.beat()
+        return self._sum([*sums])
+
+    def _run_through(self, rows: list[Row]) -> None:
+        """Let rows pass the routers, without a loss."""
+        for part, keys in self._micro_batches(rows, 0):
+            self._tell_routers(part, keys)
+            batch = {name: tensor.to(self.accelerator.device) for name, tensor in collate(part, self.pad).items()}
+            with torch.no_grad():
+                labelled_states(self.model, batch, batch["labels"][:, 1:] != IGNORE)
+            self.watchdog.beat()
 
     def _step(self) -> dict[str, float]:
         began, update = time.perf_counter(), self.progress.step
@@ -319,8 +337,11 @@ class Training:
 
     def _evaluate_and_log(self) -> dict[str, float]:
         losses, scores = self.evaluate(), self._scores()
-        step = self.progress.step
-        self.journal.evaluation(step, losses, {task: score.mean for task, score in scores.items()})
+        step, processes = self.progress.step, self.accelerator.num_processes
+        numbers, alarm = self.live.take(step, lambda sums: sum_tensor(sums, processes), self.accelerator.device)
+        self.journal.evaluation(step, losses, {task: score.mean for task, score in scores.items()}, numbers, alarm)
+        if numbers and alarm and self.live.is_news(numbers):
+            self.journal.say(f"warning: {alarm}")
         if step:
             with self.watchdog.paused(), as_trouble("the best adapter", self.best.folder):
                 self.best.note(self.progress, losses, scores)

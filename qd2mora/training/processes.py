@@ -17,6 +17,13 @@ def sum_numbers(numbers: list[torch.Tensor | float], device: torch.device, num_p
     return total.tolist()
 
 
+def sum_tensor(tensor: torch.Tensor, num_processes: int) -> torch.Tensor:
+    """Return a tensor summed over all processes, in place."""
+    if num_processes > 1:
+        all_reduce(tensor)
+    return tensor
+
+
 def sum_gradients(parameters: dict[str, nn.Parameter], num_processes: int) -> None:
     """Add up the gradients of all processes in place, tensor by tensor in the order of the names."""
     if num_processes == 1:
@@ -27,4 +34,4 @@ def sum_gradients(parameters: dict[str, nn.Parameter], num_processes: int) -> No
         all_reduce(parameter.grad)
 
 
-__all__ = ["sum_gradients", "sum_numbers"]
+__all__ = ["sum_gradients", "sum_numbers", "sum_tensor"]

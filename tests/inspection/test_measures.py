@@ -10,7 +10,7 @@ from qd2mora.inspection.measures import measure, mutual_information, token_sums
 
 
 def routed(seed: int = 0, num_tasks: int = 3, num_experts: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return gates (B, n, E) that do not sum to one, what is counted (B, n), and tasks (B,); the last task is absent."""
+    """Return gates (B, n, E) that do not sum to one, what is counted (B, n), and tasks (B,) of which one is absent."""
     generator = torch.Generator().manual_seed(seed)
     gates = torch.rand(5, 7, num_experts, generator=generator, dtype=torch.float64) + 0.01
     counted = (torch.rand(5, 7, generator=generator) < 0.7).double()

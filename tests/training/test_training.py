@@ -66,6 +66,7 @@ def test_a_run_leaves_the_promised_folder(made: Path, tmp_path: Path) -> None:
         "manifest.json",
         "metrics.jsonl",
         "recipe.yaml",
+        "routing.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }
