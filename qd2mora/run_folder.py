@@ -62,6 +62,10 @@ class RunFolder:
         return self.path / "routing.json"
 
     @property
+    def samples(self) -> Path:
+        return self.path / "samples.json"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 

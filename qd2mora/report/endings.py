@@ -13,6 +13,9 @@ from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.method import TASK
 from qd2mora.recipe import Recipe
 from qd2mora.report.exports import show_export
+from qd2mora.report.run_files import read_run
+from qd2mora.report.run_page import write_page
+from qd2mora.report.samples import Samples
 from qd2mora.report.scores import show_scores
 from qd2mora.run_folder import RunFolder, read_recipe, write_json
 
@@ -35,6 +38,7 @@ def finish(run: Path, console: Console) -> None:
     if recipe.finish.score:
         _score_all(folder, recipe, console)
         lies["scores"] = run / "scores.json"
+    lies["report"] = write_page(read_run(run))
     for name, path in lies.items():
         console.print(f"{name:12} {path}", highlight=False, soft_wrap=True)
 
@@ -43,17 +47,23 @@ def _score_all(folder: RunFolder, recipe: Recipe, console: Console) -> None:
     subject = open_subject(folder.path)
     tasks = prepare(recipe.data, subject.tokenizer, recipe.train.seed)
     columns = {}
+    samples = Samples(tasks)
     with subject.without_adapter():
         columns["base"] = score_tasks(subject, tasks)
+        samples.ask("base", subject)
     columns["adapter"] = score_tasks(subject, tasks)
+    samples.ask("adapter", subject)
     if folder.export.is_dir():
-        columns["fp16 export"] = score_tasks(replace(open_subject(folder.export), run=None), tasks)
+        export = replace(open_subject(folder.export), run=None)
+        columns["fp16 export"] = score_tasks(export, tasks)
+        samples.ask("fp16 export", export)
     if not columns["base"]:
         console.print("nothing to score: no task holds out rows (data.tasks.0.validation=100)")
         return
     show_scores(columns, console)
     content = {name: {task: score.to_json() for task, score in scores.items()} for name, scores in columns.items()}
     write_json(folder.path / "scores.json", content)
+    write_json(folder.samples, samples.content)
 
 
 __all__ = ["finish"]
