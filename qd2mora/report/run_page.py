@@ -13,6 +13,7 @@ from qd2mora.report.charts import Series, line_chart, smoothed
 from qd2mora.report.page import card, escape, facts, folded, grid, page, paragraph, table, tiles
 from qd2mora.report.routing_page import experts_section, routing_section
 from qd2mora.report.run_files import RunFiles
+from qd2mora.report.scores import WORDS
 
 
 def write_page(files: RunFiles, out: Path | None = None) -> Path:
@@ -49,9 +50,9 @@ def _main_numbers(files: RunFiles) -> list[tuple[str, str]]:
     if last is not None:
         found.append(("held-out loss, mean of tasks" + (f" (from {first:.3f})" if first else ""), f"{last:.3f}"))
     for name in ("base", "adapter", "fp16 export"):
-        mean = _mean_accuracy(files.scores, name)
-        if mean is not None:
-            found.append((f"exact answers, {name}", f"{mean:.1%}"))
+        mean = _mean_score(files.scores, name)
+        if mean is not None and mean <= 1:
+            found.append((f"mean score, {name}", f"{mean:.1%}"))
     plan = files.manifest.get("plan", {})
     if isinstance(plan.get("trainable_parameters"), int):
         found.append(("trained parameters", f"{plan['trainable_parameters']:,}"))
@@ -157,31 +158,41 @@ def _memory(files: RunFiles) -> str:
 
 
 def _scores(files: RunFiles) -> str:
-    models = [name for name in files.scores if _mean_accuracy(files.scores, name) is not None]
+    models = [name for name in files.scores if _mean_score(files.scores, name) is not None]
     if not models:
         return paragraph("Not scored: `finish.score: true` in the recipe, or `qd2mora eval`.")
     tasks = list(dict.fromkeys(task for model in models for task in files.scores[model]))
     rows = [[escape(task), *(_score(files.scores[model].get(task)) for model in models)] for task in tasks]
-    rows.append(["mean", *(f"{_mean_accuracy(files.scores, model) or 0:.1%}" for model in models)])
-    note = "exact answers on held-out rows, with the 95% interval of Wilson"
-    return card("exact answers", table(("task", *models), rows, last_is_sum=True), note)
+    metrics = {str(score.get("metric", "exact")) for model in models for score in files.scores[model].values()}
+    if len(metrics) == 1:
+        means = [_mean_score(files.scores, model) or 0.0 for model in models]
+        rows.append(["mean", *(f"{mean:.4f}" if "loss" in metrics else f"{mean:.1%}" for mean in means)])
+    note = f"{', '.join(sorted(WORDS.get(metric, metric) for metric in metrics))} on held-out rows, with 95% intervals"
+    return card("scores by task", table(("task", *models), rows, last_is_sum=len(metrics) == 1), note)
 
 
 def _score(score: dict[str, Any] | None) -> str:
     if score is None:
         return ""
     low, high = score["interval"]
-    return f"{score['accuracy']:.1%} <small>({low:.0%} to {high:.0%})</small>"
+    if score.get("metric") == "loss":
+        return f"{score['score']:.4f} <small>({low:.3f} to {high:.3f})</small>"
+    return f"{_value(score):.1%} <small>({low:.0%} to {high:.0%})</small>"
 
 
-def _mean_accuracy(scores: dict[str, Any], model: str) -> float | None:
+def _value(score: dict[str, Any]) -> float:
+    return float(score["score"] if "score" in score else score["accuracy"])
+
+
+def _mean_score(scores: dict[str, Any], model: str) -> float | None:
     """Return the mean over tasks; None where the file holds no such scores."""
     by_task = scores.get(model)
     if not isinstance(by_task, dict) or not by_task:
         return None
-    values = [each.get("accuracy") for each in by_task.values() if isinstance(each, dict) and "interval" in each]
-    numbers = [value for value in values if isinstance(value, int | float)]
-    return sum(numbers) / len(numbers) if numbers and len(numbers) == len(by_task) else None
+    try:
+        return sum(_value(score) for score in by_task.values()) / len(by_task)
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _export(files: RunFiles) -> str:

@@ -3,10 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from qd2mora.data import Row, TaskRows, collate
+from qd2mora.data import Row, TaskRows
 from qd2mora.evaluation import Subject
+from qd2mora.evaluation.answering import write_answers
 
 ROWS_OF_A_TASK = 2
 MOST_TASKS = 8
@@ -33,14 +32,8 @@ class Samples:
     def ask(self, name: str, subject: Subject) -> None:
         """Add the answers of a model, greedy, one row at a time."""
         for row, sample in zip(self.rows, self.content, strict=True):
-            prompt = Row(row.task, row.ids[: row.masked], row.masked, row.pair, row.group)
-            batch = collate([prompt], subject.tokenizer.pad_token_id, multiple=1)
-            batch = {key: tensor.to(subject.plain.device) for key, tensor in batch.items()}
-            subject.route(batch)
             room = min(MOST_TOKENS, len(row.ids) - row.masked + 8)
-            with torch.no_grad():
-                tokens = subject.continue_texts(batch["input_ids"], batch["attention_mask"], room)[0]
-            sample["answers"][name] = subject.tokenizer.decode(tokens, skip_special_tokens=True)
+            sample["answers"][name] = write_answers(subject, [row], room)[0]
 
 
 __all__ = ["Samples"]

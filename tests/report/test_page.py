@@ -100,7 +100,7 @@ def test_the_page_of_a_finished_run_holds_everything_and_nothing_hostile_but_as_
     seen = check_harmless(page)
     for words in ("training loss", "held-out loss by task", "learning rate", "gradient norm", "planned peak"):
         assert words in seen.text
-    for words in ("measured peak", "exact answers", "what the export keeps", "q_proj, router over down experts (A)"):
+    for words in ("measured peak", "scores by task", "what the export keeps", "q_proj, router over down experts (A)"):
         assert words in seen.text
     for words in ("entropy by layer", "likeness of experts over time", "likeness by bank", "expert 2"):
         assert words in seen.text
