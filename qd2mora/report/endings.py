@@ -13,7 +13,7 @@ from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.method import TASK
 from qd2mora.recipe import Recipe
 from qd2mora.report.exports import show_export
-from qd2mora.report.run_files import read_run
+from qd2mora.report.run_files import look_at
 from qd2mora.report.run_page import write_page
 from qd2mora.report.samples import Samples
 from qd2mora.report.scores import show_scores
@@ -38,7 +38,7 @@ def finish(run: Path, console: Console) -> None:
     if recipe.finish.score:
         _score_all(folder, recipe, console)
         lies["scores"] = run / "scores.json"
-    lies["report"] = write_page(read_run(run))
+    lies["report"] = write_page(look_at(run))
     for name, path in lies.items():
         console.print(f"{name:12} {path}", highlight=False, soft_wrap=True)
 
