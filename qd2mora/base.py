@@ -191,7 +191,7 @@ def random_base(shape: Shape, base: Base, device: torch.device, seed: int = 0) -
         if isinstance(module, nn.Linear) and name != "lm_head" and base.quantization == "nf4":
             weight = torch.empty(module.weight.shape, device=device, dtype=dtype).normal_(0, 0.02, generator=generator)
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, _nf4_linear(weight, base, dtype))
+            setattr(model.get_submodule(parent), child, nf4_linear(weight, base, dtype))
     # Norm weights start at one; rotary tables are buffers that the meta build leaves empty.
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
@@ -232,7 +232,7 @@ def fingerprint(base: Base) -> str:
     about 1 GB/s, and leaves the files in the page cache for the load.
     """
     digest = hashlib.sha256()
-    folder = _local_folder(base.model)
+    folder = local_folder(base.model)
     if folder is None:
         digest.update(base.model.encode())
         return digest.hexdigest()
@@ -242,7 +242,7 @@ def fingerprint(base: Base) -> str:
     return digest.hexdigest()
 
 
-def _local_folder(model: str) -> Path | None:
+def local_folder(model: str) -> Path | None:
     """Return where a model's files lie on this machine."""
     if Path(model).is_dir():
         return Path(model)
@@ -276,7 +276,8 @@ def _refuse_partial(model: PreTrainedModel, loading: dict[str, Any], name: str) 
         raise InputRefused(f"base.model: '{name}': the size of {wrong[0]} is not the one its config.json gives")
 
 
-def _nf4_linear(weight: Tensor, base: Base, dtype: torch.dtype) -> nn.Linear:
+def nf4_linear(weight: Tensor, base: Base, dtype: torch.dtype) -> nn.Linear:
+    """Return a 4-bit linear of a dense weight (d_out, d_in) on its device, without a bias, as loading makes them."""
     import bitsandbytes as bnb
 
     linear = bnb.nn.Linear4bit(
@@ -347,5 +348,7 @@ __all__ = [
     "is_nf4",
     "load_base",
     "load_tokenizer",
+    "local_folder",
+    "nf4_linear",
     "random_base",
 ]

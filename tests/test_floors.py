@@ -20,6 +20,7 @@ FLOORS = {
     "recipe_adapter": 0,
     "recipe_data": 0,
     "recipe_file": 0,
+    "modeling_mixture": 0,
     "mixture": 1,
     "base": 1,
     "data": 1,

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from qd2mora.errors import InputRefused
 from qd2mora.merging.fidelity import Fidelity, measure, missed
+from qd2mora.merging.rungs import Form, form_of, open_source, prepare_rung, seal
 from qd2mora.merging.sample import Sample, batches_of, sample_rows
 from qd2mora.merging.setting import Setting
-from qd2mora.merging.static import Statics, dense_updates, of_cores
+from qd2mora.merging.static import Statics, of_cores
 from qd2mora.merging.strategies import STRATEGIES, find_strategy
-from qd2mora.merging.writer import Written, write_model
-from qd2mora.mixture import mixture_layers
+from qd2mora.merging.writer import Written
+from qd2mora.mixture import mixture_layers, read_rows
 from qd2mora.mixture.method import TASK, TOKEN
 from qd2mora.mixture.presets import find_method
 from qd2mora.run_folder import OpenRun, open_run, read_recipe, refuse_taken, staged_folder, write_json
@@ -37,11 +38,15 @@ class Export:
     unexplained: dict[str, float]
     written: Written
     calibration_rows: int
+    form: Form
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `export_report.json`."""
         unmeasured = {"loss": None, "gain_kept": None, "kl_per_token": None, "held_out_tokens": 0}
         return {
+            "to": self.form.to,
+            "base": self.form.base,
+            "dtype": self.form.dtype,
             "strategy": self.strategy,
             "exact": self.exact,
             **(self.fidelity.to_json() if self.fidelity else unmeasured),
@@ -51,7 +56,7 @@ class Export:
                 for name, share in self.unexplained.items()
             },
             "bytes": self.written.num_bytes,
-            "files": self.written.files,
+            "files": [file.name for file in self.written.files],
         }
 
 
@@ -74,10 +79,16 @@ def merge(
     strategy: str = "core_lsq",
     task: str | None = None,
     vector: list[float] | None = None,
+    to: str = "hf",
+    base: str = "dequantized",
+    dtype: str | None = None,
+    max_shard: str = "5GB",
     allow_changed: Collection[str] = (),
 ) -> Export:
-    """Export a run as a float16 Hugging Face folder `out`, with `export_report.json` in it.
+    """Export a run as a folder `out`, with `export_report.json` and a sealed `manifest.json` in it.
 
+    `to`: the rung of the ladder, see `rungs`: `hf` plain weights, `lora` a PEFT LoRA, `exact` the routed model itself.
+    `base`: the weights that training saw, or the original ones. `dtype`: of the weights, one of the rung's.
     `task`: export for this task alone: calibration and measuring use its rows; needed where the method routes by task.
     `vector`: export for rows that bring this vector, where the method reads one.
 
@@ -85,18 +96,34 @@ def merge(
     DamagedFile; `out` appears whole or not at all.
     """
     find_strategy(strategy)
+    form = form_of(to, base, dtype, max_shard)
     refuse_taken(Path(out), "--out")
-    _check_placement(run)
+    if not form.is_routed:
+        _check_placement(run)
     opened = open_run(run, allow_changed=allow_changed)
-    made = make_static(opened, strategy, task, vector)
+    source = open_source(opened, form)
+    made = measure_routed(opened, task, vector) if form.is_routed else make_static(opened, strategy, task, vector)
+    write = prepare_rung(opened, source, made.statics, form)
+    del opened  # the writing needs one weight at a time
     with staged_folder(Path(out)) as stage:
-        base: Any = opened.model.get_base_model()
-        written = write_model(base, opened.tokenizer, dense_updates(opened.model, made.statics), stage)
+        written = write(stage)
         export = Export(
-            Path(out), made.strategy, made.exact, made.fidelity, made.unexplained, written, made.calibration_rows
+            Path(out), made.strategy, made.exact, made.fidelity, made.unexplained, written, made.calibration_rows, form
         )
         write_json(stage / "export_report.json", export.to_json())
+        seal(stage, written)
     return export
+
+
+def measure_routed(opened: OpenRun, task: str | None = None, vector: list[float] | None = None) -> Made:
+    """Measure the routed adapter as it is; it is told the task, where its routers read one beside the token."""
+    number = _task_number(opened, task)
+    _check_vector(opened, vector)
+    held_out = batches_of(opened, sample_rows(opened, number).held_out, vector)
+    fidelity = measure(opened.model, {}, held_out) if held_out else None
+    if number is not None:
+        read_rows(opened.model, {"task_index": torch.tensor([number], device=opened.model.device)})
+    return Made("routed", True, {}, fidelity, {}, 0)
 
 
 def make_static(opened: OpenRun, strategy: str, task: str | None = None, vector: list[float] | None = None) -> Made:

@@ -1,130 +1,141 @@
-"""A plain Hugging Face folder in float16, written weight by weight.
+"""A plain Hugging Face folder, written weight by weight from the base's files.
 
-Each 4-bit weight is dequantised, the update added in float32, rounded to float16 and put into the shard at hand; a full
-shard goes to disk before the next begins, so that the peak is one shard and one weight, never the model.
+Each weight is read (dequantised where training quantised it), the update added in float32 and rounded once, a block of
+rows at a time, straight into the file: the peak is one weight in float32 and what dequantising it takes, for any size.
 """
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from qd2mora.base import dense_weight
-from qd2mora.errors import NotFinite
+from qd2mora.errors import InputRefused, NotFinite
+from qd2mora.merging.folds import Fold
+from qd2mora.merging.shards import Entry, File, write_shards
+from qd2mora.merging.source import Source
 
-SHARD_BYTES = 1 << 30
+SHARD_BYTES = 5 * 10**9
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+OUTPUT = "lm_head.weight"
+INPUT = "model.embed_tokens.weight"
 
 
 @dataclass
 class Written:
-    """What the writer did: files, bytes, and the rounding to float16 relative to each update."""
+    """What a writer did: its files, and the rounding of each changed weight relative to its update."""
 
-    files: list[str] = field(default_factory=list)
-    num_bytes: int = 0
+    files: list[File] = field(default_factory=list)
     rounding: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.files)
 
 
 def write_model(
-    model: PreTrainedModel,
+    source: Source,
     tokenizer: PreTrainedTokenizerBase,
-    update: Callable[[str], Tensor | None],
+    folds: Mapping[str, Fold],
     folder: Path,
-    shard_bytes: int = SHARD_BYTES,
+    *,
+    dtype: str = "float16",
+    limit: int = SHARD_BYTES,
 ) -> Written:
-    """Write `model`'s weights, each linear with `update(name)` (d_out, d_in) float32 added, into an existing folder.
+    """Write the base's weights into an existing folder, each linear of `folds` folded, in files of at most `limit`.
 
-    `model` is the base with or without adapters in it; names in the files are the base's own. Raises NotFinite where a
-    weight does not fit float16.
+    Raises NotFinite where a weight does not fit the dtype, InputRefused where the base lacks what is to be changed.
     """
     written = Written()
-    names = list(_shard_names(model, shard_bytes))
-    index = {name: shard for name, shard, _ in names}
-    pending: dict[str, Tensor] = {}
-    for position, (name, shard, parameter_owner) in enumerate(names):
-        pending[name] = _half(name, parameter_owner, update, written)
-        if position + 1 == len(names) or names[position + 1][1] != shard:
-            save_file(pending, folder / shard, metadata={"format": "pt"})
-            written.num_bytes += sum(tensor.nbytes for tensor in pending.values())
-            written.files.append(shard)
-            pending = {}
-    if len(written.files) > 1:
-        content = {"metadata": {"total_size": written.num_bytes}, "weight_map": index}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    _write_config(model, folder)
+    written.files = write_shards(folder, entries_of(source, folds, DTYPES[dtype], written), limit)
+    # An output matrix with an update of its own is no longer the embedding.
+    write_config(source, folder, dtype, tied=None if f"{OUTPUT}" not in _changed(folds) else False)
     tokenizer.save_pretrained(folder)
     return written
 
 
-@dataclass(frozen=True)
-class _Owner:
-    """The module that holds a parameter, and the parameter's own name there."""
+def entries_of(source: Source, folds: Mapping[str, Fold], dtype: torch.dtype, written: Written) -> list[Entry]:
+    """Return every weight of the base as an entry, those of `folds` changed, with rounding noted in `written`."""
+    changed, names = _changed(folds), list(source.names)
+    if OUTPUT in changed and OUTPUT not in names:
+        names.append(OUTPUT)
+    unknown = sorted(set(changed) - set(names))
+    if unknown:
+        raise InputRefused(f"the base has no weight {unknown[0]}, which the adapter changes")
 
-    module: nn.Module
-    attribute: str
-    name: str
+    def one(name: str) -> Entry:
+        stored = name if name in source.names else INPUT
+        return Entry(
+            name,
+            dtype,
+            source.shape(stored),
+            lambda: _rounded_blocks(source, name, stored, changed.get(name), dtype, written),
+        )
 
-
-def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, _Owner, int]]:
-    """Yield checkpoint name, owner and number of entries; adapters skipped, tied weights once."""
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        for attribute, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen or "mixture_" in path or "lora_" in path:
-                continue
-            seen.add(id(parameter))
-            plain = path.removesuffix(".base_layer")
-            is_linear = isinstance(module, nn.Linear) and attribute == "weight"
-            entries = module.in_features * module.out_features if is_linear else parameter.numel()
-            yield f"{plain}.{attribute}", _Owner(module, attribute, plain), entries
+    return [one(name) for name in names]
 
 
-def _shard_names(model: PreTrainedModel, shard_bytes: int) -> Iterator[tuple[str, str, _Owner]]:
-    groups: list[list[tuple[str, _Owner]]] = [[]]
-    size = 0
-    for name, owner, entries in _parameters(model):
-        if size and size + 2 * entries > shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append((name, owner))
-        size += 2 * entries
-    for number, group in enumerate(groups, 1):
-        alone = len(groups) == 1
-        shard = "model.safetensors" if alone else f"model-{number:05}-of-{len(groups):05}.safetensors"
-        for name, owner in group:
-            yield name, shard, owner
+def _rounded_blocks(
+    source: Source, name: str, stored: str, fold: Fold | None, dtype: torch.dtype, written: Written
+) -> Iterator[Tensor]:
+    """Yield blocks of one weight in the dtype. Raises NotFinite."""
+    error, size = 0.0, 0.0
+    for start, rows in source.blocks(stored):
+        exact = rows if fold is None else fold(rows, start)
+        narrow = exact.to(dtype)
+        if not torch.isfinite(narrow).all():
+            raise NotFinite(
+                f"{name}: a weight of {float(exact.abs().max()):g} does not fit {_word(dtype)}{_hint(dtype)}"
+            )
+        if fold is not None:
+            error += float((narrow.float() - exact).square().sum())
+            size += float((exact - rows).square().sum())
+        yield narrow
+    if fold is not None:
+        written.rounding[name.removesuffix(".weight")] = math.sqrt(error / size) if size else 0.0
 
 
-def _half(name: str, owner: _Owner, update: Callable[[str], Tensor | None], written: Written) -> Tensor:
-    if isinstance(owner.module, nn.Linear) and owner.attribute == "weight":
-        value = dense_weight(owner.module).cpu()
-        delta = update(owner.name)
-        if delta is not None:
-            value += delta.cpu()
-    else:
-        value, delta = getattr(owner.module, owner.attribute).detach().float().cpu(), None
-    half = value.to(torch.float16)
-    if not torch.isfinite(half).all():
-        raise NotFinite(f"{name}: a merged weight of {float(value.abs().max()):g} does not fit float16")
-    if delta is not None:
-        size = float(delta.norm())
-        written.rounding[owner.name] = float((half.float() - value).norm()) / size if size else 0.0
-    return half.contiguous()
+def write_config(source: Source, folder: Path, dtype: str, *, tied: bool | None = None) -> None:
+    """Write config.json, and generation_config.json where the base has one."""
+    content = config_of(source, dtype)
+    if tied is not None:
+        content["tie_word_embeddings"] = tied
+    (folder / "config.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    settings = source.folder / "generation_config.json"
+    if settings.is_file():
+        (folder / settings.name).write_bytes(settings.read_bytes())
 
 
-def _write_config(model: PreTrainedModel, folder: Path) -> None:
-    content = model.config.to_dict()
+def config_of(source: Source, dtype: str) -> dict[str, object]:
+    """Return the base's configuration for plain weights of the dtype."""
+    content: dict[str, object] = source.config.to_dict()
     for key in ("quantization_config", "_pre_quantization_dtype", "_name_or_path", "torch_dtype"):
         content.pop(key, None)
-    content["dtype"] = "float16"
-    content["architectures"] = [type(model).__name__]
-    (folder / "config.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+    return content | {"dtype": dtype, "architectures": [source.architecture]}
 
 
-__all__ = ["SHARD_BYTES", "Written", "write_model"]
+def _changed(folds: Mapping[str, Fold]) -> dict[str, Fold]:
+    return {f"{name}.weight": fold for name, fold in folds.items()}
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _hint(dtype: torch.dtype) -> str:
+    return "; --dtype bfloat16 holds it, with more rounding" if dtype is torch.float16 else ""
+
+
+__all__ = [
+    "DTYPES",
+    "SHARD_BYTES",
+    "Written",
+    "config_of",
+    "entries_of",
+    "write_config",
+    "write_model",
+]

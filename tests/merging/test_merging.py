@@ -19,7 +19,6 @@ from qd2mora.evaluation import evaluate, generate
 from qd2mora.merging import core_lsq, mean_gate, merge
 from qd2mora.merging.fidelity import unexplained
 from qd2mora.merging.statistics import Moments, collect
-from qd2mora.merging.writer import write_model
 from qd2mora.mixture import MixtureConfig, add_adapter, mixture_layers
 from qd2mora.mixture.ops import stack_columns
 from qd2mora.recipe import load_recipe
@@ -175,20 +174,6 @@ print(tokenizer.decode(out, skip_special_tokens=True).encode().hex())"""
     assert text == generate(run, "red sun", raw=True, max_new_tokens=6)
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert "quantization_config" not in config and config["dtype"] == "float16"
-
-
-def test_shards_hold_every_weight_once_and_load(tmp_path: Path) -> None:
-    opened = open_run(make_run(tmp_path, "lora", tied=False))
-    out = tmp_path / "out"
-    out.mkdir()
-    write_model(opened.model.get_base_model(), opened.tokenizer, lambda name: None, out, shard_bytes=60_000)
-    index = json.loads((out / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
-    found = {name: shard.name for shard in out.glob("*.safetensors") for name in load_file(shard)}
-    assert found == index and len(set(index.values())) > 2
-    again = load_base(opened.recipe.base.model_copy(update={"model": str(out), "quantization": "none"}))
-    for name, layer in mixture_layers(opened.model).items():
-        dense = dense_weight(layer.base_layer).half().float()
-        assert torch.equal(again.get_submodule(name).weight, dense)
 
 
 def test_a_weight_that_does_not_fit_float16_is_refused_and_nothing_is_left(tmp_path: Path) -> None:

@@ -1,0 +1,198 @@
+"""The exact export: the base's weights and the routed adapter in one folder, with the code that runs them beside.
+
+The folder loads with AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) where this package is not
+installed. Its one code file is `qd2mora/modeling_mixture.py`, copied as it is; weights are safetensors alone.
+"""
+
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedTokenizerBase
+
+from qd2mora import modeling_mixture
+from qd2mora.errors import InputRefused
+from qd2mora.merging.shards import Entry, entry, write_shards
+from qd2mora.merging.source import Source
+from qd2mora.merging.writer import DTYPES, SHARD_BYTES, Written, config_of, entries_of
+from qd2mora.mixture import MixtureLinear, mixture_layers
+from qd2mora.mixture.gating import given_logits
+from qd2mora.mixture.method import TOKEN, Gate
+
+CODE = "modeling_mixture.py"
+_GATE_FIELDS = ("input", "granularity", "scope", "score", "select", "weight")
+_GATE_NUMBERS = ("top_k", "top_p", "temperature", "entropy_order", "entropy_limit", "omega")
+
+
+def refuse_unfit(model: PeftModel, source: Source, adapter_name: str = "default") -> None:
+    """Refuse what the code file does not run, in one line that names the way out. Raises InputRefused."""
+    if type(source.config) is not LlamaConfig:
+        raise InputRefused(f"--to exact: the base is a {source.config.model_type}; the code file runs LLaMA alone")
+    for name, layer in mixture_layers(model).items():
+        config = layer.mixture_config[adapter_name]
+        row, where = config.row, f"--to exact: {config.method}"
+        if config.depends_on != TOKEN:
+            raise InputRefused(f"{where} depends on no token: --to hf and --to lora are exact already")
+        if row.placement != "linear" or name == "lm_head":
+            place = "whole blocks" if row.placement != "linear" else "the output matrix"
+            raise InputRefused(f"{where} changes {place}, which the code file does not run; serve the run's adapter/")
+        for gate in config.gates_of_row.values():
+            if gate.input in ("hidden", "external") or gate.is_averaged:
+                what = "a first pass" if gate.input == "hidden" else "the whole prompt or the row's vector"
+                raise InputRefused(f"{where} reads {what}, the code file's routers a token; serve the run's adapter/")
+
+
+@dataclass(frozen=True)
+class Routed:
+    """A routed adapter as the code file knows it: by linear, what its step is, and its tensors on the CPU."""
+
+    specs: dict[str, dict[str, Any]]
+    tensors: dict[str, dict[str, Tensor]]
+
+
+def routed_parts(model: PeftModel, adapter_name: str = "default") -> Routed:
+    """Return copies of what the code file needs; routers that read the task beside x are given the one told last."""
+    specs, tensors = {}, {}
+    for name, layer in mixture_layers(model).items():
+        tensors[name] = _tensors(layer, adapter_name)
+        shapes = {key: list(tensor.shape) for key, tensor in tensors[name].items()}
+        specs[name] = _spec(layer, adapter_name) | {"tensors": shapes}
+    return Routed(specs, tensors)
+
+
+def write_exact(
+    routed: Routed,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    dtype: str = "float16",
+    limit: int = SHARD_BYTES,
+) -> Written:
+    """Write the folder; `dtype` of the base's weights, or nf4: those trained on, bit for bit (needs bitsandbytes).
+
+    The adapter stays float32. Raises InputRefused, NotFinite.
+    """
+    written = Written()
+    entries = _packed(source, written) if dtype == "nf4" else entries_of(source, {}, DTYPES[dtype], written)
+    base = [_moved(each, routed) for each in entries]
+    added = [
+        entry(f"{name}.mixture.{key}", tensor)
+        for name, found in routed.tensors.items()
+        for key, tensor in found.items()
+    ]
+    written.files = write_shards(folder, base + added, limit)
+    _write_code(source, folder, dtype, routed.specs)
+    tokenizer.save_pretrained(folder)
+    return written
+
+
+def _write_code(source: Source, folder: Path, dtype: str, specs: dict[str, dict[str, Any]]) -> None:
+    stem = CODE.removesuffix(".py")
+    content = config_of(source, "float32" if dtype == "nf4" else dtype) | {
+        "model_type": modeling_mixture.MixtureLlamaConfig.model_type,
+        "architectures": [modeling_mixture.MixtureLlamaForCausalLM.__name__],
+        "auto_map": {
+            "AutoConfig": f"{stem}.{modeling_mixture.MixtureLlamaConfig.__name__}",
+            "AutoModelForCausalLM": f"{stem}.{modeling_mixture.MixtureLlamaForCausalLM.__name__}",
+        },
+        "mixture": specs,
+    }
+    if dtype == "nf4":
+        content["quantization_config"] = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": source.base.double_quant,
+            "bnb_4bit_compute_dtype": str(source.dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+        }
+    (folder / "config.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / CODE).write_text(inspect.getsource(modeling_mixture), encoding="utf-8")
+
+
+def _moved(each: Entry, routed: Routed) -> Entry:
+    """Rename a weight of an adapted linear: the wrapper holds the linear as `base_layer`."""
+    for name in routed.specs:
+        if each.name.startswith(f"{name}."):
+            rest = each.name.removeprefix(f"{name}.")
+            return Entry(f"{name}.base_layer.{rest}", each.dtype, each.shape, each.blocks)
+    return each
+
+
+def _packed(source: Source, written: Written) -> list[Entry]:
+    """Return the base's weights as they were trained on: NF4 with its quantisation state, the others in 16 bits."""
+    if source.base.quantization != "nf4":
+        raise InputRefused("--dtype nf4: the base was trained on in 16 bits; float16, bfloat16 or float32 will do")
+    entries = []
+    for each in entries_of(source, {}, source.dtype, written):
+        if each.name not in source.quantized:
+            entries.append(each)
+            continue
+        # The state's length is not known before; the weight itself is made again when its turn comes.
+        weight: Any = source.linear(each.name).weight
+        entries.append(Entry(each.name, weight.dtype, tuple(weight.shape), _packed_blocks(source, each.name)))
+        state = weight.quant_state.as_dict(packed=True)
+        entries += [entry(f"{each.name}.{key}", value.cpu()) for key, value in state.items()]
+    return entries
+
+
+def _packed_blocks(source: Source, name: str) -> Callable[[], Iterator[Tensor]]:
+    return lambda: iter([source.linear(name).weight.data.cpu()])
+
+
+def _spec(layer: MixtureLinear, adapter_name: str) -> dict[str, Any]:
+    """Return what the code file must know of one linear, as plain values."""
+    spec = layer.mixture_spec[adapter_name]
+    step = spec.step
+    return {
+        "ranks_down": list(step.ranks_down),
+        "ranks_up": list(step.ranks_up),
+        "pairing": step.pairing,
+        "core": step.core,
+        "shared": step.shared,
+        "shared_scaling": step.shared_scaling,
+        "scaling": spec.scaling,
+        "gates": {role: _gate(role, gate, layer, adapter_name) for role, gate in step.gates},
+    }
+
+
+def _gate(role: str, gate: Gate, layer: MixtureLinear, adapter_name: str) -> dict[str, Any]:
+    spec = layer.mixture_spec[adapter_name]
+    content = {key: value for key, value in asdict(gate).items() if key in _GATE_FIELDS + _GATE_NUMBERS}
+    place = spec.step.places.get(role)
+    shared = "" if gate.scope == "module" else f"{spec.place.scope_key(gate.scope)}:{role}"
+    return content | {
+        "rows": None if place is None else [place.start, place.stop],
+        "shared_as": shared,
+        "owns_router": spec.place.owns_router,
+        "select_bias": f"mixture_select_bias_{role}" in spec.shapes,
+    }
+
+
+def _tensors(layer: MixtureLinear, adapter_name: str) -> dict[str, Tensor]:
+    """Return the tensors of one linear by the code file's names."""
+    spec, own = layer.mixture_spec[adapter_name], layer.tensors(adapter_name)
+    found = {"down": layer.linear_rows(adapter_name), "up": layer.columns(adapter_name)}
+    if "mixture_core" in own:
+        found["core"] = own["mixture_core"]
+    for role, gate in spec.step.gates:
+        for what in ("router", "bias", "out", "select_bias"):
+            name = f"mixture_{what}_{role}"
+            if name in own and not (what == "router" and role in spec.step.places):
+                found[f"{what}_{role}"] = own[name]
+        if gate.input == "task+x":
+            x = torch.zeros(1, 1, layer.in_features, device=own["mixture_A"].device)
+            given = given_logits(role, x, own, layer.routing, adapter_name, spec)
+            assert given is not None
+            found[f"given_{role}"] = given.reshape(-1, given.shape[-1])[0]
+    return {name: tensor.detach().float().cpu().clone() for name, tensor in found.items()}
+
+
+__all__ = ["CODE", "Routed", "refuse_unfit", "routed_parts", "write_exact"]

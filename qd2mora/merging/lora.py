@@ -1,0 +1,83 @@
+"""The plain LoRA export: PEFT's own folder, for anything that loads a LoRA (PEFT, vLLM, llama.cpp's converter).
+
+A static update is s B A already, so it is stored as it is, without an SVD. All linears get the widest rank, narrower
+ones padded with zero ranks, because some loaders know one rank alone; alpha is that rank and s is folded into B.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from qd2mora.durable import write_file
+from qd2mora.errors import InputRefused, NotFinite
+from qd2mora.merging.shards import File, entry, write_tensors
+from qd2mora.mixture.low_rank import LowRank
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def write_lora(
+    statics: Mapping[str, LowRank],
+    base: str,
+    linears: Iterable[str],
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> list[File]:
+    """Write a PEFT LoRA folder for a base that has these `linears`.
+
+    Raises InputRefused where an update is more than a LoRA, NotFinite where a
+    number does not fit the dtype.
+    """
+    if not statics:
+        raise InputRefused("--to lora: this method changes no linear by a LoRA; --to hf writes dense weights")
+    scaled = [name for name, static in statics.items() if static.base_change]
+    if scaled:
+        raise InputRefused(
+            f"--to lora: {scaled[0]} scales its base too, which no LoRA can; --to hf writes dense weights"
+        )
+    rank = max(static.rank for static in statics.values())
+    tensors: dict[str, Tensor] = {}
+    for name, static in statics.items():
+        pad = rank - static.rank
+        down, up = static.down.float().cpu(), static.scaling * static.up.float().cpu()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = F.pad(down, (0, 0, 0, pad)).to(dtype)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = F.pad(up, (0, pad)).to(dtype)
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise NotFinite(
+            f"{bad[0]}: a number does not fit {str(dtype).removeprefix('torch.')}; --dtype float32 holds it"
+        )
+    file = write_tensors(folder / WEIGHTS, [entry(name, tensor) for name, tensor in tensors.items()])
+    text = json.dumps(_config(targets_of(statics, linears), base, rank), indent=1, sort_keys=True) + "\n"
+    return [file, File(CONFIG, *write_file(folder / CONFIG, [text.encode()]))]
+
+
+def targets_of(adapted: Iterable[str], linears: Iterable[str]) -> list[str]:
+    """Return the last parts of names (what loaders expect) where they pick just the adapted linears, else all names."""
+    wanted = set(adapted)
+    kinds = {name.rpartition(".")[2] for name in wanted}
+    return sorted(kinds if {name for name in linears if name.rpartition(".")[2] in kinds} == wanted else wanted)
+
+
+def _config(targets: list[str], base: str, rank: int) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": targets,
+    }
+
+
+__all__ = ["targets_of", "write_lora"]

@@ -1,0 +1,117 @@
+"""The ladder of exports: what each rung writes, in which dtypes, and the manifest that seals it."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qd2mora.errors import InputRefused, nearest
+from qd2mora.merging import exact
+from qd2mora.merging.folds import folds_of
+from qd2mora.merging.lora import write_lora
+from qd2mora.merging.shards import shard_bytes
+from qd2mora.merging.source import Source
+from qd2mora.merging.static import Statics
+from qd2mora.merging.writer import DTYPES, Written, write_model
+from qd2mora.run_folder import OpenRun
+from qd2mora.sealed import MANIFEST, seal_folder
+
+BASES = ("dequantized", "original")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an export is written as: the rung, the base's weights, their dtype, and the size of a file."""
+
+    to: str = "hf"
+    base: str = "dequantized"
+    dtype: str = "float16"
+    limit: int = 5 * 10**9
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether the routed adapter itself goes along, so that nothing is made static."""
+        return RUNGS[self.to].is_routed
+
+
+Write = Callable[[Path], Written]
+Prepare = Callable[[OpenRun, Source, Statics, Form], Write]
+"""Takes from a run what the export needs and nothing more, so that the model may go before the writing."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way out; the first of its dtypes is the default."""
+
+    prepare: Prepare
+    dtypes: tuple[str, ...]
+    is_routed: bool = False
+
+
+def form_of(to: str, base: str = "dequantized", dtype: str | None = None, max_shard: str = "5GB") -> Form:
+    """Return a checked form. Raises InputRefused."""
+    if to not in RUNGS:
+        raise InputRefused(f"--to: unknown '{to}'; {nearest(to, RUNGS)}")
+    if base not in BASES:
+        raise InputRefused(f"--base: unknown '{base}'; {nearest(base, BASES)}")
+    if base == "original" and to == "lora":
+        raise InputRefused("--base: a LoRA holds no base; load it on whichever base is wanted")
+    if base == "original" and to == "exact":
+        raise InputRefused("--base: --to exact is the model that was trained, which saw the dequantized base")
+    dtypes = RUNGS[to].dtypes
+    if dtype is not None and dtype not in dtypes:
+        raise InputRefused(f"--dtype: '{dtype}' will not do for --to {to}; there are {', '.join(dtypes)}")
+    return Form(to, base, dtype or dtypes[0], shard_bytes(max_shard))
+
+
+def open_source(opened: OpenRun, form: Form) -> Source:
+    """Open the base that an export is made from, before the work begins. Raises InputRefused."""
+    source = Source(opened.recipe.base, original=form.base == "original", device=opened.model.device)
+    if form.is_routed:
+        exact.refuse_unfit(opened.model, source)
+    return source
+
+
+def prepare_rung(opened: OpenRun, source: Source, statics: Statics, form: Form) -> Write:
+    """Return what writes an export into an existing folder; it does not hold the model. Raises InputRefused."""
+    return RUNGS[form.to].prepare(opened, source, statics, form)
+
+
+def seal(folder: Path, written: Written) -> None:
+    """Write the manifest: size and hash of every file, those just written by what was meant to be written."""
+    known = {file.name: (file.num_bytes, file.sha256) for file in written.files}
+    for path in sorted(folder.iterdir()):
+        if path.name not in known and path.name != MANIFEST:
+            content = path.read_bytes()
+            known[path.name] = (len(content), hashlib.sha256(content).hexdigest())
+    seal_folder(folder, known, {"kind": "export"})
+
+
+def _hf(opened: OpenRun, source: Source, statics: Statics, form: Form) -> Write:
+    folds, tokenizer = folds_of(opened.model, statics), opened.tokenizer
+    return lambda folder: write_model(source, tokenizer, folds, folder, dtype=form.dtype, limit=form.limit)
+
+
+def _exact(opened: OpenRun, source: Source, statics: Statics, form: Form) -> Write:
+    routed, tokenizer = exact.routed_parts(opened.model), opened.tokenizer
+    return lambda folder: exact.write_exact(routed, source, tokenizer, folder, dtype=form.dtype, limit=form.limit)
+
+
+def _lora(opened: OpenRun, source: Source, statics: Statics, form: Form) -> Write:
+    parts, tokenizer = dict(statics), opened.tokenizer
+
+    def write(folder: Path) -> Written:
+        files = write_lora(parts, source.base.model, source.linears, folder, dtype=DTYPES[form.dtype])
+        tokenizer.save_pretrained(folder)
+        return Written(files)
+
+    return write
+
+
+RUNGS = {
+    "hf": Rung(_hf, ("float16", "bfloat16", "float32")),
+    "lora": Rung(_lora, ("float32", "float16", "bfloat16")),
+    "exact": Rung(_exact, ("float16", "bfloat16", "float32", "nf4"), is_routed=True),
+}
+
+__all__ = ["BASES", "RUNGS", "Form", "Rung", "form_of", "open_source", "prepare_rung", "seal"]

@@ -1,0 +1,179 @@
+"""A base's weights one at a time, straight from its files: as trained on (NF4 dequantised) or as they were (original).
+
+No model is built. A weight that training quantised is quantised here by the same call, on the same device and from the
+same dtype, so that what comes out is bitwise what the adapter saw; one that is stored in NF4 is only dequantised. Files
+are read in plain reads, not mapped: what is in memory is one weight, whatever the size of the model.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from qd2mora.base import base_config, compute_dtype, default_device, dense_weight, local_folder, nf4_linear
+from qd2mora.errors import InputRefused
+from qd2mora.merging.shards import INDEX, KINDS
+from qd2mora.recipe import Base
+from qd2mora.untrusted import check_weights
+
+BLOCK_BYTES = 8 << 20
+"""Rows handled at once, in float32."""
+
+_DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
+_NF4_MARK = ".quant_state.bitsandbytes__nf4"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor stands in a file."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return rows of the tensor (all of it where it has no axis), fresh."""
+        rows = self.shape[0] if self.shape else 1
+        stop = rows if stop is None else stop
+        width = 1
+        for size in self.shape[1:]:
+            width *= size
+        shape = (stop - start, *self.shape[1:]) if self.shape else ()
+        content = bytearray((stop - start) * width * self.dtype.itemsize)
+        with self.path.open("rb") as file:
+            file.seek(self.offset + start * width * self.dtype.itemsize)
+            file.readinto(content)
+        return torch.frombuffer(content, dtype=self.dtype).view(shape) if content else torch.empty(shape).to(self.dtype)
+
+
+class Source:
+    """The weights of one base. `original`: as its files hold them, where training quantised them.
+
+    Raises InputRefused where the files are not there, not whole, or in 4 bits while the original is asked for.
+    """
+
+    def __init__(self, base: Base, *, original: bool = False, device: torch.device | None = None) -> None:
+        found = local_folder(base.model)
+        if found is None:
+            raise InputRefused(f"base.model: the files of '{base.model}' are not on this machine")
+        self.folder, self.base, self.config = found, base, base_config(base)
+        self.device = device or default_device()
+        self.dtype = compute_dtype(base, self.device)
+        check_weights(found)
+        self.stored = _stored_tensors(found)
+        self.is_packed = any(name.endswith(_NF4_MARK) for name in self.stored)
+        if original and self.is_packed:
+            raise InputRefused(
+                f"--base original: '{base.model}' is stored in 4 bits; --base dequantized is all there is"
+            )
+        self.original = original
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+        model.tie_weights()
+        self.architecture = type(model).__name__
+        # The model's weights by their own names, in its order; tied ones once.
+        self.names = [name for name, _ in model.named_parameters()]
+        self.linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        missing = [name for name in self.names if name not in self.stored]
+        if missing:
+            raise InputRefused(f"base.model: '{base.model}' is not whole: no weights for {missing[0]}")
+
+    @property
+    def quantized(self) -> set[str]:
+        """Names of the weights that the adapter saw in NF4: all linears but the output matrix."""
+        is_nf4 = self.base.quantization == "nf4" or self.is_packed
+        return {f"{name}.weight" for name in self.linears if name != "lm_head"} if is_nf4 else set()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a weight's shape when dense."""
+        if name + _NF4_MARK in self.stored:
+            return tuple(json.loads(bytes(self.stored[name + _NF4_MARK].read().tolist()))["shape"])
+        return self.stored[name].shape
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Yield the first row and a block of rows, float32 on the CPU, fresh; a vector is one block."""
+        if name + _NF4_MARK in self.stored:
+            dense = dense_weight(self.linear(name)).cpu()
+            return ((start, dense[start:stop]) for start, stop in self._cuts(name))
+        if self.original or name not in self.quantized:
+            return ((start, self.stored[name].read(start, stop).float()) for start, stop in self._cuts(name))
+        return self._through_nf4(name)
+
+    def _cuts(self, name: str) -> list[tuple[int, int]]:
+        """Return rows to handle at once: a multiple of 64, so that no quantisation block of 64 numbers is cut."""
+        shape = self.shape(name)
+        step = max(64, BLOCK_BYTES // (4 * shape[1]) // 64 * 64) if len(shape) == 2 else shape[0]
+        return [(start, min(shape[0], start + step)) for start in range(0, shape[0], step)]
+
+    def _through_nf4(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Quantise and dequantise a weight: what bitsandbytes does to it as a whole, in blocks of rows.
+
+        Its quantiser needs six times the weight on a CPU; only the second quantisation, of scales, sees all of it.
+        """
+        from bitsandbytes.functional import (
+            QuantState,
+            dequantize_4bit,
+            dequantize_blockwise,
+            quantize_4bit,
+            quantize_blockwise,
+        )
+
+        cuts, packed, scales = self._cuts(name), [], []
+        for start, stop in cuts:
+            rows = self.stored[name].read(start, stop).to(self.dtype).to(self.device)
+            nibbles, state = quantize_4bit(rows, blocksize=64, quant_type="nf4", compress_statistics=False)
+            packed.append(nibbles.cpu())
+            scales.append(state.absmax)
+        sizes = [len(each) for each in scales]
+        joined = torch.cat(scales)
+        if self.base.double_quant:
+            offset = joined.mean()
+            joined = dequantize_blockwise(*quantize_blockwise(joined - offset, blocksize=256)) + offset
+        for (start, stop), nibbles, absmax in zip(cuts, packed, joined.split(sizes), strict=True):
+            shape = torch.Size((stop - start, self.shape(name)[1]))
+            state = QuantState(absmax, shape=shape, blocksize=64, quant_type="nf4", dtype=self.dtype)
+            yield start, dequantize_4bit(nibbles.to(self.device), state).float().cpu()
+
+    def linear(self, name: str) -> nn.Linear:
+        """Return the 4-bit linear that the adapter saw, on the device."""
+        weight = self.stored[name].read()
+        if name + _NF4_MARK not in self.stored:
+            return nf4_linear(weight.to(self.dtype).to(self.device), self.base, self.dtype)
+        import bitsandbytes as bnb
+
+        state = {each: self.stored[each].read() for each in self.stored if each.startswith(f"{name}.")}
+        shape = self.shape(name)
+        linear = bnb.nn.Linear4bit(shape[1], shape[0], bias=False, compute_dtype=self.dtype, device="meta")
+        packed: Any = bnb.nn.Params4bit.from_prequantized(weight, state, device=self.device, module=linear)
+        linear.weight = packed
+        return linear
+
+
+def _stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Return where every tensor of a model's folder stands; the files are checked already."""
+    single = folder / "model.safetensors"
+    if single.is_file():
+        files = [single]
+    else:
+        content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        files = [folder / name for name in sorted(set(content["weight_map"].values()))]
+    found = {}
+    for path in files:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        for name, each in header.items():
+            if name != "__metadata__":
+                offset = 8 + length + each["data_offsets"][0]
+                found[name] = Stored(path, _DTYPES[each["dtype"]], tuple(each["shape"]), offset)
+    return found
+
+
+__all__ = ["BLOCK_BYTES", "Source", "Stored"]

@@ -1,0 +1,132 @@
+"""The exact export: the routed model itself, loaded by transformers alone where this package cannot be imported."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from exports import adapted, make_run, without_this_package
+from safetensors.torch import load_file, save_file
+
+from qd2mora.base import load_base, load_tokenizer
+from qd2mora.errors import InputRefused
+from qd2mora.evaluation import generate
+from qd2mora.merging import merge
+from qd2mora.merging.exact import refuse_unfit, routed_parts, write_exact
+from qd2mora.merging.source import Source
+from qd2mora.mixture import read_rows
+from qd2mora.mixture.presets import METHODS
+from qd2mora.recipe import Base
+
+GROWN = {"flexmore": {"rank": None, "ranks": [2, 4, 3, 5]}, "mola": {"allocation": "2-3"}, "smora": {"rank": 20}}
+GROWN |= {"flylora": {"rank": 20}, "mora": {"rank": 20}, "hydralora": {"shared": {"rank": 3, "init": "kaiming"}}}
+SMALL = {"dynmole": {"down": {"experts": 3}, "up": {"experts": 3}}}
+MORE_GATES = {
+    "top_p": {"gates": {"down": {"select": "top_p", "weight": "sigmoid"}, "up": {"temperature": 0.5}}},
+    "prototype": {"gates": {"down": {"score": "prototype"}, "up": {"score": "bias", "select": "top_k", "top_k": 2}}},
+    "noisy": {"gates": {"down": {"score": "noisy", "select": "switch"}, "up": {"score": "mlp", "width": 5}}},
+    "shared_router": {"gates": {"down": {"scope": "block"}}},
+}
+REFUSED = {"xlora", "base_gate", "noisy_top_k", "mixlora"}
+ROUTED = sorted(name for name, row in METHODS.items() if row.depends_on == "token" and name not in REFUSED)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    folder = tiny.save_base(tmp_path_factory.mktemp("exact") / "base", tied=False)
+    return Base(model=str(folder), quantization="none")
+
+
+def cases() -> dict[str, tuple[str, dict[str, object]]]:
+    plain = {name: (name, GROWN.get(name, {}) | SMALL.get(name, {})) for name in ROUTED}
+    return plain | {name: ("d2mora", changes) for name, changes in MORE_GATES.items()}
+
+
+def test_every_token_routed_method_gives_the_same_logits_elsewhere(base: Base, tmp_path: Path) -> None:
+    ids = torch.randint(4, 500, (2, 9), generator=torch.Generator().manual_seed(0))
+    wanted, tokenizer = {}, load_tokenizer(base.model)
+    for case, (method, changes) in cases().items():
+        model = adapted(base, method, **changes)
+        read_rows(model, {"task_index": torch.tensor([1, 1])})
+        source = Source(base)
+        refuse_unfit(model, source)
+        (tmp_path / case).mkdir()
+        write_exact(routed_parts(model), source, tokenizer, tmp_path / case, dtype="float32", limit=100_000)
+        with torch.no_grad():
+            wanted[case] = model.base_model.model(input_ids=ids).logits
+    save_file({"ids": ids}, tmp_path / "ids.safetensors")
+    without_this_package(f"""
+import pathlib, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = pathlib.Path({str(tmp_path)!r})
+ids, found = load_file(folder / "ids.safetensors")["ids"], {{}}
+for each in sorted(path for path in folder.iterdir() if path.is_dir()):
+    model, said = AutoModelForCausalLM.from_pretrained(each, trust_remote_code=True, output_loading_info=True)
+    assert not said["missing_keys"] and not said["unexpected_keys"] and not said["mismatched_keys"], said
+    with torch.no_grad():
+        found[each.name] = model(input_ids=ids).logits
+        out = model.generate(ids[:1], max_new_tokens=5, do_sample=False)
+        whole = model.generate(ids[:1], max_new_tokens=5, do_sample=False, use_cache=False)
+    assert out.shape == (1, 14) and out.equal(whole), each.name
+AutoTokenizer.from_pretrained(folder / "d2mora")
+save_file(found, folder / "found.safetensors")
+assert "peft" not in sys.modules
+""")
+    found = load_file(tmp_path / "found.safetensors")
+    assert found.keys() == wanted.keys() and len(found) >= 18
+    plain = load_base(base)
+    for case, logits in wanted.items():
+        # float32, in another order of sums
+        assert float((found[case] - logits).abs().max()) < 1e-4, case
+    with torch.no_grad():
+        assert (plain(input_ids=ids).logits - wanted["d2mora"]).abs().max() > 0.1
+
+
+def test_the_four_bit_weights_go_along_bit_for_bit(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "d2mora")
+    export = merge(run, tmp_path / "out", to="exact", dtype="nf4")
+    assert export.exact and export.fidelity is not None and export.fidelity.kl_per_token == 0
+    text = generate(run, "red sun", raw=True, max_new_tokens=8)
+    said = without_this_package(f"""
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+where = {str(tmp_path / "out")!r}
+model = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=True)
+assert model.model.layers[0].self_attn.q_proj.base_layer.weight.dtype == torch.uint8
+tokenizer = AutoTokenizer.from_pretrained(where)
+ids = tokenizer("red sun", return_tensors="pt")
+out = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1]:]
+print(tokenizer.decode(out, skip_special_tokens=True).encode().hex())""")
+    assert bytes.fromhex(said.split()[-1]).decode() == text
+
+
+def test_the_adapter_stays_in_float32_on_a_base_in_16_bits(tmp_path: Path) -> None:
+    merge(make_run(tmp_path, "d2mora"), tmp_path / "out", to="exact")
+    said = without_this_package(f"""
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r}, trust_remote_code=True)
+linear = model.model.layers[1].mlp.down_proj
+print(linear.base_layer.weight.dtype, linear.mixture.down.dtype, linear.mixture.router_up.dtype)""")
+    assert said.split() == ["torch.float16", "torch.float32", "torch.float32"]
+
+
+@pytest.mark.parametrize(("method", "words"), [("lora", "exact already"), ("base_gate", "the whole prompt")])
+def test_what_the_code_file_does_not_run_is_refused_before_anything_is_written(
+    method: str, words: str, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, method)
+    with pytest.raises(InputRefused, match=words):
+        merge(run, tmp_path / "out", to="exact")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_trust_the_folder_is_refused_and_never_the_plain_base(tmp_path: Path) -> None:
+    merge(make_run(tmp_path, "d2mora"), tmp_path / "out", to="exact")
+    said = without_this_package(f"""
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r}, trust_remote_code=False)
+except ValueError as error:
+    print("refused")""")
+    assert said.strip() == "refused"
