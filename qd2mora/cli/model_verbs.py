@@ -18,14 +18,29 @@ def merge(
     strategy: Annotated[str, typer.Option(help="From routed to static: core_lsq or mean_gate.")] = "core_lsq",
     task: Annotated[str | None, typer.Option(help="Export for this task alone.")] = None,
     vector: Annotated[str | None, typer.Option(help="Export for rows with this vector: numbers with commas.")] = None,
+    to: Annotated[str, typer.Option(help="hf: plain weights; lora: a PEFT LoRA; exact: the routed model.")] = "hf",
+    base: Annotated[str, typer.Option(help="Weights added to: dequantized (trained on) or original.")] = "dequantized",
+    dtype: Annotated[str | None, typer.Option(help="Of the weights; float16 unless the form has another.")] = None,
+    max_shard: Annotated[str, typer.Option(help="Size of one file of weights.")] = "5GB",
     allow_changed: AllowChanged = None,
 ) -> None:
-    """Export ordinary fp16 weights, with a report of what the export keeps."""
+    """Export ordinary weights, a LoRA or the routed model itself, with a report of what the export keeps."""
     from qd2mora.merging import merge as run_merge
     from qd2mora.report import show_export
 
     row, allowed = None if vector is None else numbers(vector), allow_changed or ()
-    done = run_merge(run, out, strategy=strategy, task=task, vector=row, allow_changed=allowed)
+    done = run_merge(
+        run,
+        out,
+        strategy=strategy,
+        task=task,
+        vector=row,
+        to=to,
+        base=base,
+        dtype=dtype,
+        max_shard=max_shard,
+        allow_changed=allowed,
+    )
     show_export(done, out, Console())
 
 
