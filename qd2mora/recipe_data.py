@@ -12,10 +12,21 @@ class Task(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     path: Place
-    """A json, jsonl, csv or parquet file (beside the recipe, else in the working folder) or `hub:owner/name:split`."""
+    """A json, jsonl, csv, parquet or arrow file (beside the recipe, else in the working folder) or
+    `hub:owner/name:split`."""
+    streaming: bool = False
+    """Read a hub data set as it comes over the network, without a copy on disk."""
     format: str = "instruction"
+    """`instruction`, `completion`, `multiple_choice` or `chat`."""
+    fields: dict[str, str | list[str]] | None = None
+    """What the file calls the format's fields, for example {instruction: question, output: answer}; a list of names
+    makes one list of several columns."""
+    template: Literal["tokenizer", "chatml", "plain"] = "tokenizer"
+    """What words a chat: the tokenizer's own template, or one of ours for a tokenizer without."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """Share in the mixture relative to the others'; all tasks give one, or none does (plain concatenation)."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """How often these rows count in one epoch of the run, and until a weighted task is exhausted (`data.stop`)."""
     limit: Count | None = None
     """Use the first so many rows."""
     select: dict[str, str] | None = None

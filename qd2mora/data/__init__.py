@@ -2,8 +2,9 @@
 
 from qd2mora.data.collate import collate
 from qd2mora.data.mix import Mixture
-from qd2mora.data.prepare import IGNORE, Row, TaskRows, encode, prepare
+from qd2mora.data.prepare import IGNORE, Row, TaskRows, TokenRows, encode, prepare
 from qd2mora.data.read import FORMATS, Pair, Skipped, content_hash, read_pairs
+from qd2mora.data.tokenise import tokenizer_text
 
 __all__ = [
     "FORMATS",
@@ -13,9 +14,11 @@ __all__ = [
     "Row",
     "Skipped",
     "TaskRows",
+    "TokenRows",
     "collate",
     "content_hash",
     "encode",
     "prepare",
     "read_pairs",
+    "tokenizer_text",
 ]

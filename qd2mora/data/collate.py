@@ -21,7 +21,8 @@ def collate(rows: list[Row], pad: int, multiple: int = 8, side: str = "right") -
         stop = start + len(tokens)
         ids[number, start:stop] = tokens
         mask[number, start:stop] = 1
-        labels[number, start + row.masked : stop] = tokens[row.masked :]
+        for first, last in (*row.earlier, (row.masked, len(tokens))):
+            labels[number, start + first : start + last] = tokens[first:last]
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     batch["task_index"] = torch.tensor([row.task for row in rows])
     batch["group"] = torch.tensor([row.group for row in rows])

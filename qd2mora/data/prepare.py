@@ -1,37 +1,102 @@
 """From recipe to token rows: reading, holding out, tokenising, masking, counting what was cut."""
 
+import hashlib
 import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from qd2mora.data.read import Pair, Skipped, read_pairs
+from qd2mora.data import chat
+from qd2mora.data.read import HUB, Pair, Skipped, content_hash, find_format, iterate_pairs
+from qd2mora.data.store import Source, TokenStore, open_store
+from qd2mora.data.template import ChatTemplate
+from qd2mora.data.tokenise import Tokeniser, special_tokens, tokenizer_text
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Data, Task
 
 IGNORE = -100
 MAX_DROPPED = 0.05
 """Share of training rows that may lose their whole answer to `max_length` where bad rows are errors."""
+MANY_CUT = 0.05
+"""Share of training rows cut at the end from which on a warning is due."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One example as tokens: `ids` whole, of which the first `masked` are not learned."""
+    """One example as tokens: `ids` whole, of which the first `masked` are not learned but in the spans of `earlier`."""
 
     task: int
     ids: NDArray[np.int32]
     masked: int
     pair: Pair
     group: int = 0
+    earlier: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_labels(self) -> int:
         """Tokens that are predicted and learned: the first token of a row never is."""
-        return len(self.ids) - max(self.masked, 1)
+        before = sum(stop - max(start, 1) for start, stop in self.earlier)
+        return len(self.ids) - max(self.masked, 1) + before
+
+
+class TokenRows(Sequence[Row]):
+    """Rows of a store that are ready to learn or to ask, made when they are looked at."""
+
+    def __init__(
+        self, store: TokenStore, places: NDArray[np.int64], task: int, max_length: int, masking: str, group: int = 0
+    ) -> None:
+        """`masking`: `turns`, answers are learned; `last`, the last answer alone; `none`, everything is."""
+        self.store, self.places, self.task = store, places, task
+        self.max_length, self.masking, self.group = max_length, masking, group
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each row."""
+        return np.minimum(self.store.lengths[self.places], self.max_length)
+
+    @property
+    def is_cut(self) -> NDArray[np.bool_]:
+        """Whether a row loses its end."""
+        return self.store.lengths[self.places] > self.max_length
+
+    @property
+    def is_learned(self) -> NDArray[np.bool_]:
+        """Whether anything of a row is learned."""
+        first = {"turns": self.store.first_bounds, "last": self.store.last_bounds}.get(self.masking)
+        return self.lengths > (1 if first is None else np.maximum(first[self.places], 1))
+
+    def where(self, chosen: NDArray[np.bool_]) -> "TokenRows":
+        """Return some of these rows."""
+        places = self.places[chosen]
+        return TokenRows(self.store, places, self.task, self.max_length, self.masking, self.group)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, number: int) -> Row: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Row]: ...
+    def __getitem__(self, number: int | slice) -> Row | list[Row]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        place = int(self.places[number])
+        ids = self.store.ids(place)[: self.max_length]
+        pair = self.store.pair(place)
+        if self.masking == "none":
+            return Row(self.task, ids, 0, pair, self.group)
+        *before, masked = np.minimum(self.store.bounds(place), len(ids)).tolist()
+        spans = zip(before[::2], before[1::2], strict=True) if self.masking == "turns" else ()
+        earlier = tuple((start, stop) for start, stop in spans if start < stop)
+        return Row(self.task, ids, masked, pair, self.group, earlier)
 
 
 @dataclass
@@ -39,14 +104,21 @@ class TaskRows:
     """A task ready for use."""
 
     task: Task
-    train: list[Row] = field(default_factory=list)
-    validation: list[Row] = field(default_factory=list)
+    train: Sequence[Row] = field(default_factory=list)
+    validation: Sequence[Row] = field(default_factory=list)
     num_cut: int = 0
     """Training rows that lost their end to `max_length`."""
     num_dropped: int = 0
     """Training rows that lost their whole answer, and are left out."""
     skipped: Skipped = field(default_factory=Skipped)
     """Rows of the files that could not be learned from (`data.on_bad_row: skip`), and rows said twice."""
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each training row."""
+        if isinstance(self.train, TokenRows):
+            return self.train.lengths
+        return np.array([len(row.ids) for row in self.train], dtype=np.int32)
 
 
 def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[TaskRows]:
@@ -55,7 +127,8 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[T
     Raises InputRefused with file and row, and where a task has nothing left to learn. Where bad rows are skipped, how
     many, why and where is logged, and kept in `TaskRows.skipped`.
     """
-    return [_prepare_task(data, index, tokenizer, seed) for index in range(len(data.tasks))]
+    tokeniser = Tokeniser(tokenizer)
+    return [_prepare_task(data, index, tokenizer, tokeniser, seed) for index in range(len(data.tasks))]
 
 
 def encode(
@@ -66,55 +139,90 @@ def encode(
     mask_prompt: bool,
     group: int = 0,
 ) -> list[Row]:
-    """Tokenise prompt and answer apart, so that the boundary is exact; the end token closes the answer and is learned.
+    """Tokenise rows of prompt and answer at once; the end token closes the answer and is learned.
 
     Rows longer than `max_length` lose their end.
     """
-    if not pairs:  # transformers 5 raises on an empty batch
-        return []
-    prompts = tokenizer([pair.prompt for pair in pairs])["input_ids"]
-    answers = tokenizer([pair.answer for pair in pairs], add_special_tokens=False)["input_ids"]
-    end = [tokenizer.eos_token_id]
     rows = []
-    for pair, prompt, answer in zip(pairs, prompts, answers, strict=True):
-        if prompt and prompt[-1] == end[0]:  # tokenizers that close every text
-            prompt = prompt[:-1]
-        ids = np.asarray((prompt + answer + end)[:max_length], dtype=np.int32)
-        rows.append(Row(task, ids, min(len(prompt), len(ids)) if mask_prompt else 0, pair, group))
+    for pair, tokens in zip(pairs, Tokeniser(tokenizer).tokens(pairs), strict=True):
+        ids = np.asarray(tokens.ids[:max_length], dtype=np.int32)
+        rows.append(Row(task, ids, min(tokens.bounds[-1], len(ids)) if mask_prompt else 0, pair, group))
     return rows
 
 
-def _prepare_task(data: Data, index: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskRows:
+def _prepare_task(
+    data: Data, index: int, tokenizer: PreTrainedTokenizerBase, tokeniser: Tokeniser, seed: int
+) -> TaskRows:
     task = data.tasks[index]
-    skipped = Skipped()
-    noted = skipped if data.on_bad_row == "skip" else None
-    pairs = read_pairs(task, task.path, noted)
-    skipped.duplicates = len(pairs) - len(set(pairs))
+    store = _store(data, task, task.path, tokenizer, tokeniser)
+    skipped = store.skipped
     if isinstance(task.validation, str):
-        held_out = read_pairs(task, task.validation, noted)
+        places, other = np.arange(len(store)), _store(data, task, task.validation, tokenizer, tokeniser)
+        held_out = TokenRows(other, np.arange(len(other)), index, data.max_length, "last", task.group or 0)
+        for reason, found in other.skipped.places.items():
+            skipped.places.setdefault(reason, []).extend(found)
     else:
-        pairs, held_out = _hold_out(pairs, task, seed)
+        places, held = _hold_out(len(store), task, seed)
+        held_out = TokenRows(store, held, index, data.max_length, "last", task.group or 0)
     if skipped.total:
         _log.warning("data.tasks.%s: %s", task.name, skipped.line())
-    group = task.group or 0
-    rows = encode(pairs, tokenizer, index, data.max_length, data.mask_prompt, group)
-    result = TaskRows(task, skipped=skipped)
-    result.validation = _labelled(encode(held_out, tokenizer, index, data.max_length, True, group))
-    result.train = _labelled(rows)
-    end = tokenizer.eos_token_id
-    result.num_dropped = len(rows) - len(result.train)
-    result.num_cut = sum(row.ids[-1] != end for row in result.train)
+    masking = "turns" if data.mask_prompt else "none"
+    rows = TokenRows(store, places, index, data.max_length, masking, task.group or 0)
+    train = rows.where(rows.is_learned)
+    result = TaskRows(task, train, held_out.where(held_out.is_learned), skipped=skipped)
+    result.num_dropped = len(rows) - len(train)
+    result.num_cut = int(train.is_cut.sum())
     _refuse_masked(data, result, rows)
+    if result.num_cut > MANY_CUT * len(rows):
+        _log.warning(
+            "data.tasks.%s: %d of %d rows lose the end of their answer to data.max_length %d; the longest has %d tokens",
+            *(task.name, result.num_cut, len(rows), data.max_length, store.lengths[places].max()),
+        )
     return result
 
 
-def _refuse_masked(data: Data, result: TaskRows, rows: list[Row]) -> None:
+def _store(data: Data, task: Task, path: str, tokenizer: PreTrainedTokenizerBase, tokeniser: Tokeniser) -> TokenStore:
+    """Return a file's rows as tokens. A hub data set is read each time: its name does not tell what is in it."""
+    find_format(task)
+
+    def read(skipped: Skipped) -> Iterator[Pair]:
+        with _template(task, tokenizer) as template:
+            yield from iterate_pairs(task, path, skipped if data.on_bad_row == "skip" else None, template)
+
+    if path.startswith(HUB) or not os.path.isfile(path):
+        return open_store(Source(task.name, read, None, 0), tokeniser)
+    names = ("format", "fields", "select", "limit", "vector", "template")
+    key: dict[str, Any] = {name: getattr(task, name) for name in names}
+    key |= {"file": content_hash(path), "path": path, "on_bad_row": data.on_bad_row}
+    key["tokenizer"] = hashlib.sha256(tokenizer_text(tokenizer).encode()).hexdigest()
+    return open_store(Source(task.name, read, key, os.path.getsize(path)), tokeniser)
+
+
+@contextmanager
+def _template(task: Task, tokenizer: PreTrainedTokenizerBase) -> Iterator[ChatTemplate | None]:
+    """Yield what words this task's rows; None where the format does."""
+    if find_format(task).split is not None:
+        yield None
+        return
+    where, text = f"data.tasks.{task.name}", chat.TEMPLATES.get(task.template)
+    if text is None:
+        where, text = "base.model", tokenizer.chat_template
+    if not isinstance(text, str):
+        raise InputRefused(
+            f"data.tasks.{task.name}.template: the tokenizer has no chat template; name one of "
+            f"{', '.join(chat.TEMPLATES)}"
+        )
+    with ChatTemplate(text, special_tokens(tokenizer), where) as template:
+        yield template
+
+
+def _refuse_masked(data: Data, result: TaskRows, rows: TokenRows) -> None:
     """Refuse a task that `max_length` leaves without answers, wholly or in more rows than an oversight explains."""
     where = f"data.tasks.{result.task.name}"
     if not result.train:
         raise InputRefused(
             f"{where}: every label is masked: no answer fits data.max_length {data.max_length} "
-            f"(the shortest prompt takes {min(len(row.ids) for row in rows)} tokens or more)"
+            f"(the shortest prompt takes {rows.lengths.min()} tokens or more)"
         )
     if data.on_bad_row == "error" and result.num_dropped > MAX_DROPPED * len(rows):
         raise InputRefused(
@@ -123,22 +231,17 @@ def _refuse_masked(data: Data, result: TaskRows, rows: list[Row]) -> None:
         )
 
 
-def _labelled(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if row.num_labels > 0]
-
-
-def _hold_out(pairs: list[Pair], task: Task, seed: int) -> tuple[list[Pair], list[Pair]]:
+def _hold_out(number: int, task: Task, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the places of rows to learn from and of rows held out, each in the file's order."""
     assert isinstance(task.validation, int)
-    if task.validation >= len(pairs):
+    if task.validation >= number:
         raise InputRefused(
-            f"data.tasks.{task.name}.validation: {task.validation} rows to hold out of {len(pairs)} leave none to learn"
+            f"data.tasks.{task.name}.validation: {task.validation} rows to hold out of {number} leave none to learn"
         )
-    order = np.random.default_rng([seed, *task.name.encode()]).permutation(len(pairs))
-    held = set(order[: task.validation].tolist())
-    return (
-        [pair for number, pair in enumerate(pairs) if number not in held],
-        [pair for number, pair in enumerate(pairs) if number in held],
-    )
+    order = np.random.default_rng([seed, *task.name.encode()]).permutation(number)
+    is_held = np.zeros(number, dtype=bool)
+    is_held[order[: task.validation]] = True
+    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
 
-__all__ = ["IGNORE", "Row", "TaskRows", "encode", "prepare"]
+__all__ = ["IGNORE", "Row", "TaskRows", "TokenRows", "encode", "prepare"]

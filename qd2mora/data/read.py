@@ -2,38 +2,51 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qd2mora.data import completion, instruction
+from qd2mora.data import chat, completion, instruction, multiple_choice
 from qd2mora.data.rows import HUB, MAX_ROW_BYTES, BadRow, Repeated, rows_of
+from qd2mora.data.template import ChatTemplate
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.recipe import Task
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a row becomes a prompt and an answer."""
+    """How a row becomes a prompt and an answer; `split` is None where a chat template words it.
+
+    `texts`: the fields that are text; `split` checks the others. `inner`: names inside a field that a recipe may map.
+    """
 
     fields: tuple[str, ...]
-    optional: tuple[str, ...]
-    split: Callable[[dict[str, Any]], tuple[str, str]]
+    split: Callable[[dict[str, Any]], tuple[str, str]] | None
+    texts: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    inner: tuple[str, ...] = ()
 
 
 FORMATS = {
-    "instruction": Format(instruction.FIELDS, instruction.OPTIONAL, instruction.split),
-    "completion": Format(completion.FIELDS, (), completion.split),
+    "instruction": Format(instruction.FIELDS, instruction.split, instruction.FIELDS, instruction.OPTIONAL),
+    "completion": Format(completion.FIELDS, completion.split, completion.FIELDS),
+    "multiple_choice": Format(multiple_choice.FIELDS, multiple_choice.split, multiple_choice.TEXTS),
+    "chat": Format(chat.FIELDS, None, (), (), chat.INNER),
 }
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One example as text."""
+    """One example as text.
+
+    `segments`: a conversation whole, given and learned in turn, special tokens in it; `prompt` is all of it before the
+    last answer.
+    """
 
     prompt: str
     answer: str
     vector: tuple[float, ...] | None = None
+    segments: tuple[str, ...] = ()
 
 
 @dataclass
@@ -63,34 +76,52 @@ class Skipped:
 
 
 def find_format(task: Task) -> Format:
-    """Return the task's format. Raises InputRefused naming the nearest one."""
+    """Return the task's format. Raises InputRefused naming the nearest one, or a mapped field that it has not."""
     if task.format not in FORMATS:
         known = nearest(task.format, FORMATS)
         raise InputRefused(f"data.tasks.{task.name}.format: unknown format {task.format!r}; {known}")
-    return FORMATS[task.format]
+    form = FORMATS[task.format]
+    names = (*form.fields, *form.optional, *form.inner)
+    for name in task.fields or {}:
+        if name not in names:
+            raise InputRefused(
+                f"data.tasks.{task.name}.fields: {task.format} rows have no field {name!r}; {nearest(name, names)}"
+            )
+    return form
 
 
-def read_pairs(task: Task, path: str, skipped: Skipped | None = None) -> list[Pair]:
-    """Read and check the rows of `path` as the task's format, up to the task's limit.
+def read_pairs(
+    task: Task, path: str, skipped: Skipped | None = None, template: ChatTemplate | None = None
+) -> list[Pair]:
+    """Return the rows of a data file in order: what `task.select` wants, the first `task.limit` of it.
 
     Where `skipped` is given, a bad row is left out and noted there; else it raises InputRefused with file and row.
     """
+    return list(iterate_pairs(task, path, skipped, template))
+
+
+def iterate_pairs(
+    task: Task, path: str, skipped: Skipped | None = None, template: ChatTemplate | None = None
+) -> Iterator[Pair]:
+    """Yield what `read_pairs` returns, row by row."""
     form = find_format(task)
-    pairs: list[Pair] = []
+    number = 0
     for place, row in _selected(task, path):
-        if len(pairs) == task.limit:
+        if number == task.limit:
             break
         try:
-            pairs.append(_checked(form, row, task.vector))
+            pair = _checked(form, row, task, template)
         except BadRow as error:
             if skipped is None:
                 raise InputRefused(f"{path}, {place}: {error}") from error
             skipped.places.setdefault(error.reason, []).append(f"{path}, {place}")
-    if not pairs:
+            continue
+        number += 1
+        yield pair
+    if not number:
         wanted = f" with {task.select}" if task.select else ""
         left_out = f"; {skipped.line()}" if skipped and skipped.total else ""
         raise InputRefused(f"{path}: no rows{wanted} for task '{task.name}'{left_out}")
-    return pairs
 
 
 def content_hash(path: str) -> str:
@@ -118,7 +149,7 @@ def _selected(task: Task, path: str) -> Iterator[tuple[str, Any]]:
             raise InputRefused(f"data.tasks.{task.name}.select: rows of {path} have no field {name!r}")
 
 
-def _checked(form: Format, row: Any, vector: str | None = None) -> Pair:
+def _checked(form: Format, row: Any, task: Task, template: ChatTemplate | None) -> Pair:
     """Return a row as text. Raises BadRow."""
     if isinstance(row, BadRow):
         raise row
@@ -126,16 +157,45 @@ def _checked(form: Format, row: Any, vector: str | None = None) -> Pair:
         raise BadRow("a key is given twice", f": {row.key[:40]!r}")
     if not isinstance(row, dict):
         raise BadRow("a row is an object", f" with {', '.join(form.fields)}, this is {_short(row)}")
-    for name in form.fields:
-        if name not in row:
-            raise BadRow(f"no field '{name}'", f"; the row has {', '.join(map(repr, row))[:200] or 'no fields'}")
-    for name in (*form.fields, *form.optional):
-        if row.get(name) is not None or name in form.fields:
-            _check_text(name, row[name])
-    prompt, answer = form.split(row)
+    names = task.fields or {}
+    content = _mapped(form, row, names)
+    for name in (*form.texts, *form.optional):
+        if content.get(name) is not None or name in form.texts:
+            _check_text(str(names.get(name, name)), content[name])
+    vector = None if task.vector is None else _vector(row, task.vector)
+    if form.split is None:
+        return _conversation(content["messages"], names, template, vector)
+    prompt, answer = form.split(content)
+    for text in (prompt, answer) if form.texts != form.fields else ():
+        _check_text("choices", text)
     if not answer.strip():
-        raise BadRow(f"field '{form.fields[-1]}' is empty", ", there is nothing to learn")
-    return Pair(prompt, answer, None if vector is None else _vector(row, vector))
+        name = form.fields[-1]
+        raise BadRow(f"field '{names.get(name, name)}' is empty", ", there is nothing to learn")
+    return Pair(prompt, answer, vector)
+
+
+def _mapped(form: Format, row: dict[str, Any], names: Mapping[str, str | list[str]]) -> dict[str, Any]:
+    """Return a row's fields under our names. Raises BadRow where one is missing."""
+    content = {}
+    for name in (*form.fields, *form.optional):
+        theirs = names.get(name, name)
+        for each in [theirs] if isinstance(theirs, str) else theirs:
+            if each not in row and (name in form.fields or isinstance(theirs, list)):
+                raise BadRow(f"no field '{each}'", f"; the row has {', '.join(map(repr, row))[:200] or 'no fields'}")
+        content[name] = row.get(theirs) if isinstance(theirs, str) else [row[each] for each in theirs]
+    return content
+
+
+def _conversation(
+    messages: Any, names: Mapping[str, str | list[str]], template: ChatTemplate | None, vector: tuple[float, ...] | None
+) -> Pair:
+    assert template is not None
+    found = chat.check(messages, {ours: theirs for ours, theirs in names.items() if isinstance(theirs, str)})
+    for message in found:
+        _check_text("content", message["content"])
+    parts = chat.segments(found, template)
+    answer = next(message["content"] for message in reversed(found) if message["role"] == "assistant")
+    return Pair("".join(parts[:-1]), answer, vector, parts)
 
 
 def _vector(row: dict[str, Any], name: str) -> tuple[float, ...]:
@@ -168,4 +228,4 @@ def _short(value: Any) -> str:
     return f"{kind}{text}"
 
 
-__all__ = ["FORMATS", "Format", "Pair", "Skipped", "content_hash", "find_format", "read_pairs"]
+__all__ = ["FORMATS", "Format", "Pair", "Skipped", "content_hash", "find_format", "iterate_pairs", "read_pairs"]

@@ -5,7 +5,6 @@ list is parsed whole, as JSON demands.
 """
 
 import csv
-import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,13 +40,21 @@ def rows_of(path: str, task: Task) -> Iterator[tuple[str, Any]]:
     if path.startswith(HUB):
         return _numbered(_hub_rows(path, task))
     file = Path(path)
-    readers = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    readers = {
+        ".json": _json_rows,
+        ".jsonl": _jsonl_rows,
+        ".csv": _csv_rows,
+        ".parquet": _parquet_rows,
+        ".arrow": _arrow_rows,
+    }
     try:
         if not file.exists():
             raise InputRefused(f"data.tasks.{task.name}: no file '{path}'")
         if not file.is_file():
             what = "a folder" if file.is_dir() else "not an ordinary file"
-            raise InputRefused(f"data.tasks.{task.name}: '{path}' is {what}; name a json, jsonl, csv or parquet file")
+            raise InputRefused(
+                f"data.tasks.{task.name}: '{path}' is {what}; name a json, jsonl, csv, parquet or arrow file"
+            )
         if file.stat().st_size == 0:
             raise InputRefused(f"{path}: the file is empty")
         file.open("rb").close()
@@ -179,12 +186,36 @@ def _parquet_values(file: Path) -> Iterator[Any]:
         raise InputRefused(f"{file}: not a parquet file: {str(error).splitlines()[0]}") from error
 
 
+def _arrow_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    return _numbered(_arrow_values(file))
+
+
+def _arrow_values(file: Path) -> Iterator[Any]:
+    """Arrow's file form, or its stream form, which `datasets` saves."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(file)) as content:
+            is_file = content.read(6) == b"ARROW1"
+            content.seek(0)
+            if is_file:
+                reader = pyarrow.ipc.open_file(content)
+                batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+            else:
+                batches = iter(pyarrow.ipc.open_stream(content))
+            for batch in batches:
+                for start in range(0, batch.num_rows, 1024):
+                    yield from batch.slice(start, 1024).to_pylist()
+    except (ValueError, OSError) as error:
+        raise InputRefused(f"{file}: not an arrow file: {str(error).splitlines()[0]}") from error
+
+
 def _hub_rows(path: str, task: Task) -> Iterator[Any]:
     import datasets
 
     name, _, split = path.removeprefix(HUB).partition(":")
     try:
-        return itertools.chain(datasets.load_dataset(name, split=split or "train"))
+        return iter(datasets.load_dataset(name, split=split or "train", streaming=task.streaming))
     except (datasets.exceptions.DatasetNotFoundError, ValueError, OSError) as error:
         raise InputRefused(f"data.tasks.{task.name}: '{path}' cannot be got: {str(error).splitlines()[0]}") from error
 

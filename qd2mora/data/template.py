@@ -1,6 +1,6 @@
 """A tokenizer's chat template, rendered in a child process with limits: see `template_child.py`.
 
-Only a template that comes with the tokenizer is rendered; a recipe names none.
+A template comes with the tokenizer or is one of ours by name (`chat.TEMPLATES`); a recipe holds none.
 """
 
 import json
@@ -35,6 +35,7 @@ class ChatTemplate:
         if len(template) > LONGEST_TEMPLATE:
             raise InputRefused(f"{where}: a chat template of {len(template)} characters (limit {LONGEST_TEMPLATE})")
         self.where = where
+        self.end = tokens.get("eos_token", "")
         self.settings: dict[str, Any] = {"path": sys.path, "template": template, "tokens": tokens}
         self.settings |= {"memory": MEMORY, "seconds": SECONDS, "longest": LONGEST}
 
@@ -61,11 +62,15 @@ class ChatTemplate:
 
         Raises BadRow where the template refuses the conversation, InputRefused where the template itself will not do.
         """
-        self._send({"conversations": [messages], "add_generation_prompt": asking})
-        answer: dict[str, str] = json.loads(self._line(WAIT_S))
+        return self.render_each([messages], asking=asking)[0]
+
+    def render_each(self, conversations: list[list[dict[str, str]]], *, asking: bool = False) -> list[str]:
+        """Return the text of each conversation, as `render` does."""
+        self._send({"conversations": conversations, "add_generation_prompt": asking})
+        answer: dict[str, Any] = json.loads(self._line(WAIT_S))
         if "refused" in answer:
             raise BadRow("the chat template refuses it", f": {answer['refused']}")
-        return answer["text"]
+        return answer["texts"]
 
     def _send(self, content: Any) -> None:
         try:

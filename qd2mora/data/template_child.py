@@ -33,7 +33,8 @@ def main() -> None:
         try:
             request = json.loads(line) | settings["tokens"]
             texts, _ = render_jinja_template(**request, chat_template=settings["template"])
-            answer = {"text": texts[0]} if len(texts[0]) <= settings["longest"] else {"refused": "the text is too long"}
+            is_short = sum(map(len, texts)) <= settings["longest"]
+            answer = {"texts": texts} if is_short else {"refused": "the text is too long"}
         except jinja2.exceptions.SecurityError:
             raise
         except jinja2.exceptions.TemplateError as error:

@@ -38,7 +38,7 @@ def ask_held_out(tasks: list[TaskRows], limit: int | None = None) -> list[AskedT
     """
     asked = []
     for task in tasks:
-        rows, metric = task.validation[:limit], task.task.metric or "exact"
+        rows, metric = list(task.validation[:limit]), task.task.metric or "exact"
         if not rows:
             continue
         choices = _answers_of(task) if metric == "choice" else ()

@@ -5,14 +5,13 @@ Places are left out: a base or a data file may move, as long as every byte of it
 
 import hashlib
 import importlib.metadata
-import json
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qd2mora.data import TaskRows, content_hash
+from qd2mora.data import TaskRows, content_hash, tokenizer_text
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Recipe
 
@@ -37,10 +36,7 @@ def identity_of_inputs(
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of a tokenizer: vocabulary, merges, added tokens, special ones, chat template."""
-    fast: Any = tokenizer
-    whole = fast.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab().items()))
-    parts = [whole, str(tokenizer.special_tokens_map), str(tokenizer.chat_template)]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return hashlib.sha256(tokenizer_text(tokenizer).encode()).hexdigest()
 
 
 def refuse_changed(before: Identity, now: Identity, allowed: Collection[str]) -> list[str]:
@@ -80,7 +76,7 @@ def _hash_of_rows(task: TaskRows) -> str:
     for rows in (task.train, task.validation):
         digest.update(f"{len(rows)};".encode())
         for row in rows:
-            digest.update(f"{len(row.ids)},{row.masked};".encode())
+            digest.update(f"{len(row.ids)},{row.masked},{row.earlier};".encode())
             digest.update(row.ids.tobytes())
     return digest.hexdigest()
 

@@ -9,7 +9,7 @@ out, at a smaller loss scale where float16 overflowed.
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -324,7 +324,7 @@ class Training:
             raise SignalStop(f"stopped by {why} after step {done}; continue with --resume")
         return losses
 
-    def _micro_batches(self, rows: list[Row], first: int) -> Iterator[tuple[list[Row], tuple[int, ...]]]:
+    def _micro_batches(self, rows: Sequence[Row], first: int) -> Iterator[tuple[list[Row], tuple[int, ...]]]:
         """Yield this process's share, rows of like length together, with a key for each: it numbers from `first` on."""
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         mine = sorted(enumerate(rows, first), key=lambda numbered: len(numbered[1].ids))[process::processes]

@@ -13,7 +13,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("R1", "recipe_file.py", "except yaml.reader.ReaderError as error:", "except ZeroDivisionError as error:"),
     ("R1", "recipe_file.py", "except UnicodeDecodeError as error:", "except ZeroDivisionError as error:"),
     ("R1", "recipe_file.py", "if not isinstance(key_node, yaml.ScalarNode):", "if False:"),
-    ("D1", "data/prepare.py", "return [row for row in rows if row.num_labels > 0]", "return rows"),
+    ("D1", "data/prepare.py", "train = rows.where(rows.is_learned)", "train = rows"),
     ("D1", "data/prepare.py", 'if data.on_bad_row == "error" and result', "if False and result"),
     ("D2", "data/rows.py", "if len(content) == len(pairs):", "if True:"),
     ("D2", "data/rows.py", "except RecursionError as error:", "except ZeroDivisionError as error:"),

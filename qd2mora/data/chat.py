@@ -1,0 +1,77 @@
+"""The chat format: `messages` with roles, worded by a chat template; what the assistant says is learned, turn by turn.
+
+A conversation becomes segments, given and learned in turn: the template is rendered up to each answer and with it, and
+what the answer adds, the sign that ends the turn included, is learned. What follows the last answer is left out.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qd2mora.data.rows import BadRow
+from qd2mora.data.template import ChatTemplate
+
+FIELDS = ("messages",)
+INNER = ("role", "content")
+ROLES = ("system", "user", "assistant")
+# Names of other collections of conversations for the same roles.
+_SAME = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+
+TEMPLATES = {
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "plain": (
+        "{{ bos_token }}{% for m in messages %}### {{ m.role | capitalize }}:\n{{ m.content }}"
+        "{{ eos_token if m.role == 'assistant' else '' }}\n\n{% endfor %}"
+        "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
+    ),
+}
+"""Templates by name, for tokenizers that bring none."""
+
+
+def check(messages: Any, names: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return a conversation's roles and contents; `names`: what these two are called in it. Raises BadRow."""
+    role_name, content_name = (names.get(name, name) for name in INNER)
+    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+        raise BadRow("'messages' should be a list of objects")
+    found: list[dict[str, str]] = []
+    for message in messages:
+        role, content = message.get(role_name), message.get(content_name)
+        role = _SAME.get(role, role) if isinstance(role, str) else role
+        if role not in ROLES or (role == "system" and found):
+            raise BadRow("a message's role should be user or assistant, the first may be system", f"; {_short(role)}")
+        if not isinstance(content, str):
+            raise BadRow("a message's content should be text", f", it is {_short(content)}")
+        found.append({"role": role, "content": content})
+    answers = [message["content"] for message in found if message["role"] == "assistant"]
+    if not answers or not all(answer.strip() for answer in answers):
+        raise BadRow("an assistant's message is missing or empty", ", there is nothing to learn")
+    return found
+
+
+def segments(messages: list[dict[str, str]], template: ChatTemplate) -> tuple[str, ...]:
+    """Return the text of a conversation up to its last answer, cut: given, learned, given, learned, ...
+
+    The end token closes an answer that the template leaves open. Raises BadRow.
+    """
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    asked = template.render_each([messages[:turn] for turn in turns], asking=True)
+    told = template.render_each([messages[: turn + 1] for turn in turns])
+    parts: list[str] = []
+    done = ""
+    for turn, before, after in zip(turns, asked, told, strict=True):
+        if not before.startswith(done) or not after.startswith(before):
+            raise BadRow("the chat template rewrites earlier turns", ", so what is learned cannot be told")
+        content, answer = messages[turn]["content"].rstrip(), after[len(before) :]
+        is_open = answer.rstrip().endswith(content)
+        parts += [before[len(done) :], answer + template.end if is_open else answer]
+        done = after
+    return tuple(parts)
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:40] if isinstance(value, str | int | float | bool | None) else type(value).__name__
+
+
+__all__ = ["FIELDS", "INNER", "ROLES", "TEMPLATES", "check", "segments"]

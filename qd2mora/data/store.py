@@ -1,0 +1,219 @@
+"""Rows as tokens in an arrow file that is mapped, not loaded: a data set may be larger than memory.
+
+What is stored depends on the file, the format and the tokenizer alone; length, masking and what is held out are taken
+at reading. Stores of large files are kept in a cache under a hash of all that went in; a store that is damaged is made
+anew.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from qd2mora.data.read import Pair, Skipped
+from qd2mora.data.tokenise import Tokeniser, Tokens, tokenised
+from qd2mora.errors import DamagedFile
+from qd2mora.sealed import open_manifest, seal_folder, verify_folder
+
+VERSION = 1
+"""Counted up when the same file would be stored otherwise."""
+SMALLEST_KEPT = 4 << 20
+"""Bytes of a data file from which on its tokens are kept: smaller ones take a second or two."""
+_FILE = "rows.arrow"
+_SCHEMA = pa.schema(
+    {
+        "ids": pa.list_(pa.int32()),
+        "bounds": pa.list_(pa.int32()),
+        "prompt": pa.large_string(),
+        "answer": pa.large_string(),
+        "vector": pa.list_(pa.float64()),
+    }
+)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows to store: `pairs` starts reading anew at each call, noting in `Skipped`; `key` names all that went in."""
+
+    name: str
+    read: Any
+    key: dict[str, Any] | None
+    size: int
+
+
+class TokenStore:
+    """Stored rows by number. `skipped`: what reading left out, and rows said twice."""
+
+    def __init__(self, buffer: Any, skipped: Skipped) -> None:
+        self.skipped = skipped
+        reader = pa.ipc.open_file(buffer)
+        self._batches = [_Batch(reader.get_batch(number)) for number in range(reader.num_record_batches)]
+        self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def ids(self, number: int) -> NDArray[np.int32]:
+        """Return a row's tokens, a view of the mapped file."""
+        batch, place = self._find(number)
+        return batch.entry("ids", place)
+
+    def bounds(self, number: int) -> NDArray[np.int32]:
+        batch, place = self._find(number)
+        return batch.entry("bounds", place)
+
+    def pair(self, number: int) -> Pair:
+        """Return a row as text."""
+        batch, place = self._find(number)
+        prompt, answer, vector = (batch.content.column(name)[place].as_py() for name in ("prompt", "answer", "vector"))
+        return Pair(prompt, answer, None if vector is None else tuple(vector))
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each row."""
+        return self._of_all("ids", lambda batch: np.diff(batch.offsets["ids"]))
+
+    @cached_property
+    def first_bounds(self) -> NDArray[np.int32]:
+        """Tokens before the first learned one of each row."""
+        return self._of_all("bounds", lambda batch: batch.values["bounds"][batch.offsets["bounds"][:-1]])
+
+    @cached_property
+    def last_bounds(self) -> NDArray[np.int32]:
+        """Tokens before the last answer of each row."""
+        return self._of_all("bounds", lambda batch: batch.values["bounds"][batch.offsets["bounds"][1:] - 1])
+
+    def _of_all(self, name: str, take: Any) -> NDArray[np.int32]:
+        parts = [take(batch) for batch in self._batches]
+        return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
+
+    def _find(self, number: int) -> tuple["_Batch", int]:
+        which = int(np.searchsorted(self._ends, number, side="right"))
+        batch = self._batches[which]
+        return batch, number - int(self._ends[which]) + batch.num_rows
+
+
+class _Batch:
+    """One record batch with its lists as numpy views."""
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+        self.num_rows: int = content.num_rows
+        self.offsets = {name: content.column(name).offsets.to_numpy() for name in ("ids", "bounds")}
+        self.values = {name: content.column(name).values.to_numpy() for name in ("ids", "bounds")}
+
+    def entry(self, name: str, place: int) -> NDArray[np.int32]:
+        start, stop = self.offsets[name][place : place + 2]
+        return self.values[name][start:stop]
+
+
+def open_store(source: Source, tokeniser: Tokeniser) -> TokenStore:
+    """Return a source's rows as tokens: from the cache where they are there and whole, else made now.
+
+    Raises InputRefused as reading does.
+    """
+    if source.key is None or source.size < SMALLEST_KEPT:
+        return _in_memory(source, tokeniser)
+    text = json.dumps({"version": VERSION, **source.key}, sort_keys=True)
+    folder = cache_folder() / "tokens" / hashlib.sha256(text.encode()).hexdigest()[:32]
+    if folder.exists():
+        try:
+            return _opened(folder)
+        except (DamagedFile, OSError, ValueError) as error:
+            _log.warning("data.tasks.%s: kept tokens are made anew: %s", source.name, error)
+            shutil.rmtree(folder, ignore_errors=True)
+    try:
+        return _kept(source, tokeniser, folder)
+    except OSError as error:
+        _log.warning(
+            "data.tasks.%s: tokens stay in memory, %s: %s", source.name, cache_folder(), error.strerror or error
+        )
+        return _in_memory(source, tokeniser)
+
+
+def cache_folder() -> Path:
+    """Return the folder of what can be made again: $QD2MORA_CACHE or ~/.cache/qd2mora."""
+    return Path(os.environ.get("QD2MORA_CACHE") or Path.home() / ".cache" / "qd2mora")
+
+
+def _in_memory(source: Source, tokeniser: Tokeniser) -> TokenStore:
+    sink = pa.BufferOutputStream()
+    skipped = _write(sink, source, tokeniser)
+    return TokenStore(pa.BufferReader(sink.getvalue()), skipped)
+
+
+def _kept(source: Source, tokeniser: Tokeniser, folder: Path) -> TokenStore:
+    """Write beside the folder under a name of our own and take its name at the end: two runs may do so at once."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+    try:
+        with pa.OSFile(str(stage / _FILE), "wb") as sink:
+            skipped = _write(sink, source, tokeniser)
+        with (stage / _FILE).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        content = {"skipped": skipped.places, "duplicates": skipped.duplicates}
+        seal_folder(stage, {_FILE: ((stage / _FILE).stat().st_size, digest)}, content)
+        if not folder.exists():
+            os.rename(stage, folder)
+        return _opened(folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _opened(folder: Path) -> TokenStore:
+    verify_folder(folder)
+    content = open_manifest(folder)
+    return TokenStore(pa.memory_map(str(folder / _FILE)), Skipped(content["skipped"], content["duplicates"]))
+
+
+def _write(sink: Any, source: Source, tokeniser: Tokeniser) -> Skipped:
+    skipped = Skipped()
+    hashes: list[NDArray[np.int64]] = []
+    columns = (TextColumn("tokenising {task.description}"), SpinnerColumn(), TextColumn("{task.completed} rows"))
+    shown = sys.stderr.isatty() and source.size >= SMALLEST_KEPT
+    display = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), disable=not shown, transient=True)
+    with pa.ipc.new_file(sink, _SCHEMA) as writer, display:
+        line = display.add_task(source.name, total=None)
+        for pairs, tokens in tokenised(tokeniser, source.read(skipped)):
+            writer.write_batch(_batch(pairs, tokens))
+            hashes.append(np.fromiter(map(hash, pairs), np.int64, len(pairs)))
+            display.advance(line, len(pairs))
+    skipped.duplicates = sum(map(len, hashes)) - len(np.unique(np.concatenate(hashes)))
+    return skipped
+
+
+def _batch(pairs: Sequence[Pair], tokens: Sequence[Tokens]) -> Any:
+    columns = [
+        _lists([row.ids for row in tokens]),
+        _lists([row.bounds for row in tokens]),
+        pa.array([pair.prompt for pair in pairs], pa.large_string()),
+        pa.array([pair.answer for pair in pairs], pa.large_string()),
+        pa.array([pair.vector for pair in pairs], pa.list_(pa.float64())),
+    ]
+    return pa.record_batch(columns, schema=_SCHEMA)
+
+
+def _lists(rows: Iterable[Sequence[int]]) -> Any:
+    """Many lists of numbers as one array, without a Python object for each number."""
+    parts = [np.array(row, dtype=np.int32) for row in rows]
+    offsets = np.zeros(len(parts) + 1, dtype=np.int32)
+    np.cumsum([len(part) for part in parts], out=offsets[1:])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(parts)))
+
+
+__all__ = ["SMALLEST_KEPT", "Source", "TokenStore", "cache_folder", "open_store"]

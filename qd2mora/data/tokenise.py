@@ -1,0 +1,134 @@
+"""Text to tokens, many rows at once: the tokenizers library's own threads work while the next rows are read.
+
+Prompt and answer are tokenised apart, so that the prompt's tokens are those of a prompt that is asked, and no token
+lies on both sides of what is masked. A conversation is tokenised whole, as its template is meant to be; where a token
+would lie across a boundary, from piece to piece.
+"""
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from qd2mora.data.read import Pair
+
+CHUNK = 2048
+"""Rows that are tokenised together, at most."""
+CHUNK_LETTERS = 4 << 20
+"""Letters that are tokenised together, but for one row that alone has more."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One row: `ids` with the end token; `bounds`, where given text ends and learned text ends in turn, the last
+    bound is where the last answer begins."""
+
+    ids: list[int]
+    bounds: tuple[int, ...]
+
+
+class Tokeniser:
+    """A tokenizer's text-to-ids, with no padding and no cut whatever somebody set on it before."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.end = tokenizer.eos_token_id
+        self._slow: Any = tokenizer
+        self._fast: Any = None
+        if tokenizer.is_fast:
+            backend: Any = tokenizer.backend_tokenizer
+            self._fast = Tokenizer.from_str(backend.to_str())
+            self._fast.no_padding()
+            self._fast.no_truncation()
+
+    def texts(self, texts: list[str], *, special: bool) -> list[list[int]]:
+        """Return the ids of each text; `special`: with what the tokenizer puts around a text."""
+        if not texts:  # transformers 5 raises on an empty batch
+            return []
+        if self._fast is None:
+            return self._slow(texts, add_special_tokens=special)["input_ids"]
+        return [found.ids for found in self._fast.encode_batch_fast(texts, add_special_tokens=special)]
+
+    def tokens(self, pairs: Sequence[Pair]) -> list[Tokens]:
+        """Return the tokens of each row."""
+        plain = [pair for pair in pairs if not pair.segments]
+        prompts = self.texts([pair.prompt for pair in plain], special=True)
+        answers = self.texts([pair.answer for pair in plain], special=False)
+        talks = iter(self._conversations([pair.segments for pair in pairs if pair.segments]))
+        joined = (self._joined(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
+        return [next(talks) if pair.segments else next(joined) for pair in pairs]
+
+    def _joined(self, prompt: list[int], answer: list[int]) -> Tokens:
+        if prompt and prompt[-1] == self.end:  # tokenizers that close every text
+            prompt = prompt[:-1]
+        return Tokens([*prompt, *answer, self.end], (len(prompt),))
+
+    def _conversations(self, talks: list[tuple[str, ...]]) -> list[Tokens]:
+        if self._fast is None:
+            return [self._piecewise(parts) for parts in talks]
+        found = self._fast.encode_batch(["".join(parts) for parts in talks], add_special_tokens=False)
+        return [
+            self._cut(encoding, parts) or self._piecewise(parts) for encoding, parts in zip(found, talks, strict=True)
+        ]
+
+    def _cut(self, encoding: Any, parts: tuple[str, ...]) -> Tokens | None:
+        """Return a conversation cut at its boundaries; None where a token lies across one."""
+        bounds = []
+        for place in itertools.accumulate(map(len, parts[:-1])):
+            token = encoding.char_to_token(place)
+            if token is None or encoding.offsets[token][0] != place:
+                return None
+            if token and encoding.offsets[token - 1][1] > place:  # a letter of several tokens
+                return None
+            bounds.append(token)
+        return Tokens(encoding.ids, tuple(bounds))
+
+    def _piecewise(self, parts: tuple[str, ...]) -> Tokens:
+        pieces = self.texts(list(parts), special=False)
+        bounds = list(itertools.accumulate(map(len, pieces)))
+        return Tokens([token for piece in pieces for token in piece], tuple(bounds[:-1]))
+
+
+def tokenised(tokeniser: Tokeniser, pairs: Iterable[Pair]) -> Iterator[tuple[list[Pair], list[Tokens]]]:
+    """Yield rows chunk by chunk with their tokens; the next chunk is tokenised while this one is worked on."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = None
+        for chunk in _chunks(pairs):
+            started = (chunk, thread.submit(tokeniser.tokens, chunk))
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = started
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
+
+
+def _chunks(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
+    chunk: list[Pair] = []
+    letters = 0
+    for pair in pairs:
+        chunk.append(pair)
+        letters += len(pair.prompt) + len(pair.answer)
+        if len(chunk) == CHUNK or letters > CHUNK_LETTERS:
+            yield chunk
+            chunk, letters = [], 0
+    if chunk:
+        yield chunk
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the names that a chat template may use for special tokens."""
+    return {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
+
+
+def tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return all that a tokenizer is: vocabulary, merges, added tokens, special ones, chat template."""
+    fast: Any = tokenizer
+    whole = fast.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return "\0".join([whole, str(tokenizer.special_tokens_map), str(tokenizer.chat_template)])
+
+
+__all__ = ["CHUNK", "Tokeniser", "Tokens", "special_tokens", "tokenised", "tokenizer_text"]
