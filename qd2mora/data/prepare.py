@@ -175,7 +175,7 @@ def _prepare_task(
     _refuse_masked(data, result, rows)
     if result.num_cut > MANY_CUT * len(rows):
         _log.warning(
-            "data.tasks.%s: %d of %d rows lose the end of their answer to data.max_length %d; the longest has %d tokens",
+            "data.tasks.%s: %d of %d rows lose the end of the answer to data.max_length %d; the longest has %d tokens",
             *(task.name, result.num_cut, len(rows), data.max_length, store.lengths[places].max()),
         )
     return result

@@ -19,7 +19,7 @@ from qd2mora.data.read import Pair
 
 CHUNK = 2048
 """Rows that are tokenised together, at most."""
-CHUNK_LETTERS = 4 << 20
+CHUNK_LETTERS = 1 << 20
 """Letters that are tokenised together, but for one row that alone has more."""
 
 
