@@ -112,7 +112,7 @@ class Training:
         self.model.train()
         return losses
 
-    def _loss_of(self, rows: list[Row]) -> list[float]:
+    def _loss_of(self, rows: Sequence[Row]) -> list[float]:
         """Return the summed loss of rows in evaluation, over all processes, and the number of their labels."""
         sums = torch.zeros(2, dtype=torch.float64)
         for part, keys in self._micro_batches(rows, 0):
