@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from qd2mora.base import fingerprint
@@ -52,7 +53,8 @@ def evaluate(
     subject = open_subject(model, allow_changed)
     if suite is not None:
         assert data is not None
-        numbers = _numbers_of_suite(subject, suite, tasks)
+        names = [task.name for task in find_suite(suite).tasks if not tasks or task.name in tasks]
+        numbers = _task_numbers(subject, names)
         asked = ask_suite(
             suite,
             Path(data),
@@ -66,6 +68,7 @@ def evaluate(
     else:
         settings = load_recipe(recipe) if recipe else read_recipe(model)
         asked = ask_held_out(_chosen(prepare(settings.data, subject.tokenizer, settings.train.seed), tasks), limit)
+        asked = _numbered(asked, _task_numbers(subject, [task.name for task in asked]))
     if not asked:
         raise InputRefused("no task of the recipe holds out rows; set data.tasks.0.validation=200")
     kept = KeptAnswers(rows_file, _question(model, asked, beams) if rows_file else {})
@@ -137,19 +140,26 @@ def _chosen(tasks: list[TaskRows], names: Collection[str]) -> list[TaskRows]:
     return [task for task in tasks if not names or task.task.name in names]
 
 
-def _numbers_of_suite(subject: Subject, suite: str, only: Collection[str]) -> dict[str, int]:
-    """Return the number by which a run that routes by task knows each task of a suite. Raises InputRefused."""
+def _task_numbers(subject: Subject, names: list[str]) -> dict[str, int]:
+    """Return the number by which a run that routes by task knows each task, by name. Raises InputRefused."""
     if subject.run is None or not subject.run.reads_task:
         return {}
-    names = [task.name for task in subject.run.recipe.data.tasks]
-    asked = [task.name for task in find_suite(suite).tasks if not only or task.name in only]
-    unknown = [name for name in asked if name not in names]
-    if unknown and len(names) > 1:
+    known = [task.name for task in subject.run.recipe.data.tasks]
+    unknown = [name for name in names if name not in known]
+    if unknown and len(known) > 1:
         raise InputRefused(
-            f"--suite: this adapter routes by task and was not trained on '{unknown[0]}'; its tasks are "
-            f"{', '.join(names)}: choose with --tasks"
+            f"this adapter routes by task and was not trained on '{unknown[0]}'; its tasks are {', '.join(known)}: "
+            "choose with --tasks"
         )
-    return {name: names.index(name) if name in names else 0 for name in asked}
+    return {name: known.index(name) if name in known else 0 for name in names}
+
+
+def _numbered(asked: list[AskedTask], numbers: dict[str, int]) -> list[AskedTask]:
+    """Give rows the task numbers of the run: another recipe may list its tasks in another order."""
+    return [
+        replace(task, rows=[replace(row, task=numbers[task.name]) for row in task.rows]) if numbers else task
+        for task in asked
+    ]
 
 
 def _question(model: str | Path, asked: list[AskedTask], beams: int) -> dict[str, object]:

@@ -133,3 +133,21 @@ def test_intervals_are_wilsons_and_the_bootstraps() -> None:
     records = tuple(Record(place, 0.5 + place / 8, 2.0, place + 1) for place in range(3))
     assert Score("rouge", records).interval == bootstrap([0.5, 0.625, 0.75])
     assert Score("loss", records).mean == 1.0
+
+
+def test_a_task_keeps_its_number_where_a_recipe_lists_the_tasks_in_another_order(made: Path, tmp_path: Path) -> None:
+    import asking
+
+    run = asking.save_run(made, "by_task", method="moelora")
+    settings = load_recipe(made / "by_task.yaml")
+    tasks = list(reversed(settings.data.tasks))
+    path = tmp_path / "reversed.yaml"
+    data = settings.data.model_copy(update={"tasks": tasks})
+    path.write_text(settings.model_copy(update={"data": data}).dump_yaml(), encoding="utf-8")
+    wanted, found = evaluate(run), evaluate(run, recipe=path)
+    assert {name: score.loss for name, score in found.items()} == {name: score.loss for name, score in wanted.items()}
+    tasks[0] = tasks[0].model_copy(update={"name": "unseen"})
+    data = settings.data.model_copy(update={"tasks": tasks})
+    path.write_text(settings.model_copy(update={"data": data}).dump_yaml(), encoding="utf-8")
+    with pytest.raises(InputRefused, match=r"not trained on 'unseen'; its tasks are first, last"):
+        evaluate(run, recipe=path)
