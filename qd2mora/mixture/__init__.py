@@ -9,6 +9,7 @@ from qd2mora.mixture.registration import register
 from qd2mora.mixture.routing import Routing
 from qd2mora.mixture.tuner import (
     MixtureModel,
+    adapter_tensors,
     add_adapter,
     after_step,
     mixture_layers,
@@ -27,6 +28,7 @@ __all__ = [
     "MixtureLinear",
     "MixtureModel",
     "Routing",
+    "adapter_tensors",
     "add_adapter",
     "after_step",
     "mixture_layers",

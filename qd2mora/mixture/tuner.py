@@ -208,6 +208,11 @@ def selection_biases(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: tensor for name, tensor in model.named_parameters() if ".mixture_select_bias_" in name}
 
 
+def adapter_tensors(model: nn.Module, adapter_name: str = "default") -> list[Tensor]:
+    """Return all tensors of an adapter, trained or not, layer by layer."""
+    return [tensor for layer in mixture_layers(model).values() for tensor in layer.tensors(adapter_name).values()]
+
+
 def after_step(model: nn.Module) -> None:
     """Do what a model's mixtures do once an optimiser step: move the selection biases against the load."""
     tuner = getattr(model, "base_model", None)
@@ -239,6 +244,7 @@ def _tensors(model: nn.Module, adapter_name: str, name: str) -> list[Tensor]:
 __all__ = [
     "LLAMA_LINEARS",
     "MixtureModel",
+    "adapter_tensors",
     "add_adapter",
     "after_step",
     "mixture_layers",

@@ -4,14 +4,13 @@ import contextlib
 import importlib.util
 import itertools
 import math
-import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -31,7 +30,7 @@ from qd2mora.evaluation import AskedTask, Subject, ask_held_out, score_all
 from qd2mora.evaluation.rouge import rouge_l
 from qd2mora.inspection.content import write_routing
 from qd2mora.memory.plan import Plan, plan
-from qd2mora.mixture import MixtureConfig, add_adapter, selection_biases
+from qd2mora.mixture import MixtureConfig, adapter_tensors, add_adapter, selection_biases
 from qd2mora.recipe import Recipe, Train
 from qd2mora.run_folder import RunFolder
 from qd2mora.stopping import StopRequest, listening
@@ -44,6 +43,7 @@ from qd2mora.training.lock import locked
 from qd2mora.training.loop import Training
 from qd2mora.training.opening import check_folder, lineage, open_folder, read_manifest, restore
 from qd2mora.training.optimizer import build_optimizer
+from qd2mora.training.processes import PATIENCE, Processes
 from qd2mora.training.progress import StepDisplay
 from qd2mora.training.saver import Saver
 from qd2mora.training.stages import check_stages
@@ -78,13 +78,17 @@ def train(
     """
     folder = RunFolder(Path(recipe.output))
     check_stages(MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks)), recipe.train)
-    is_main = os.environ.get("RANK", "0") == "0"
-    if is_main:
-        check_folder(folder, resume, overwrite)
-    with listening() as stop, locked(folder.lock) if is_main else contextlib.nullcontext():
-        if is_main:
+    with listening() as stop, as_lost(), contextlib.ExitStack() as held:
+        accelerator = _accelerator(recipe, folder)
+        processes = Processes.of(accelerator)
+
+        def take_folder() -> None:
+            check_folder(folder, resume, overwrite)
+            held.enter_context(locked(folder.lock))
             check_folder(folder, resume, overwrite)  # what was true before the lock need not be
-        return _train_locked(recipe, folder, stop, resume, allow_changed)
+
+        processes.from_main(take_folder)
+        return _train_locked(recipe, folder, accelerator, stop, resume, allow_changed)
 
 
 def num_steps(settings: Train, rows_per_epoch: int) -> int:
@@ -96,9 +100,15 @@ def num_steps(settings: Train, rows_per_epoch: int) -> int:
 
 
 def _train_locked(
-    recipe: Recipe, folder: RunFolder, stop: StopRequest, resume: bool, allow_changed: Collection[str]
+    recipe: Recipe,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    stop: StopRequest,
+    resume: bool,
+    allow_changed: Collection[str],
 ) -> Trained:
     time_limit = TimeLimit(recipe.train)
+    processes = Processes.of(accelerator)
     base_config(recipe.base)
     tokenizer = load_tokenizer(recipe.base.model)
     tasks = prepare(recipe.data, tokenizer, recipe.train.seed)
@@ -106,25 +116,25 @@ def _train_locked(
     check_rows(config, tasks)
     _check_judging(recipe, tasks)
     asked = _asked_while_training(tasks)
-    accelerator = _accelerator(recipe, folder)
     planned = _fitting_plan(recipe, accelerator.device)
-    refuse_full(folder.path, _bytes_to_write(recipe, planned))
-    before = read_manifest(folder) if resume else None
-    identity = identity_of_inputs(recipe, tokenizer, tasks, accelerator.num_processes, accelerator.device)
+    processes.from_main(lambda: refuse_full(folder.path, _bytes_to_write(recipe, planned)))
+    before = processes.from_main(lambda: read_manifest(folder)) if resume else None
+    identity = identity_of_inputs(recipe, tokenizer, tasks, processes.count, accelerator.device)
+    processes.refuse_other(identity)
     changed = refuse_changed(before["identity"], identity, allow_changed) if before else []
     mixture = Mixture(recipe.data, tasks, recipe.train.seed)
     model = _adapted_model(recipe, config, planned, accelerator.device)
     start_adapter(model, config, recipe, lambda: _first_batches(mixture, planned.micro_batch, tokenizer, model.device))
     model.train()
     identity["base"] = fingerprint(recipe.base)  # after the load, which fetches what is not here yet
+    processes.refuse_other({"base": identity["base"]})
     if before:
         changed += refuse_changed(before["identity"], {"base": identity["base"]}, allow_changed)
+    processes.copy_from_main(adapter_tensors(model))
     parameters = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     optimizer = build_optimizer(recipe.train, list(parameters.values()))
     source = LocalState(parameters, optimizer, selection_biases(model))
-    progress, problems = restore(folder, source) if resume else (Progress(), [])
-    with as_lost():
-        accelerator.wait_for_everyone()
+    progress, problems = restore(folder, source, processes) if resume else (Progress(), [])
     manifest = {
         "identity": identity,
         "lineage": lineage(before, identity, changed, progress.step),
@@ -132,13 +142,13 @@ def _train_locked(
         "threads": torch.get_num_threads(),
         "plan": planned.to_json(),
     }
-    if accelerator.is_main_process:
-        open_folder(folder, recipe, manifest, resume, progress.step)
+    processes.from_main(lambda: open_folder(folder, recipe, manifest, resume, progress.step))
     if recipe.train.trackers:
         accelerator.init_trackers("qd2mora", config={"fingerprint": recipe.fingerprint()})
     total = num_steps(recipe.train, mixture.rows_per_epoch)
     if compute_dtype(recipe.base, accelerator.device) is torch.float16 and progress.loss_scale is None:
         progress.loss_scale = FIRST_LOSS_SCALE
+    rows_each = recipe.train.global_batch // processes.count
     display = StepDisplay(total, progress.step)
     mark = base_identity(recipe.base, identity["base"])
     best = BestKeeper(
@@ -150,14 +160,14 @@ def _train_locked(
     best.resumed(progress)
     training = Training(
         train=recipe.train,
-        accelerator=accelerator,
+        processes=processes,
         model=model,
         parameters=parameters,
         optimizer=optimizer,
         mixture=mixture,
         tasks=tasks,
         config=config,
-        micro_batch=min(planned.micro_batch, progress.micro_batch or planned.micro_batch),
+        micro_batch=min(planned.micro_batch, progress.micro_batch or planned.micro_batch, rows_each),
         total_steps=total,
         pad=tokenizer.pad_token_id,
         progress=progress,
@@ -266,6 +276,7 @@ def _accelerator(recipe: Recipe, folder: RunFolder) -> Accelerator:
     accelerator = Accelerator(
         cpu=default_device().type == "cpu",
         mixed_precision="no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         log_with=list(recipe.train.trackers) or None,
         project_dir=str(folder.path),
     )

@@ -11,9 +11,9 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -32,7 +32,7 @@ from qd2mora.training.journal import Journal
 from qd2mora.training.live_routing import LiveRouting
 from qd2mora.training.numbers import blame, is_too_bad, lower_scale, prove_flow, raise_scale
 from qd2mora.training.optimizer import learning_rate
-from qd2mora.training.processes import sum_gradients, sum_numbers, sum_tensor
+from qd2mora.training.processes import Processes
 from qd2mora.training.randomness import key_of
 from qd2mora.training.saver import Saver
 from qd2mora.training.stages import enter_stage
@@ -46,7 +46,7 @@ class Training:
     """Everything the loop works on; `parameters` are the trainable ones by name."""
 
     train: Train
-    accelerator: Accelerator
+    processes: Processes
     model: PeftModel
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -64,7 +64,7 @@ class Training:
     best: BestKeeper
     score: Callable[[], dict[str, Score]] = dict
     watchdog: Watchdog = field(default_factory=Watchdog)
-    _must_stop: bool = False
+    _why_stop: str = ""
 
     def __post_init__(self) -> None:
         self.row_loss = RowLoss(self.model)
@@ -90,7 +90,7 @@ class Training:
             with self.watchdog.paused():
                 self.saver.finish()
                 self._settle_best()
-                self.accelerator.wait_for_everyone()
+                self.processes.wait()
         return losses
 
     @property
@@ -121,13 +121,13 @@ class Training:
                 loss = self._row_losses(part).sum().double().cpu()
             sums += torch.stack([loss, torch.tensor(float(sum(row.num_labels for row in part)))])
             self.watchdog.beat()
-        return self._sum([*sums])
+        return self.processes.sum_numbers([*sums])
 
     def _run_through(self, rows: list[Row]) -> None:
         """Let rows pass the routers, without a loss."""
         for part, keys in self._micro_batches(rows, 0):
             self._tell_routers(part, keys)
-            batch = {name: tensor.to(self.accelerator.device) for name, tensor in collate(part, self.pad).items()}
+            batch = {name: tensor.to(self.processes.device) for name, tensor in collate(part, self.pad).items()}
             with torch.no_grad():
                 labelled_states(self.model, batch, batch["labels"][:, 1:] != IGNORE)
             self.watchdog.beat()
@@ -170,13 +170,13 @@ class Training:
         """Leave a step's whole gradient in the parameters; return loss, gradient norm, penalties, likeness."""
         while True:
             local, is_short = self._try_to_accumulate(rows)
-            stop = self.stop.number is not None or self.time_limit.is_near
-            loss, short, stops = self._sum([local, float(is_short), float(stop)])
-            self._must_stop = stops > 0
+            asked = float(self.stop.number is not None), float(self.time_limit.is_near)
+            loss, short, *stops = self.processes.sum_numbers([local, float(is_short), *asked])
+            self._why_stop = self._reason(*stops)
             if short:
                 self._halve_micro_batch()
                 continue
-            sum_gradients(self.parameters, self.accelerator.num_processes)
+            self.processes.sum_gradients(self.parameters)
             self._unscale()
             prove_flow(self.model, self.parameters, self.progress)  # the penalty would hide a detached expert
             penalty, halves = self._add_penalties()
@@ -184,6 +184,14 @@ class Training:
             if math.isfinite(norm) or not math.isfinite(loss) or not lower_scale(self.progress):
                 return loss, norm, penalty, halves
             self.optimizer.zero_grad(set_to_none=True)
+
+    def _reason(self, signals: float, limits: float) -> str:
+        """Say why to stop, if there is a reason; the same processes say so to all, so that all stop here."""
+        if self.stop.number is not None:
+            return f"signal {self.stop.number}"
+        if signals:
+            return "a signal to another process"
+        return "train.time_limit" if limits else ""
 
     def _try_to_accumulate(self, rows: list[Row]) -> tuple[Tensor | float, bool]:
         """Return this process's part of the loss, and whether memory ran out on the way."""
@@ -194,16 +202,16 @@ class Training:
                 raise
         # Outside the handler: the traceback that keeps the activations alive is gone.
         self.optimizer.zero_grad(set_to_none=True)
-        if self.accelerator.device.type == "cuda":
+        if self.processes.device.type == "cuda":
             torch.cuda.empty_cache()
         return 0.0, True
 
     def _accumulate(self, rows: list[Row]) -> Tensor:
         """Add the gradients of this process's rows; return their part of the loss per labelled token of the step."""
-        place = (self.progress.step, self.accelerator.process_index)
+        place = (self.progress.step, self.processes.index)
         torch.manual_seed(key_of(self.train.seed, "step", *place))
         share, tokens = 1 / sum(row.num_labels for row in rows), sum(len(row.ids) for row in rows)
-        total = torch.zeros((), device=self.accelerator.device)
+        total = torch.zeros((), device=self.processes.device)
         if self._routing is not None:
             self._routing.forget()
         for part, keys in self._micro_batches(rows, self.progress.step * self.train.global_batch):
@@ -235,9 +243,9 @@ class Training:
 
     def _row_losses(self, rows: list[Row]) -> Tensor:
         """Return the summed loss of each row."""
-        batch = {name: tensor.to(self.accelerator.device) for name, tensor in collate(rows, self.pad).items()}
+        batch = {name: tensor.to(self.processes.device) for name, tensor in collate(rows, self.pad).items()}
         is_scaled = self.progress.loss_scale is not None
-        with torch.autocast(self.accelerator.device.type, torch.float16, enabled=is_scaled):
+        with torch.autocast(self.processes.device.type, torch.float16, enabled=is_scaled):
             losses: Tensor = self.row_loss(batch)
         return losses
 
@@ -254,7 +262,7 @@ class Training:
         experts are: the two halves of D2MoRA's penalty, unweighted.
         """
         routed = sum(self._routing.take_values().values()) if self._routing is not None else 0.0
-        (total,) = self._sum([routed])
+        (total,) = self.processes.sum_numbers([routed])
         weights = {penalty.kind: penalty.weight for penalty in self.config.weight_penalties}
         diversity = weights.pop("diversity_cos", 0.0)
         with torch.set_grad_enabled(diversity > 0):
@@ -312,40 +320,51 @@ class Training:
         if self.has_stalled and not is_last:
             is_last = True
             self.journal.say(f"no better evaluation overall in {self.progress.stale}: stopped after step {done}")
-        if done % self.train.save_every == 0 or is_last or self._must_stop:
+        if done % self.train.save_every == 0 or is_last or self._why_stop:
             with self.watchdog.paused():
                 self.saver.save(self.progress)
                 self._settle_best()  # the checkpoint before this one is on disk by now
-        if self._must_stop and not is_last:
+        if self._why_stop and not is_last:
             with self.watchdog.paused():
                 self.saver.finish()
-                self.accelerator.wait_for_everyone()
-            why = f"signal {self.stop.number}" if self.stop.number is not None else "train.time_limit"
-            raise SignalStop(f"stopped by {why} after step {done}; continue with --resume")
+                self.processes.wait()
+            raise SignalStop(f"stopped by {self._why_stop} after step {done}; continue with --resume")
         return losses
 
     def _micro_batches(self, rows: Sequence[Row], first: int) -> Iterator[tuple[list[Row], tuple[int, ...]]]:
-        """Yield this process's share, rows of like length together, with a key for each: it numbers from `first` on."""
-        process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        mine = sorted(enumerate(rows, first), key=lambda numbered: len(numbered[1].ids))[process::processes]
-        for start in range(0, len(mine), self.micro_batch):
-            part = mine[start : start + self.micro_batch]
-            yield [row for _, row in part], tuple(key_of(self.train.seed, "row", number) for number, _ in part)
+        """Yield this process's micro batches, rows of like length together, with a key for each row.
 
-    def _sum(self, numbers: list[Tensor | float]) -> list[float]:
-        return sum_numbers(numbers, self.accelerator.device, self.accelerator.num_processes)
+        Keys are made of the rows' numbers, which count from `first` on.
+        """
+        ordered = sorted(enumerate(rows, first), key=lambda numbered: len(numbered[1].ids))
+        starts = range(0, len(ordered), self.micro_batch)
+        # Whole micro batches are dealt out: what a router's penalty sees does not depend on the number of processes.
+        for start in starts[self.processes.index :: self.processes.count]:
+            part = ordered[start : start + self.micro_batch]
+            yield [row for _, row in part], tuple(key_of(self.train.seed, "row", number) for number, _ in part)
 
     def _evaluate_and_log(self) -> dict[str, float]:
         losses, scores = self.evaluate(), self._scores()
-        step, processes = self.progress.step, self.accelerator.num_processes
-        numbers, alarm = self.live.take(step, lambda sums: sum_tensor(sums, processes), self.accelerator.device)
+        step = self.progress.step
+        numbers, alarm = self.live.take(step, self.processes.sum_tensor, self.processes.device)
         self.journal.evaluation(step, losses, {task: score.mean for task, score in scores.items()}, numbers, alarm)
         if numbers and alarm and self.live.is_news(numbers):
             self.journal.say(f"warning: {alarm}")
         if step:
-            with self.watchdog.paused(), as_trouble("the best adapter", self.best.folder):
-                self.best.note(self.progress, losses, scores)
+            with self.watchdog.paused():
+                judge = self._judge(losses, scores)
+                self.progress.best, self.progress.stale = self.processes.from_main(judge)
         return losses
+
+    def _judge(self, losses: dict[str, float], scores: dict[str, Score]) -> Callable[[], tuple[dict[str, Any], int]]:
+        """Return the judgement of an evaluation, for the main process: another GPU's scores may differ."""
+
+        def judge() -> tuple[dict[str, Any], int]:
+            with as_trouble("the best adapter", self.best.folder):
+                self.best.note(self.progress, losses, scores)
+            return self.progress.best, self.progress.stale
+
+        return judge
 
     def _scores(self) -> dict[str, Score]:
         """Score the tasks that name a metric, every process all of their rows."""
@@ -367,7 +386,7 @@ class Training:
 
     def _memory(self) -> int:
         """Peak bytes so far: allocated on the GPU, or resident in this process on a CPU."""
-        if self.accelerator.device.type == "cuda":
+        if self.processes.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

@@ -18,7 +18,8 @@ from qd2mora.training import checkpoint
 from qd2mora.training.disk import as_trouble
 from qd2mora.training.identity import Identity
 from qd2mora.training.journal import forget_after
-from qd2mora.training.state import Progress, StateSource
+from qd2mora.training.processes import Processes
+from qd2mora.training.state import Progress, State, StateSource
 
 # What a start that was killed may leave, and the next may take over.
 _UNSTARTED = {"LOCK", "manifest.json", ".manifest.json.partial", ".recipe.yaml.partial", "checkpoints"}
@@ -47,12 +48,23 @@ def read_manifest(folder: RunFolder) -> dict[str, Any]:
         raise DamagedFile(f"{folder.manifest} cannot be read: {error.strerror}; start anew with --overwrite") from error
 
 
-def restore(folder: RunFolder, source: StateSource) -> tuple[Progress, list[str]]:
-    """Load the newest whole checkpoint; return its progress and what was wrong with newer ones. Raises DamagedFile."""
-    if not checkpoint.steps_on_disk(folder.checkpoints):
+def restore(folder: RunFolder, source: StateSource, processes: Processes) -> tuple[Progress, list[str]]:
+    """Load the newest whole checkpoint; return its progress and what was wrong with newer ones.
+
+    The main process reads it and sends it to the others. Raises DamagedFile, on every process.
+    """
+    wanted = source.expected()
+    found: list[State] = []
+
+    def read() -> list[str] | None:
+        state, problems = checkpoint.newest(folder.checkpoints, *wanted)
+        found.extend([state] if state is not None else [])
+        return problems if state is not None else None
+
+    problems = processes.from_main(read)
+    if problems is None:
         return Progress(), []
-    state, problems = checkpoint.newest(folder.checkpoints, *source.expected())
-    assert state is not None
+    state = processes.state_from_main(found[0] if found else None)
     source.restore(state)
     return state.progress, problems
 
