@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import sys
 import traceback
 from types import TracebackType
@@ -27,11 +28,18 @@ def main() -> None:
     except (StopError, TyperException, OSError) as error:
         if len(arguments) < len(sys.argv[1:]):
             raise
-        print(f"error: {redacted(' '.join(str(error).split()))}", file=sys.stderr)
+        line = " ".join(str(error).split())
+        print(f"error: {_process()}{redacted(line)}", file=sys.stderr)
         sys.exit(_exit_code(error))
     except typer.Abort:
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _process() -> str:
+    """Say which of several processes speaks, the first one apart."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"process {rank}: "
 
 
 def _exit_code(error: StopError | TyperException | OSError) -> int:
