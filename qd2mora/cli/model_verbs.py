@@ -18,7 +18,7 @@ def merge(
     strategy: Annotated[str, typer.Option(help="From routed to static: core_lsq or mean_gate.")] = "core_lsq",
     task: Annotated[str | None, typer.Option(help="Export for this task alone.")] = None,
     vector: Annotated[str | None, typer.Option(help="Export for rows with this vector: numbers with commas.")] = None,
-    to: Annotated[str, typer.Option(help="hf: plain weights; lora: a PEFT LoRA; exact: the routed model.")] = "hf",
+    to: Annotated[str, typer.Option(help="hf or gguf: weights; lora: a PEFT LoRA; exact: the routed model.")] = "hf",
     base: Annotated[str, typer.Option(help="Weights added to: dequantized (trained on) or original.")] = "dequantized",
     dtype: Annotated[str | None, typer.Option(help="Of the weights; float16 unless the form has another.")] = None,
     max_shard: Annotated[str, typer.Option(help="Size of one file of weights.")] = "5GB",

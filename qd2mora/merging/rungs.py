@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qd2mora.errors import InputRefused, nearest
-from qd2mora.merging import exact
+from qd2mora.merging import exact, gguf_file
 from qd2mora.merging.folds import folds_of
 from qd2mora.merging.lora import write_lora
 from qd2mora.merging.shards import shard_bytes
@@ -69,6 +69,8 @@ def open_source(opened: OpenRun, form: Form) -> Source:
     source = Source(opened.recipe.base, original=form.base == "original", device=opened.model.device)
     if form.is_routed:
         exact.refuse_unfit(opened.model, source)
+    if form.to == "gguf":
+        gguf_file.refuse_unfit(source, opened.tokenizer)
     return source
 
 
@@ -82,8 +84,8 @@ def seal(folder: Path, written: Written) -> None:
     known = {file.name: (file.num_bytes, file.sha256) for file in written.files}
     for path in sorted(folder.iterdir()):
         if path.name not in known and path.name != MANIFEST:
-            content = path.read_bytes()
-            known[path.name] = (len(content), hashlib.sha256(content).hexdigest())
+            with path.open("rb") as file:
+                known[path.name] = (path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
     seal_folder(folder, known, {"kind": "export"})
 
 
@@ -108,9 +110,15 @@ def _lora(opened: OpenRun, source: Source, statics: Statics, form: Form) -> Writ
     return write
 
 
+def _gguf(opened: OpenRun, source: Source, statics: Statics, form: Form) -> Write:
+    folds, tokenizer, name = folds_of(opened.model, statics), opened.tokenizer, opened.folder.path.resolve().name
+    return lambda folder: gguf_file.write_gguf(source, tokenizer, folds, folder, name=name, dtype=form.dtype)
+
+
 RUNGS = {
     "hf": Rung(_hf, ("float16", "bfloat16", "float32")),
     "lora": Rung(_lora, ("float32", "float16", "bfloat16")),
+    "gguf": Rung(_gguf, ("float16", "q8_0")),
     "exact": Rung(_exact, ("float16", "bfloat16", "float32", "nf4"), is_routed=True),
 }
 

@@ -1,0 +1,124 @@
+"""A tokenizer as llama.cpp keeps it, or a refusal: llama.cpp rebuilds tokenizers from a few kinds that it knows.
+
+Two kinds are written: SentencePiece-like BPE over the text with its spaces marked (LLaMA 1 and 2), and byte-level BPE
+whose rule for cutting text is one that llama.cpp has (GPT-2, LLaMA 3, Qwen 2). Anything else would load there and cut
+text in another way without a word, so it is refused. Read from the tokenizer's own JSON, which is all there is to know.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from qd2mora.errors import InputRefused
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+SPACE = "▁"
+
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_CUTS = {_LLAMA_3: "llama-bpe", _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What llama.cpp reads: `model` is llama (SentencePiece) or gpt2 (bytes), `cut` the name of the rule for cutting.
+
+    tokens and kinds by id, up to the rows of the embedding; scores where the model is llama, merges where it is gpt2.
+    """
+
+    model: str
+    cut: str
+    tokens: list[str]
+    kinds: list[int]
+    scores: list[float] | None
+    merges: list[str] | None
+    adds_space: bool
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
+    """Return the vocabulary of a tokenizer for an embedding of `rows`. Raises InputRefused."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise InputRefused("--to gguf: the tokenizer has no tokenizer.json; --to hf and llama.cpp's converter will do")
+    content = json.loads(backend.to_str())
+    model = content["model"]
+    if model["type"] != "BPE":
+        raise InputRefused(f"--to gguf: a {model['type']} tokenizer is none that is written; --to hf will do")
+    merges = [each if isinstance(each, str) else " ".join(each) for each in model["merges"]]
+    tokens, kinds = _tokens(content, rows)
+    marks_spaces = _marks_spaces(content)
+    if marks_spaces is not None:
+        scores = _scores(tokens, kinds, merges)
+        return Vocabulary("llama", "default", tokens, kinds, scores, None, marks_spaces)
+    return Vocabulary("gpt2", _cut(content), tokens, kinds, None, merges, False)
+
+
+def _tokens(content: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
+    found: dict[int, tuple[str, int]] = {place: (token, NORMAL) for token, place in content["model"]["vocab"].items()}
+    if content["model"].get("byte_fallback"):
+        for place, (token, _) in list(found.items()):
+            if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                found[place] = (token, BYTE)
+    unknown = content["model"].get("unk_token")
+    for each in content.get("added_tokens", []):
+        kind = UNKNOWN if each["content"] == unknown else CONTROL if each["special"] else USER_DEFINED
+        found[each["id"]] = (each["content"], kind)
+    if max(found) >= rows:
+        raise InputRefused(f"--to gguf: the tokenizer has token {max(found)}, the embedding {rows} rows")
+    whole = [found.get(place, (f"[PAD{place}]", UNUSED)) for place in range(rows)]
+    return [token for token, _ in whole], [kind for _, kind in whole]
+
+
+def _scores(tokens: list[str], kinds: list[int], merges: list[str]) -> list[float]:
+    """Return minus the rank of the merge that makes each token: SentencePiece's own order of joining."""
+    rank: dict[str, int] = {}
+    for place, merge in enumerate(merges):
+        rank.setdefault(merge.replace(" ", "", 1), place)
+    last = float(len(merges))
+    return [
+        0.0 if kind != NORMAL else -float(rank[token]) if token in rank else -last
+        for token, kind in zip(tokens, kinds, strict=True)
+    ]
+
+
+def _marks_spaces(content: dict[str, Any]) -> bool | None:
+    """Tell whether text gets a marked space in front; None where spaces are not marked at all."""
+    normalizer, cutting = content.get("normalizer"), content.get("pre_tokenizer")
+    steps = _steps(normalizer, "normalizers")
+    marked = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    if cutting is None and marked in steps:
+        others = [step for step in steps if step != marked]
+        if others in ([], [{"type": "Prepend", "prepend": SPACE}]) and content["model"].get("byte_fallback"):
+            return bool(others)
+    elif cutting is not None and cutting["type"] == "Metaspace" and not steps and not cutting.get("split", True):
+        return cutting.get("prepend_scheme", "always") != "never"
+    return None
+
+
+def _cut(content: dict[str, Any]) -> str:
+    """Return llama.cpp's name of a byte-level tokenizer's rule for cutting. Raises InputRefused."""
+    steps = _steps(content.get("pre_tokenizer"), "pretokenizers")
+    is_plain = not _steps(content.get("normalizer"), "normalizers") or content["normalizer"] == {"type": "NFC"}
+    if is_plain and steps and steps[-1]["type"] == "ByteLevel" and not steps[-1]["add_prefix_space"]:
+        if len(steps) == 1 and steps[0]["use_regex"]:
+            return "gpt-2"
+        if len(steps) == 2 and steps[0]["type"] == "Split" and steps[0]["behavior"] == "Isolated":
+            name = _CUTS.get(steps[0]["pattern"].get("Regex", ""))
+            if name is not None:
+                return name
+    raise InputRefused(
+        "--to gguf: llama.cpp has no rule that cuts text as this tokenizer does; --to hf keeps the tokenizer as it is"
+    )
+
+
+def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    if part is None:
+        return []
+    return list(part[key]) if part["type"] == "Sequence" else [part]
+
+
+__all__ = ["Vocabulary", "vocabulary_of"]
