@@ -1,6 +1,8 @@
 """The GGUF export: every number and token read back, and what llama.cpp makes of them done slowly here."""
 
+import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qd2mora.errors import InputRefused
 from qd2mora.merging import merge
@@ -88,9 +91,8 @@ def test_every_weight_stands_under_its_name_in_its_order(folder: Path, dtype: st
         else:
             step = wanted.unflatten(1, (-1, 32)).abs().amax(-1, keepdim=True) / 127
             error = (found - wanted).unflatten(1, (-1, 32)).abs()
-            assert (
-                kind == "Q8_0" and (error <= 0.51 * step).all() and (error > 0).any()
-            )  # half a step, its scale in f16
+            assert kind == "Q8_0" and (error > 0).any()
+            assert (error <= (0.5 + 127 / 2048) * step).all()  # half a step, and a scale rounded to float16
 
 
 def test_pairs_rotated_by_llama_cpp_score_as_halves_rotated_by_transformers() -> None:
@@ -125,7 +127,7 @@ def test_settings_and_vocabulary_are_the_models(folder: Path) -> None:
     assert settings["tokenizer.ggml.model"] == "gpt2" and settings["tokenizer.ggml.pre"] == "gpt-2"
     assert len(tokens) == len(kinds) == 512
     assert [tokens[each] for each in range(len(tokenizer))] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    assert kinds[:4] == [UNKNOWN if tokenizer.unk_token_id == 0 and False else kinds[0], CONTROL, CONTROL, CONTROL]
+    assert kinds[1:4] == [CONTROL] * 3
     assert set(kinds[len(tokenizer) :]) <= {UNUSED}
     assert settings["tokenizer.ggml.bos_token_id"] == 1 and settings["tokenizer.ggml.eos_token_id"] == 2
     assert settings["tokenizer.ggml.add_bos_token"] is True and settings["tokenizer.ggml.add_eos_token"] is False
@@ -138,8 +140,6 @@ def marked_tokenizer() -> PreTrainedTokenizerFast:
     trained.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=90, show_progress=False))
-    import json
-
     content = json.loads(trained.to_str())
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *content["model"]["vocab"]]
     merges = [tuple(each) for each in content["model"]["merges"]]
@@ -160,11 +160,8 @@ def test_scores_make_llama_cpp_join_pieces_as_the_merges_do() -> None:
     for text in ("red moon", "three threes", "starbird one", "sun  cat", "zé"):
         pieces = list(SPACE + text.replace(" ", SPACE))
         while True:  # llama.cpp's rule: always join the pair whose token has the highest score, the leftmost first
-            pairs = [
-                (scores[number[a + b]], -at)
-                for at, (a, b) in enumerate(zip(pieces, pieces[1:], strict=False))
-                if a + b in number
-            ]
+            joined = [number.get(a + b) for a, b in pairwise(pieces)]
+            pairs = [(scores[each], -at) for at, each in enumerate(joined) if each is not None]
             if not pairs:
                 break
             at = -max(pairs)[1]
@@ -187,8 +184,6 @@ def test_a_tokenizer_that_llama_cpp_would_cut_otherwise_is_refused(tmp_path: Pat
 
 
 def test_llama_3_positions_come_out_as_transformers_makes_them() -> None:
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     config = LlamaConfig(hidden_size=512, num_attention_heads=4, rope_parameters=rope)
