@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from qd2mora.report.page import NUM_COLOURS, colour, escape
 
 WIDTH, HEIGHT = 480, 250
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 10, 40
+MAP_WIDTH = 470
 MOST_POINTS = 300
 FULL = 2.0
 """Powers of two away from an equal share at which a cell has its full colour."""
@@ -60,9 +61,9 @@ def line_chart(
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--grid)"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}</text>')
     for tick in x_ticks:
-        parts.append(f'<text x="{place_x(tick):.1f}" y="{HEIGHT - 16}" text-anchor="middle">{short(tick)}</text>')
+        parts.append(f'<text x="{place_x(tick):.1f}" y="{HEIGHT - 20}" text-anchor="middle">{short(tick)}</text>')
     parts.append(
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 2}" text-anchor="middle">{escape(x_name)}</text>'
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_name)}</text>'
     )
     for each in shown:
         parts.append(_line([(place_x(x), place_y(y)) for x, y in each.points], each))
@@ -92,9 +93,10 @@ def usage_map(
     scale of powers of two.
     """
     widest = max((len(row) for by_task in usage for row in by_task if row), default=1)
-    cell, gap, left, top = (15 if widest <= 8 else 9), 8, 30, 20
+    gap, left, top, tall = 8, 30, 20, 16
+    cell = max(9, min(26, int((MAP_WIDTH - left - len(tasks) * gap) / (len(tasks) * widest))))
     group = widest * cell + gap
-    width, height = left + len(tasks) * group, top + len(layers) * cell + 16
+    width, height = left + len(tasks) * group, top + len(layers) * tall + 16
     parts = []
     for number, task in enumerate(tasks):
         x = left + number * group
@@ -108,15 +110,15 @@ def usage_map(
                 for e in range(widest)
             ]
     for row, layer in enumerate(layers):
-        y = top + row * cell
+        y = top + row * tall
         if len(layers) <= 16 or layer % 4 == 0:
-            parts.append(f'<text class="tiny" x="{left - 6}" y="{y + cell - 4}" text-anchor="end">{layer}</text>')
+            parts.append(f'<text class="tiny" x="{left - 6}" y="{y + tall - 4}" text-anchor="end">{layer}</text>')
         for number, task in enumerate(tasks):
             shares = usage[row][number]
             for expert, share in enumerate(shares or ()):
                 where = f"layer {layer}, {task}, expert {expert}: {share:.1%}"
                 x = left + number * group + expert * cell
-                parts.append(_cell(x, y, cell, share * len(shares or ()), where))
+                parts.append(_cell(x, y, cell, tall, share * len(shares or ()), where))
     about = f"{title}: gates of {len(layers)} layers (rows) by {len(tasks)} tasks and {widest} experts (columns)"
     return _svg(title, about, width, height, parts, is_fixed=True)
 
@@ -126,7 +128,7 @@ def usage_key() -> str:
     words = (("a quarter or less", -FULL), ("half", -1), ("equal share", 0), ("twice", 1), ("four times or more", FULL))
     each = (
         f'<li><svg class="fixed" style="display:inline-block;vertical-align:-2px" width="13" height="13" '
-        f'viewBox="0 0 13 13" aria-hidden="true">{_cell(0, 0, 13, 2.0**power, "")}</svg> {word}</li>'
+        f'viewBox="0 0 13 13" aria-hidden="true">{_cell(0, 0, 13, 13, 2.0**power, "")}</svg> {word}</li>'
         for word, power in words
     )
     return f'<ul class="key">{"".join(each)}</ul>'
@@ -165,12 +167,13 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """Return a running mean over about a thirtieth of the points, without a lag at the start."""
-    kept = 1 - min(1.0, 30 / max(1, len(points)))
-    mean, weight, found = 0.0, 0.0, []
-    for x, y in _finite(points):
-        mean, weight = kept * mean + (1 - kept) * y, kept * weight + (1 - kept)
-        found.append((x, mean / weight))
+    """Return the mean over neighbours on both sides, about a thirtieth of all points, fewer towards the ends."""
+    there = _finite(points)
+    sums = [0.0, *itertools.accumulate(y for _, y in there)]
+    found = []
+    for place, (x, _) in enumerate(there):
+        half = min(len(there) // 60, place, len(there) - 1 - place)
+        found.append((x, (sums[place + half + 1] - sums[place - half]) / (2 * half + 1)))
     return found
 
 
@@ -196,9 +199,14 @@ def short(number: float) -> str:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    every = max(1, (last - first + 3) // 4)
-    return [10.0**power for power in range(first, last + 1, every)]
+    """Return a few round numbers within low to high, which is a factor of 20 at least."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        found = [factor * 10.0**power for power in powers for factor in factors]
+        found = [tick for tick in found if low <= tick <= high]
+        if len(found) <= 6:
+            return found
+    return found[:: -(-len(found) // 6)]
 
 
 def _scale(low: float, high: float, start: float, stop: float, is_log: bool = False) -> Callable[[float], float]:
@@ -224,12 +232,12 @@ def _line(places: Sequence[Point], series: Series) -> str:
     return drawn
 
 
-def _cell(x: float, y: float, size: int, share: float, where: str) -> str:
+def _cell(x: float, y: float, wide: int, tall: int, share: float, where: str) -> str:
     """Return one cell; `share` is relative to an equal one."""
     power = max(-FULL, min(FULL, math.log2(share))) if share > 0 else -FULL
     tint, strength = ("var(--hot)" if power > 0 else "var(--cold)"), abs(power) / FULL
     told = f"<title>{escape(where)}</title>" if where else ""
-    box = f'x="{x}" y="{y}" width="{size - 1}" height="{size - 1}" rx="2"'
+    box = f'x="{x}" y="{y}" width="{wide - 1}" height="{tall - 1}" rx="2"'
     return f'<rect {box} fill="var(--grid)"/><rect {box} fill="{tint}" fill-opacity="{strength:.2f}">{told}</rect>'
 
 

@@ -28,13 +28,15 @@ h3 { font-size: 14px; margin: 0 0 8px; font-weight: 650; }
 p { margin: 4px 0 12px; max-width: 76ch; color: var(--soft); }
 nav { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 12px 0 4px; font-size: 14px; }
 a { color: var(--c1); text-decoration: none; } a:hover { text-decoration: underline; }
-.grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
+.grid { display: grid; gap: 16px; margin: 14px 0;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
 .small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 250px), 1fr)); }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); margin: 16px 0; gap: 12px; }
 .card, .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px;
   min-width: 0; break-inside: avoid; }
 .card > p { font-size: 13px; margin: 6px 0 0; }
-.tile b { display: block; font-size: 22px; line-height: 1.25; font-weight: 650; font-variant-numeric: tabular-nums; }
+.tile b { display: block; white-space: nowrap; font-size: 21px;
+  line-height: 1.25; font-weight: 650; font-variant-numeric: tabular-nums; }
 .tile span { font-size: 13px; color: var(--soft); }
 .warn { background: var(--warn-card); color: var(--warn-ink); border: 1px solid var(--warn-line); border-radius: 10px;
   padding: 10px 14px; margin: 14px 0; overflow-wrap: anywhere; }
@@ -50,7 +52,7 @@ svg text.mark { font-size: 10px; font-weight: 700; text-anchor: middle; fill: va
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: 5px 10px; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; color: var(--soft); } th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td.left, th.left { text-align: left; } td:first-child { overflow-wrap: anywhere; }
+td.left, th.left { text-align: left; } td:first-child { overflow-wrap: break-word; }
 tr.sum td { font-weight: 650; border-bottom: 0; } tr:last-child td { border-bottom: 0; }
 td small { color: var(--soft); white-space: nowrap; } td.heat { position: relative; }
 .bar { display: block; height: 10px; border-radius: 3px; background: var(--c1); min-width: 2px; }
@@ -62,7 +64,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 8px; font: 13p
 details { margin: 12px 0; } summary { cursor: pointer; color: var(--soft); font-size: 14px; }
 footer { color: var(--soft); font-size: 13px; margin: 40px 0 28px; }
 @media (max-width: 600px) { main, header { padding: 0 12px; } header { padding-top: 18px; } .card { padding: 12px; }
-  .tile b { font-size: 19px; } dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 6px; } }
+  .tile b { font-size: 19px; } dl { gap: 3px 12px; } dt { max-width: 42vw; } }
 @media print { body { background: #fff; } main, header { max-width: none; } nav { display: none; }
   h2 { break-after: avoid; } .wide { overflow: visible; } }
 """

@@ -49,7 +49,7 @@ def _seen(content: dict[str, Any]) -> str:
     for counted in content["rows"].values():
         for source, number in counted.items():
             sources[source] = sources.get(source, 0) + number
-    rows = " and ".join(f"{number:,} {source} rows" for source, number in sources.items())
+    rows = " and ".join(f"{number:,} {source.replace(' ', '-')} rows" for source, number in sources.items())
     after = "" if content["step"] is None else f" after step {content['step']}"
     return f"Measured on {rows}{after}, padding left out; every task counts alike."
 
@@ -148,7 +148,7 @@ def _bank_card(banks: list[dict[str, Any]]) -> str:
     rows = [
         [
             escape(kind),
-            escape(BANKS[bank]),
+            {"down": "down (A)", "up": "up (B)"}[bank],
             *(_number(_mean(each[name] for each in group)) for name in ("mean_cosine", "mean_overlap")),
             _number(_mean(each["mean_angle"] for each in group), "{:.0f}\N{DEGREE SIGN}"),
             _number(_mean(each["effective_rank"] for each in group), "{:.1f}"),
@@ -172,7 +172,7 @@ def _pictures(content: dict[str, Any]) -> str:
             for each in picture["points"]
         ]
         most = max(most, *(number + 1 for _, _, number, _ in points))
-        axes = [f"{share:.0%}" for share in picture["explained"]]
+        axes = [f"axis {number}: {share:.0%}" for number, share in enumerate(picture["explained"], 1)]
         title = f"{picture['kind']}, {BANKS[picture['bank']]}"
         cards.append(card(title, scatter(title, points, [*axes, "", ""][:2])))
     if not cards:

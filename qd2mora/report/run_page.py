@@ -28,7 +28,7 @@ def write_page(files: RunFiles, out: Path | None = None) -> Path:
 def run_page(files: RunFiles) -> str:
     """Return the page as HTML."""
     adapter, base = files.recipe.adapter, files.recipe.base
-    lead = f"<p>{escape(adapter.method)} on {escape(base.model)}, {len(files.recipe.data.tasks)} tasks</p>"
+    lead = f"<p>{escape(adapter.method)} on {escape(_short(base.model))}, {len(files.recipe.data.tasks)} tasks</p>"
     banner = f'<div class="warn" role="alert">{escape(files.alarm.capitalize())}</div>' if files.alarm else ""
     if files.damaged:
         banner += f'<div class="warn">Not shown, as it is damaged: {escape(", ".join(files.damaged))}</div>'
@@ -70,7 +70,7 @@ def _facts(files: RunFiles) -> str:
     done = files.steps[-1]["step"] if files.steps else 0
     bad = files.steps[-1].get("bad_steps", 0) if files.steps else 0
     rows: list[tuple[str, object]] = [
-        ("base", recipe.base.model),
+        ("base", _short(recipe.base.model)),
         ("quantisation", f"{recipe.base.quantization}{', doubly' if recipe.base.double_quant else ''}"),
         ("method", adapter.method),
         ("rank, alpha", f"{adapter.rank}, {adapter.alpha}"),
@@ -92,6 +92,11 @@ def _facts(files: RunFiles) -> str:
     )
 
 
+def _short(model: str) -> str:
+    """Return a hub id as it is, and the end of a folder's path: the recipe tells it whole."""
+    return "/".join(Path(model).parts[-2:])
+
+
 def _curves(files: RunFiles) -> str:
     loss = files.column("loss")
     tasks = [task.name for task in files.recipe.data.tasks]
@@ -102,27 +107,32 @@ def _curves(files: RunFiles) -> str:
     ]
     if not loss:
         return paragraph("No step has been logged yet.")
-    curves = [
-        (
-            "training loss",
-            [Series("each step", loss, 0, is_faint=True), Series("running mean", smoothed(loss), 0)],
-            True,
-        ),
-        ("held-out loss by task", held_out, True),
-        ("learning rate", [Series("learning rate", files.column("learning_rate"), 0)], False),
-        ("gradient norm", [Series("before clipping", files.column("grad_norm"), 0)], True),
-        ("tokens a second", [Series("tokens a second", files.column("tokens_per_s"), 0)], False),
+    losses = [Series("each step", loss, 0, is_faint=True), Series("mean of neighbours", smoothed(loss), 0)]
+    scored = [
+        Series(task, points, number, has_dots=True)
+        for number, task in enumerate(tasks)
+        if (points := files.evaluated("eval_score", task))
     ]
-    notes = {"held-out loss by task": "nats a labelled token", "training loss": "nats a labelled token"}
-    return grid(
-        card(
-            title,
-            line_chart(title, series, low=0.0, is_log=is_log) if not is_log else line_chart(title, series, is_log=True),
-            notes.get(title, ""),
-        )
-        for title, series, is_log in curves
-        if series
-    )
+    rate = Series("learning rate", files.column("learning_rate"), 0)
+    norms = files.column("grad_norm")
+    speed = files.column("tokens_per_s")
+    nats = "nats a labelled token"
+    curves = [
+        ("training loss", line_chart("training loss", losses, is_log=True), f"{nats}; faint: each step"),
+        ("held-out loss by task", line_chart("held-out loss by task", held_out, is_log=True), nats),
+        ("learning rate", line_chart("learning rate", [rate], low=0.0), ""),
+        ("gradient norm", _single("gradient norm", norms, is_log=True), "before clipping; faint: each step"),
+        ("tokens a second", _single("tokens a second", speed), "faint: each step"),
+    ]
+    if scored:
+        curves.insert(2, ("scores by task", line_chart("scores by task", scored, low=0.0), "of the task's own metric"))
+    return grid(card(title, chart, note) for title, chart, note in curves)
+
+
+def _single(name: str, points: list[tuple[float, float]], *, is_log: bool = False) -> str:
+    """Return one number's curve: what was measured, faint, and its mean over neighbours."""
+    lines = [Series(name, points, 0, is_faint=True), Series(name, smoothed(points), 0)]
+    return line_chart(name, lines, is_log=True) if is_log else line_chart(name, lines, low=0.0)
 
 
 def _memory(files: RunFiles) -> str:

@@ -207,7 +207,7 @@ def test_long_curves_are_thinned_to_means_and_a_running_mean_has_no_lag_at_the_s
     points = [(float(step), float(step % 2)) for step in range(10_000)]
     found = thinned(points, 100)
     assert len(found) == 100 and all(y == 0.5 for _, y in found) and found[-1][0] == 9999
-    assert smoothed([(0, 4.0), (1, 4.0), (2, 4.0)]) == [(0, 4.0), (1, 4.0), (2, 4.0)]
+    assert smoothed(points)[0] == points[0] and smoothed(points)[5000][1] == pytest.approx(0.5, abs=0.01)
     assert "no numbers" in line_chart("empty", [])
 
 
