@@ -34,7 +34,7 @@ a { color: var(--c1); text-decoration: none; } a:hover { text-decoration: underl
 .tiles { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); margin: 16px 0; gap: 12px; }
 .card, .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px;
   min-width: 0; break-inside: avoid; }
-.card > p { font-size: 13px; margin: 6px 0 0; }
+.card > p { font-size: 13px; margin: 6px 0 0; } section > .card { margin-top: 14px; }
 .tile b { display: block; white-space: nowrap; font-size: 21px;
   line-height: 1.25; font-weight: 650; font-variant-numeric: tabular-nums; }
 .tile span { font-size: 13px; color: var(--soft); }
@@ -64,7 +64,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 8px; font: 13p
 details { margin: 12px 0; } summary { cursor: pointer; color: var(--soft); font-size: 14px; }
 footer { color: var(--soft); font-size: 13px; margin: 40px 0 28px; }
 @media (max-width: 600px) { main, header { padding: 0 12px; } header { padding-top: 18px; } .card { padding: 12px; }
-  .tile b { font-size: 19px; } dl { gap: 3px 12px; } dt { max-width: 42vw; } }
+  .tile b { font-size: 19px; } dl { gap: 3px 12px; } dt { max-width: 42vw; }
+  table { font-size: 13px; } th, td { padding: 5px 6px; } td:first-child { overflow-wrap: anywhere; min-width: 84px; } }
 @media print { body { background: #fff; } main, header { max-width: none; } nav { display: none; }
   h2 { break-after: avoid; } .wide { overflow: visible; } }
 """

@@ -145,7 +145,11 @@ def _memory(files: RunFiles) -> str:
 
     def row(name: str, size: int, kind: str = "") -> list[str]:
         bar = f'<span class="bar {kind}" style="width:{100 * size / whole:.1f}%"></span>'
-        return [escape(name), escape(show_bytes(size)), f'<div style="min-width:120px">{bar}</div>']
+        return [
+            escape(name),
+            escape(show_bytes(size)).replace(" ", "&nbsp;"),
+            f'<div style="min-width:72px">{bar}</div>',
+        ]
 
     rows = [row(name, size) for name, size in sorted(items.items(), key=lambda item: -item[1])]
     rows.append(row("planned peak", peak))
@@ -225,7 +229,7 @@ def _export(files: RunFiles) -> str:
     modules = report.get("modules", {})
     if modules and not report.get("exact"):
         worst = sorted(modules.items(), key=lambda item: -item[1]["unexplained"])[:10]
-        lines = [[escape(name), f"{each['unexplained']:.2%}"] for name, each in worst]
+        lines = [[escape(name.removeprefix("model.layers.")), f"{each['unexplained']:.2%}"] for name, each in worst]
         note = "share of the adapter's output in a linear that no static weights of this strategy give"
         cards.append(card("linears that lose most", table(("linear", "unexplained"), lines), note))
     return grid(cards)
