@@ -5,6 +5,7 @@ without a word; so its manifest carries the base's fingerprint, and another base
 """
 
 import hashlib
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,16 @@ def load_adapter(model: nn.Module, base: Base, folder: Path, allow_changed: Coll
     manifest = open_manifest(folder, lambda name: not name.endswith(".md"))
     content = {name: read_listed(folder, manifest, name) for name in (CONFIG, WEIGHTS)}
     refuse_another_base(manifest["identity"], base_identity(base), allow_changed)
-    adapted = PeftModel.from_pretrained(model, str(folder))
-    # PEFT 0.21 warns of missing tensors, and takes those of another dtype.
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
+            adapted = PeftModel.from_pretrained(model, str(folder))
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        first = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
+        raise DamagedFile(f"{folder / WEIGHTS} does not hold the tensors that {CONFIG} asks for: {first}") from error
+    # PEFT 0.21 only warns of missing tensors, and takes those of another dtype.
     wanted, there = get_peft_model_state_dict(adapted), load_tensors(content[WEIGHTS])
     inventory = _inventory(there)
     if inventory != manifest["inventory"] or {name: list(each.shape) for name, each in wanted.items()} != {

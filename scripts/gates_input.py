@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "safety")]
 
 import gate_canaries  # type: ignore[import-not-found]  # noqa: E402
-import gates  # type: ignore[import-not-found]  # noqa: E402
+import input_gates as gates  # type: ignore[import-not-found]  # noqa: E402
 import mutants  # type: ignore[import-not-found]  # noqa: E402
 import torch  # noqa: E402
 

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from qd2mora.cli.app import AllowChanged, ModelPath, RunPath, app, numbers
+from qd2mora.stopping import listening
 
 
 @app.command()
@@ -29,18 +30,19 @@ def merge(
     from qd2mora.report import show_export
 
     row, allowed = None if vector is None else numbers(vector), allow_changed or ()
-    done = run_merge(
-        run,
-        out,
-        strategy=strategy,
-        task=task,
-        vector=row,
-        to=to,
-        base=base,
-        dtype=dtype,
-        max_shard=max_shard,
-        allow_changed=allowed,
-    )
+    with listening():
+        done = run_merge(
+            run,
+            out,
+            strategy=strategy,
+            task=task,
+            vector=row,
+            to=to,
+            base=base,
+            dtype=dtype,
+            max_shard=max_shard,
+            allow_changed=allowed,
+        )
     show_export(done, out, Console())
 
 

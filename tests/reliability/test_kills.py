@@ -11,6 +11,8 @@ import forked_runs as runs
 import pytest
 
 KILLS = int(os.environ.get("GATE_KILLS", "60"))
+SECONDS = float(os.environ.get("GATE_SECONDS", "75"))
+"""After so many no new chain begins, however few kills there were."""
 LONG = ("adapter.dropout=0.1", "train.steps=20", "adapter.rank=64", "adapter.targets=all-linear")
 """Loading is a small part of such a run, and a checkpoint of 5 MB takes longer to write than a small one."""
 SIGNALS = int(os.environ.get("GATE_SIGNALS", "30"))
@@ -60,7 +62,8 @@ def test_runs_killed_at_any_moment_end_with_the_same_bytes(made: Path, tmp_path:
     length, draw = time_of_a_run(made, tmp_path, *LONG), random.Random(0)
     wanted = runs.result_of(tmp_path / "timed0")
     kills = inside = chains = 0
-    while kills < KILLS:
+    until = time.monotonic() + SECONDS
+    while kills < KILLS and time.monotonic() < until:
         chains += 1
         recipe = runs.write_recipe(made, tmp_path / f"chain{chains}" / "run", *LONG)
         run, seen = recipe.with_suffix(""), 0

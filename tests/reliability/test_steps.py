@@ -1,5 +1,7 @@
 """R0, G1, H1, N1, C1: a step is a function of its number, and nothing that is not finite gets past it."""
 
+import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -9,11 +11,17 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from qd2mora.base import load_base
 from qd2mora.errors import NotFinite, WillNotFit
 from qd2mora.memory.loss import RowLoss
 from qd2mora.recipe import load_recipe
 from qd2mora.training import numbers, train
 from qd2mora.training.state import Progress
+
+EVERY = int(os.environ.get("GATE_EVERY", "4"))
+"""Resume from each so many-th step."""
+FIRST = range(2, 2 + int(os.environ["GATE_INJECTIONS"])) if "GATE_INJECTIONS" in os.environ else (2, 4, 7)
+"""The first bad steps."""
 
 
 def adapter_of(run: Path) -> dict[str, torch.Tensor]:
@@ -37,7 +45,7 @@ def test_a_resume_from_every_step_gives_the_same_bytes(made: Path, tmp_path: Pat
     kept = shutil.copytree(tmp_path / "run", tmp_path / "kept")
     steps = sorted(int(path.name[5:]) for path in (kept / "checkpoints").glob("step-*"))
     assert len(steps) == 18
-    for step in steps[:-1:4]:
+    for step in steps[:-1:EVERY]:
         shutil.rmtree(tmp_path / "run")
         shutil.copytree(kept, tmp_path / "run")
         for later in steps:
@@ -107,7 +115,7 @@ def test_one_row_that_does_not_fit_stops_with_a_way_out(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("first", [2, 4, 7])
+@pytest.mark.parametrize("first", FIRST)
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_bad_step_costs_one_step_and_three_in_a_row_stop_the_run(
@@ -128,7 +136,7 @@ def test_a_bad_step_costs_one_step_and_three_in_a_row_stop_the_run(
         return losses
 
     monkeypatch.setattr(RowLoss, "forward", poisoned)
-    recipe = load_recipe(runs.write_recipe(made, tmp_path / "run", "train.steps=10"))
+    recipe = load_recipe(runs.write_recipe(made, tmp_path / "run", f"train.steps={max(10, first + 4)}"))
     if count == 3:
         with pytest.raises(NotFinite, match="3 bad steps in a row"):
             train(recipe)
@@ -158,6 +166,38 @@ def test_an_overflow_of_float16_lowers_the_loss_scale_and_the_step_is_done_again
     progress = open_manifest(tmp_path / "run/checkpoints/step-8")["progress"]
     assert trained.bad_steps == 0 and progress["applied"] == 8
     assert 1 <= progress["loss_scale"] < 2.0**126
+
+
+def test_frozen_bytes_are_the_same_at_the_end(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C1: every frozen tensor and what it is quantised with, against the base as it is loaded."""
+    found: list[nn.Module] = []
+    build = RowLoss.__init__
+
+    def remember(self: RowLoss, model: nn.Module) -> None:
+        build(self, model)
+        found.append(model)
+
+    monkeypatch.setattr(RowLoss, "__init__", remember)
+    recipe = load_recipe(runs.write_recipe(made, tmp_path / "run", "adapter.dropout=0.1"))
+    train(recipe)
+    there, fresh = frozen_bytes(found[0].get_base_model()), frozen_bytes(load_base(recipe.base))  # type: ignore[operator]
+    assert there.keys() == fresh.keys() and len(fresh) > 20
+    assert [name for name in fresh if there[name] != fresh[name]] == []
+
+
+def frozen_bytes(model: nn.Module) -> dict[str, bytes]:
+    """Return the hash of every tensor that is no adapter's, with those that dequantise it."""
+    hashes = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if "mixture_" in name:
+            continue
+        parts = [tensor.detach().contiguous()]
+        state = getattr(tensor, "quant_state", None)
+        if state is not None:
+            parts += [state.absmax, state.code, *([state.state2.absmax, state.state2.code] if state.nested else [])]
+        content = b"".join(part.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for part in parts)
+        hashes[name.replace(".base_layer", "")] = hashlib.sha256(content).digest()
+    return hashes
 
 
 @pytest.mark.parametrize("tensor", ["mixture_A", "mixture_router_down"])

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import gate_canaries
-import gates
+import input_gates as gates
 import pytest
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import gates
+import input_gates as gates
 import pytest
 
 CLAIMS = {
