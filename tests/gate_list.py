@@ -238,8 +238,8 @@ GATES: dict[str, Gate] = {
         {"GATE_MERGES": 200},
         {},
         (
-            ("merging/writer.py", "            value += delta.cpu()\n", "            value += 0.97 * delta.cpu()\n"),
-            ("merging/writer.py", "value.to(torch.float16)", "value.to(torch.bfloat16).to(torch.float16)"),
+            ("merging/folds.py", "alpha=static.scaling)", "alpha=0.97 * static.scaling)"),
+            ("merging/writer.py", "narrow = exact.to(dtype)", "narrow = exact.to(torch.bfloat16).to(dtype)"),
         ),
     ),
     "W1": Gate(
