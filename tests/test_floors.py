@@ -32,6 +32,7 @@ FLOORS = {
     "inspection": 3,
     "training": 4,
     "report": 4,
+    "comparison": 5,
     "cli": 6,
 }
 SAME_FLOOR = {

@@ -1,0 +1,200 @@
+"""Running a comparison: split, match, sweep, train every arm with every seed, score, and go on after a kill.
+
+Everything is a file in the comparison's folder: `plan.json` says what is compared, `split/` holds the rows, `runs/` the
+runs, `results/` one file for each that is done, and `compare.json` the outcome. What is there is not done again.
+"""
+
+import json
+import shutil
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qd2mora.comparison.arm import best_export, last_losses, score_run
+from qd2mora.comparison.match import Arm, matched_arms
+from qd2mora.comparison.outcome import Comparison, outcome
+from qd2mora.comparison.split import split_tasks, testing
+from qd2mora.durable import write_json
+from qd2mora.errors import InputRefused
+from qd2mora.recipe import Recipe
+from qd2mora.run_folder import RunFolder, is_run, refuse_taken
+from qd2mora.training import train
+
+SWEEP_SEED = 1000
+TIMING_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is asked of a comparison.
+
+    methods: the first is what the others are compared with. seeds: runs of each; 0 stops after the sweep. rates: the
+    learning rates that every arm tries; the recipe's alone: no sweep. sweep_steps: of a run of the sweep, as many as of
+    the others where None. minutes: time for all training that is left to do; steps follow from it, equal for all arms.
+    choose_rows: rows of each task apart from training and test, to choose rate and export by. strategies: exports
+    tried. export: score each run's best static export too.
+    """
+
+    methods: tuple[str, ...]
+    seeds: int = 3
+    rates: tuple[float, ...] = ()
+    sweep_steps: int | None = None
+    minutes: float | None = None
+    choose_rows: int = 100
+    strategies: tuple[str, ...] = ()
+    export: bool = True
+    limit: int | None = None
+
+
+def compare(
+    recipe: Recipe,
+    wishes: Wishes,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Comparison:
+    """Compare methods as the module says; return what `compare.json` holds.
+
+    Raises InputRefused, also where `out` holds another comparison (unless `overwrite`), and what training raises; a
+    comparison stopped on the way goes on when it is started again.
+    """
+    if len(set(wishes.methods)) < len(wishes.methods) or not wishes.methods:
+        raise InputRefused(f"--methods: {', '.join(wishes.methods) or 'none'} will not do: different ones, with commas")
+    arms = matched_arms(recipe, list(wishes.methods))
+    plan = {"recipe": recipe.deciding() | {"output": None}, "wishes": _lasting(wishes)}
+    _open(out, plan, overwrite)
+    learning = split_tasks(recipe, out / "split", wishes.choose_rows)
+    for arm in arms:
+        say(f"{arm.name}: {arm.parameters:,} trainable parameters (rank {_rank(arm)})")
+    num_steps = _steps(learning, wishes, arms, out, say)
+    rates = {arm.name: _best_rate(learning, wishes, arm, num_steps, out, say) for arm in arms}
+    results: dict[str, list[dict[str, Any]]] = {}
+    for seed in range(wishes.seeds):
+        for arm in arms:
+            say(f"{arm.name}, seed {seed}, rate {rates[arm.name]['rate']:g}")
+            done = _seed_result(learning, wishes, arm, seed, rates[arm.name]["rate"], num_steps, out)
+            results.setdefault(arm.name, []).append(done)
+    described = [asdict(arm) | {"adapter": arm.adapter.model_dump(exclude_none=True)} for arm in arms]
+    found = outcome(recipe, described, rates, results, num_steps)
+    write_json(out / "compare.json", found.to_json())
+    return found
+
+
+def _lasting(wishes: Wishes) -> dict[str, Any]:
+    """What must stay the same for a comparison to go on; more seeds and more arms may be added."""
+    content = json.loads(json.dumps(asdict(wishes)))
+    for name in ("methods", "seeds", "minutes"):
+        del content[name]
+    return dict(content)
+
+
+def _open(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
+    file = out / "plan.json"
+    if overwrite and file.is_file():
+        shutil.rmtree(out)
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [key for key in ("recipe", "wishes") if before[key] != json.loads(json.dumps(plan[key]))]
+        if changed:
+            raise InputRefused(
+                f"--out: '{out}' holds another comparison ({' and '.join(changed)} changed); name another folder, or "
+                "start anew with --overwrite"
+            )
+        return
+    refuse_taken(out, "--out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(file, plan)
+
+
+def _steps(recipe: Recipe, wishes: Wishes, arms: list[Arm], out: Path, say: Callable[[str], None]) -> int | None:
+    """Return the steps of every run: the recipe's (None: by its epochs), or what fits the minutes."""
+    if wishes.minutes is None:
+        return recipe.train.steps
+    file = out / "steps.json"
+    if not file.is_file():
+        seconds = {}
+        for arm in arms:
+            say(f"{arm.name}: timing {TIMING_STEPS} steps")
+            folder = out / "runs" / arm.name / "timing"
+            train(_recipe_of(recipe, arm, SWEEP_SEED, recipe.train.learning_rate, TIMING_STEPS, folder), overwrite=True)
+            lines = [json.loads(line) for line in RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()]
+            taken = [line["tokens"] / line["tokens_per_s"] for line in lines if "tokens_per_s" in line]
+            seconds[arm.name] = statistics.median(taken)
+        sweep = len(wishes.rates) if len(wishes.rates) > 1 else 0
+        num_steps = int(wishes.minutes * 60 / (sum(seconds.values()) * (sweep + wishes.seeds)))
+        if num_steps < 2:
+            raise InputRefused(f"--minutes: {wishes.minutes:g} are too few for {len(arms)} arms; more, or fewer seeds")
+        write_json(file, {"steps": num_steps, "seconds_a_step": seconds})
+    return int(json.loads(file.read_text(encoding="utf-8"))["steps"])
+
+
+def _best_rate(
+    recipe: Recipe, wishes: Wishes, arm: Arm, num_steps: int | None, out: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return the rate whose run has the smallest mean loss on the rows to choose by, and every rate's loss."""
+    rates = wishes.rates or (recipe.train.learning_rate,)
+    if len(rates) == 1:
+        return {"rate": rates[0], "losses": {}}
+    losses = {}
+    for rate in rates:
+        file = out / "results" / arm.name / f"sweep-{rate:g}.json"
+        if not file.is_file():
+            say(f"{arm.name}: trying rate {rate:g}")
+            folder = out / "runs" / arm.name / f"sweep-{rate:g}"
+            steps = wishes.sweep_steps or num_steps
+            _train_through(_recipe_of(recipe, arm, SWEEP_SEED, rate, steps, folder))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, {"losses": last_losses(folder)})
+            shutil.rmtree(folder)
+        by_task = json.loads(file.read_text(encoding="utf-8"))["losses"]
+        losses[f"{rate:g}"] = sum(by_task.values()) / len(by_task)
+    best = min(losses, key=lambda name: losses[name])
+    at_edge = float(best) in (min(rates), max(rates)) and len(rates) > 1
+    say(f"{arm.name}: rate {best}" + (" (at the edge of the sweep: a wider one may help)" if at_edge else ""))
+    return {"rate": float(best), "losses": losses, "at_edge": at_edge}
+
+
+def _seed_result(
+    recipe: Recipe, wishes: Wishes, arm: Arm, seed: int, rate: float, num_steps: int | None, out: Path
+) -> dict[str, Any]:
+    """Train an arm with a seed and score it on the test rows, as trained and as its best static export."""
+    file = out / "results" / arm.name / f"seed-{seed}.json"
+    if file.is_file():
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    folder = out / "runs" / arm.name / f"seed-{seed}"
+    trained = _recipe_of(recipe, arm, seed, rate, num_steps, folder)
+    _train_through(trained)
+    asked = testing(trained, out / "split")
+    result: dict[str, Any] = {"rate": rate, "seed": seed, "trained": score_run(folder, asked, wishes.limit)}
+    if wishes.export:
+        result["export"] = best_export(folder, asked, wishes.strategies, wishes.limit)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, result)
+    return result
+
+
+def _train_through(recipe: Recipe) -> None:
+    """Train, or go on where an earlier start was stopped; a run that is finished stays as it is."""
+    folder = RunFolder(Path(recipe.output))
+    if not (folder.adapter / "adapter_model.safetensors").is_file():
+        train(recipe, resume=is_run(folder.path))
+
+
+def _recipe_of(recipe: Recipe, arm: Arm, seed: int, rate: float, num_steps: int | None, folder: Path) -> Recipe:
+    changes: dict[str, Any] = {"seed": seed, "learning_rate": rate}
+    if num_steps is not None:
+        changes |= {"steps": num_steps, "epochs": None}
+        changes["warmup_steps"] = min(recipe.train.warmup_steps, num_steps // 10)
+    settings = recipe.train.model_copy(update=changes)
+    return recipe.model_copy(update={"adapter": arm.adapter, "train": settings, "output": str(folder)})
+
+
+def _rank(arm: Arm) -> str:
+    experts = {side: bank.experts for side in ("down", "up") if (bank := getattr(arm.adapter, side)) is not None}
+    return ", ".join([str(arm.adapter.rank or "its own"), *(f"{side} {number}" for side, number in experts.items())])
+
+
+__all__ = ["Comparison", "Wishes", "compare"]

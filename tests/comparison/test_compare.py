@@ -1,0 +1,165 @@
+"""Comparing: arms of one size, rows kept apart, a fair sweep, the same outcome after a kill."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from test_cli import run as run_cli
+
+import qd2mora.comparison.running as comparing
+from qd2mora.comparison import Wishes, compare, matched_arms
+from qd2mora.comparison.intervals import difference, interval, macro
+from qd2mora.comparison.match import LIMIT
+from qd2mora.comparison.outcome import verdicts
+from qd2mora.comparison.split import split_tasks
+from qd2mora.errors import InputRefused
+from qd2mora.memory import plan
+from qd2mora.recipe import Recipe, load_recipe
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compared")
+    tiny.save_base(folder / "base")
+    tiny.save_tasks(folder / "data")
+    text = tiny.recipe_text(folder / "base", folder / "data", folder / "run")
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    return folder
+
+
+def settings(made: Path, *changes: str) -> Recipe:
+    return load_recipe(made / "recipe.yaml", ["train.steps=2", *changes])
+
+
+METHODS = ["d2mora", "lora", "hydralora", "moslora", "moelora", "loramoe", "mola", "comol"]
+
+
+@pytest.mark.parametrize("base", ["own", "random:llama-7b"])
+def test_every_arm_trains_as_many_parameters_and_the_planner_counts_the_same(base: str, made: Path) -> None:
+    changes = () if base == "own" else (f"base.model={base}", "adapter.rank=16", "adapter.alpha=32")
+    recipe = settings(made, *changes)
+    # On the tiny base one rank of some methods is more than two hundredths.
+    arms = matched_arms(recipe, METHODS[:3] + METHODS[4:6] if base == "own" else METHODS)
+    assert arms[0].adapter == recipe.adapter
+    for arm in arms:
+        assert abs(arm.parameters - arms[0].parameters) <= LIMIT * arms[0].parameters
+        assert plan(recipe.model_copy(update={"adapter": arm.adapter})).trainable_parameters == arm.parameters
+        if arm.name != "d2mora":
+            assert arm.adapter.alpha == 2 * arm.adapter.rank  # the recipe's alpha / rank
+
+
+@pytest.mark.parametrize(
+    ("method", "words"), [("flexmore", "a rank for each expert"), ("meteora", "starts from trained LoRAs")]
+)
+def test_a_method_that_no_rank_can_match_is_refused(method: str, words: str, made: Path) -> None:
+    with pytest.raises(InputRefused, match=words):
+        matched_arms(settings(made), ["d2mora", method])
+
+
+def test_no_row_is_in_two_parts_and_the_split_is_the_same_for_everybody(made: Path, tmp_path: Path) -> None:
+    recipe = settings(made, "data.tasks.0.limit=30")
+    split_tasks(recipe, tmp_path / "split", 5)
+    for task, number in (("first", 30), ("last", 40)):
+        parts = {}
+        for part in ("learn", "choose", "test"):
+            text = (tmp_path / "split" / f"{task}.{part}.jsonl").read_text(encoding="utf-8")
+            parts[part] = text.splitlines()
+        assert [len(parts["choose"]), len(parts["test"])] == [5, 8]
+        whole = (made / "data" / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()[:number]
+        # tiny's rows repeat every twelve: copies of test rows are left out
+        assert not set(parts["test"]) & (set(parts["learn"]) | set(parts["choose"]))
+        assert {json.dumps(json.loads(line)) for line in whole} == set().union(*map(set, parts.values()))
+    reseeded = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 9})})
+    again = split_tasks(reseeded, tmp_path / "other", 5)
+    assert again.data.tasks[0].limit is None
+    for path in (tmp_path / "split").iterdir():
+        assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
+
+
+def test_an_interval_of_equal_arms_holds_zero_and_of_planted_ones_the_difference() -> None:
+    rng = np.random.default_rng(0)
+    noise = {task: rng.normal(1, 1, (3, 200)) for task in "ab"}
+    # what rows and seeds have in common cancels in a paired difference
+    other = {task: each - 0.1 + rng.normal(0, 0.2, each.shape) for task, each in noise.items()}
+    low, high = interval(difference(other, noise))
+    assert low < -0.1 < high < 0
+    assert macro(difference(other, noise)) == pytest.approx(-0.1, abs=0.03)
+    equal = {task: each + rng.normal(0, 0.2, each.shape) for task, each in noise.items()}
+    low, high = interval(difference(equal, noise))
+    assert low < 0 < high
+    assert interval(difference(equal, noise)) == (low, high)
+
+
+def test_a_comparison_that_was_killed_goes_on_to_the_same_outcome(made: Path, tmp_path: Path, monkeypatch) -> None:
+    recipe = settings(made)
+    wishes = Wishes(("d2mora", "moelora"), 2, rates=(1e-3, 1e-2), choose_rows=4, strategies=("mean_gate",))
+    whole = compare(recipe, wishes, tmp_path / "whole")
+    trained = []
+    once = comparing.train
+
+    def killed_at_the_fourth(recipe: Recipe, **options: bool):
+        trained.append(Path(recipe.output).name)
+        if len(trained) == 4:
+            raise KeyboardInterrupt
+        return once(recipe, **options)
+
+    monkeypatch.setattr(comparing, "train", killed_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        compare(recipe, wishes, tmp_path / "broken")
+    broken = compare(recipe, wishes, tmp_path / "broken")
+    assert len(trained) == 4 + 4 + 1  # two rates and two seeds of two arms, and the one that was killed
+    read = [json.loads((tmp_path / name / "compare.json").read_text(encoding="utf-8")) for name in ("whole", "broken")]
+    assert read[0] == read[1]
+    assert verdicts(whole) == verdicts(broken) and len(verdicts(whole)) == 2
+    tasked = read[0]["arms"][1]
+    # an export for one task is the adapter at that task, up to rounding to float16
+    assert tasked["export"]["loss"] == pytest.approx(tasked["trained"]["loss"], abs=2e-3)
+    assert tasked["export"]["strategies"] == [{"first": "exact", "last": "exact"}] * 2
+    assert tasked["sweep"].keys() == {"0.001", "0.01"} and tasked["rate"] in (1e-3, 1e-2)
+    with pytest.raises(InputRefused, match="wishes changed"):
+        compare(recipe, Wishes(wishes.methods, 2, rates=(1e-3,), choose_rows=4), tmp_path / "broken")
+
+
+def test_the_command_line_compares_within_minutes_and_writes_table_and_picture(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    asked = ["--methods", "d2mora,lora", "--seeds", 1, "--sweep", "none", "--minutes", 0.01, "--choose-rows", 4]
+    asked += ["--no-export", "--out", out]
+    assert run_cli(monkeypatch, "compare", made / "recipe.yaml", *asked) == 0
+    shown = capsys.readouterr().out
+    assert "1 seeds" in shown and "as trained: " in shown
+    assert (out / "compare.md").read_text(encoding="utf-8").count("|") > 20
+    assert (out / "compare.png").stat().st_size > 5000
+    steps = json.loads((out / "steps.json").read_text(encoding="utf-8"))
+    assert json.loads((out / "compare.json").read_text(encoding="utf-8"))["steps"] == steps["steps"] >= 2
+    sweep = ["--methods", "lora", "--seeds", 0, "--sweep", "1e-3,1e-2", "--choose-rows", 4, "--out", tmp_path / "sweep"]
+    assert run_cli(monkeypatch, "compare", made / "recipe.yaml", "train.steps=2", *sweep) == 0
+    assert "at the edge" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--methods", "d2mora,d2mora"], "different ones"),
+        (["--methods", "d2mroa"], "did you mean 'd2mora'"),
+        (["--sweep", "fast"], "--sweep: 'fast'"),
+        (["--choose-rows", "40"], "leave none of 40"),
+        (["data.tasks.0.validation=0"], "needs held-out rows"),
+        (["--minutes", "0"], "--minutes: 0 are too few"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(
+    arguments: list[str],
+    words: str,
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [] if "--choose-rows" in arguments else ["--choose-rows", "4"]
+    assert run_cli(monkeypatch, "compare", made / "recipe.yaml", *arguments, *rows, "--out", tmp_path / "out") == 2
+    err = capsys.readouterr().err
+    assert words in err and err.startswith("error: ") and err.count("\n") == 1
