@@ -52,7 +52,7 @@ def write_rows(data: Path, folder: Path, number: int, test: int) -> list[dict[st
 def recipe(base: Path, tasks: list[dict[str, object]], steps: int) -> dict[str, object]:
     """Return the recipe: D2MoRA with the paper's experts, M 4 and N 3, on q, k and v."""
     return {
-        "base": {"model": str(base.resolve()), "quantization": "nf4"},
+        "base": {"model": str(base.resolve()), "quantization": "nf4", "compute_dtype": "bfloat16"},
         "adapter": {
             "method": "d2mora",
             "rank": 8,
@@ -64,8 +64,8 @@ def recipe(base: Path, tasks: list[dict[str, object]], steps: int) -> dict[str, 
         "data": {"tasks": tasks, "max_length": 384, "on_bad_row": "skip"},
         "train": {
             "steps": steps,
-            "micro_batch": 16,
-            "global_batch": 16,
+            "micro_batch": 8,
+            "global_batch": 8,
             "learning_rate": 3e-3,
             "warmup_steps": 10,
             "save_every": 1000,
@@ -86,17 +86,18 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=500, help="rows of each task to test on")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--sweep-steps", type=int, default=200)
-    parser.add_argument("--sweep", default="1e-3,3e-3,1e-2")
+    parser.add_argument("--sweep", default="2e-3,6e-3,2e-2")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--choose-rows", type=int, default=50)
     parser.add_argument("--methods", default=METHODS)
+    parser.add_argument("--strategies", default="core_lsq,mean_gate", help="exports to try")
     given = parser.parse_args()
     tasks = write_rows(given.data, given.out / "rows", given.rows, given.test_rows)
     write_atomically(given.out / "recipe.yaml", dump_yaml(recipe(given.base, tasks, given.steps)))
     command = [sys.executable, "-c", "from qd2mora.cli import main; main()", "compare", str(given.out / "recipe.yaml")]
     command += ["--methods", given.methods, "--seeds", str(given.seeds), "--sweep", given.sweep]
     command += ["--sweep-steps", str(given.sweep_steps), "--choose-rows", str(given.choose_rows)]
-    command += ["--strategies", "core_lsq,mean_gate", "--out", str(given.out / "compare")]
+    command += ["--strategies", given.strategies, "--out", str(given.out / "compare")]
     sys.exit(subprocess.run(command, check=False).returncode)
 
 

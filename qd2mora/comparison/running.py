@@ -167,7 +167,7 @@ def _seed_result(
     folder = out / "runs" / arm.name / f"seed-{seed}"
     trained = _recipe_of(recipe, arm, seed, rate, num_steps, folder)
     _train_through(trained)
-    asked = testing(trained, out / "split")
+    asked = testing(trained.model_copy(update={"data": recipe.data}), out / "split")
     result: dict[str, Any] = {"rate": rate, "seed": seed, "trained": score_run(folder, asked, wishes.limit)}
     if wishes.export:
         result["export"] = best_export(folder, asked, wishes.strategies, wishes.limit)
@@ -189,7 +189,12 @@ def _recipe_of(recipe: Recipe, arm: Arm, seed: int, rate: float, num_steps: int 
         changes |= {"steps": num_steps, "epochs": None}
         changes["warmup_steps"] = min(recipe.train.warmup_steps, num_steps // 10)
     settings = recipe.train.model_copy(update=changes)
-    return recipe.model_copy(update={"adapter": arm.adapter, "train": settings, "output": str(folder)})
+    content: dict[str, Any] = {"adapter": arm.adapter, "train": settings, "output": str(folder)}
+    if settings.early_stopping is None and settings.final == "last":
+        # The rows to choose by are judged by their loss: scoring them too would only cost time.
+        tasks = [task.model_copy(update={"metric": None}) for task in recipe.data.tasks]
+        content["data"] = recipe.data.model_copy(update={"tasks": tasks})
+    return recipe.model_copy(update=content)
 
 
 def _rank(arm: Arm) -> str:
