@@ -53,7 +53,7 @@ class RouterSums:
         """Add a batch: gating (B, n, E) or what broadcasts to it."""
         num_rows = counted_BT.shape[0]
         gates = gating.weight.detach().abs().float()
-        shape = torch.broadcast_shapes(gates.shape, (num_rows, 1, self.num_experts))
+        shape = (num_rows, gates.shape[-2] if gates.dim() > 1 else 1, self.num_experts)
         counted = counted_BT if shape[1] == counted_BT.shape[1] else counted_BT.new_ones(num_rows, 1)
         chosen = None if gating.chosen is None or not self.is_sparse else gating.chosen.float().expand(shape)
         by_row = token_sums(gates.expand(shape), chosen, counted.float()).double()
