@@ -2,8 +2,8 @@
 
 python scripts/bench_inspection.py RUN [--rounds 9]
 
-The run's own held-out rows, in turns, so that a busy machine slows both alike. What a linear adds does not grow with its
-width beyond its product down, so that a small model shows the dearest case. Prints a table and one line of JSON.
+The run's own held-out rows, in turns, so that a busy machine slows both alike. What a linear adds does not grow with
+its width beyond its product down, so that a small model shows the dearest case. Prints a table and one line of JSON.
 """
 
 import argparse
@@ -54,9 +54,7 @@ def main() -> None:
     report = time.perf_counter() - began
     device = torch.cuda.get_device_name() if opened.model.device.type == "cuda" else platform.processor() or "cpu"
     print(f"{len(watch.routers)} routers, {len(rows)} rows, on {device}, torch {torch.__version__}")
-    print(
-        f"plain {plain:.3f} s, watched {watched:.3f} s ({watched / plain - 1:+.0%}); the report at the end {report:.2f} s"
-    )
+    print(f"plain {plain:.3f} s, watched {watched:.3f} s ({watched / plain - 1:+.0%}); the report {report:.2f} s")
     numbers = {"plain_s": plain, "watched_s": watched, "report_s": report, "rounds": pairs}
     print(json.dumps({"device": device, "torch": torch.__version__, "routers": len(watch.routers), **numbers}))
 

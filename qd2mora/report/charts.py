@@ -10,7 +10,8 @@ from qd2mora.report.page import NUM_COLOURS, colour, escape
 
 WIDTH, HEIGHT = 480, 250
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 10, 40
-MAP_WIDTH = 470
+MAP_WIDTH = 404
+"""Fits the narrowest card of a row of two."""
 MOST_POINTS = 300
 FULL = 2.0
 """Powers of two away from an equal share at which a cell has its full colour."""
@@ -143,8 +144,8 @@ def scatter(title: str, points: Sequence[tuple[float, float, int, str]], axes: S
     parts = [
         f'<line x1="{edge / 2}" x2="{size - edge / 2}" y1="{middle}" y2="{middle}" stroke="var(--grid)"/>',
         f'<line x1="{middle}" x2="{middle}" y1="{edge / 2}" y2="{size - edge / 2}" stroke="var(--grid)"/>',
-        f'<text class="tiny" x="{size - 4}" y="{middle - 5}" text-anchor="end">{escape(axes[0])}</text>',
-        f'<text class="tiny" x="{middle + 5}" y="12">{escape(axes[1])}</text>',
+        f'<text class="tiny" x="{size - 4}" y="{size - 4}" text-anchor="end">{escape(axes[0])}</text>',
+        f'<text class="tiny" x="4" y="12">{escape(axes[1])}</text>',
     ]
     radius = 7 if len(points) <= 40 else 4
     for x, y, number, name in points:

@@ -172,7 +172,7 @@ def _pictures(content: dict[str, Any]) -> str:
             for each in picture["points"]
         ]
         most = max(most, *(number + 1 for _, _, number, _ in points))
-        axes = [f"axis {number}: {share:.0%}" for number, share in enumerate(picture["explained"], 1)]
+        axes = [f"{word}: {share:.0%}" for word, share in zip(("across", "up"), picture["explained"], strict=False)]
         title = f"{picture['kind']}, {BANKS[picture['bank']]}"
         cards.append(card(title, scatter(title, points, [*axes, "", ""][:2])))
     if not cards:
