@@ -94,8 +94,8 @@ def usage_map(
     scale of powers of two.
     """
     widest = max((len(row) for by_task in usage for row in by_task if row), default=1)
-    gap, left, top, tall = 8, 30, 20, 16
-    cell = max(9, min(26, int((MAP_WIDTH - left - len(tasks) * gap) / (len(tasks) * widest))))
+    gap, left, top, tall = 6, 30, 20, 16
+    cell = max(6, min(26, int((MAP_WIDTH - left - len(tasks) * gap) / (len(tasks) * widest))))
     group = widest * cell + gap
     width, height = left + len(tasks) * group, top + len(layers) * tall + 16
     parts = []
@@ -238,7 +238,7 @@ def _cell(x: float, y: float, wide: int, tall: int, share: float, where: str) ->
     power = max(-FULL, min(FULL, math.log2(share))) if share > 0 else -FULL
     tint, strength = ("var(--hot)" if power > 0 else "var(--cold)"), abs(power) / FULL
     told = f"<title>{escape(where)}</title>" if where else ""
-    box = f'x="{x}" y="{y}" width="{wide - 1}" height="{tall - 1}" rx="2"'
+    box = f'x="{x}" y="{y}" width="{wide - 1}" height="{tall - 1}" rx="{2 if wide > 9 else 1}"'
     return f'<rect {box} fill="var(--grid)"/><rect {box} fill="{tint}" fill-opacity="{strength:.2f}">{told}</rect>'
 
 

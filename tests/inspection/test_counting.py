@@ -160,3 +160,28 @@ def test_every_method_is_watched(method: str, made: Path) -> None:
         assert router["max_load"] >= 1 - 1e-9 >= router["min_load"] - 1e-6
         assert all(len(usage) == router["experts"] and sum(usage) == pytest.approx(1) for usage in router["usage"])
         assert not router["collapsed"]
+
+
+def test_sums_of_two_processes_are_those_of_all_rows(made: Path) -> None:
+    model, batches = opened(made)
+    whole, parts = watched(model, batches), [watched(model, [batch]) for batch in batches]
+    sent: list[torch.Tensor] = []
+    parts[1].reduce(lambda sums: sent.append(sums) or sums, torch.device("cpu"))
+    parts[0].reduce(lambda sums: sums + sent[0], torch.device("cpu"))
+    empty = RoutingWatch(model, 2)
+    empty.reduce(lambda sums: sent.append(sums) or sums, torch.device("cpu"))  # a process may have had no row
+    assert len(sent[1]) == len(sent[0]) and not sent[1].any()
+    for key, router in whole.routers.items():
+        torch.testing.assert_close(parts[0].routers[key].sums, router.sums)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_counts_what_a_cpu_counts(made: Path) -> None:
+    model, batches = opened(made)
+    plain = watched(model, batches)
+    there = watched(model.to("cuda"), [{key: value.to("cuda") for key, value in batch.items()} for batch in batches])
+    for key, router in plain.routers.items():
+        one, two = router.measured(), there.routers[key].measured()
+        assert one is not None and two is not None and one.tokens == two.tokens
+        assert one.load == pytest.approx(two.load, abs=1e-3)

@@ -182,6 +182,13 @@ def test_inspect_prints_a_summary_and_writes_the_page(
     assert json.loads(capsys.readouterr().out)["rows"]["last"] == {"held out": 8}
 
 
+def test_inspect_draws_a_picture(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    assert verb(monkeypatch, "inspect", run, "--png", tmp_path / "run.png") == 0
+    content = (tmp_path / "run.png").read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 20_000
+
+
 def test_inspect_refuses_in_one_line(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
