@@ -60,9 +60,9 @@ def _usage(ax: Any, files: RunFiles, routers: list[dict[str, Any]]) -> None:
     if not routers or files.routing is None:
         ax.set_axis_off()
         return
-    router = max(routers, key=lambda each: each["mutual_information"])
+    router = max(routers, key=lambda each: each["mutual_information_of_weights"])
     rows = [(task, row) for task, row in zip(files.routing["tasks"], router["usage"], strict=True) if row is not None]
-    picture = ax.imshow([row for _, row in rows], vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    picture = ax.imshow([row for _, row in rows], cmap="viridis", aspect="auto")
     ax.set_yticks(range(len(rows)), [_plain(task) for task, _ in rows])
     ax.set_xticks(range(router["experts"]))
     ax.set_xlabel("expert")

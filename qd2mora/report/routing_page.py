@@ -77,7 +77,11 @@ def _maps(content: dict[str, Any]) -> Iterable[str]:
 def _by_layer(routers: list[dict[str, Any]]) -> Iterable[str]:
     measures = (
         ("entropy", "entropy of single tokens' gates (1: all experts alike, 0: one alone)", 1.0),
-        ("mutual_information", "information between task and chosen expert, in nats (0: tasks are routed alike)", None),
+        (
+            "mutual_information_of_weights",
+            "information between task and expert by the gates' weights, in nats (0: tasks are routed alike)",
+            None,
+        ),
     )
     for role in dict.fromkeys(router["role"] for router in routers):
         chosen = [router for router in routers if router["role"] == role and router["experts"] > 1]
@@ -98,15 +102,8 @@ def _points(routers: list[dict[str, Any]], kind: str, name: str) -> list[tuple[f
 
 def _router_table(routers: list[dict[str, Any]]) -> str:
     headings = (
-        "router",
-        "gate",
-        "tokens' entropy",
-        "mean gate's",
-        "effective experts",
-        "most",
-        "least",
-        "dead",
-        "information",
+        *("router", "gate", "tokens' entropy", "mean gate's", "effective experts", "most", "least", "dead"),
+        *("information, chosen", "by weight"),
     )
     order = sorted(routers, key=lambda router: router["effective_experts"] / router["experts"])
     rows = [
@@ -120,6 +117,7 @@ def _router_table(routers: list[dict[str, Any]]) -> str:
             f"{router['min_load'] / router['experts']:.1%}",
             escape(", ".join(map(str, router["dead"])) or "none") + (" collapsed" if router["collapsed"] else ""),
             _number(router["mutual_information"]),
+            _number(router["mutual_information_of_weights"]),
         ]
         for router in order
     ]
