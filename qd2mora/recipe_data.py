@@ -51,8 +51,8 @@ class Data(Section):
     """What the weights count."""
     max_length: Annotated[int, Field(ge=8)] = 512
     """Longer rows are cut at the end, and counted."""
-    packing: Literal[False] = False
-    """Rows are padded, not packed."""
+    packing: bool = False
+    """Rows of a step share lines of max_length tokens; attention keeps them apart, and the result is the same."""
     mask_prompt: bool = True
     """Learn the answer only."""
     on_bad_row: Literal["error", "skip"] = "error"

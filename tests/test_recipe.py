@@ -76,7 +76,6 @@ def test_a_shipped_recipe_loads(path: Path) -> None:
         ("data.tasks.1.name=boolq", "two tasks"),
         ("data.tasks.1.weight=null", "weight"),
         ("data.tasks.0.name=../up", "data.tasks.0.name"),
-        ("data.packing=true", "packing"),
         ("memory.budget=8", "budget"),
         ("memory.engine=deepspeed", "engine"),
         ("data.tasks.7.name=x", "position from 0 to 1"),

@@ -2,6 +2,7 @@
 
 from qd2mora.data.collate import collate
 from qd2mora.data.mix import Mixture
+from qd2mora.data.pack import MicroBatch, lines_together, packed
 from qd2mora.data.prepare import IGNORE, Row, TaskRows, TokenRows, encode, prepare
 from qd2mora.data.read import FORMATS, Pair, Skipped, content_hash, read_pairs
 from qd2mora.data.tokenise import tokenizer_text
@@ -9,6 +10,7 @@ from qd2mora.data.tokenise import tokenizer_text
 __all__ = [
     "FORMATS",
     "IGNORE",
+    "MicroBatch",
     "Mixture",
     "Pair",
     "Row",
@@ -18,6 +20,8 @@ __all__ = [
     "collate",
     "content_hash",
     "encode",
+    "lines_together",
+    "packed",
     "prepare",
     "read_pairs",
     "tokenizer_text",

@@ -31,16 +31,20 @@ class RowLoss(nn.Module):
         keep = labels[:, 1:] != IGNORE
         hidden = labelled_states(self.model, batch, keep)
         losses = token_losses(hidden, labels[:, 1:][keep], output_head(self.model))
-        row_of_token = keep.nonzero()[:, 0]
-        return losses.new_zeros(len(labels)).index_add(0, row_of_token, losses)
+        segments = batch.get("segments")
+        row_of_token = keep.nonzero()[:, 0] if segments is None else segments[:, 1:][keep]
+        num_rows = len(labels) if segments is None else len(batch["task_index"])
+        return losses.new_zeros(num_rows).index_add(0, row_of_token, losses)
 
 
 def labelled_states(model: PeftModel, batch: dict[str, Tensor], keep: Tensor) -> Tensor:
-    """Return the final hidden states at the positions of `keep` (rows, length - 1), (labelled, hidden)."""
+    """Return the final hidden states at the positions of `keep` (rows or lines, length - 1), (labelled, hidden)."""
     tuner: Any = model.base_model
     read_rows(model, batch)
     decoder = tuner.model.get_decoder()
-    hidden = decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    # Packed rows bring positions instead of a mask: transformers bounds attention where positions restart.
+    told = {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}
+    hidden = decoder(input_ids=batch["input_ids"], **told, use_cache=False)
     return hidden.last_hidden_state[:, :-1][keep]
 
 

@@ -176,19 +176,24 @@ def _num_rows(x: Tensor) -> int:
 
 
 def _packed(draws: Draws | None, num_rows: int) -> Tensor:
-    """Return keys and lengths (2, rows) int64; a single key stands in every row, with length -1."""
+    """Return keys and lengths (2, rows) int64, and lines and starts of packed rows below them, (4, rows).
+
+    A single key stands in every row, with length -1.
+    """
     if draws is None:
         return torch.empty((2, 0), dtype=torch.int64)
     if draws.lengths is None:
         return torch.tensor([[draws.keys[0]] * num_rows, [-1] * num_rows])
-    return torch.tensor([draws.keys, draws.lengths])
+    return torch.tensor([draws.keys, draws.lengths, *zip(*draws.places or (), strict=True)])
 
 
 def _unpacked(keys: Tensor) -> Draws | None:
     if not keys.numel():
         return None
-    key, lengths = keys.tolist()
-    return Draws((key[0],)) if lengths[0] < 0 else Draws(tuple(key), tuple(lengths))
+    key, lengths, *places = keys.tolist()
+    if lengths[0] < 0:
+        return Draws((key[0],))
+    return Draws(tuple(key), tuple(lengths), tuple(zip(*places, strict=True)) or None)
 
 
 __all__ = ["Entry", "enter", "mixture"]

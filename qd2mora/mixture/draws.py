@@ -18,10 +18,14 @@ Fill = Callable[[Tensor, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Draws:
-    """Keys of one layer's draws in one forward pass: one for each row with its length, or a single one."""
+    """Keys of one layer's draws in one forward pass: one for each row with its length, or a single one.
+
+    `places`: the line of the tensor and the place in it where each row begins, where rows are packed.
+    """
 
     keys: tuple[int, ...]
     lengths: tuple[int, ...] | None = None
+    places: tuple[tuple[int, int], ...] | None = None
 
     def keep(self, like: Tensor, probability: float, purpose: int) -> Tensor:
         """Return 0 with `probability`, else 1 / (1 - probability), in the shape (..., D) and dtype of `like`."""
@@ -42,11 +46,12 @@ class Draws:
         if self.lengths is None:
             return draw(torch.empty_like(like), self._generator(like, self.keys[0], purpose))
         out = torch.ones_like(like)
-        for row, (key, length) in enumerate(zip(self.keys, self.lengths, strict=True)):
+        places = self.places or tuple((row, 0) for row in range(len(self.keys)))
+        for (line, start), key, length in zip(places, self.keys, self.lengths, strict=True):
             # A gate of a whole row has one entry along the tokens.
-            entries = min(length, like.shape[1])
+            entries = min(length, like.shape[1] - start)
             part = torch.empty((entries, *like.shape[2:]), dtype=like.dtype, device=like.device)
-            out[row, :entries] = draw(part, self._generator(like, key, purpose))
+            out[line, start : start + entries] = draw(part, self._generator(like, key, purpose))
         return out
 
     @staticmethod

@@ -39,6 +39,9 @@ def _read_pass(tuner: "MixtureModel", decoder: nn.Module, args: tuple[Any, ...],
     mask = kwargs.get("attention_mask")
     length = inputs.shape[1] if isinstance(inputs, Tensor) and inputs.dim() > 1 else 0
     routing.attended = mask[:, -length:].bool() if isinstance(mask, Tensor) and mask.dim() == 2 and length else None
+    is_packed = mask is None and routing.segments is not None and routing.segments.shape[1] == length
+    if is_packed and routing.segments is not None:
+        routing.attended = routing.segments >= 0
     # `generate` brings a cache and its whole input is the prompt, whatever an earlier pass said.
     if routing.prompt is not None and (cache is not None or routing.prompt.shape[1] != length):
         routing.prompt = None

@@ -34,7 +34,8 @@ class Observer:
         counts = any(gate.bias_rate for _, gate in spec.step.gates)
         if not (spec.penalties or counts or random) or x.dim() != 3:
             return None
-        on = [None if ids is None else ids.to(x.device) for ids in (routing.group, routing.task_index)]
+        of_rows = (None, None) if routing.segments is not None else (routing.group, routing.task_index)
+        on = [None if ids is None else ids.to(x.device) for ids in of_rows]  # a line of packed rows is no row
         return cls(spec, routing, adapter, routing.counted(x), *on)
 
     def __call__(self, gatings: Mapping[str, Gating]) -> Tensor | None:

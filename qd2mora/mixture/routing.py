@@ -23,10 +23,12 @@ class Routing:
     """The rows of the pass that runs.
 
     task_index, group: (B,) int64. external: (B, W). attended, prompt: (B, T) bool; None counts every token, and knows
-    no prompt. rows, lengths: a key for each row's random numbers, and its length without padding. hidden: (B, T, H),
-    the states of a first pass. share: this micro batch's share of the step's tokens and rows, which a routing penalty
-    counts by; loss_scale: what the loss is multiplied with before the backward pass. advantage: (B,), how much worse
-    than its rivals a sampled routing did, loss scale included. stage: the expert trained now, where a method grows.
+    no prompt. rows, lengths: a key for each row's random numbers, and its length without padding. segments, places:
+    where rows are packed, (B, T) int64 the number of each token's row, -1 for padding, and the line and the place where
+    each row begins. hidden: (B, T, H), the states of a first pass. share: this micro batch's share of the step's tokens
+    and rows, which a routing penalty counts by; loss_scale: what the loss is multiplied with before the backward pass.
+    advantage: (B,), how much worse than its rivals a sampled routing did, loss scale included. stage: the expert
+    trained now, where a method grows.
     """
 
     task_index: Tensor | None = None
@@ -36,6 +38,8 @@ class Routing:
     prompt: Tensor | None = None
     rows: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
+    segments: Tensor | None = None
+    places: tuple[tuple[int, int], ...] | None = None
     hidden: Tensor | None = None
     share: tuple[float, float] = (1.0, 1.0)
     loss_scale: float = 1.0
@@ -56,6 +60,7 @@ class Routing:
         self.task_index = batch.get("task_index")
         self.group = batch.get("group")
         self.external = batch.get("external")
+        self.segments = batch.get("segments")
         labels = batch.get("labels")
         self.prompt = None if labels is None else prompt_of(labels, batch.get("attention_mask"))
 
@@ -81,7 +86,7 @@ class Routing:
     def draws(self, layer_key: int, device_seed: int | None = None) -> Draws:
         """Return the keys of one layer's random numbers in this pass; without row keys, one from torch's generator."""
         if self.rows is not None and self.lengths is not None:
-            return Draws(tuple(mixed(row, layer_key) for row in self.rows), self.lengths)
+            return Draws(tuple(mixed(row, layer_key) for row in self.rows), self.lengths, self.places)
         seed = int(torch.randint(1 << 62, ())) if device_seed is None else device_seed
         return Draws((seed,))
 

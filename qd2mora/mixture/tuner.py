@@ -95,7 +95,7 @@ class MixtureModel(BaseTuner):
         """Run the adapted model; what is said of the rows stays set for the backward pass, until the next call."""
         routing = self.routing
         routing.task_index, routing.group, routing.external = task_index, group, external
-        labels = kwargs.get("labels")
+        routing.segments, labels = None, kwargs.get("labels")
         routing.prompt = None if prompt_mask is None else prompt_mask.bool()
         if prompt_mask is None and labels is not None:
             routing.prompt = prompt_of(labels, kwargs.get("attention_mask"))

@@ -47,7 +47,7 @@ from qd2mora.training.processes import PATIENCE, Processes
 from qd2mora.training.progress import StepDisplay
 from qd2mora.training.saver import Saver
 from qd2mora.training.stages import check_stages
-from qd2mora.training.start import check_rows, start_adapter
+from qd2mora.training.start import check_packing, check_rows, start_adapter
 from qd2mora.training.state import LocalState, Progress
 from qd2mora.training.time_limit import TimeLimit
 
@@ -77,7 +77,10 @@ def train(
     Raises InputRefused, WillNotFit, DeviceLost, NotFinite, DiskTrouble, DamagedFile, SignalStop.
     """
     folder = RunFolder(Path(recipe.output))
-    check_stages(MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks)), recipe.train)
+    config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
+    check_stages(config, recipe.train)
+    if recipe.data.packing:
+        check_packing(config)
     with listening() as stop, as_lost(), contextlib.ExitStack() as held:
         accelerator = _accelerator(recipe, folder)
         processes = Processes.of(accelerator)
@@ -176,6 +179,7 @@ def _train_locked(
         stop=stop,
         time_limit=time_limit,
         best=best,
+        capacity=recipe.data.max_length if recipe.data.packing else None,
         score=lambda: score_all(Subject(model, tokenizer), asked),
     )
     for problem in problems:

@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from qd2mora.data import Mixture, Row, TaskRows, collate
+from qd2mora.data import MicroBatch, Mixture, Row, TaskRows, lines_together
 from qd2mora.errors import NotFinite, SignalStop, WillNotFit
 from qd2mora.evaluation import Score
 from qd2mora.memory.loss import IGNORE, RowLoss, labelled_states
@@ -62,6 +62,8 @@ class Training:
     stop: StopRequest
     time_limit: TimeLimit
     best: BestKeeper
+    capacity: int | None = None
+    """Tokens that rows of a step may share a line of; None: each row has its own."""
     score: Callable[[], dict[str, Score]] = dict
     watchdog: Watchdog = field(default_factory=Watchdog)
     _why_stop: str = ""
@@ -115,19 +117,19 @@ class Training:
     def _loss_of(self, rows: Sequence[Row]) -> list[float]:
         """Return the summed loss of rows in evaluation, over all processes, and the number of their labels."""
         sums = torch.zeros(2, dtype=torch.float64)
-        for part, keys in self._micro_batches(rows, 0):
-            self._tell_routers(part, keys)
+        for part in self._micro_batches(rows, 0):
+            self._tell_routers(part)
             with torch.no_grad():
                 loss = self._row_losses(part).sum().double().cpu()
-            sums += torch.stack([loss, torch.tensor(float(sum(row.num_labels for row in part)))])
+            sums += torch.stack([loss, torch.tensor(float(part.num_labels))])
             self.watchdog.beat()
         return self.processes.sum_numbers([*sums])
 
     def _run_through(self, rows: list[Row]) -> None:
         """Let rows pass the routers, without a loss."""
-        for part, keys in self._micro_batches(rows, 0):
-            self._tell_routers(part, keys)
-            batch = {name: tensor.to(self.processes.device) for name, tensor in collate(part, self.pad).items()}
+        for part in self._micro_batches(rows, 0):
+            self._tell_routers(part)
+            batch = {name: tensor.to(self.processes.device) for name, tensor in part.collated(self.pad).items()}
             with torch.no_grad():
                 labelled_states(self.model, batch, batch["labels"][:, 1:] != IGNORE)
             self.watchdog.beat()
@@ -214,16 +216,16 @@ class Training:
         total = torch.zeros((), device=self.processes.device)
         if self._routing is not None:
             self._routing.forget()
-        for part, keys in self._micro_batches(rows, self.progress.step * self.train.global_batch):
-            self._tell_routers(part, keys)
+        for part in self._micro_batches(rows, self.progress.step * self.train.global_batch, self.capacity):
+            self._tell_routers(part)
             if self._routing is not None:
-                self._routing.share = (sum(len(row.ids) for row in part) / tokens, len(part) / len(rows))
+                self._routing.share = (part.num_tokens / tokens, len(part.rows) / len(rows))
                 self._routing.loss_scale = self.progress.loss_scale or 1.0
             total += self._backward(part, share)
             self.watchdog.beat()
         return total
 
-    def _backward(self, part: list[Row], share: float) -> Tensor:
+    def _backward(self, part: MicroBatch, share: float) -> Tensor:
         """Add the gradients of one micro batch; return its part of the step's loss. `share`: one over all labels."""
 
         def backward(loss: Tensor) -> None:
@@ -236,14 +238,15 @@ class Training:
         backward(loss)
         return loss.detach()
 
-    def _tell_routers(self, rows: list[Row], keys: tuple[int, ...]) -> None:
+    def _tell_routers(self, part: MicroBatch) -> None:
         """Say which rows run: chance in the adapters is a function of their keys, whatever the split."""
         if self._routing is not None:
-            self._routing.rows, self._routing.lengths = keys, tuple(len(row.ids) for row in rows)
+            self._routing.rows, self._routing.lengths = part.keys, tuple(len(row.ids) for row in part.rows)
+            self._routing.places = part.places
 
-    def _row_losses(self, rows: list[Row]) -> Tensor:
+    def _row_losses(self, part: MicroBatch) -> Tensor:
         """Return the summed loss of each row."""
-        batch = {name: tensor.to(self.processes.device) for name, tensor in collate(rows, self.pad).items()}
+        batch = {name: tensor.to(self.processes.device) for name, tensor in part.collated(self.pad).items()}
         is_scaled = self.progress.loss_scale is not None
         with torch.autocast(self.processes.device.type, torch.float16, enabled=is_scaled):
             losses: Tensor = self.row_loss(batch)
@@ -291,8 +294,8 @@ class Training:
         self.progress.bad_in_a_row += 1
         if not is_too_bad(self.progress):
             return
-        part, keys = next(self._micro_batches(rows, 0))
-        self._tell_routers(part, keys)
+        part = next(self._micro_batches(rows, 0))
+        self._tell_routers(part)
         with torch.no_grad():
             where = blame(self.model, self.parameters, lambda: self._row_losses(part))
         in_a_row = f"{self.progress.bad_in_a_row} bad steps in a row, {self.progress.bad_steps} in all"
@@ -331,17 +334,16 @@ class Training:
             raise SignalStop(f"stopped by {self._why_stop} after step {done}; continue with --resume")
         return losses
 
-    def _micro_batches(self, rows: Sequence[Row], first: int) -> Iterator[tuple[list[Row], tuple[int, ...]]]:
-        """Yield this process's micro batches, rows of like length together, with a key for each row.
+    def _micro_batches(self, rows: Sequence[Row], first: int, capacity: int | None = None) -> Iterator[MicroBatch]:
+        """Yield this process's micro batches, lines of like length together; keys number the rows from `first` on.
 
-        Keys are made of the rows' numbers, which count from `first` on.
+        A line is a row, or with `capacity` what fits that many tokens. Whole micro batches are dealt out: what a
+        router's penalty sees does not depend on the number of processes.
         """
-        ordered = sorted(enumerate(rows, first), key=lambda numbered: len(numbered[1].ids))
-        starts = range(0, len(ordered), self.micro_batch)
-        # Whole micro batches are dealt out: what a router's penalty sees does not depend on the number of processes.
-        for start in starts[self.processes.index :: self.processes.count]:
-            part = ordered[start : start + self.micro_batch]
-            yield [row for _, row in part], tuple(key_of(self.train.seed, "row", number) for number, _ in part)
+        whole = lines_together([len(row.ids) for row in rows], self.micro_batch, capacity)
+        for numbers, packs in whole[self.processes.index :: self.processes.count]:
+            keys = tuple(key_of(self.train.seed, "row", first + number) for number in numbers)
+            yield MicroBatch([rows[number] for number in numbers], keys, packs)
 
     def _evaluate_and_log(self) -> dict[str, float]:
         losses, scores = self.evaluate(), self._scores()
@@ -369,7 +371,7 @@ class Training:
     def _scores(self) -> dict[str, Score]:
         """Score the tasks that name a metric, every process all of their rows."""
         if self._routing is not None:
-            self._routing.rows = self._routing.lengths = None
+            self._routing.rows = self._routing.lengths = self._routing.places = None
         self.model.eval()
         with self.watchdog.paused():
             scores = self.score()

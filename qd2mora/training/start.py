@@ -70,6 +70,25 @@ def check_rows(config: MixtureConfig, tasks: list[TaskRows]) -> None:
                 )
 
 
+def check_packing(config: MixtureConfig) -> None:
+    """Refuse to pack rows for a method that reads or judges each row as a whole. Raises InputRefused."""
+    for role, gate in config.gates_of_row.items():
+        reads = {"task": "the task", "task+x": "the task", "external": "a vector"}.get(gate.input)
+        what = f"reads {reads} of each row" if reads else None
+        if gate.is_averaged:
+            what = "averages over each row"
+        if gate.capacity or gate.select == "sample":
+            what = "counts by whole rows"
+        if what:
+            raise InputRefused(f"data.packing: gate_{role} of {config.method} {what}, which shared lines hide; false")
+    for penalty in config.routing_penalties:
+        if penalty.over == "row" or penalty.kind in ("localized_balance", "router_ce"):
+            raise InputRefused(
+                f"data.packing: the penalty {penalty.kind} of {config.method} is taken row by row, which shared lines "
+                "hide; false"
+            )
+
+
 def _start_from_weight(
     name: str,
     layer: MixtureLinear,
@@ -145,4 +164,4 @@ def _original_weights(recipe: Recipe) -> Callable[[str], Tensor]:
     return read
 
 
-__all__ = ["EVA_BATCHES", "check_rows", "start_adapter"]
+__all__ = ["EVA_BATCHES", "check_packing", "check_rows", "start_adapter"]
