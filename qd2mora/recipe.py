@@ -117,7 +117,7 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> "Train":
-        if (self.steps is None) == (self.epochs is None):
+        if self.steps is not None and self.epochs is not None:
             raise ValueError("give either steps or epochs")
         if isinstance(self.micro_batch, int) and self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
@@ -165,6 +165,13 @@ class Recipe(Section):
     memory: Memory = Memory()
     finish: Finish = Finish()
     output: Place
+
+    @model_validator(mode="after")
+    def _has_one_end(self) -> "Recipe":
+        ends = [self.train.steps, self.train.epochs, self.data.stop]
+        if sum(end is not None for end in ends) != 1:
+            raise ValueError("give one of train.steps, train.epochs and data.stop")
+        return self
 
     def dump_yaml(self) -> str:
         """Return the recipe as YAML that loads back equal."""

@@ -49,6 +49,9 @@ class Data(Section):
     tasks: Annotated[list[Task], Field(min_length=1)]
     mix: Literal["rows", "tokens"] = "rows"
     """What the weights count."""
+    stop: Literal["first", "last"] | None = None
+    """In place of train.steps and train.epochs: the run ends when the first, or the last, weighted task has given all
+    its rows."""
     max_length: Annotated[int, Field(ge=8)] = 512
     """Longer rows are cut at the end, and counted."""
     packing: bool = False
@@ -68,6 +71,13 @@ class Data(Section):
             raise ValueError("give a weight to every task or to none")
         if self.mix == "tokens" and self.tasks[0].weight is None:
             raise ValueError("mix: tokens needs a weight on every task")
+        if self.stop and self.tasks[0].weight is None:
+            raise ValueError("stop needs a weight on every task; without weights all tasks end together")
+        for task in self.tasks:
+            if task.streaming and not task.path.startswith("hub:"):
+                raise ValueError(
+                    f"task '{task.name}': streaming is for hub data sets; files are read as they come anyway"
+                )
         return self
 
 

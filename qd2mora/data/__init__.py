@@ -1,7 +1,7 @@
 """Data: files to rows, rows to tokens, tokens to batches, in an order that is a pure function of the seed."""
 
 from qd2mora.data.collate import collate
-from qd2mora.data.mix import Mixture
+from qd2mora.data.mix import Mixture, Share, share_lines
 from qd2mora.data.pack import MicroBatch, lines_together, packed
 from qd2mora.data.prepare import IGNORE, Row, TaskRows, TokenRows, encode, prepare
 from qd2mora.data.read import FORMATS, Pair, Skipped, content_hash, read_pairs
@@ -14,6 +14,7 @@ __all__ = [
     "Mixture",
     "Pair",
     "Row",
+    "Share",
     "Skipped",
     "TaskRows",
     "TokenRows",
@@ -24,5 +25,6 @@ __all__ = [
     "packed",
     "prepare",
     "read_pairs",
+    "share_lines",
     "tokenizer_text",
 ]

@@ -5,6 +5,10 @@ stream, and the next row comes from the task that is furthest behind its share: 
 whole row ahead, and with up to three tasks none is a whole row behind.
 """
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,50 +18,108 @@ from qd2mora.recipe import Data
 _ORDER = 1  # purpose number of this stream of random numbers
 
 
+@dataclass(frozen=True)
+class Share:
+    """What a task gets of a stretch of the sequence. `asked` is None where no weights are given."""
+
+    task: str
+    rows: int
+    tokens: int
+    passes: float
+    of_rows: float
+    of_tokens: float
+    asked: float | None
+
+
 class Mixture:
     """Endless sequence of training rows; `rows(start, count)` is the same however it is asked for."""
 
     def __init__(self, data: Data, tasks: list[TaskRows], seed: int) -> None:
         self.tasks = tasks
         self.by_tokens = data.mix == "tokens"
+        self.stop = data.stop
         self.weights = [task.task.weight for task in tasks]
         self.seed = seed
-        self._drawn: list[Row] = []
-        self._cost = np.zeros(len(tasks))
+        self._lengths = [task.lengths for task in tasks]
+        self._quotas = [max(1, round(task.task.epochs * len(task.train))) for task in tasks]
+        self._starts = np.cumsum([0, *self._quotas])
+        self._drawn: list[tuple[int, int]] = []
+        self._cost = [0.0] * len(tasks)
         self._count = [0] * len(tasks)
         self._permutations: dict[tuple[int, int], NDArray[np.int64]] = {}
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows in all files together."""
-        return sum(len(task.train) for task in self.tasks)
+        """Rows of all files together, each counted `epochs` times."""
+        return sum(self._quotas)
 
     def rows(self, start: int, count: int) -> list[Row]:
         """Return rows number start to start + count of the sequence."""
+        return [self.tasks[task].train[place] for task, place in self.places(start, count)]
+
+    def places(self, start: int, count: int) -> list[tuple[int, int]]:
+        """Return the tasks, and the places in them, of rows number start to start + count."""
         if self.weights[0] is None:
             return [self._of_pile(number) for number in range(start, start + count)]
         while len(self._drawn) < start + count:
             self._drawn.append(self._draw())
         return self._drawn[start : start + count]
 
-    def _of_pile(self, number: int) -> Row:
+    def rows_until_stop(self) -> int:
+        """Return how many rows it takes until the first or the last task has given all its rows, as `stop` says."""
+        assert self.stop is not None
+        left, wanted, number = list(self._quotas), 1 if self.stop == "first" else len(self.tasks), 0
+        while wanted:
+            ((task, _),) = self.places(number, 1)
+            number += 1
+            left[task] -= 1
+            wanted -= left[task] == 0
+        return number
+
+    def shares(self, count: int) -> list[Share]:
+        """Return what each task gets of the first `count` rows."""
+        rows, tokens = np.zeros(len(self.tasks)), np.zeros(len(self.tasks))
+        for task, place in self.places(0, count):
+            rows[task] += 1
+            tokens[task] += self._lengths[task][place]
+        return [
+            Share(
+                task.task.name,
+                int(rows[number]),
+                int(tokens[number]),
+                rows[number] / len(task.train),
+                rows[number] / rows.sum(),
+                tokens[number] / tokens.sum(),
+                weight and weight / math.fsum(each or 0 for each in self.weights),
+            )
+            for number, (task, weight) in enumerate(zip(self.tasks, self.weights, strict=True))
+        ]
+
+    def _of_pile(self, number: int) -> tuple[int, int]:
         epoch, place = divmod(number, self.rows_per_epoch)
         index = int(self._permutation(-1, epoch, self.rows_per_epoch)[place])
-        for task in self.tasks:
-            if index < len(task.train):
-                return task.train[index]
-            index -= len(task.train)
-        raise AssertionError("a permutation stays within the pile")
+        task = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return task, self._repeated(task, epoch, index - int(self._starts[task]))
 
-    def _draw(self) -> Row:
-        weights = np.asarray(self.weights, dtype=np.float64)
-        which = int(np.argmax((self._cost.sum() + 1) * weights / weights.sum() - self._cost))
-        rows = self.tasks[which].train
-        epoch, place = divmod(self._count[which], len(rows))
-        row = rows[int(self._permutation(which, epoch, len(rows))[place])]
+    def _repeated(self, task: int, epoch: int, index: int) -> int:
+        """Return the place of a task's row number `index` of an epoch: whole passes, then a part that changes."""
+        size = len(self.tasks[task].train)
+        if index < self._quotas[task] // size * size:
+            return index % size
+        return int(self._permutation(task, epoch, size)[index % size])
+
+    def _draw(self) -> tuple[int, int]:
+        total, weighed = sum(self._cost) + 1, sum(weight or 0.0 for weight in self.weights)
+        behind = [
+            total * (weight or 0.0) / weighed - cost for weight, cost in zip(self.weights, self._cost, strict=True)
+        ]
+        which = behind.index(max(behind))
+        size = len(self.tasks[which].train)
+        epoch, number = divmod(self._count[which], size)
+        place = int(self._permutation(which, epoch, size)[number])
         self._count[which] += 1
-        self._cost[which] += len(row.ids) if self.by_tokens else 1
-        return row
+        self._cost[which] += int(self._lengths[which][place]) if self.by_tokens else 1
+        return which, place
 
     def _permutation(self, task: int, epoch: int, size: int) -> NDArray[np.int64]:
         key = (task, epoch)
@@ -69,4 +131,15 @@ class Mixture:
         return self._permutations[key]
 
 
-__all__ = ["Mixture"]
+def share_lines(shares: list[Share], by_tokens: bool) -> Iterator[str]:
+    """Yield a line for each task."""
+    for share in shares:
+        got = share.of_tokens if by_tokens else share.of_rows
+        asked = "" if share.asked is None else f", asked {share.asked:.1%} of {'tokens' if by_tokens else 'rows'}"
+        yield (
+            f"task {share.task}: {got:.1%} of {'tokens' if by_tokens else 'rows'}{asked}; {share.rows} rows, "
+            f"{share.tokens} tokens, {share.passes:.2f} passes"
+        )
+
+
+__all__ = ["Mixture", "Share", "share_lines"]

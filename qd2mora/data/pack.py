@@ -74,16 +74,15 @@ def lines_together(
 
 def packed(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Return which rows share a line of at most `capacity` tokens, the longest line first, by their numbers."""
+
+    def size(line: list[int]) -> int:
+        return sum(lengths[number] for number in line)
+
     lines = _best_fit(lengths, capacity)
     even = _evenly(lengths, len(lines))
-
-    def sums(found: list[list[int]]) -> list[int]:
-        return [sum(lengths[number] for number in line) for line in found]
-
-    if max(sums(even)) <= max(capacity, max(lengths)):
+    if max(map(size, even)) <= max(capacity, max(lengths)):
         lines = even
-    order = sorted(zip(sums(lines), lines, strict=True), reverse=True)
-    return [line for _, line in order]
+    return sorted(lines, key=size, reverse=True)
 
 
 def _evenly(lengths: Sequence[int], num_lines: int) -> list[list[int]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qd2mora.data import Row, collate, prepare
+from qd2mora.data import Mixture, Row, collate, prepare
 from qd2mora.merging.setting import Batches
 from qd2mora.run_folder import OpenRun
 
@@ -45,7 +45,11 @@ def sample_rows(opened: OpenRun, number: int | None) -> Sample:
         held_out += [task.validation[place] for place in sorted(places.tolist())]
     train = opened.recipe.train
     epochs = train.epochs or 0
-    trained = train.steps * train.global_batch if train.steps else math.ceil(epochs * sum(len(t.train) for t in tasks))
+    mixture = Mixture(opened.recipe.data, tasks, train.seed)
+    if train.steps:
+        trained = train.steps * train.global_batch
+    else:
+        trained = math.ceil(epochs * mixture.rows_per_epoch) if epochs else mixture.rows_until_stop()
     return Sample(calibration, checking, held_out, trained)
 
 

@@ -24,7 +24,7 @@ from qd2mora.base import (
     load_base,
     load_tokenizer,
 )
-from qd2mora.data import Mixture, TaskRows, collate, prepare
+from qd2mora.data import Mixture, TaskRows, collate, prepare, share_lines
 from qd2mora.errors import InputRefused, WillNotFit
 from qd2mora.evaluation import AskedTask, Subject, ask_held_out, score_all
 from qd2mora.evaluation.rouge import rouge_l
@@ -52,6 +52,8 @@ from qd2mora.training.state import LocalState, Progress
 from qd2mora.training.time_limit import TimeLimit
 
 FIRST_LOSS_SCALE = 2.0**16
+MOST_ROWS_COUNTED = 200_000
+"""Rows that the shares of tasks are told of; in longer runs they stay what they are."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,13 @@ def train(
         return _train_locked(recipe, folder, accelerator, stop, resume, allow_changed)
 
 
-def num_steps(settings: Train, rows_per_epoch: int) -> int:
-    """Return the updates of a run; epochs count every row of every task once."""
+def num_steps(settings: Train, mixture: Mixture) -> int:
+    """Return the updates of a run; an epoch counts every row of a task as often as the task's own `epochs` says."""
     if settings.steps is not None:
         return settings.steps
-    assert settings.epochs is not None
-    return math.ceil(settings.epochs * rows_per_epoch / settings.global_batch)
+    epochs = settings.epochs
+    rows = mixture.rows_until_stop() if epochs is None else epochs * mixture.rows_per_epoch
+    return math.ceil(rows / settings.global_batch)
 
 
 def _train_locked(
@@ -148,7 +151,7 @@ def _train_locked(
     processes.from_main(lambda: open_folder(folder, recipe, manifest, resume, progress.step))
     if recipe.train.trackers:
         accelerator.init_trackers("qd2mora", config={"fingerprint": recipe.fingerprint()})
-    total = num_steps(recipe.train, mixture.rows_per_epoch)
+    total = num_steps(recipe.train, mixture)
     if compute_dtype(recipe.base, accelerator.device) is torch.float16 and progress.loss_scale is None:
         progress.loss_scale = FIRST_LOSS_SCALE
     rows_each = recipe.train.global_batch // processes.count
@@ -297,6 +300,9 @@ def _say_what_starts(training: Training, planned: Plan) -> None:
         notes += [f"{task.num_cut} cut at the end"] if task.num_cut else []
         notes += [f"{task.num_dropped} dropped (no room for the answer)"] if task.num_dropped else []
         training.journal.say(f"task {task.task.name}: {', '.join(notes)}")
+    count = min(training.total_steps * training.train.global_batch, MOST_ROWS_COUNTED)
+    for line in share_lines(training.mixture.shares(count), training.mixture.by_tokens):
+        training.journal.say(line)
     layers = "recomputed" if planned.checkpointing else "kept"
     training.journal.say(
         f"training {planned.trainable_parameters:,} parameters, micro batch {training.micro_batch}, activations "

@@ -9,7 +9,7 @@ import tiny
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qd2mora.data import IGNORE, Mixture, Pair, Row, TaskRows, collate, encode, prepare
+from qd2mora.data import IGNORE, Mixture, Pair, Row, TaskRows, collate, encode, prepare, share_lines
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Data, Task
 
@@ -100,6 +100,54 @@ def test_weights_are_kept_to_within_a_row_by_rows_and_one_percent_by_tokens() ->
     total = sum(len(row.ids) for row in rows)
     for number, weight in enumerate((1, 2, 5)):
         assert abs(sum(len(row.ids) for row in rows if row.task == number) / total - weight / 8) < 0.01
+
+
+@pytest.mark.parametrize("mix", ["rows", "tokens"])
+def test_realised_shares_are_told_and_within_one_percent_of_the_asked_ones(mix: str) -> None:
+    settings, tasks = made_tasks([300, 40, 120], [30, 300, 90], [3.0, 1.0, 1.5])
+    mixture = Mixture(settings.model_copy(update={"mix": mix}), tasks, 0)
+    shares = mixture.shares(2000)
+    rows = mixture.rows(0, 2000)
+    for number, share in enumerate(shares):
+        mine = [row for row in rows if row.task == number]
+        assert (share.rows, share.tokens) == (len(mine), sum(len(row.ids) for row in mine))
+        assert share.asked is not None
+        assert abs((share.of_rows if mix == "rows" else share.of_tokens) - share.asked) < 0.01
+    lines = list(share_lines(shares, mix == "tokens"))
+    assert lines[0].startswith("task t0: 54.") and f"asked 54.5% of {mix}" in lines[0]
+
+
+@pytest.mark.parametrize(("stop", "rows"), [("first", 8 * 4 - 3), ("last", 20 * 4)])
+def test_a_run_may_end_with_the_first_or_the_last_task(stop: str, rows: int) -> None:
+    settings, tasks = made_tasks([8, 60], [4, 4], [1.0, 3.0])
+    mixture = Mixture(settings.model_copy(update={"stop": stop}), tasks, 0)
+    count = mixture.rows_until_stop()
+    assert abs(count - rows) <= 3
+    seen = [[row.pair.prompt for row in mixture.rows(0, count) if row.task == task] for task in (0, 1)]
+    ended = 0 if stop == "first" else 1
+    assert len(seen[ended]) == len(set(seen[ended])) == len(tasks[ended].train)
+    assert mixture.rows(count - 1, 1)[0].task == ended
+
+
+def test_each_task_may_have_its_own_epochs() -> None:
+    settings, tasks = made_tasks([10, 6], [4, 4], [None, None])
+    own = [1.0, 2.5]
+    for task, epochs in zip(tasks, own, strict=True):
+        task.task = task.task.model_copy(update={"epochs": epochs})
+    mixture = Mixture(settings, tasks, 0)
+    assert mixture.rows_per_epoch == 10 + 15
+    halves = []
+    for epoch in range(2):
+        rows = [(row.task, row.pair.prompt) for row in mixture.rows(25 * epoch, 25)]
+        counts = {each: rows.count(each) for each in set(rows)}
+        assert all(counts[0, str(number)] == 1 for number in range(10))
+        assert sorted(counts[1, str(number)] for number in range(6)) == [2, 2, 2, 3, 3, 3]
+        halves.append({number for number in range(6) if counts[1, str(number)] == 3})
+    assert halves[0] != halves[1]
+    with_weights, tasks = made_tasks([10, 6], [4, 4], [1.0, 1.0])
+    tasks[1].task = tasks[1].task.model_copy(update={"epochs": 3.0})
+    mixture = Mixture(with_weights.model_copy(update={"stop": "last"}), tasks, 0)
+    assert 34 <= mixture.rows_until_stop() <= 36
 
 
 @pytest.mark.parametrize("weights", [[None, None], [1.0, 3.0]])
