@@ -109,10 +109,9 @@ class Mixture:
         return int(self._permutation(task, epoch, size)[index % size])
 
     def _draw(self) -> tuple[int, int]:
-        total, weighed = sum(self._cost) + 1, sum(weight or 0.0 for weight in self.weights)
-        behind = [
-            total * (weight or 0.0) / weighed - cost for weight, cost in zip(self.weights, self._cost, strict=True)
-        ]
+        weights = [weight or 0.0 for weight in self.weights]
+        each = (sum(self._cost) + 1) / sum(weights)
+        behind = [each * weight - cost for weight, cost in zip(weights, self._cost, strict=True)]
         which = behind.index(max(behind))
         size = len(self.tasks[which].train)
         epoch, number = divmod(self._count[which], size)

@@ -29,7 +29,7 @@ def test_every_row_lies_in_one_line_that_holds_it(seed: int) -> None:
 
 def test_a_row_alone_and_rows_that_fill_a_line_are_packed() -> None:
     assert packed([5], 512) == [[0]]
-    assert packed([8, 8, 8, 8], 16) == [[1, 3], [0, 2]]
+    assert packed([8, 8, 8, 8], 16) == [[0, 2], [1, 3]]
     assert packed([16, 16], 16) == [[0], [1]]
 
 
