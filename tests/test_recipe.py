@@ -69,7 +69,7 @@ def test_a_shipped_recipe_loads(path: Path) -> None:
         ("adapter.dropout=1", "adapter.dropout"),
         ("adapter.targets=3", "adapter.targets: 3"),
         ("train.learning_rate=.nan", "finite"),
-        ("train.epochs=2", "train.steps, train.epochs and data.stop"),
+        ("train.epochs=2", "either steps or epochs"),
         ("train.steps=null", "train.steps, train.epochs and data.stop"),
         ("train.micro_batch=3", "multiple"),
         ("train.optimizer=sgd", "adamw"),

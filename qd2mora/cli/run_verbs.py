@@ -70,4 +70,22 @@ def preview(
     show_rows(loaded, number, Console())
 
 
-__all__ = ["plan", "preview", "train"]
+@app.command()
+def suggest_experts(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    most: Annotated[int, typer.Option(help="Most clusters to try.", min=2, max=64)] = 12,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Cluster the prompts of a recipe and suggest a number of experts; reads no weights."""
+    from qd2mora.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from qd2mora.report import show_suggestion
+    from qd2mora.report import suggest_experts as suggest
+
+    found = suggest(loaded, most)
+    typer.echo(json.dumps(found, indent=1)) if as_json else show_suggestion(found, Console())
+
+
+__all__ = ["plan", "preview", "suggest_experts", "train"]

@@ -1,6 +1,7 @@
 """What a person reads: tables of scores and exports, rows as the model sees them, the methods, and a run's ending."""
 
 from qd2mora.report.endings import finish
+from qd2mora.report.experts import show_suggestion, suggest_experts
 from qd2mora.report.exports import show_export, verdict
 from qd2mora.report.inspection import show_inspection
 from qd2mora.report.methods import method_text, parameters_on_7b, show_methods
@@ -23,6 +24,8 @@ __all__ = [
     "show_methods",
     "show_rows",
     "show_scores",
+    "show_suggestion",
+    "suggest_experts",
     "verdict",
     "write_page",
 ]

@@ -1,44 +1,118 @@
-"""Rows as the model sees them, and what was cut, dropped or held out."""
+"""Rows as the model sees them, and what becomes of all of them: lengths, shares, what is cut, left out, said twice."""
 
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 from qd2mora.base import load_tokenizer
-from qd2mora.data import Row, TaskRows, prepare
+from qd2mora.data import Mixture, Row, TaskRows, TokenRows, prepare
 from qd2mora.recipe import Recipe
+
+ROWS_LOOKED_AT = 20_000
+"""Rows of a task whose end tokens are looked for."""
+_BARS = " ▁▂▃▄▅▆▇█"
+_BUCKETS = 32
 
 
 def show_rows(recipe: Recipe, number: int, console: Console) -> None:
-    """Print rows of every task as the model sees them, and what was cut, dropped or held out."""
+    """Print `number` rows of every task as the model sees them, then what became of all rows."""
     tokenizer = load_tokenizer(recipe.base.model)
     tasks = prepare(recipe.data, tokenizer, recipe.train.seed)
     for task in tasks:
         console.rule(task.task.name)
         for row in task.train[:number]:
-            console.print(_coloured(row, tokenizer), soft_wrap=True, highlight=False)
+            console.print(coloured(row, tokenizer), soft_wrap=True, highlight=False)
             console.print(f"[dim]{len(row.ids)} tokens, {row.num_labels} learned[/dim]")
-    console.print(_lengths(tasks))
-    console.print("dim: given; green: learned")
-
-
-def _coloured(row: Row, tokenizer: object) -> str:
-    decode = tokenizer.decode  # type: ignore[attr-defined]
-    given, learned = decode(row.ids[: row.masked]), decode(row.ids[row.masked :])
-    return f"[dim]{escape(given)}[/dim][green]{escape(learned)}[/green]"
-
-
-def _lengths(tasks: list[TaskRows]) -> Table:
-    table = Table(title="rows and lengths")
-    for heading in ("task", "train", "held out", "median", "longest", "learned", "cut", "dropped", "skipped"):
-        table.add_column(heading, justify="left" if heading == "task" else "right")
+    console.print("dim: given; green: learned; reversed: special tokens")
+    console.print(_lengths(tasks, recipe.data.max_length))
+    console.print(_shares(recipe, tasks))
     for task in tasks:
-        lengths = sorted(len(row.ids) for row in task.train)
-        learned = sum(row.num_labels for row in task.train) / sum(lengths)
-        numbers = (len(task.train), len(task.validation), lengths[len(lengths) // 2], lengths[-1])
-        lost = (task.num_cut, task.num_dropped, task.skipped.total)
-        table.add_row(task.task.name, *map(str, numbers), f"{learned:.0%}", *map(str, lost))
+        for line in problems(task, tokenizer, recipe.data.max_length):
+            console.print(f"{task.task.name}: {line}", soft_wrap=True, highlight=False, markup=False)
+
+
+def coloured(row: Row, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Return a row's text: what is given dim, what is learned green, special tokens reversed."""
+    special = set(tokenizer.all_special_ids)
+    ids, learned = row.ids.tolist(), is_learned(row).tolist()
+    kinds = [(learned[place], ids[place] in special) for place in range(len(ids))]
+    text, shown, stop = Text(), "", 0
+    for (is_green, is_special), run in itertools.groupby(kinds):
+        stop += len(list(run))
+        # Not each part by itself: some tokenizers drop the space a text begins with.
+        whole = str(tokenizer.decode(ids[:stop], skip_special_tokens=False))
+        text.append(whole[len(shown) :], f"{'green' if is_green else 'dim'}{' reverse' if is_special else ''}")
+        shown = whole
+    return text
+
+
+def is_learned(row: Row) -> NDArray[np.bool_]:
+    """Return for each token of a row whether it is learned."""
+    learned = np.zeros(len(row.ids), dtype=bool)
+    for start, stop in (*row.earlier, (row.masked, len(row.ids))):
+        learned[max(start, 1) : stop] = True
+    return learned
+
+
+def problems(task: TaskRows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[str]:
+    """Yield a line for each thing that is lost, doubled or missing, with its count."""
+    for reason, places in task.skipped.places.items():
+        yield f"{len(places)} rows left out: {reason} ({', '.join(places[:3])}{', ...' if len(places) > 3 else ''})"
+    if task.num_dropped:
+        yield f"{task.num_dropped} rows dropped: data.max_length {max_length} leaves no room for an answer"
+    if task.num_cut:
+        yield f"{task.num_cut} rows lose the end of the answer to data.max_length {max_length}"
+    if task.skipped.duplicates:
+        yield f"{task.skipped.duplicates} rows say what an earlier row says"
+    whole = task.train.where(~task.train.is_cut) if isinstance(task.train, TokenRows) else task.train
+    rows = itertools.islice(whole, ROWS_LOOKED_AT)
+    is_open = sum(not (row.ids[is_learned(row)] == tokenizer.eos_token_id).any() for row in rows)
+    if is_open:
+        yield f"{is_open} whole rows never learn the end token {tokenizer.eos_token}: their answers may not end"
+
+
+def bars(lengths: NDArray[np.int32], max_length: int) -> str:
+    """Return a histogram of lengths from 0 to `max_length` in one line of bars."""
+    counts, _ = np.histogram(lengths, _BUCKETS, (0, max_length + 1))
+    steps = np.ceil(counts / counts.max() * (len(_BARS) - 1)).astype(int)
+    return "".join(_BARS[step] for step in steps)
+
+
+def _lengths(tasks: list[TaskRows], max_length: int) -> Table:
+    table = Table(title="rows and their lengths in tokens")
+    for heading in ("task", "train", "held out", "median", "longest", "learned", f"0 to {max_length}"):
+        table.add_column(heading, justify="left" if heading in ("task", f"0 to {max_length}") else "right")
+    for task in tasks:
+        lengths = task.lengths
+        learned = sum(row.num_labels for row in itertools.islice(task.train, ROWS_LOOKED_AT))
+        share = f"{learned / lengths[:ROWS_LOOKED_AT].sum():.0%}"
+        numbers = (len(task.train), len(task.validation), int(np.median(lengths)), int(lengths.max()))
+        table.add_row(task.task.name, *map(str, numbers), share, bars(lengths, max_length))
     return table
 
 
-__all__ = ["show_rows"]
+def _shares(recipe: Recipe, tasks: list[TaskRows]) -> Table:
+    """What each task gets of the run, or of its first epoch."""
+    mixture = Mixture(recipe.data, tasks, recipe.train.seed)
+    if recipe.train.steps:
+        count = recipe.train.steps * recipe.train.global_batch
+    else:
+        count = mixture.rows_per_epoch if recipe.data.stop is None else mixture.rows_until_stop()
+    count = min(count, 10 * ROWS_LOOKED_AT)
+    table = Table(title=f"shares of the first {count} rows that are learned from")
+    for heading in ("task", "asked", "rows", "share", "tokens", "share", "passes"):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    for share in mixture.shares(count):
+        asked = "" if share.asked is None else f"{share.asked:.1%} of {recipe.data.mix}"
+        numbers = (str(share.rows), f"{share.of_rows:.1%}", str(share.tokens), f"{share.of_tokens:.1%}")
+        table.add_row(share.task, asked, *numbers, f"{share.passes:.2f}")
+    return table
+
+
+__all__ = ["bars", "coloured", "is_learned", "problems", "show_rows"]

@@ -1,0 +1,74 @@
+"""The preview: every token in its colour, every loss with its count."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from qd2mora.base import load_tokenizer
+from qd2mora.data import Pair, Row, prepare
+from qd2mora.recipe import Data, Task, load_recipe
+from qd2mora.report import show_rows
+from qd2mora.report.rows import bars, coloured, problems
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    folder: Path = tmp_path_factory.mktemp("tokenizer")
+    tiny.save_tokenizer(folder)
+    return load_tokenizer(str(folder))
+
+
+def test_every_token_is_shown_in_the_colour_of_what_is_done_with_it(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = tokenizer("red sun</s>moon")["input_ids"] + [tokenizer.eos_token_id]
+    row = Row(0, np.array(ids, dtype=np.int32), len(ids) - 2, Pair("", ""), earlier=((2, 3),))
+    text = coloured(row, tokenizer)
+    assert text.plain == tokenizer.decode(ids)
+    shown = [(text.plain[span.start : span.end], str(span.style)) for span in text.spans]
+    assert shown[0] == ("<s>", "dim reverse")
+    assert ("</s>", "dim reverse") in shown and shown[-1] == ("</s>", "green reverse")
+    learned = "".join(part for part, style in shown if "green" in style)
+    assert learned == tokenizer.decode(ids[2:3]) + tokenizer.decode(ids[-2:])
+
+
+def test_what_is_lost_doubled_or_open_is_counted(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    rows = [{"prompt": "red ", "completion": "sun"}] * 3 + [{"prompt": "red " * 60, "completion": "x"}]
+    rows += [{"prompt": "red ", "completion": "moon " * 60}, {"prompt": "red "}, {"prompt": "a", "completion": 5}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data = Data(
+        tasks=[Task(name="t", path=str(path), format="completion")], max_length=32, on_bad_row="skip", mask_prompt=True
+    )
+    (task,) = prepare(data, tokenizer, 0)
+    assert list(problems(task, tokenizer, 32)) == [
+        f"1 rows left out: no field 'completion' ({path}, row 6)",
+        f"1 rows left out: field 'completion' should be text ({path}, row 7)",
+        "1 rows dropped: data.max_length 32 leaves no room for an answer",
+        "1 rows lose the end of the answer to data.max_length 32",
+        "2 rows say what an earlier row says",
+    ]
+    task.train = [Row(0, np.array([1, 5, 6], dtype=np.int32), 1, Pair("", ""))] * 2
+    assert "2 whole rows never learn the end token </s>" in list(problems(task, tokenizer, 32))[-1]
+
+
+def test_a_histogram_has_its_bars_where_the_lengths_are() -> None:
+    line = bars(np.array([0, 0, 0, 0, 63, 63], dtype=np.int32), 63)
+    assert (line[0], line[-1], set(line[1:-1])) == ("█", "▄", {" "})
+
+
+def test_the_preview_shows_rows_lengths_and_shares(tmp_path: Path) -> None:
+    tiny.save_base(tmp_path / "base")
+    tiny.save_tasks(tmp_path / "data")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(tiny.recipe_text(tmp_path / "base", tmp_path / "data", tmp_path / "run"), encoding="utf-8")
+    weights = ("data.tasks.0.weight=1", "data.tasks.1.weight=3", "data.mix=tokens", "data.max_length=256")
+    console = Console(width=160, record=True)
+    show_rows(load_recipe(path, weights), 1, console)
+    text = console.export_text()
+    assert "### Response:" in text and "</s>" in text and "0 to 256" in text
+    assert "25.0% of tokens" in text and "75.0% of tokens" in text
+    assert "say what an earlier row says" in text
