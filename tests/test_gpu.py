@@ -42,3 +42,21 @@ def test_a_run_trains_resumes_and_exports(tmp_path: Path) -> None:
     export = merge(tmp_path / "run", tmp_path / "export")
     assert export.fidelity is not None
     assert export.fidelity.kl_per_token < 1
+
+
+def test_answers_and_choices_of_a_batch_are_those_of_each_row_alone(tmp_path: Path) -> None:
+    from qd2mora.data import prepare
+    from qd2mora.evaluation import ask_held_out, open_subject, score_task
+    from qd2mora.training import train
+
+    base = tiny.save_base(tmp_path / "base")
+    tiny.save_tasks(tmp_path / "data")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(tiny.recipe_text(base, tmp_path / "data", tmp_path / "run"), encoding="utf-8")
+    recipe = load_recipe(path, ["data.tasks.0.metric=choice", "data.tasks.1.metric=exact"])
+    train(recipe)
+    subject = open_subject(tmp_path / "run")
+    for task in ask_held_out(prepare(recipe.data, subject.tokenizer, 0)):
+        whole, alone = score_task(subject, task), score_task(subject, task, rows_at_once=1)
+        for one, two in zip(whole.records, alone.records, strict=True):
+            assert one.loss == pytest.approx(two.loss, rel=3e-2)  # bfloat16 products in another order

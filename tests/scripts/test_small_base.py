@@ -15,7 +15,7 @@ from torch import equal
     ("asked", "answer", "prose"),
     [
         (
-            "Please answer with true or false, question: is it so?\n\nAnswer format: true/false",
+            "Please answer, question: is it so?\n\nAnswer format: true/false",
             "true",
             "is it so? true.",
         ),
@@ -40,9 +40,7 @@ def test_a_row_of_a_pool_is_prose_with_the_right_choice(asked: str, answer: str,
 def save_data(folder: Path) -> Path:
     for name in ("commonsense/train", "multitask_cot", "math", "text"):
         (folder / name).mkdir(parents=True)
-    rows = [
-        {"instruction": f"Say, question: is {n} a number?\n\nAnswer format: a/b", "answer": "true"} for n in range(60)
-    ]
+    rows = [{"instruction": f"Say: is {n} a number?\n\nAnswer format: a/b", "answer": "true"} for n in range(60)]
     with gzip.open(folder / "commonsense" / "train" / "boolq.json.gz", "wt", encoding="utf-8") as file:
         json.dump(rows, file)
     thought = [{"instruction": "Why?", "rationale": "Since it is.", "output": "so"}]
