@@ -228,4 +228,10 @@ def tsallis_entropy(probs: Tensor, order: float) -> Tensor:
     return value / ((1 - num ** (1 - order)) / (order - 1))
 
 
-__all__ = ["MixtureLlamaConfig", "MixtureLlamaForCausalLM"]
+AUTO_MAP = {
+    "AutoConfig": "modeling_mixture.MixtureLlamaConfig",
+    "AutoModelForCausalLM": "modeling_mixture.MixtureLlamaForCausalLM",
+}
+"""What config.json says of this file, so that transformers finds it."""
+
+__all__ = ["AUTO_MAP", "MixtureLlamaConfig", "MixtureLlamaForCausalLM"]

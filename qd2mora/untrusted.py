@@ -8,6 +8,7 @@ import math
 import os
 import re
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,16 @@ _NAMING_KEY = re.compile(r"(_files?|^transformers_weights)$")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}")
 
 
-def check_config(folder: Path) -> None:
-    """Check the configuration of a model's folder. Raises InputRefused, DamagedFile."""
+def check_config(folder: Path, code: Mapping[str, str] | None = None) -> None:
+    """Check the configuration of a model's folder; `code`: an auto_map that is known, whose code is not run.
+
+    Raises InputRefused, DamagedFile.
+    """
     if (folder / "adapter_config.json").exists():
         raise InputRefused(f"'{folder}' holds an adapter (adapter_config.json), not a base; name the base's own folder")
     for name in _CONFIGS:
         if is_there(folder, name):
-            _check_mapping(folder / name)
+            _check_mapping(folder / name, code)
 
 
 def check_weights(folder: Path) -> None:
@@ -186,7 +190,7 @@ def _parsed(content: bytes, path: Path) -> dict[str, Any]:
     return parsed
 
 
-def _check_mapping(path: Path) -> dict[str, Any]:
+def _check_mapping(path: Path, code: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Read a small JSON file and refuse what would import, fetch or open something else. Raises InputRefused."""
     _check_start(path, MAX_CONFIG)
     content = path.read_bytes()
@@ -194,7 +198,8 @@ def _check_mapping(path: Path) -> dict[str, Any]:
     kind = secret_in(content.decode(errors="replace"))
     if kind:
         raise InputRefused(f"{path} holds {kind}; take it out before it is copied into a run")
-    _refuse_code(parsed, path)
+    is_known = code is not None and parsed.get("auto_map") == code
+    _refuse_code({key: value for key, value in parsed.items() if not (is_known and key == "auto_map")}, path)
     return parsed
 
 

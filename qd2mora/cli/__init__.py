@@ -11,7 +11,14 @@ import typer
 from typer.exceptions import TyperException
 
 # Each module adds its verbs to the app, in the order of --help.
-from qd2mora.cli import run_verbs, model_verbs, compare_verbs, inspect_verbs, list_verbs  # isort: skip  # noqa: F401
+from qd2mora.cli import (  # isort: skip  # noqa: F401
+    run_verbs,
+    model_verbs,
+    talk_verbs,
+    compare_verbs,
+    inspect_verbs,
+    list_verbs,
+)
 from qd2mora.cli.app import app
 from qd2mora.errors import DiskTrouble, InputRefused, StopError
 from qd2mora.redact import redacted

@@ -1,7 +1,6 @@
-"""Verbs on a run or a model: merge, eval, generate."""
+"""Verbs on a run or a model: merge, eval."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -104,30 +103,4 @@ def evaluate(
         show_scores({str(model): scores}, Console())
 
 
-@app.command()
-def generate(
-    model: ModelPath,
-    prompt: Annotated[str, typer.Option(help="Instruction to follow; - reads standard input.", show_default=False)],
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text without the instruction template.")] = False,
-    task: Annotated[str | None, typer.Option(help="Task, where the adapter routes by task.")] = None,
-    vector: Annotated[str | None, typer.Option(help="Numbers with commas, where the adapter reads a vector.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=1)] = 128,
-    allow_changed: AllowChanged = None,
-) -> None:
-    """Write the answer to a prompt, routed adapter included."""
-    from qd2mora.evaluation import generate as run_generation
-
-    text = sys.stdin.read() if prompt == "-" else prompt
-    answer = run_generation(
-        model,
-        text,
-        raw=raw,
-        task=task,
-        vector=None if vector is None else numbers(vector),
-        max_new_tokens=max_new_tokens,
-        allow_changed=allow_changed or (),
-    )
-    typer.echo(answer)
-
-
-__all__ = ["evaluate", "generate", "merge"]
+__all__ = ["evaluate", "merge"]

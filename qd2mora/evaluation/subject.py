@@ -1,5 +1,6 @@
 """What is asked: a run with its routed adapter, or any model folder."""
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from qd2mora.base import load_base, load_tokenizer
+from qd2mora.base import compute_dtype, default_device, load_base, load_tokenizer
 from qd2mora.errors import InputRefused
 from qd2mora.mixture import MixtureConfig, read_rows, reads_first_pass
+from qd2mora.modeling_mixture import AUTO_MAP, MixtureLlamaConfig, MixtureLlamaForCausalLM
 from qd2mora.recipe import Base
 from qd2mora.run_folder import OpenRun, is_run, open_run
+from qd2mora.sealed import MANIFEST, open_manifest
+from qd2mora.untrusted import check_adapter, check_config, check_weights
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Subject:
         )
         with torch.no_grad():
             out = self.plain.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-        return [_until(row, eos) for row in out[:, ids.shape[1] :].tolist()]
+        return [until(row, eos) for row in out[:, ids.shape[1] :].tolist()]
 
 
 def open_subject(path: str | Path, allow_changed: Collection[str] = ()) -> Subject:
@@ -86,12 +90,54 @@ def open_subject(path: str | Path, allow_changed: Collection[str] = ()) -> Subje
         return Subject(opened.model, opened.tokenizer, opened)
     if not Path(path).is_dir():
         raise InputRefused(f"'{path}': no such folder; name a run or a model folder")
+    folder = Path(path)
+    if is_routed_export(folder):
+        return Subject(_routed_export(folder), load_tokenizer(str(path)))
+    if (folder / "adapter_config.json").is_file():
+        return _lora_export(folder)
     base = Base(model=str(path), quantization="none")
     return Subject(load_base(base), load_tokenizer(base.model))
 
 
-def _until(tokens: list[int], end: int) -> list[int]:
+def is_routed_export(folder: Path) -> bool:
+    """Tell whether a folder holds an export of the routed model itself."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("model_type") == MixtureLlamaConfig.model_type
+
+
+def _routed_export(folder: Path) -> Any:
+    """Load an export of the routed model by this package's own code; the folder's copy of it is not run."""
+    device = default_device()
+    dtype = compute_dtype(Base(model=str(folder), quantization="none"), device)
+    check_config(folder, code=AUTO_MAP)
+    check_weights(folder)
+    try:
+        config = MixtureLlamaConfig.from_pretrained(folder)
+        model = MixtureLlamaForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputRefused(f"'{folder}' cannot be loaded: {str(error).splitlines()[0]}") from error
+    return model.eval()
+
+
+def _lora_export(folder: Path) -> Subject:
+    """Put a LoRA on its base, in the quantisation that its manifest tells, else in none."""
+    check_adapter(folder)
+    content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = open_manifest(folder).get("base") if (folder / MANIFEST).is_file() else None
+    base = Base(**(settings or {"model": str(content.get("base_model_name_or_path")), "quantization": "none"}))
+    model = PeftModel.from_pretrained(load_base(base), str(folder))
+    where = str(folder) if (folder / "tokenizer_config.json").is_file() else base.model
+    return Subject(model.eval(), load_tokenizer(where))
+
+
+def until(tokens: list[int], end: int) -> list[int]:
+    """Return the tokens before the first end token."""
     return tokens[: tokens.index(end)] if end in tokens else tokens
 
 
-__all__ = ["Subject", "open_subject"]
+__all__ = ["Subject", "open_subject", "until"]

@@ -111,7 +111,7 @@ def merge(
             Path(out), made.strategy, made.exact, made.fidelity, made.unexplained, written, made.calibration_rows, form
         )
         write_json(stage / "export_report.json", export.to_json())
-        seal(stage, written)
+        seal(stage, written, source.base)
     return export
 
 

@@ -94,14 +94,10 @@ def write_exact(
 
 
 def _write_code(source: Source, folder: Path, dtype: str, specs: dict[str, dict[str, Any]]) -> None:
-    stem = CODE.removesuffix(".py")
     content = config_of(source, "float32" if dtype == "nf4" else dtype) | {
         "model_type": modeling_mixture.MixtureLlamaConfig.model_type,
         "architectures": [modeling_mixture.MixtureLlamaForCausalLM.__name__],
-        "auto_map": {
-            "AutoConfig": f"{stem}.{modeling_mixture.MixtureLlamaConfig.__name__}",
-            "AutoModelForCausalLM": f"{stem}.{modeling_mixture.MixtureLlamaForCausalLM.__name__}",
-        },
+        "auto_map": modeling_mixture.AUTO_MAP,
         "mixture": specs,
     }
     if dtype == "nf4":

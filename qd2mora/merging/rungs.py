@@ -13,6 +13,7 @@ from qd2mora.merging.shards import shard_bytes
 from qd2mora.merging.source import Source
 from qd2mora.merging.static import Statics
 from qd2mora.merging.writer import DTYPES, Written, write_model
+from qd2mora.recipe import Base
 from qd2mora.run_folder import OpenRun
 from qd2mora.sealed import MANIFEST, seal_folder
 
@@ -79,14 +80,14 @@ def prepare_rung(opened: OpenRun, source: Source, statics: Statics, form: Form) 
     return RUNGS[form.to].prepare(opened, source, statics, form)
 
 
-def seal(folder: Path, written: Written) -> None:
-    """Write the manifest: size and hash of every file, those just written by what was meant to be written."""
+def seal(folder: Path, written: Written, base: Base) -> None:
+    """Write the manifest: the base trained on, and each file's size and hash, as they were meant to be written."""
     known = {file.name: (file.num_bytes, file.sha256) for file in written.files}
     for path in sorted(folder.iterdir()):
         if path.name not in known and path.name != MANIFEST:
             with path.open("rb") as file:
                 known[path.name] = (path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
-    seal_folder(folder, known, {"kind": "export"})
+    seal_folder(folder, known, {"kind": "export", "base": base.model_dump()})
 
 
 def _hf(opened: OpenRun, source: Source, statics: Statics, form: Form) -> Write:

@@ -1,0 +1,104 @@
+"""Verbs that talk with a run, an export or a base: generate, chat."""
+
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from qd2mora.cli.app import AllowChanged, ModelPath, app, numbers
+
+Task = Annotated[str | None, typer.Option(help="Task, where the adapter routes by task.")]
+Vector = Annotated[str | None, typer.Option(help="Numbers with commas, where the adapter reads a vector.")]
+Template = Annotated[
+    str | None,
+    typer.Option(help="Wording: instruction, tokenizer (its chat template), chatml, plain; else as trained."),
+]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token, more draws.")]
+TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens of this summed probability.")]
+Seed = Annotated[int, typer.Option(help="The same seed draws the same.", min=0)]
+
+
+@app.command()
+def generate(
+    model: ModelPath,
+    prompt: Annotated[str, typer.Option(help="Instruction to follow; - reads standard input.", show_default=False)],
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text without any template.")] = False,
+    task: Task = None,
+    vector: Vector = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=1)] = 128,
+    template: Template = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    allow_changed: AllowChanged = None,
+) -> None:
+    """Write the answer to a prompt as it comes, routed adapter included."""
+    from qd2mora.evaluation import Sampling
+    from qd2mora.evaluation import generate as run_generation
+
+    sampling = Sampling(temperature, top_p, seed)
+    run_generation(
+        model,
+        sys.stdin.read() if prompt == "-" else prompt,
+        raw=raw,
+        task=task,
+        vector=None if vector is None else numbers(vector),
+        max_new_tokens=max_new_tokens,
+        template=template,
+        sampling=sampling,
+        write=_show,
+        allow_changed=allow_changed or (),
+    )
+    typer.echo()
+
+
+@app.command()
+def chat(
+    model: ModelPath,
+    task: Task = None,
+    vector: Vector = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1)] = 512,
+    template: Template = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    allow_changed: AllowChanged = None,
+) -> None:
+    """Talk, line by line from standard input; /new forgets what was said, the end of input ends it.
+
+    Where no chat template words the conversation, each line is an instruction of its own, as in training.
+    """
+    from qd2mora.evaluation import Sampling
+    from qd2mora.evaluation import chat as run_chat
+
+    run_chat(
+        model,
+        _lines(),
+        _show,
+        task=task,
+        vector=None if vector is None else numbers(vector),
+        max_new_tokens=max_new_tokens,
+        template=template,
+        sampling=Sampling(temperature, top_p, seed),
+        allow_changed=allow_changed or (),
+    )
+
+
+def _lines() -> Iterator[str]:
+    """Yield the lines of standard input, asking for each where somebody sits there."""
+    while True:
+        if sys.stdin.isatty():
+            typer.echo("> ", nl=False)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+__all__ = ["chat", "generate"]

@@ -1,0 +1,270 @@
+"""Talking with a model: one answer or a conversation, token by token as it is written.
+
+How a message is worded: a run trained on conversations takes its task's chat template, any other run the instruction
+template that it was trained on; a plain model takes its tokenizer's chat template where it brings one. Chat templates
+are rendered in a child with limits, as in training. Generation is transformers' own, with its cache.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from qd2mora.data import chat as chat_format
+from qd2mora.data.instruction import split
+from qd2mora.data.rows import BadRow
+from qd2mora.data.template import ChatTemplate
+from qd2mora.data.tokenise import special_tokens
+from qd2mora.errors import InputRefused, nearest
+from qd2mora.evaluation.subject import Subject, open_subject, until
+from qd2mora.mixture import reads_first_pass
+
+Write = Callable[[str], None]
+INSTRUCTION, OWN = "instruction", "tokenizer"
+FORGET = "/new"
+_HALF_LETTER = "�"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: the likeliest at temperature 0, else drawn; the same seed draws the same."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise InputRefused(f"--temperature: {self.temperature} will not do: 0 for the likeliest token, or above")
+        if not 0 < self.top_p <= 1:
+            raise InputRefused(f"--top-p: {self.top_p} will not do: above 0, up to 1")
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    raw: bool = False,
+    task: str | None = None,
+    vector: list[float] | None = None,
+    max_new_tokens: int = 128,
+    template: str | None = None,
+    sampling: Sampling | None = None,
+    write: Write | None = None,
+    allow_changed: Collection[str] = (),
+) -> str:
+    """Answer an instruction or (`raw`) continue a text; `task` and `vector` where the adapter reads them.
+
+    `template`: instruction, tokenizer (its own chat template), chatml or plain; None as trained. `write` gets the text
+    as it comes. Raises InputRefused, DamagedFile.
+    """
+    talk = open_talk(model, task=task, vector=vector, allow_changed=allow_changed)
+    talk.max_new_tokens, talk.sampling = max_new_tokens, sampling or Sampling()
+    if raw:
+        return talk.continue_text(prompt, write)
+    with talk.worded(template):
+        return talk.answer(prompt, write)
+
+
+def chat(
+    model: str | Path,
+    lines: Iterable[str],
+    write: Write,
+    *,
+    task: str | None = None,
+    vector: list[float] | None = None,
+    max_new_tokens: int = 512,
+    template: str | None = None,
+    sampling: Sampling | None = None,
+    allow_changed: Collection[str] = (),
+) -> None:
+    """Answer line after line, the conversation so far in mind where a chat template words it; `/new` forgets it.
+
+    Raises InputRefused, DamagedFile.
+    """
+    talk = open_talk(model, task=task, vector=vector, allow_changed=allow_changed)
+    talk.max_new_tokens, talk.sampling = max_new_tokens, sampling or Sampling()
+    with talk.worded(template):
+        for line in lines:
+            message = line.strip()
+            if message == FORGET:
+                talk.messages.clear()
+            elif message:
+                talk.answer(message, write)
+                write("\n")
+
+
+def open_talk(
+    model: str | Path,
+    *,
+    task: str | None = None,
+    vector: list[float] | None = None,
+    allow_changed: Collection[str] = (),
+) -> "Talk":
+    """Open a run, an export or a base for talking. Raises InputRefused, DamagedFile."""
+    subject = open_subject(model, allow_changed)
+    number = _task_number(subject, task)
+    return Talk(subject, task, number, vector if _checked_vector(subject, vector) else None)
+
+
+@dataclass
+class Talk:
+    """A conversation with one model, and how it is worded."""
+
+    subject: Subject
+    task: str | None
+    task_number: int
+    vector: list[float] | None
+    max_new_tokens: int = 128
+    sampling: Sampling = field(default_factory=Sampling)
+    messages: list[dict[str, str]] = field(default_factory=list)
+    _template: ChatTemplate | None = None
+
+    @contextmanager
+    def worded(self, template: str | None) -> Iterator[None]:
+        """Word messages by a template while the block runs. Raises InputRefused."""
+        text, where = self._wording(template)
+        if text is None:
+            yield
+            return
+        with ChatTemplate(text, special_tokens(self.subject.tokenizer), where) as self._template:
+            yield
+        self._template = None
+
+    def answer(self, message: str, write: Write | None = None) -> str:
+        """Answer a message; both join the conversation. Raises InputRefused."""
+        if self._template is None:
+            return self.continue_text(split({"instruction": message, "output": ""})[0], write)
+        self.messages.append({"role": "user", "content": message})
+        try:
+            text = self._template.render(self.messages, asking=True)
+        except BadRow as error:
+            raise InputRefused(f"{self._template.where}: {error}") from error
+        said = self.continue_text(text, write, is_rendered=True)
+        self.messages.append({"role": "assistant", "content": said})
+        return said
+
+    def continue_text(self, text: str, write: Write | None = None, *, is_rendered: bool = False) -> str:
+        """Continue a text; a rendered one brings its own start token. Returns what `write` was given."""
+        tokenizer, plain = self.subject.tokenizer, self.subject.plain
+        ids = torch.tensor([tokenizer(text, add_special_tokens=not is_rendered)["input_ids"]], device=plain.device)
+        if not ids.numel():
+            raise InputRefused("--prompt: there is no token to go on from")
+        self.subject.route(self._row(ids.device))
+        streamer = _Streamer(tokenizer, write or (lambda piece: None))
+        with torch.no_grad(), torch.random.fork_rng(devices=[plain.device] if plain.device.type == "cuda" else []):
+            torch.manual_seed(self.sampling.seed)
+            out = plain.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=self._settings(),
+                streamer=streamer,
+            )
+        tokens = until(out[0, ids.shape[1] :].tolist(), tokenizer.eos_token_id)
+        return streamer.finish(tokens)
+
+    def _settings(self) -> GenerationConfig:
+        chosen: dict[str, Any] = {"do_sample": False}
+        if self.sampling.temperature > 0:
+            chosen = {"do_sample": True, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
+            chosen["top_k"] = 0
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            pad_token_id=self.subject.tokenizer.pad_token_id,
+            eos_token_id=self.subject.tokenizer.eos_token_id,
+            use_cache=not (self.subject.is_adapted and reads_first_pass(self.subject.model)),
+            **chosen,
+        )
+
+    def _row(self, device: torch.device) -> dict[str, torch.Tensor]:
+        row = {"task_index": torch.tensor([self.task_number], device=device)}
+        return row | ({} if self.vector is None else {"external": torch.tensor([self.vector], device=device)})
+
+    def _wording(self, template: str | None) -> tuple[str | None, str]:
+        """Return a chat template's text and its name, or None where the instruction template words messages."""
+        known = (INSTRUCTION, OWN, *chat_format.TEMPLATES)
+        if template is not None and template not in known:
+            raise InputRefused(f"--template: unknown '{template}'; {nearest(template, known)}")
+        own, chosen = self.subject.tokenizer.chat_template, template
+        if chosen is None and self.subject.run is not None:
+            tasks = self.subject.run.recipe.data.tasks
+            asked = [each for each in tasks if self.task in (None, each.name) and each.format == "chat"]
+            chosen = asked[0].template if asked else INSTRUCTION
+        if chosen is None:
+            chosen = OWN if isinstance(own, str) else INSTRUCTION
+        if chosen == INSTRUCTION:
+            return None, ""
+        text = chat_format.TEMPLATES.get(chosen, own)
+        if not isinstance(text, str):
+            there = ", ".join(name for name in known if name != OWN)
+            raise InputRefused(f"--template: the tokenizer has no chat template; there are {there}")
+        return text, "--template"
+
+
+class _Streamer(BaseStreamer):
+    """Hands on text as soon as no later token can change it: not half a letter, nor a word's space to come."""
+
+    def __init__(self, tokenizer: Any, write: Write) -> None:
+        self.tokenizer, self.write = tokenizer, write
+        self.tokens: list[int] = []
+        self.is_prompt, self.shown = True, ""
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.is_prompt:
+            self.is_prompt = False
+            return
+        self.tokens += value.flatten().tolist()
+        if self.tokens[-1] != self.tokenizer.eos_token_id:
+            self._show(self._text(self.tokens))
+
+    def end(self) -> None:
+        """The rest is shown by `finish`, which knows where the answer ends."""
+
+    def finish(self, tokens: list[int]) -> str:
+        """Show what is left of the whole answer, and return it."""
+        text = self._text(tokens)
+        self.write(text[len(self.shown) :])
+        return text
+
+    def _text(self, tokens: list[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    def _show(self, text: str) -> None:
+        if text.startswith(self.shown) and not text.endswith(_HALF_LETTER):
+            self.write(text[len(self.shown) :])
+            self.shown = text
+
+
+def _task_number(subject: Subject, task: str | None) -> int:
+    if subject.run is None:
+        if task is not None:
+            raise InputRefused("--task: this is no run, nothing here routes by task")
+        return 0
+    names = [each.name for each in subject.run.recipe.data.tasks]
+    if task is not None and task not in names:
+        raise InputRefused(f"--task: no task '{task}' in this run; there are {', '.join(names)}")
+    if task is None and subject.run.reads_task and len(names) > 1:
+        raise InputRefused(f"--task: this adapter routes by task; name one of {', '.join(names)}")
+    return names.index(task) if task else 0
+
+
+def _checked_vector(subject: Subject, vector: list[float] | None) -> bool:
+    """Tell whether the adapter reads a vector, and refuse a missing one, one too many, or one of another length."""
+    width = subject.run.vector_width if subject.run else None
+    if width is None:
+        if vector is not None:
+            raise InputRefused("--vector: this model reads none")
+        return False
+    if vector is None or len(vector) != width:
+        given = "none" if vector is None else f"{len(vector)} numbers"
+        raise InputRefused(f"--vector: this adapter reads {width} numbers of each row, {given} given")
+    return True
+
+
+__all__ = ["Sampling", "Talk", "chat", "generate", "open_talk"]
