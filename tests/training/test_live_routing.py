@@ -1,6 +1,8 @@
 """Routing while a run goes on: written at each evaluation, told once where it collapses, kept in routing.json."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,12 @@ import tiny
 import torch
 
 from qd2mora import training
+from qd2mora.errors import SignalStop
 from qd2mora.inspection import NO_ROUTERS, inspect_run
 from qd2mora.mixture import mixture_layers
 from qd2mora.recipe import Recipe, load_recipe
 from qd2mora.training import train
+from qd2mora.training.progress import StepDisplay
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +90,28 @@ def test_a_planted_collapse_is_told_once_and_written_at_each_evaluation(
     assert [line["step"] for line in alarms] == [0, 3, 6]
     assert "warning: " + alarms[0]["alarm"] == said
     assert report_of(tmp_path / "run")["alarm"] == alarms[-1]["alarm"]
+
+
+def test_a_run_that_was_broken_off_leaves_the_same_report_as_a_whole_one(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(recipe(made, tmp_path / "whole"))
+    show = StepDisplay.step
+
+    def interrupt(self: StepDisplay, step: int, metrics: dict[str, float]) -> None:
+        show(self, step, metrics)
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched, pytest.raises(SignalStop):
+        patched.setattr(StepDisplay, "step", interrupt)
+        train(recipe(made, tmp_path / "broken"))
+    train(recipe(made, tmp_path / "broken"), resume=True)
+    assert (tmp_path / "whole" / "routing.json").read_bytes() == (tmp_path / "broken" / "routing.json").read_bytes()
+    told = [
+        [line["routing"] for line in lines_of(tmp_path / name) if "routing" in line] for name in ("whole", "broken")
+    ]
+    assert told[0] == told[1] and len(told[0]) == 3
 
 
 def test_without_held_out_rows_training_rows_are_watched(made: Path, tmp_path: Path) -> None:
