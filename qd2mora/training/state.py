@@ -109,7 +109,9 @@ class LocalState:
             for name, parameter in self.parameters.items():
                 parameter.copy_(before[name])
         adapter, moments, _ = self.collect(copied=False)
-        return inventory_of(adapter), inventory_of(moments)
+        found = inventory_of(adapter), inventory_of(moments)
+        self.optimizer.state.clear()  # where there is nothing to restore, that update must not have been
+        return found
 
 
 def owner_of(moment: str) -> str:
