@@ -131,7 +131,8 @@ class Offload(Section):
 
     activations: Literal["auto", "none"] = "auto"
     embeddings: Literal["auto", "none"] = "auto"
-    optimizer: Literal["none"] = "none"
+    optimizer: Literal["none", "cpu"] = "none"
+    """`cpu`: moments and update on the host, with `engine: deepspeed`."""
     weights: Literal["none"] = "none"
 
 
@@ -143,7 +144,16 @@ class Memory(Section):
     checkpointing: Literal["auto", "on", "off"] = "auto"
     """Recompute each decoder layer in the backward pass; auto: off where the plan fits the budget without."""
     offload: Offload = Offload()
-    engine: Literal["none"] = "none"
+    engine: Literal["none", "deepspeed"] = "none"
+    """`deepspeed`: moments are shared out over the processes of a run (ZeRO)."""
+    zero_stage: Literal[2] = 2
+    """ZeRO-2. Not 3: the loss and the mixtures read weights outside of the modules that stage 3 gathers them for."""
+
+    @model_validator(mode="after")
+    def _engine_moves_moments(self) -> "Memory":
+        if self.offload.optimizer == "cpu" and self.engine == "none":
+            raise ValueError("offload.optimizer: cpu needs engine: deepspeed, which keeps moments on the host")
+        return self
 
 
 class Finish(Section):

@@ -1,7 +1,6 @@
 """Training: from a recipe to a run folder."""
 
 import contextlib
-import importlib.util
 import itertools
 import math
 from collections.abc import Collection, Iterator
@@ -10,15 +9,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qd2mora.adapter_folder import base_identity, save_adapter
 from qd2mora.base import (
     base_config,
     compute_dtype,
-    default_device,
     enable_checkpointing,
     fingerprint,
     load_base,
@@ -29,6 +27,7 @@ from qd2mora.errors import InputRefused, WillNotFit
 from qd2mora.evaluation import AskedTask, Subject, ask_held_out, score_all
 from qd2mora.evaluation.rouge import rouge_l
 from qd2mora.inspection.content import write_routing
+from qd2mora.memory.engine import check_engine, refuse_storage
 from qd2mora.memory.plan import Plan, plan
 from qd2mora.mixture import MixtureConfig, adapter_tensors, add_adapter, selection_biases
 from qd2mora.recipe import Recipe, Train
@@ -39,17 +38,19 @@ from qd2mora.training.disk import as_trouble, checkpoint_bytes, refuse_full
 from qd2mora.training.faults import as_lost
 from qd2mora.training.identity import identity_of_inputs, refuse_changed
 from qd2mora.training.journal import Journal
+from qd2mora.training.launch import launched
 from qd2mora.training.lock import locked
 from qd2mora.training.loop import Training
 from qd2mora.training.opening import check_folder, lineage, open_folder, read_manifest, restore
 from qd2mora.training.optimizer import build_optimizer
-from qd2mora.training.processes import PATIENCE, Processes
+from qd2mora.training.processes import Processes
 from qd2mora.training.progress import StepDisplay
 from qd2mora.training.saver import Saver
 from qd2mora.training.stages import check_stages
 from qd2mora.training.start import check_packing, check_rows, start_adapter
-from qd2mora.training.state import LocalState, Progress
+from qd2mora.training.state import LocalState, Progress, StateSource
 from qd2mora.training.time_limit import TimeLimit
+from qd2mora.training.zero import ZeroOptimizer, ZeroState
 
 FIRST_LOSS_SCALE = 2.0**16
 MOST_ROWS_COUNTED = 200_000
@@ -83,8 +84,9 @@ def train(
     check_stages(config, recipe.train)
     if recipe.data.packing:
         check_packing(config)
+    check_engine(recipe, config)
     with listening() as stop, as_lost(), contextlib.ExitStack() as held:
-        accelerator = _accelerator(recipe, folder)
+        accelerator = launched(recipe, folder)
         processes = Processes.of(accelerator)
 
         def take_folder() -> None:
@@ -138,8 +140,7 @@ def _train_locked(
         changed += refuse_changed(before["identity"], {"base": identity["base"]}, allow_changed)
     processes.copy_from_main(adapter_tensors(model))
     parameters = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-    optimizer = build_optimizer(recipe.train, list(parameters.values()))
-    source = LocalState(parameters, optimizer, selection_biases(model))
+    optimizer, source = _updater(recipe, accelerator, model, parameters)
     progress, problems = restore(folder, source, processes) if resume else (Progress(), [])
     manifest = {
         "identity": identity,
@@ -198,6 +199,18 @@ def _train_locked(
                 _save_routing(folder, training)
     accelerator.end_training()
     return Trained(folder.path, progress.step, losses, progress.bad_steps, accelerator.is_main_process)
+
+
+def _updater(
+    recipe: Recipe, accelerator: Accelerator, model: PeftModel, parameters: dict[str, nn.Parameter]
+) -> tuple[torch.optim.Optimizer | ZeroOptimizer, StateSource]:
+    """Return who updates the parameters, and where a checkpoint's content comes from."""
+    plain, moved = build_optimizer(recipe.train, list(parameters.values())), selection_biases(model)
+    if recipe.memory.engine == "none":
+        return plain, LocalState(parameters, plain, moved)
+    refuse_storage(model)
+    sharded = ZeroOptimizer(accelerator, model, parameters, plain)
+    return sharded, ZeroState(sharded, moved)
 
 
 def _fitting_plan(recipe: Recipe, device: torch.device) -> Plan:
@@ -274,24 +287,6 @@ def _save_routing(folder: RunFolder, training: Training) -> None:
     if training.live.step is not None or not training.live.watch.routers:
         with as_trouble("the routing report", folder.path):
             write_routing(folder, training.live.content())
-
-
-def _accelerator(recipe: Recipe, folder: RunFolder) -> Accelerator:
-    for tracker in recipe.train.trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise InputRefused(f"train.trackers: {tracker} is not installed; pip install {tracker}")
-    accelerator = Accelerator(
-        cpu=default_device().type == "cpu",
-        mixed_precision="no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        log_with=list(recipe.train.trackers) or None,
-        project_dir=str(folder.path),
-    )
-    rows, processes = recipe.train.global_batch, accelerator.num_processes
-    if rows % processes:
-        raise InputRefused(f"train.global_batch: {rows} rows do not divide over {processes} processes")
-    set_seed(recipe.train.seed)
-    return accelerator
 
 
 def _say_what_starts(training: Training, planned: Plan) -> None:

@@ -23,14 +23,14 @@ Identity = dict[str, Any]
 def identity_of_inputs(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tasks: list[TaskRows], processes: int, device: torch.device
 ) -> Identity:
-    """Return everything but the base's weights: recipe keys, versions, tokenizer, data, processes, device.
+    """Return everything but the base's weights: recipe keys, versions, tokenizer, data, processes, device, engine.
 
     `data.NAME` is the file; `rows.NAME` is what template and tokenizer made of it, in order, held-out rows too.
     """
     versions = {f"versions.{name}": importlib.metadata.version(name) for name in PACKAGES}
     files = {f"data.{task.name}": content_hash(task.path) for task in recipe.data.tasks}
     rows = {f"rows.{task.task.name}": _hash_of_rows(task) for task in tasks}
-    where = {"device": device.type, "processes": processes}
+    where = {"device": device.type, "processes": processes, "engine": recipe.memory.engine}
     return _recipe_keys(recipe) | versions | where | {"tokenizer": tokenizer_hash(tokenizer)} | files | rows
 
 

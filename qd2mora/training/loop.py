@@ -39,6 +39,7 @@ from qd2mora.training.stages import enter_stage
 from qd2mora.training.state import Progress
 from qd2mora.training.time_limit import TimeLimit
 from qd2mora.training.watchdog import Watchdog
+from qd2mora.training.zero import ZeroOptimizer
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Training:
     processes: Processes
     model: PeftModel
     parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | ZeroOptimizer
     mixture: Mixture
     tasks: list[TaskRows]
     config: MixtureConfig
@@ -229,7 +230,9 @@ class Training:
         """Add the gradients of one micro batch; return its part of the step's loss. `share`: one over all labels."""
 
         def backward(loss: Tensor) -> None:
-            (loss * (self.progress.loss_scale or 1.0)).backward()
+            scaled = loss * (self.progress.loss_scale or 1.0)
+            # An engine would take a backward pass for a step of its own.
+            self._add_gradient(scaled) if isinstance(self.optimizer, ZeroOptimizer) else scaled.backward()
 
         if self.config.row.estimator == "rloo":
             assert self._routing is not None

@@ -11,6 +11,7 @@ from torch import nn
 from qd2mora.errors import InputRefused
 from qd2mora.mixture import MixtureConfig, mixture_layers, routing_of
 from qd2mora.recipe import Train
+from qd2mora.training.zero import ZeroOptimizer
 
 
 def check_stages(config: MixtureConfig, train: Train) -> None:
@@ -33,7 +34,7 @@ def stage_of(update: int, total: int, num_stages: int) -> int:
 
 
 def enter_stage(
-    model: nn.Module, optimizer: torch.optim.Optimizer, config: MixtureConfig, update: int, total: int
+    model: nn.Module, optimizer: torch.optim.Optimizer | ZeroOptimizer, config: MixtureConfig, update: int, total: int
 ) -> None:
     """Tell the layers which expert this update trains; where a stage begins, forget the moments of older experts."""
     routing = routing_of(model)

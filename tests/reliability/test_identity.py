@@ -27,7 +27,16 @@ HARMLESS = [
     "train.save_every=3", "train.eval_every=2", "train.keep_checkpoints=3", "train.log_every=2", "train.micro_batch=1",
     "train.time_limit=2h", "memory.checkpointing=on", "memory.budget=8GiB", "finish.score=true",
 ]  # fmt: skip
-FIELDS = ["versions.torch", "versions.transformers", "versions.qd2mora", "device", "processes", "tokenizer", "base"]
+FIELDS = [
+    "versions.torch",
+    "versions.transformers",
+    "versions.qd2mora",
+    "device",
+    "processes",
+    "engine",
+    "tokenizer",
+    "base",
+]
 
 
 @pytest.fixture(scope="module")

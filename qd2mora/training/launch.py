@@ -1,0 +1,45 @@
+"""How a run meets its launcher: one process, or several that torchrun, accelerate or deepspeed have started."""
+
+import importlib.util
+
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, set_seed
+
+from qd2mora.base import default_device
+from qd2mora.errors import InputRefused
+from qd2mora.memory.engine import engine_settings, prepare_host
+from qd2mora.recipe import Recipe
+from qd2mora.run_folder import RunFolder
+from qd2mora.training.processes import PATIENCE
+
+
+def launched(recipe: Recipe, folder: RunFolder) -> Accelerator:
+    """Return the accelerator of this process. Raises InputRefused."""
+    for tracker in recipe.train.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise InputRefused(f"train.trackers: {tracker} is not installed; pip install {tracker}")
+    is_sharded, on_cpu = recipe.memory.engine == "deepspeed", default_device().type == "cpu"
+    # With cpu=True accelerate 1.15 passes over the engine; without, it needs to be told of gloo.
+    backend = "gloo" if is_sharded and on_cpu else None
+    accelerator = Accelerator(
+        cpu=on_cpu and not is_sharded,
+        mixed_precision="no",
+        deepspeed_plugin=_engine(recipe) if is_sharded else None,
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=PATIENCE)],
+        log_with=list(recipe.train.trackers) or None,
+        project_dir=str(folder.path),
+    )
+    rows, processes = recipe.train.global_batch, accelerator.num_processes
+    if rows % processes:
+        raise InputRefused(f"train.global_batch: {rows} rows do not divide over {processes} processes")
+    set_seed(recipe.train.seed)
+    return accelerator
+
+
+def _engine(recipe: Recipe) -> DeepSpeedPlugin:
+    prepare_host()
+    # Weights are loaded whole and shared out afterwards: transformers cannot load 4-bit ones in shards.
+    return DeepSpeedPlugin(hf_ds_config=engine_settings(recipe), zero3_init_flag=False)
+
+
+__all__ = ["launched"]
