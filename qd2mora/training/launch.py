@@ -3,7 +3,7 @@
 import importlib.util
 
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, set_seed
+from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs, set_seed
 
 from qd2mora.base import default_device
 from qd2mora.errors import InputRefused
@@ -29,6 +29,11 @@ def launched(recipe: Recipe, folder: RunFolder) -> Accelerator:
         log_with=list(recipe.train.trackers) or None,
         project_dir=str(folder.path),
     )
+    if is_sharded != (accelerator.distributed_type == DistributedType.DEEPSPEED):
+        raise InputRefused(
+            f"memory.engine: {recipe.memory.engine}, but accelerate was set up otherwise in this process before; start "
+            "the run in a process of its own"
+        )
     rows, processes = recipe.train.global_batch, accelerator.num_processes
     if rows % processes:
         raise InputRefused(f"train.global_batch: {rows} rows do not divide over {processes} processes")

@@ -24,9 +24,7 @@ def start_pair(target: Callable[..., Any], *args: Any, log: Path | None = None) 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        runs.start(_as_rank, target, *args, log=log, env={**place, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
-    ]
+    return [runs.start(anew, target, *args, log=log, env={**place, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
 
 
 def ended(pair: Sequence[BaseProcess], patience_s: float = PATIENCE_S) -> list[int | None]:
@@ -157,7 +155,7 @@ def _forbid_writing(folder: str) -> None:
     sys.addaudithook(audit)
 
 
-def _as_rank(target: Callable[..., Any], *args: Any) -> None:
+def anew(target: Callable[..., Any], *args: Any) -> None:
     """Forget the single process of the warm-up, then run."""
     from accelerate.state import AcceleratorState, GradientState
 
