@@ -173,19 +173,23 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.mixture_spec]
         form = self._form(x, names) if not (args or kwargs) else None
         if form is not None:
-            y = self._routed(None, x, names.pop(0), form)
+            name = names.pop(0)
+            is_static = name in self.static_updates
+            y = self._static(None, x, name, form) if is_static else self._routed(None, x, name, form)
         else:
             y = self.base_layer(x, *args, **kwargs)
         for name in names:
             y = self.base_scaled(y, name)
-            y = y + self._static(x, name).to(y.dtype) if name in self.static_updates else self._routed(y, x, name)
+            y = self._static(y, x, name) if name in self.static_updates else self._routed(y, x, name)
         return y
 
     def _form(self, x: Tensor, names: list[str]) -> frozen.Form | None:
         """Return the frozen base's form where its product joins the first adapter's autograd function."""
-        if not names or names[0] in self.static_updates or not torch.is_grad_enabled():
+        if not names or not torch.is_grad_enabled():
             return None
         tensors = self.tensors(names[0])
+        if names[0] in self.static_updates:
+            tensors |= self.static_updates[names[0]].tensors()
         if "mixture_base_scale" in tensors or torch.is_autocast_enabled(x.device.type):
             return None
         if not (x.requires_grad or any(tensor.requires_grad for tensor in tensors.values())):
@@ -240,10 +244,16 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         observer = (lambda x: Observer.of(spec, routing, name, x)) if self.training else None
         return compiled.enter(self, compiled.Entry(plan, draw, observer))
 
-    def _static(self, x: Tensor, name: str) -> Tensor:
+    def _static(self, y: Tensor | None, x: Tensor, name: str, form: frozen.Form | None = None) -> Tensor:
+        """Return what `_routed` does, with the static update in the place of routing."""
         update = self.static_updates[name]
-        u = ops.features(x, [update.down])
-        return ops.up_product(u, update.up, update.scaling, x.dtype)
+        step = ops.RankStep((update.rank,), (update.rank,))
+        plan = Plan(1, 1, (), step, update.scaling, form)
+        if y is not None:
+            return add_mixture(plan, y, x, [update.down], [update.up], {})
+        return mixed_linear(
+            plan, frozen.tensors_of(cast(nn.Linear, self.base_layer), form), x, [update.down], [update.up], {}
+        )
 
     def _features(self, x: Tensor, name: str) -> tuple[Tensor, dict[str, Tensor]]:
         return ops.wide(ops.features(x, [self.rows(name), *self._routers_of_x(name)])), self._small(x, name)

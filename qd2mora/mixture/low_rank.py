@@ -23,6 +23,10 @@ class LowRank:
         """q."""
         return self.down.shape[0]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return both factors by name."""
+        return {"static_down": self.down, "static_up": self.up}
+
     def dense(self) -> Tensor:
         """Return s B A, (d_out, d_in) float32, without the base's change."""
         return self.scaling * (self.up.float() @ self.down.float())
