@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,8 +15,11 @@ from qd2mora.stopping import listening
 def merge(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="New folder for the export.", show_default=False)],
-    strategy: Annotated[str, typer.Option(help="From routed to static: core_lsq or mean_gate.")] = "core_lsq",
-    task: Annotated[str | None, typer.Option(help="Export for this task alone.")] = None,
+    strategy: Annotated[
+        str,
+        typer.Option(help="From routed to static: auto, core_lsq, distill, mean_gate, per_task or sequential."),
+    ] = "auto",
+    task: Annotated[str | None, typer.Option(help="Export for this task alone; all: one export for each.")] = None,
     vector: Annotated[str | None, typer.Option(help="Export for rows with this vector: numbers with commas.")] = None,
     to: Annotated[str, typer.Option(help="hf or gguf: weights; lora: a PEFT LoRA; exact: the routed model.")] = "hf",
     base: Annotated[str, typer.Option(help="Weights added to: dequantized (trained on) or original.")] = "dequantized",
@@ -26,23 +29,25 @@ def merge(
 ) -> None:
     """Export ordinary weights, a LoRA or the routed model itself, with a report of what the export keeps."""
     from qd2mora.merging import merge as run_merge
+    from qd2mora.merging import merge_tasks
     from qd2mora.report import show_export
 
-    row, allowed = None if vector is None else numbers(vector), allow_changed or ()
+    options: dict[str, Any] = {
+        "strategy": strategy,
+        "vector": None if vector is None else numbers(vector),
+        "to": to,
+        "base": base,
+        "dtype": dtype,
+        "max_shard": max_shard,
+        "allow_changed": allow_changed or (),
+    }
     with listening():
-        done = run_merge(
-            run,
-            out,
-            strategy=strategy,
-            task=task,
-            vector=row,
-            to=to,
-            base=base,
-            dtype=dtype,
-            max_shard=max_shard,
-            allow_changed=allowed,
-        )
-    show_export(done, out, Console())
+        if task == "all":
+            exports = list(merge_tasks(run, out, **options).values())
+        else:
+            exports = [run_merge(run, out, task=task, **options)]
+    for export in exports:
+        show_export(export, export.folder, Console())
 
 
 @app.command(name="eval")

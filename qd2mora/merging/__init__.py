@@ -9,22 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
-from torch import Tensor
-
 from qd2mora.errors import InputRefused
-from qd2mora.merging.fidelity import Fidelity, measure, missed
+from qd2mora.merging.fidelity import Fidelity
+from qd2mora.merging.making import Made, constant_mixing, make_static, measure_routed
 from qd2mora.merging.rungs import Form, form_of, open_source, prepare_rung, seal
-from qd2mora.merging.sample import Sample, batches_of, sample_rows
-from qd2mora.merging.setting import Setting
-from qd2mora.merging.static import Statics, of_cores
 from qd2mora.merging.strategies import STRATEGIES, find_strategy
 from qd2mora.merging.writer import Written
-from qd2mora.mixture import mixture_layers, read_rows
-from qd2mora.mixture.method import TASK, TOKEN
 from qd2mora.mixture.presets import find_method
-from qd2mora.run_folder import OpenRun, open_run, read_recipe, refuse_taken, staged_folder, write_json
+from qd2mora.run_folder import open_run, read_recipe, refuse_taken, staged_folder, write_json
+
+DEFAULT = "auto"
 
 
 @dataclass(frozen=True)
@@ -32,13 +26,26 @@ class Export:
     """What a merge made, and how near it is to the routed model."""
 
     folder: Path
-    strategy: str
-    exact: bool
-    fidelity: Fidelity | None
-    unexplained: dict[str, float]
+    made: Made
     written: Written
-    calibration_rows: int
     form: Form
+
+    @property
+    def strategy(self) -> str:
+        return self.made.strategy
+
+    @property
+    def exact(self) -> bool:
+        return self.made.exact
+
+    @property
+    def unexplained(self) -> dict[str, float]:
+        return self.made.unexplained
+
+    @property
+    def fidelity(self) -> Fidelity | None:
+        """How near the export is on the base that it was written on."""
+        return self.made.bases.get(self.form.base)
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `export_report.json`."""
@@ -49,8 +56,12 @@ class Export:
             "dtype": self.form.dtype,
             "strategy": self.strategy,
             "exact": self.exact,
+            "task": self.made.task,
             **(self.fidelity.to_json() if self.fidelity else unmeasured),
-            "calibration_rows": self.calibration_rows,
+            "bases": {name: each.to_json() for name, each in self.made.bases.items()},
+            "calibration_rows": self.made.calibration_rows,
+            "notes": self.made.notes,
+            "seconds": self.made.seconds,
             "modules": {
                 name: {"unexplained": share, "rounding": self.written.rounding.get(name, 0.0)}
                 for name, share in self.unexplained.items()
@@ -60,23 +71,11 @@ class Export:
         }
 
 
-@dataclass(frozen=True)
-class Made:
-    """The static updates of a run, before anything is written: what every writer starts from."""
-
-    strategy: str
-    exact: bool
-    statics: Statics
-    fidelity: Fidelity | None
-    unexplained: dict[str, float]
-    calibration_rows: int
-
-
 def merge(
     run: str | Path,
     out: str | Path,
     *,
-    strategy: str = "core_lsq",
+    strategy: str = DEFAULT,
     task: str | None = None,
     vector: list[float] | None = None,
     to: str = "hf",
@@ -107,67 +106,17 @@ def merge(
     del opened  # the writing needs one weight at a time
     with staged_folder(Path(out)) as stage:
         written = write(stage)
-        export = Export(
-            Path(out), made.strategy, made.exact, made.fidelity, made.unexplained, written, made.calibration_rows, form
-        )
+        export = Export(Path(out), made, written, form)
         write_json(stage / "export_report.json", export.to_json())
         seal(stage, written, source.base)
     return export
 
 
-def measure_routed(opened: OpenRun, task: str | None = None, vector: list[float] | None = None) -> Made:
-    """Measure the routed adapter as it is; it is told the task, where its routers read one beside the token."""
-    number = _task_number(opened, task)
-    _check_vector(opened, vector)
-    held_out = batches_of(opened, sample_rows(opened, number).held_out, vector)
-    fidelity = measure(opened.model, {}, held_out) if held_out else None
-    if number is not None:
-        read_rows(opened.model, {"task_index": torch.tensor([number], device=opened.model.device)})
-    return Made("routed", True, {}, fidelity, {}, 0)
-
-
-def make_static(opened: OpenRun, strategy: str, task: str | None = None, vector: list[float] | None = None) -> Made:
-    """Make and measure the static updates of an open run; writes nothing. Raises InputRefused."""
-    number = _task_number(opened, task)
-    _check_vector(opened, vector)
-    rows = sample_rows(opened, number)
-    is_exact = opened.depends_on != TOKEN
-    if is_exact:
-        statics = of_cores(opened.model, constant_mixing(opened.model, number or 0, vector))
-    else:
-        statics = find_strategy(strategy)(_setting(opened, rows))
-    held_out = batches_of(opened, rows.held_out, vector)
-    tested = held_out or batches_of(opened, rows.calibration, vector)
-    names = [each.name for each in opened.recipe.data.tasks] if task is None else []
-    return Made(
-        strategy="exact" if is_exact else strategy,
-        exact=is_exact,
-        statics=statics,
-        fidelity=measure(opened.model, statics, held_out, names) if held_out else None,
-        unexplained=missed(opened.model, statics, tested),
-        calibration_rows=0 if is_exact else len(rows.calibration),
-    )
-
-
-def _setting(opened: OpenRun, rows: Sample) -> Setting:
-    calibration, checking = batches_of(opened, rows.calibration), batches_of(opened, rows.checking)
-    return Setting(opened.model, calibration, checking, rows.trained_rows, opened.recipe.train.seed)
-
-
-def constant_mixing(
-    model: PeftModel, task: int, vector: list[float] | None = None, adapter_name: str = "default"
-) -> dict[str, Tensor]:
-    """Return the K of every linear, float64, where it depends on no token; `task`, `vector`: those exported for."""
-    routing: Any = model.base_model
-    mixing = {}
-    for name, layer in mixture_layers(model).items():
-        device = layer.tensors(adapter_name)["mixture_A"].device
-        routing.routing.task_index = torch.tensor([task], device=device)
-        routing.routing.external = None if vector is None else torch.tensor([vector], device=device)
-        with torch.no_grad():
-            x = torch.zeros(1, 1, layer.in_features, device=device)
-            mixing[name] = layer.mixing(x, adapter_name)[0, 0].double().cpu()
-    return mixing
+def merge_tasks(run: str | Path, out: str | Path, **options: Any) -> dict[str, Export]:
+    """Export a run once for each of its tasks, into `out`/TASK; options as for `merge`. Raises as `merge` does."""
+    refuse_taken(Path(out), "--out")
+    names = [each.name for each in read_recipe(run).data.tasks]
+    return {name: merge(run, Path(out) / name, task=name, **options) for name in names}
 
 
 def _check_placement(run: str | Path) -> None:
@@ -176,24 +125,4 @@ def _check_placement(run: str | Path) -> None:
         raise InputRefused(f"{row.name} stands beside a whole block: no weight can take its update; serve the adapter")
 
 
-def _task_number(opened: OpenRun, task: str | None) -> int | None:
-    names = [each.name for each in opened.recipe.data.tasks]
-    if task is not None and task not in names:
-        raise InputRefused(f"--task: no task '{task}' in this run; there are {', '.join(names)}")
-    if task is None and opened.depends_on == TASK and opened.reads_task and len(names) > 1:
-        method = opened.recipe.adapter.method
-        raise InputRefused(
-            f"--task: {method} routes by task, one export serves one task; name one of {', '.join(names)}"
-        )
-    return None if task is None else names.index(task)
-
-
-def _check_vector(opened: OpenRun, vector: list[float] | None) -> None:
-    width, method = opened.vector_width, opened.recipe.adapter.method
-    given = None if vector is None else len(vector)
-    if given != width:
-        wanted = "reads no vector" if width is None else f"reads a vector of {width} numbers"
-        raise InputRefused(f"--vector: {method} {wanted}, {given or 'none'} given; one export serves one vector")
-
-
-__all__ = ["STRATEGIES", "Export", "Made", "constant_mixing", "make_static", "merge"]
+__all__ = ["STRATEGIES", "Export", "Made", "constant_mixing", "make_static", "merge", "merge_tasks"]

@@ -1,38 +1,43 @@
 """Distillation: the static factors learn the routed model's own distributions on training rows.
 
 Minimises KL(routed | static) over labelled tokens by Adam, from the best closed form, with the rate falling to zero
-(which averages the last iterates). Teacher and student are one model: the frozen base and the routed adapter are
-there once, and the student's factors stand in for routing while it runs. The teacher is asked once a row; its final
-hidden states at labelled tokens are kept, not its logits. Neither dropout nor routers of the student need memory, so
-a step takes what a training step of a LoRA takes.
+(which averages the last iterates). Training rows come in random order, each once before any comes twice: on the same
+few rows a student overfits. Teacher and student are one model: the frozen base and the routed adapter are there once,
+and the student's factors stand in for routing while it runs. Rank space has at most as many parameters as the adapter,
+so a step takes what a training step takes.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
-from qd2mora.memory.loss import CHUNK, IGNORE, labelled_states, output_head
-from qd2mora.merging.setting import Batches
+from qd2mora.base import enable_checkpointing
+from qd2mora.memory.loss import IGNORE, labelled_states, output_head
+from qd2mora.merging.setting import Batches, Setting
 from qd2mora.merging.static import replaced
 from qd2mora.mixture.low_rank import LowRank
 
-LEARNING_RATE = 1e-3
+ROWS_A_STEP = 8
+LEARNING_RATE = 5e-4
 WARM_UP = 0.05
+CHUNK = 512
+"""Tokens whose logits, teacher's and student's, are there at once."""
 KEPT_BYTES = 256 << 20
 
 
 @dataclass
 class Teacher:
-    """The routed model's final hidden states at labelled tokens, kept on the CPU while they are few."""
+    """The routed model's final hidden states at labelled tokens; `keeps` those of each batch, while they are few."""
 
     model: PeftModel
+    keeps: bool = False
     kept_bytes: int = 0
     kept: dict[int, Tensor] = field(default_factory=dict)
 
@@ -42,55 +47,60 @@ class Teacher:
             return self.kept[number].to(batch["labels"].device)
         with torch.no_grad():
             states = labelled_states(self.model, batch, _labelled(batch))
-        if self.kept_bytes + states.nbytes <= KEPT_BYTES:
+        if self.keeps and self.kept_bytes + states.nbytes <= KEPT_BYTES:
             self.kept_bytes += states.nbytes
             self.kept[number] = states.cpu()
         return states
 
 
-def distill(
-    model: PeftModel,
-    start: Mapping[str, LowRank],
-    batches: Batches,
-    steps: int,
-    seed: int,
-    learning_rate: float = LEARNING_RATE,
-) -> dict[str, LowRank]:
-    """Return `start` trained for `steps` steps of one batch each, batches in a new order each time round."""
-    student = {name: _balanced(static) for name, static in start.items()}
+def distill(setting: Setting, start: Mapping[str, LowRank], steps: int) -> dict[str, LowRank]:
+    """Return `start` trained for `steps` steps of about ROWS_A_STEP rows, at least one batch, each."""
+    model, batches = setting.model, setting.training
+    student = {name: _trainable(static) for name, static in start.items()}
     parameters = [nn.Parameter(factor) for static in student.values() for factor in (static.down, static.up)]
-    pairs = zip(student.items(), zip(parameters[::2], parameters[1::2], strict=True), strict=True)
-    student = {name: LowRank(down, up, 1.0, static.base_change) for (name, static), (down, up) in pairs}
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
-    teacher, generator = Teacher(model), np.random.default_rng(seed)
-    order: list[int] = []
+    student = {
+        name: LowRank(parameters[2 * place], parameters[2 * place + 1], 1.0, static.base_change)
+        for place, (name, static) in enumerate(student.items())
+    }
+    optimizer = _optimizer(parameters, setting.eight_bit)
+    per_step = max(1, round(ROWS_A_STEP / max(1, len(batches[0]["labels"]))))
+    teacher = Teacher(model, keeps=steps * per_step > len(batches))
+    if setting.recomputes:
+        enable_checkpointing(model.get_base_model())
     for step in range(steps):
-        order = order or generator.permutation(len(batches)).tolist()
-        number = order.pop()
-        wanted = teacher.states(number, batches[number])
+        numbers = [place % len(batches) for place in range(step * per_step, (step + 1) * per_step)]
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * _factor(step, steps)
-        with replaced(model, student):
-            loss = divergence(model, batches[number], wanted)
-            loss.backward()
+            group["lr"] = LEARNING_RATE * _factor(step, steps)
+        _add_gradients(setting, student, teacher, numbers)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return {
-        name: LowRank(each.down.detach(), each.up.detach(), 1.0, each.base_change) for name, each in student.items()
-    }
+    return {name: _frozen(static) for name, static in student.items()}
+
+
+def mean_divergence(model: PeftModel, statics: Mapping[str, LowRank], batches: Batches, teacher: Teacher) -> float:
+    """Return the mean KL(routed | static) over the labelled tokens of batches, in nats."""
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            wanted = teacher.states(number, batch)
+            with replaced(model, statics):
+                total += float(divergence(model, batch, wanted))
+            tokens += len(wanted)
+    return total / max(1, tokens)
 
 
 def divergence(model: PeftModel, batch: dict[str, Tensor], wanted: Tensor) -> Tensor:
-    """Return the mean KL(teacher | model as it runs) over a batch's labelled tokens; `wanted` are teacher's states."""
+    """Return the summed KL(teacher | model as it runs) over a batch's labelled tokens; `wanted`: the teacher's states.
+
+    A chunk's logits are made again in the backward pass, so that one chunk's are there at a time.
+    """
     head, states = output_head(model), labelled_states(model, batch, _labelled(batch))
-    parts = [
-        checkpoint(_divergence, mine, theirs, head, use_reentrant=False)
-        if len(states) > CHUNK
-        else _divergence(mine, theirs, head)
-        for mine, theirs in zip(states.split(CHUNK), wanted.split(CHUNK), strict=True)
-    ]
-    return torch.stack(parts).sum() / max(1, len(states))
+    chunks = list(zip(states.split(CHUNK), wanted.split(CHUNK), strict=True))
+    if len(chunks) == 1 or not torch.is_grad_enabled():
+        return sum((_divergence(*chunk, head) for chunk in chunks), states.new_zeros((), dtype=torch.float32))
+    parts = [checkpoint(_divergence, *chunk, head, use_reentrant=False) for chunk in chunks]
+    return torch.stack(parts).sum()
 
 
 def _divergence(mine: Tensor, theirs: Tensor, head: nn.Module) -> Tensor:
@@ -99,24 +109,57 @@ def _divergence(mine: Tensor, theirs: Tensor, head: nn.Module) -> Tensor:
     return F.kl_div(head(mine).float().log_softmax(-1), target, reduction="sum", log_target=True)
 
 
+def _add_gradients(setting: Setting, student: Mapping[str, LowRank], teacher: Teacher, numbers: list[int]) -> None:
+    """Add the gradient of the mean KL over the labelled tokens of some batches."""
+    batches = [setting.training[number] for number in numbers]
+    tokens = sum(int(_labelled(batch).sum()) for batch in batches)
+    for number, batch in zip(numbers, batches, strict=True):
+        wanted = teacher.states(number, batch)
+        with replaced(setting.model, student), _recomputing(setting):
+            (divergence(setting.model, batch, wanted) / max(1, tokens)).backward()
+
+
+@contextmanager
+def _recomputing(setting: Setting) -> Iterator[None]:
+    """Recompute activations where training did; transformers' layers do so in training mode alone."""
+    setting.model.train(setting.recomputes)
+    try:
+        yield
+    finally:
+        setting.model.eval()
+
+
+def _optimizer(parameters: list[nn.Parameter], eight_bit: bool) -> torch.optim.Optimizer:
+    if not eight_bit:
+        return torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.98))
+    import bitsandbytes as bnb
+
+    return bnb.optim.AdamW8bit(parameters, lr=LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.98))
+
+
 def _labelled(batch: dict[str, Tensor]) -> Tensor:
     return batch["labels"][:, 1:] != IGNORE
 
 
 def _factor(step: int, steps: int) -> float:
+    """Return the share of the full rate: a short warm-up, then half a cosine."""
     warm = max(1, round(WARM_UP * steps))
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def _balanced(static: LowRank) -> LowRank:
-    """Return the same update with factors of equal size, scaling 1: one learning rate is right for both."""
-    q_up, r_up = torch.linalg.qr(static.scaling * static.up)
-    q_down, r_down = torch.linalg.qr(static.down.T)
-    left, sizes, right = torch.linalg.svd(r_up @ r_down.T)
+def _trainable(static: LowRank) -> LowRank:
+    """Return the same update with factors of equal size and scaling 1: one learning rate is right for both."""
+    out_basis, out_part = torch.linalg.qr(static.scaling * static.up.float())
+    in_basis, in_part = torch.linalg.qr(static.down.float().T)
+    left, sizes, right = torch.linalg.svd(out_part @ in_part.T, full_matrices=False)
     root = sizes.sqrt()
-    return LowRank(root[:, None] * (right @ q_down.T), (q_up @ left) * root, 1.0, static.base_change)
+    return LowRank(root.unsqueeze(1) * (right @ in_basis.T), (out_basis @ left) * root, 1.0, static.base_change)
 
 
-__all__ = ["Teacher", "distill", "divergence"]
+def _frozen(static: LowRank) -> LowRank:
+    return LowRank(static.down.detach(), static.up.detach(), static.scaling, static.base_change)
+
+
+__all__ = ["LEARNING_RATE", "ROWS_A_STEP", "Teacher", "distill", "divergence", "mean_divergence"]

@@ -100,22 +100,28 @@ def _share(missing: float, total: float) -> float:
 
 
 def measure(
-    model: PeftModel, statics: Statics, batches: Iterable[dict[str, Tensor]], tasks: Sequence[str] = ()
+    model: PeftModel,
+    statics: Statics,
+    batches: Iterable[dict[str, Tensor]],
+    tasks: Sequence[str] = (),
+    merged_on: PeftModel | None = None,
 ) -> Fidelity:
     """Compare base, routed and merged on the labelled tokens of batches, in one pass over them.
 
+    `merged_on`: the same adapter on other weights, which are then the base that the updates are added to.
     `tasks`: names by the rows' task index; each gets a part of its own where there are several.
     """
     sums = torch.zeros(max(1, len(tasks)), 6, dtype=torch.float64)
+    other = model if merged_on is None else merged_on
     with torch.no_grad():
         for batch in batches:
             keep = batch["labels"][:, 1:] != IGNORE
             targets = batch["labels"][:, 1:][keep]
             routed = labelled_states(model, batch, keep)
-            with replaced(model, statics):
-                static = labelled_states(model, batch, keep)
-            with model.disable_adapter():
-                base = labelled_states(model, batch, keep)
+            with replaced(other, statics):
+                static = labelled_states(other, batch, keep)
+            with other.disable_adapter():
+                base = labelled_states(other, batch, keep)
             compared = _compare(base, routed, static, targets, output_head(model))
             task = (
                 batch["task_index"][keep.nonzero()[:, 0]].cpu() if len(tasks) > 1 else torch.zeros(len(targets)).long()

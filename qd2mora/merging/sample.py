@@ -1,48 +1,65 @@
 """Which rows an export is fitted, checked and measured on, and how they come in batches."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from qd2mora.data import Mixture, Row, collate, prepare
-from qd2mora.merging.setting import Batches
 from qd2mora.run_folder import OpenRun
 
 CALIBRATION_ROWS, CHECKING_ROWS, HELD_OUT_ROWS = 512, 128, 512
 ROWS_AT_ONCE = 8
+SORTED_TOGETHER = 64
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows of one or all tasks: `calibration` and `checking` are different training rows.
+    """Rows of one or all tasks: `calibration`, `checking` and `training` are training rows.
 
-    `trained_rows`: how many rows the training went over, repeats counted.
+    Those that check are among no others. `trained_rows`: how many rows the training went over, repeats counted.
     """
 
     calibration: list[Row]
     checking: list[Row]
+    training: list[Row]
     held_out: list[Row]
     trained_rows: int
 
 
-def sample_rows(opened: OpenRun, number: int | None) -> Sample:
-    """Return rows evenly over tasks (or of task `number`), up to the limits, the same for the same run."""
+class PaddedBatches(Sequence[dict[str, Tensor]]):
+    """Batches of rows, padded and put on the model's device when they are read."""
+
+    def __init__(self, parts: list[list[Row]], pad: int, device: torch.device, vector: list[float] | None) -> None:
+        self.parts, self.pad, self.device, self.vector = parts, pad, device, vector
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
+    @overload
+    def __getitem__(self, index: slice) -> "PaddedBatches": ...
+    def __getitem__(self, index: int | slice) -> "dict[str, Tensor] | PaddedBatches":
+        """Return one batch, or some of them."""
+        if isinstance(index, slice):
+            return PaddedBatches(self.parts[index], self.pad, self.device, self.vector)
+        batch = {name: tensor.to(self.device) for name, tensor in collate(self.parts[index], self.pad).items()}
+        if self.vector is not None:
+            batch["external"] = torch.tensor([self.vector] * len(batch["labels"]), device=self.device)
+        return batch
+
+
+def sample_rows(opened: OpenRun, number: int | None, share: float = 1.0) -> Sample:
+    """Return rows evenly over tasks (or of task `number`), up to the limits, the same for the same run.
+
+    `share`: of the training's own cost that the work may take; with little, fewer rows are calibrated and checked on.
+    """
     tasks = prepare(opened.recipe.data, opened.tokenizer, opened.recipe.train.seed)
-    chosen = tasks if number is None else [tasks[number]]
-    generator = np.random.default_rng(opened.recipe.train.seed)
-    calibration: list[Row] = []
-    checking: list[Row] = []
-    held_out: list[Row] = []
-    for task in chosen:
-        order = generator.permutation(len(task.train)).tolist()
-        num_checking = min(CHECKING_ROWS // len(chosen), len(order) // 5)
-        checking += [task.train[place] for place in sorted(order[:num_checking])]
-        fitted = order[num_checking : num_checking + CALIBRATION_ROWS // len(chosen)]
-        calibration += [task.train[place] for place in sorted(fitted)]
-        places = generator.permutation(len(task.validation))[: HELD_OUT_ROWS // len(chosen)]
-        held_out += [task.validation[place] for place in sorted(places.tolist())]
     train = opened.recipe.train
     epochs = train.epochs or 0
     mixture = Mixture(opened.recipe.data, tasks, train.seed)
@@ -50,21 +67,46 @@ def sample_rows(opened: OpenRun, number: int | None) -> Sample:
         trained = train.steps * train.global_batch
     else:
         trained = math.ceil(epochs * mixture.rows_per_epoch) if epochs else mixture.rows_until_stop()
-    return Sample(calibration, checking, held_out, trained)
+    calibrated = int(min(CALIBRATION_ROWS, max(64, share * trained / 5)))
+    checked = int(min(CHECKING_ROWS, max(16, share * trained / 40)))
+    chosen = tasks if number is None else [tasks[number]]
+    generator = np.random.default_rng(opened.recipe.train.seed)
+    sample = Sample([], [], [], [], trained)
+    for task in chosen:
+        order = generator.permutation(len(task.train)).tolist()
+        num_checking = min(math.ceil(checked / len(chosen)), len(order) // 5)
+        sample.checking.extend(task.train[place] for place in sorted(order[:num_checking]))
+        sample.training.extend(task.train[place] for place in order[num_checking:])
+        fitted = order[num_checking : num_checking + math.ceil(calibrated / len(chosen))]
+        sample.calibration.extend(task.train[place] for place in sorted(fitted))
+        places = generator.permutation(len(task.validation))[: HELD_OUT_ROWS // len(chosen)]
+        sample.held_out.extend(task.validation[place] for place in sorted(places.tolist()))
+    order = generator.permutation(len(sample.training)).tolist()
+    sample.training[:] = [sample.training[place] for place in order]
+    return sample
 
 
-def batches_of(opened: OpenRun, rows: list[Row], vector: list[float] | None = None) -> Batches:
-    """Return padded batches, rows of similar length together; `vector` in the place of what rows bring."""
-    pad = opened.tokenizer.pad_token_id
+def batches_of(opened: OpenRun, rows: list[Row], vector: list[float] | None = None) -> PaddedBatches:
+    """Return batches, rows of similar length together; `vector` in the place of what rows bring."""
+    return _padded(opened, _parts(rows, ROWS_AT_ONCE), vector)
+
+
+def shuffled_batches(
+    opened: OpenRun, rows: list[Row], rows_at_once: int, vector: list[float] | None = None
+) -> PaddedBatches:
+    """Return batches in the order of rows; only neighbours are sorted by length, so that padding stays small."""
+    groups = [rows[start : start + SORTED_TOGETHER] for start in range(0, len(rows), SORTED_TOGETHER)]
+    return _padded(opened, [part for group in groups for part in _parts(group, rows_at_once)], vector)
+
+
+def _parts(rows: list[Row], rows_at_once: int) -> list[list[Row]]:
     by_length = sorted(rows, key=lambda row: len(row.ids))
-    parts = [by_length[start : start + ROWS_AT_ONCE] for start in range(0, len(by_length), ROWS_AT_ONCE)]
-    device = opened.model.device
-    batches = [{name: tensor.to(device) for name, tensor in collate(part, pad).items()} for part in parts]
-    if vector is not None:
-        batches = [
-            batch | {"external": torch.tensor([vector] * len(batch["labels"]), device=device)} for batch in batches
-        ]
-    return batches
+    return [by_length[start : start + rows_at_once] for start in range(0, len(by_length), rows_at_once)]
 
 
-__all__ = ["Sample", "batches_of", "sample_rows"]
+def _padded(opened: OpenRun, parts: list[list[Row]], vector: list[float] | None) -> PaddedBatches:
+    pad = opened.tokenizer.pad_token_id
+    return PaddedBatches(parts, pad, opened.model.device, vector)
+
+
+__all__ = ["ROWS_AT_ONCE", "PaddedBatches", "Sample", "batches_of", "sample_rows", "shuffled_batches"]

@@ -1,6 +1,6 @@
 """What a strategy works with: the routed model, rows to fit and to check on, and what it may cost."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from peft import PeftModel
@@ -9,22 +9,30 @@ from torch import Tensor
 from qd2mora.merging.statistics import Moments, collect
 from qd2mora.mixture.low_rank import LowRank
 
-Batches = list[dict[str, Tensor]]
+Batches = Sequence[dict[str, Tensor]]
+
+FORWARD = 0.5
+"""Cost of a row's forward pass, where forward and backward over a frozen base (no gradients of its weights) are 1."""
 
 
 @dataclass
 class Setting:
-    """One adapter to be made static.
+    """One adapter to be made static, from training rows alone.
 
-    calibration, checking: batches of training rows, the latter kept for choosing and stopping. trained_rows: rows the
-    training went forward and backward over, the unit of cost. notes: what a strategy wants said in the report.
+    calibration: batches that statistics come from. checking: others, for choosing between results. training: all but
+    those that check, in random order, for strategies that learn. trained_rows: rows the training went forward and
+    backward over, the unit of cost. recomputes: whether training recomputed activations, which a student then does
+    too. eight_bit: whether its optimiser kept 8-bit moments. notes: what the report should say of the work.
     """
 
     model: PeftModel
     calibration: Batches
     checking: Batches
+    training: Batches
     trained_rows: int
     seed: int = 0
+    recomputes: bool = False
+    eight_bit: bool = False
     notes: dict[str, object] = field(default_factory=dict)
     _moments: dict[str, Moments] = field(default_factory=dict)
 
@@ -37,4 +45,10 @@ class Setting:
 
 Strategy = Callable[[Setting], dict[str, LowRank]]
 
-__all__ = ["Batches", "Setting", "Strategy"]
+
+def rows_of(batches: Batches) -> int:
+    """Return how many rows batches hold, the last one read to see."""
+    return 0 if not batches else (len(batches) - 1) * len(batches[0]["labels"]) + len(batches[-1]["labels"])
+
+
+__all__ = ["FORWARD", "Batches", "Setting", "Strategy", "rows_of"]

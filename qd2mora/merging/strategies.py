@@ -1,21 +1,65 @@
 """The table of strategies, by name: each makes one static update for every routed linear, all in `Setting`'s terms."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.merging import core_lsq, mean_gate
-from qd2mora.merging.setting import Setting, Strategy
+from qd2mora.merging.auto import SHARE, auto
+from qd2mora.merging.distill import ROWS_A_STEP, distill
+from qd2mora.merging.sequential import sequential
+from qd2mora.merging.setting import Setting
+from qd2mora.merging.setting import Strategy as Make
 from qd2mora.merging.static import of_cores
+from qd2mora.merging.statistics import Moments
 from qd2mora.mixture.low_rank import LowRank
 
-
-def _mean_gate(setting: Setting) -> dict[str, LowRank]:
-    return of_cores(setting.model, {name: mean_gate.mixing(each) for name, each in setting.moments().items()})
+DISTILL_STEPS = 300
 
 
-def _core_lsq(setting: Setting) -> dict[str, LowRank]:
-    return of_cores(setting.model, {name: core_lsq.mixing(each) for name, each in setting.moments().items()})
+@dataclass(frozen=True)
+class Strategy:
+    """One row: how static updates are made, in a line for people, and whether the rows must be of one task.
+
+    `share`: of the training's cost that sampling may spend.
+    """
+
+    make: Make
+    title: str
+    one_task: bool = False
+    share: float = 1.0
 
 
-STRATEGIES: dict[str, Strategy] = {"core_lsq": _core_lsq, "mean_gate": _mean_gate}
+def _in_closed_form(mixing: Callable[[Moments], Tensor]) -> Make:
+    def make(setting: Setting) -> dict[str, LowRank]:
+        return of_cores(setting.model, {name: mixing(each) for name, each in setting.moments().items()})
+
+    return make
+
+
+_core_lsq = _in_closed_form(core_lsq.mixing)
+
+
+def _sequential(setting: Setting) -> dict[str, LowRank]:
+    return sequential(setting.model, setting.calibration)
+
+
+def _distill(setting: Setting) -> dict[str, LowRank]:
+    steps = max(1, min(DISTILL_STEPS, setting.trained_rows // ROWS_A_STEP))
+    setting.notes["steps"] = steps
+    return distill(setting, _core_lsq(setting), steps)
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "auto": Strategy(auto, "the best that a fifth of the training's cost buys", share=SHARE),
+    "core_lsq": Strategy(_core_lsq, "least squares in rank space, closed form"),
+    "distill": Strategy(_distill, f"up to {DISTILL_STEPS} steps towards the routed model's distributions"),
+    "mean_gate": Strategy(_in_closed_form(mean_gate.mixing), "average gates"),
+    "per_task": Strategy(_core_lsq, "least squares on one task's rows; goes with --task", one_task=True),
+    "sequential": Strategy(_sequential, "least squares layer by layer"),
+}
 
 
 def find_strategy(name: str) -> Strategy:
@@ -25,4 +69,4 @@ def find_strategy(name: str) -> Strategy:
     raise InputRefused(f"--strategy: unknown strategy '{name}'; {nearest(name, STRATEGIES)}")
 
 
-__all__ = ["STRATEGIES", "find_strategy"]
+__all__ = ["STRATEGIES", "Strategy", "find_strategy"]

@@ -247,13 +247,12 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
     def _static(self, y: Tensor | None, x: Tensor, name: str, form: frozen.Form | None = None) -> Tensor:
         """Return what `_routed` does, with the static update in the place of routing."""
         update = self.static_updates[name]
-        step = ops.RankStep((update.rank,), (update.rank,))
-        plan = Plan(1, 1, (), step, update.scaling, form)
+        plan = Plan(1, 1, (), ops.RankStep((update.rank,), (update.rank,)), update.scaling, form)
         if y is not None:
             return add_mixture(plan, y, x, [update.down], [update.up], {})
-        return mixed_linear(
-            plan, frozen.tensors_of(cast(nn.Linear, self.base_layer), form), x, [update.down], [update.up], {}
-        )
+        assert form is not None
+        base = frozen.tensors_of(cast(nn.Linear, self.base_layer), form)
+        return mixed_linear(plan, base, x, [update.down], [update.up], {})
 
     def _features(self, x: Tensor, name: str) -> tuple[Tensor, dict[str, Tensor]]:
         return ops.wide(ops.features(x, [self.rows(name), *self._routers_of_x(name)])), self._small(x, name)

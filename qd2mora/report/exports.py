@@ -7,13 +7,20 @@ from rich.table import Table
 
 from qd2mora.merging import Export
 
+ENOUGH = 0.95
+"""Share of the gain below which an export is called poor."""
+
 
 def show_export(export: Export, out: Path, console: Console) -> None:
     """Print what an export keeps: per linear, and end to end in one line."""
     if not export.exact:
         console.print(_unexplained(export))
-    console.print(f"export       {out}", highlight=False, soft_wrap=True)
-    console.print(verdict(export), highlight=False, soft_wrap=True)
+        if export.fidelity is not None and len(export.fidelity.tasks) > 1:
+            console.print(_tasks(export))
+    lines = [f"export       {out}", _bases(export), verdict(export), warning(export)]
+    for line in lines:
+        if line is not None:
+            console.print(line, highlight=False, soft_wrap=True)
 
 
 def _unexplained(export: Export) -> Table:
@@ -31,15 +38,60 @@ def _unexplained(export: Export) -> Table:
 
 def verdict(export: Export) -> str:
     """Say in one line what the export is worth."""
-    how = "exact up to float16 rounding" if export.exact else f"{export.strategy}, an approximation"
+    how = f"exact up to {export.form.dtype} rounding" if export.exact else _how(export)
     fidelity = export.fidelity
     if fidelity is None:
         return f"{how}; no held-out rows to measure it on"
-    kept = "no gain to keep" if fidelity.gain_kept is None else f"keeps {fidelity.gain_kept:.1%} of the gain"
+    kept = "has no gain to keep" if fidelity.gain_kept is None else f"keeps {fidelity.gain_kept:.1%} of the gain"
     return (
-        f"merged {kept} (held-out loss: base {fidelity.base:.4f}, routed {fidelity.routed:.4f}, merged "
-        f"{fidelity.merged:.4f}; KL {fidelity.kl_per_token:.4f} nats a token); {how}"
+        f"merged {kept} (loss {fidelity.routed:.3f} -> {fidelity.merged:.3f}; base {fidelity.base:.3f}); "
+        f"KL {fidelity.kl_per_token:.4f} nats a token, same greedy token {fidelity.agreement:.1%}; {how}"
     )
 
 
-__all__ = ["show_export", "verdict"]
+def warning(export: Export) -> str | None:
+    """Say loudly that too little is kept, and which rung keeps more; None where enough is."""
+    fidelity = export.fidelity
+    if fidelity is None or fidelity.gain_kept is None or fidelity.gain_kept >= ENOUGH:
+        return None
+    made = export.made
+    better = [
+        "--strategy distill" if made.strategy != "distill" and not made.exact else "",
+        "--task all (one export for each task)" if made.task is None and len(fidelity.tasks) > 1 else "",
+        "--base dequantized" if export.form.base == "original" else "",
+        "--to exact (the routed model itself, nothing lost)" if not made.exact else "",
+    ]
+    ways = "; ".join(way for way in better if way)
+    return (
+        f"WARNING: only {fidelity.gain_kept:.1%} of the gain is kept, less than {ENOUGH:.0%}. What keeps more: {ways}"
+    )
+
+
+def _how(export: Export) -> str:
+    notes = export.made.notes
+    chosen = notes.get("chosen")
+    what = export.strategy if chosen is None else f"{export.strategy} took {chosen}"
+    steps = f" ({notes['steps']} steps)" if notes.get("steps") else ""
+    seconds = export.made.seconds.get("making")
+    return f"{what}{steps}, an approximation" + ("" if seconds is None else f", made in {seconds:.0f} s")
+
+
+def _bases(export: Export) -> str | None:
+    """Compare both bases, where both were measured."""
+    if len(export.made.bases) < 2:
+        return None
+    losses = ", ".join(f"{name} {each.merged:.4f}" for name, each in export.made.bases.items())
+    return f"loss by the base that the update is added to: {losses}; written: {export.form.base}"
+
+
+def _tasks(export: Export) -> Table:
+    table = Table("task", "base", "routed", "merged", "gain kept", "KL", "same token", title="held-out loss by task")
+    assert export.fidelity is not None
+    for name, each in export.fidelity.tasks.items():
+        kept = "" if each.gain_kept is None else f"{each.gain_kept:.1%}"
+        losses = (f"{loss:.4f}" for loss in (each.base, each.routed, each.merged))
+        table.add_row(name, *losses, kept, f"{each.kl_per_token:.4f}", f"{each.agreement:.1%}")
+    return table
+
+
+__all__ = ["ENOUGH", "show_export", "verdict", "warning"]

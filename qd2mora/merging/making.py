@@ -1,0 +1,155 @@
+"""From an open run to static updates and what they keep; nothing is written here."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from qd2mora.errors import InputRefused
+from qd2mora.merging.fidelity import Fidelity, measure, missed
+from qd2mora.merging.original import on_original
+from qd2mora.merging.sample import ROWS_AT_ONCE, Sample, batches_of, sample_rows, shuffled_batches
+from qd2mora.merging.setting import Setting
+from qd2mora.merging.static import Statics, of_cores
+from qd2mora.merging.strategies import find_strategy
+from qd2mora.mixture import mixture_layers, read_rows
+from qd2mora.mixture.method import TASK, TOKEN
+from qd2mora.run_folder import OpenRun
+
+
+@dataclass(frozen=True)
+class Made:
+    """The static updates of a run, before anything is written: what every writer starts from.
+
+    bases: fidelity by the base that the updates are added to, `dequantized` and, where it is at hand, `original`; empty
+    without held-out rows. notes: what the strategy did. seconds: `making`, `measuring`.
+    """
+
+    strategy: str
+    exact: bool
+    statics: Statics
+    bases: dict[str, Fidelity]
+    unexplained: dict[str, float]
+    calibration_rows: int
+    task: str | None = None
+    notes: dict[str, object] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def make_static(opened: OpenRun, strategy: str, task: str | None = None, vector: list[float] | None = None) -> Made:
+    """Make and measure the static updates of an open run. Raises InputRefused."""
+    number = _task_number(opened, task)
+    _check_vector(opened, vector)
+    row, is_exact = find_strategy(strategy), opened.depends_on != TOKEN
+    if row.one_task and task is None and not is_exact:
+        raise InputRefused(f"--strategy: {strategy} goes with --task NAME, or --task all for an export of each")
+    rows, notes, began = sample_rows(opened, number, row.share), dict[str, object](), time.monotonic()
+    if is_exact:
+        statics: Statics = of_cores(opened.model, constant_mixing(opened.model, number or 0, vector))
+    else:
+        setting = setting_of(opened, rows, vector)
+        statics, notes = row.make(setting), setting.notes
+    made = time.monotonic()
+    held_out = batches_of(opened, rows.held_out, vector)
+    tested = held_out or batches_of(opened, rows.calibration, vector)
+    names = [each.name for each in opened.recipe.data.tasks]
+    bases: dict[str, Fidelity] = {}
+    if held_out:
+        bases["dequantized"] = measure(opened.model, statics, held_out, names)
+        with on_original(opened, notes) as original:
+            if original is not None:
+                bases["original"] = measure(opened.model, statics, held_out, names, merged_on=original)
+    unexplained = missed(opened.model, statics, tested)
+    seconds = {"making": made - began, "measuring": time.monotonic() - made}
+    return Made(
+        strategy="exact" if is_exact else strategy,
+        exact=is_exact,
+        statics=statics,
+        bases=bases,
+        unexplained=unexplained,
+        calibration_rows=0 if is_exact else len(rows.calibration),
+        task=task,
+        notes=notes,
+        seconds=seconds,
+    )
+
+
+def measure_routed(opened: OpenRun, task: str | None = None, vector: list[float] | None = None) -> Made:
+    """Measure the routed adapter as it is; it is told the task, where its routers read one beside the token."""
+    number = _task_number(opened, task)
+    _check_vector(opened, vector)
+    held_out = batches_of(opened, sample_rows(opened, number).held_out, vector)
+    bases = {"dequantized": measure(opened.model, {}, held_out)} if held_out else {}
+    if number is not None:
+        read_rows(opened.model, {"task_index": torch.tensor([number], device=opened.model.device)})
+    return Made("routed", True, {}, bases, {}, 0, task)
+
+
+def constant_mixing(
+    model: PeftModel, task: int, vector: list[float] | None = None, adapter_name: str = "default"
+) -> dict[str, Tensor]:
+    """Return the K of every linear, float64, where it depends on no token; `task`, `vector`: those exported for."""
+    routing: Any = model.base_model
+    mixing = {}
+    for name, layer in mixture_layers(model).items():
+        device = layer.tensors(adapter_name)["mixture_A"].device
+        routing.routing.task_index = torch.tensor([task], device=device)
+        routing.routing.external = None if vector is None else torch.tensor([vector], device=device)
+        with torch.no_grad():
+            x = torch.zeros(1, 1, layer.in_features, device=device)
+            mixing[name] = layer.mixing(x, adapter_name)[0, 0].double().cpu()
+    return mixing
+
+
+def setting_of(opened: OpenRun, rows: Sample, vector: list[float] | None) -> Setting:
+    """Return what strategies work with, for rows of one run."""
+    train = opened.recipe.train
+    micro_batch, recomputes = _as_trained(opened)
+    return Setting(
+        model=opened.model,
+        calibration=batches_of(opened, rows.calibration, vector),
+        checking=batches_of(opened, rows.checking, vector),
+        training=shuffled_batches(opened, rows.training, min(micro_batch, ROWS_AT_ONCE), vector),
+        trained_rows=rows.trained_rows,
+        seed=train.seed,
+        recomputes=recomputes,
+        eight_bit="8bit" in train.optimizer,
+    )
+
+
+def _as_trained(opened: OpenRun) -> tuple[int, bool]:
+    """Return the micro batch of the training, and whether it recomputed activations: what its memory was planned for.
+
+    From the run's manifest; a run without one is taken for the smallest.
+    """
+    if not opened.folder.manifest.is_file():
+        return 1, True
+    choices = json.loads(opened.folder.manifest.read_text(encoding="utf-8"))["plan"]["choices"]
+    return int(choices["train.micro_batch"]["value"]), choices["memory.checkpointing"]["value"] == "on"
+
+
+def _task_number(opened: OpenRun, task: str | None) -> int | None:
+    names = [each.name for each in opened.recipe.data.tasks]
+    if task is not None and task not in names:
+        raise InputRefused(f"--task: no task '{task}' in this run; there are {', '.join(names)}")
+    if task is None and opened.depends_on == TASK and opened.reads_task and len(names) > 1:
+        method = opened.recipe.adapter.method
+        raise InputRefused(
+            f"--task: {method} routes by task, one export serves one task; name one of {', '.join(names)}"
+        )
+    return None if task is None else names.index(task)
+
+
+def _check_vector(opened: OpenRun, vector: list[float] | None) -> None:
+    width, method = opened.vector_width, opened.recipe.adapter.method
+    given = None if vector is None else len(vector)
+    if given != width:
+        wanted = "reads no vector" if width is None else f"reads a vector of {width} numbers"
+        raise InputRefused(f"--vector: {method} {wanted}, {given or 'none'} given; one export serves one vector")
+
+
+__all__ = ["Made", "constant_mixing", "make_static", "measure_routed", "setting_of"]

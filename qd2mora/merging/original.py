@@ -1,0 +1,53 @@
+"""The base as it was before quantisation, with the same adapter, to measure what an export on it would be worth."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from qd2mora.adapter_folder import load_adapter
+from qd2mora.base import RANDOM, base_config, compute_dtype, is_nf4, load_base
+from qd2mora.run_folder import OpenRun
+
+
+@contextmanager
+def on_original(opened: OpenRun, notes: dict[str, object]) -> Iterator[PeftModel | None]:
+    """Yield the run's model on unquantised weights, on the same device; None, and a note why, where it cannot be."""
+    why = _why_not(opened)
+    if why:
+        notes["original_base"] = why
+        yield None
+        return
+    base = opened.recipe.base.model_copy(update={"quantization": "none"})
+    model = load_base(base, opened.model.device)
+    yield load_adapter(model, base, opened.folder.adapter, ["base", "base.quantization"]).eval()
+
+
+def _why_not(opened: OpenRun) -> str | None:
+    base = opened.recipe.base
+    if base.quantization == "none":
+        return "the adapter was trained on it"
+    if base.model.startswith(RANDOM) or "quantization_config" in base_config(base).to_dict():
+        return "only quantised weights are at hand"
+    device = opened.model.device
+    needed = 1.2 * compute_dtype(base, device).itemsize * _entries(opened.model)
+    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
+    return f"no room to measure it: needs {needed / 2**30:.1f} GiB" if needed > there else None
+
+
+def _entries(model: PeftModel) -> int:
+    """Return how many weights the base has, those in 4 bits counted one by one."""
+    packed = {id(each.weight) for each in model.modules() if is_nf4(each)}
+    linears = [each for each in model.modules() if isinstance(each, nn.Linear) and id(each.weight) in packed]
+    rest = sum(tensor.numel() for tensor in model.parameters() if id(tensor) not in packed)
+    return rest + sum(each.in_features * each.out_features for each in linears)
+
+
+def _free_host_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+__all__ = ["on_original"]

@@ -1,0 +1,36 @@
+"""Least squares layer by layer: each layer's statistics come from a model whose earlier layers are static already.
+
+What an earlier layer misses is then part of what a later one is fitted to, as in RegMean++ (arXiv 2508.03121). One
+pass over the calibration rows for each decoder layer.
+"""
+
+from peft import PeftModel
+
+from qd2mora.merging import core_lsq
+from qd2mora.merging.setting import Batches
+from qd2mora.merging.static import of_cores, replaced
+from qd2mora.merging.statistics import collect
+from qd2mora.mixture import mixture_layers
+from qd2mora.mixture.low_rank import LowRank
+
+
+def sequential(model: PeftModel, batches: Batches) -> dict[str, LowRank]:
+    """Return static updates fitted from the first decoder layer to the last."""
+    statics: dict[str, LowRank] = {}
+    for names in stages(model):
+        with replaced(model, statics):
+            moments = collect(model, batches, names=names, with_mixing=False)
+        statics |= of_cores(model, {name: core_lsq.mixing(each) for name, each in moments.items()})
+    return statics
+
+
+def stages(model: PeftModel) -> list[list[str]]:
+    """Return the adapted linears, decoder layer by decoder layer, in the order they run."""
+    groups: dict[int, list[str]] = {}
+    for name, layer in mixture_layers(model).items():
+        number = next((int(part) for part in layer.place_key.split(".") if part.isdigit()), 0)
+        groups.setdefault(number, []).append(name)
+    return [groups[number] for number in sorted(groups)]
+
+
+__all__ = ["sequential", "stages"]
