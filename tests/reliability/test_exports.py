@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,18 +192,20 @@ def merging(run: Path, out: Path) -> None:
 def test_a_signal_during_an_export_leaves_all_or_nothing(made: Path, tmp_path: Path) -> None:
     """T1: exit 75 and no folder, or exit 0 and the whole one; the next export is the same as any."""
     run, draw = make_run(made, tmp_path), random.Random(0)
-    import time
-
-    began = time.monotonic()
-    assert runs.outcome(merging, run, tmp_path / "whole", log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
-    length = time.monotonic() - began
+    lengths = []
+    for name in ("whole", "again", "once more"):
+        process = runs.start(merging, run, tmp_path / name, log=tmp_path / "log")
+        wait_for((tmp_path / name).with_suffix(".listening"))
+        began = time.monotonic()
+        process.join()
+        lengths.append(time.monotonic() - began)
+        assert process.exitcode == 0, (tmp_path / "log").read_text()
     codes = []
     for number in range(SIGNALS):
         out = tmp_path / f"out{number}"
         process = runs.start(merging, run, out, log=tmp_path / "log")
-        while not out.with_suffix(".listening").exists():
-            time.sleep(0.002)
-        process.join(draw.uniform(0, 1) * length)
+        wait_for(out.with_suffix(".listening"))
+        process.join(draw.uniform(0, 0.9) * min(lengths))
         if process.exitcode is None:
             assert process.pid is not None
             os.kill(process.pid, draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]))
@@ -215,3 +218,11 @@ def test_a_signal_during_an_export_leaves_all_or_nothing(made: Path, tmp_path: P
                 assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
         codes.append(process.exitcode)
     print(f"T1 exports={SIGNALS} stopped={codes.count(75)}")
+    assert 75 in codes
+
+
+def wait_for(path: Path) -> None:
+    until = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < until
+        time.sleep(0.002)
