@@ -81,7 +81,7 @@ GATES: dict[str, Gate] = {
         (
             ("stopping.py", "            signal.signal(number, signal.SIG_DFL)\n", "            return\n"),
             ("stopping.py", "        if request.was_raised:\n", "        if False:\n"),
-            ("training/loop.py", "or is_last or self._must_stop:", "or is_last:"),
+            ("training/loop.py", "or is_last or self._why_stop:", "or is_last:"),
         ),
     ),
     "PW1": Gate(

@@ -27,6 +27,7 @@ class Outcome:
     out: str = ""
     err: str = ""
     seconds: float = 0.0
+    cpu_s: float = 0.0
     grown_mib: float = 0.0
     events: list[str] = field(default_factory=list)
 
@@ -82,7 +83,7 @@ def _in_child(action: Callable[[], object], marker: str) -> Outcome:
     torch.set_num_threads(1)  # the parent's pool of threads does not live on in a fork, and would be waited for
     sys.addaudithook(_watch)
     out, err, events = io.StringIO(), io.StringIO(), []
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     code: int | None = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         _WATCHED.update(marker=marker, events=events)
@@ -97,7 +98,8 @@ def _in_child(action: Callable[[], object], marker: str) -> Outcome:
             code = 1
         _WATCHED.clear()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return Outcome(code, out.getvalue(), err.getvalue(), grown_mib=grown, events=events)
+    cpu_s = time.process_time() - began
+    return Outcome(code, out.getvalue(), err.getvalue(), cpu_s=cpu_s, grown_mib=grown, events=events)
 
 
 def command(*arguments: object) -> Callable[[], object]:

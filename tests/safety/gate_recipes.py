@@ -51,6 +51,20 @@ _PLACED = re.compile(
     r"(unknown key |: )['\"\w.~<>=-]+|two tasks"
 )
 
+# Each guard of the reader on its own: what is added to the valid recipe, and what the refusal must say.
+_NAMED: list[tuple[bytes, str]] = [
+    (b"again: &a {x: 1}\nmore: *a\n", r"line 14, column 7: .*aliases are not allowed"),
+    (b"again: !!str x\n", r"line 13, column 8: .*tags are not allowed"),
+    (b"again: !mine {}\n", r"tags are not allowed"),
+    (b"again: " + b"9" * 4001 + b"\n", r"a number of more than 4000 digits"),
+    (b"again: " + b"[" * 40 + b"]" * 40 + b"\n", r"nested more than 32 deep"),
+    (b"again: caf\xe9\n", r"line 13, column 11: not UTF-8; save it as UTF-8"),
+    (b"again: \x07\n", r"line 13, column 8: not valid YAML"),
+    (b"? [a]\n: 1\n", r"line 13, column 3: .*a key is a word"),
+    (b"output: x\n", r"key 'output' is given twice"),
+    (b"again: 1\n", r"unknown key"),
+]
+
 
 def _mangled(chance: random.Random) -> bytes:
     kind = chance.random()
@@ -109,6 +123,15 @@ def gate(count: int, folder: Path, seed: int = 0) -> Result:
             wrong = f"{type(error).__name__}: {error}"
         times.append(time.perf_counter() - began)
         result.check(not wrong, f"recipe {number} of seed {seed}: {wrong}")
+    for content, wanted in _NAMED:
+        path.write_bytes(VALID.encode() + content)
+        try:
+            wrong = f"accepted: {load_recipe(path)}"
+        except InputRefused as error:
+            wrong = "" if re.search(wanted, str(error)) else str(error)
+        except BaseException as error:
+            wrong = f"{type(error).__name__}: {error}"
+        result.check(not wrong, f"{content[:40]!r} is not refused by {wanted}: {wrong[:200]}")
     times.sort()
     result.numbers = {
         "refused": refused,

@@ -1,8 +1,10 @@
 """J1: hostile chat templates are refused or killed within two seconds of work, and the parent goes on."""
 
+import os
+import signal
 import time
 
-from forked import Result
+from forked import Result, run
 
 from qd2mora.data.rows import BadRow
 from qd2mora.data.template import LONGEST_TEMPLATE, ChatTemplate
@@ -82,10 +84,32 @@ def gate(step: int = 1) -> Result:
             small = len(text) < 1000 + len(template) and not any(sign in text for sign in _ESCAPED)
             result.check(small and seconds < 2.5, f"{template[:80]}: {text[:80]!r}, {refusal}, after {seconds:.1f} s")
             result.numbers["refused"] = result.numbers.get("refused", 0) + bool(refusal)
+        _check_limits(result)
         alive = plain.render(_TALK) == "<user>hi</s><assistant>ho</s>"
         result.check(alive, "the plain template no longer renders")
     result.numbers["slowest_s"] = slowest
     return result
+
+
+def _check_limits(result: Result) -> None:
+    """Check each limit on its own: the one that should strike, not another that would do for the rest."""
+    text, refusal, _ = _rendered("x" * (LONGEST_TEMPLATE + 1))
+    result.check(f"(limit {LONGEST_TEMPLATE})" in refusal, f"a long template: {text[:80]!r}, {refusal}")
+    # What is wanted is small and quickly there, but takes 1.2 GB on the way.
+    text, refusal, _ = _rendered("{{ ('a' * n)|length }}{% set n = 1 %}".replace("n)", "1200000000)"))
+    result.check("MemoryError" in refusal, f"a large text: {text[:80]!r}, {refusal}")
+    outcome = run(_stopped_child, limit_s=15)
+    result.check(outcome.code == 0 and "took more than" in outcome.out, f"a child that stands still: {outcome}")
+
+
+def _stopped_child() -> None:
+    """Render in a child that uses no time and does not answer."""
+    with ChatTemplate(PLAIN, {}, "the tokenizer") as template:
+        os.kill(template.child.pid, signal.SIGSTOP)
+        try:
+            template.render(_TALK)
+        except InputRefused as error:
+            print(error)
 
 
 def _rendered(template: str) -> tuple[str, str, float]:
