@@ -5,6 +5,7 @@ shards parameters or moments over processes brings its own, whose `collect` gath
 process, so that the engine's own (pickled) checkpoints are never needed.
 """
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -94,7 +95,8 @@ class LocalState:
         self.optimizer.load_state_dict({"state": nested, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
     def expected(self) -> tuple[Inventory, Inventory]:
-        """See StateSource. Optimisers make their moments at the first update, so an empty one is done here."""
+        """See StateSource. Optimisers make their moments at the first update, so an empty one is done, and undone."""
+        kept = {parameter: copy.deepcopy(state) for parameter, state in self.optimizer.state.items()}
         rates = [group["lr"] for group in self.optimizer.param_groups]
         before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         for group in self.optimizer.param_groups:
@@ -109,9 +111,11 @@ class LocalState:
             for name, parameter in self.parameters.items():
                 parameter.copy_(before[name])
         adapter, moments, _ = self.collect(copied=False)
-        found = inventory_of(adapter), inventory_of(moments)
-        self.optimizer.state.clear()  # where there is nothing to restore, that update must not have been
-        return found
+        inventories = inventory_of(adapter), inventory_of(moments)
+        # What is left of it would count as an update where no checkpoint takes its place.
+        self.optimizer.state.clear()
+        self.optimizer.state.update(kept)
+        return inventories
 
 
 def owner_of(moment: str) -> str:

@@ -148,6 +148,19 @@ def test_moments_go_back_to_their_parameter_by_name_whatever_the_order() -> None
     assert all(torch.equal(again[1][name], moments[name]) for name in moments)
 
 
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_asking_for_the_inventory_changes_nothing(is_trained: bool) -> None:
+    source = small.source_at(1)
+    if not is_trained:
+        source.optimizer.state.clear()
+    adapter, moments, scalars = source.collect(copied=True)
+    source.expected()
+    there = source.collect(copied=True)
+    assert there[2] == scalars
+    for before, after in ((adapter, there[0]), (moments, there[1])):
+        assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
+
+
 @pytest.mark.parametrize("where", ["adapter", "moments"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_never_saved(where: str, value: float, tmp_path: Path) -> None:
