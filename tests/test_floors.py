@@ -28,6 +28,7 @@ FLOORS = {
     "adapter_folder": 2,
     "run_folder": 2,
     "merging": 3,
+    "composition": 4,
     "evaluation": 3,
     "inspection": 3,
     "training": 4,

@@ -24,12 +24,12 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def write_lora(
     statics: Mapping[str, LowRank],
     base: str,
-    linears: Iterable[str],
+    linears: Iterable[str] | None,
     folder: Path,
     *,
     dtype: torch.dtype = torch.float32,
 ) -> list[File]:
-    """Write a PEFT LoRA folder for a base that has these `linears`.
+    """Write a PEFT LoRA folder for a base that has these `linears` (None: targets by whole names).
 
     Raises InputRefused where an update is more than a LoRA, NotFinite where a
     number does not fit the dtype.
@@ -54,7 +54,14 @@ def write_lora(
             f"{bad[0]}: a number does not fit {str(dtype).removeprefix('torch.')}; --dtype float32 holds it"
         )
     file = write_tensors(folder / WEIGHTS, [entry(name, tensor) for name, tensor in tensors.items()])
-    text = json.dumps(_config(targets_of(statics, linears), base, rank), indent=1, sort_keys=True) + "\n"
+    text = (
+        json.dumps(
+            _config(sorted(statics) if linears is None else targets_of(statics, linears), base, rank),
+            indent=1,
+            sort_keys=True,
+        )
+        + "\n"
+    )
     return [file, File(CONFIG, *write_file(folder / CONFIG, [text.encode()]))]
 
 

@@ -1,0 +1,30 @@
+"""The verb that makes adapters out of adapters: compose."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qd2mora.cli.app import app
+
+
+@app.command()
+def compose(
+    operation: Annotated[str, typer.Argument(help="cat, linear, lego, sub, upcycle or extract.", show_default=False)],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(help="Adapters or runs; for extract a tuned model and its base.", metavar="INPUT..."),
+    ],
+    out: Annotated[Path, typer.Option(help="New folder for the adapter.", show_default=False)],
+    weights: Annotated[str | None, typer.Option(help="One for each input, with commas; else all 1 / n.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of lego, sub, extract.", min=1)] = None,
+    experts: Annotated[int | None, typer.Option(help="Of sub, upcycle.", min=1)] = None,
+) -> None:
+    """Make one adapter of several (cat, linear, lego), a smaller or a routed one (sub, upcycle), or extract a LoRA."""
+    from qd2mora.composition import compose as run_composition
+
+    done = run_composition(operation, inputs, out, weights=weights, rank=rank, experts=experts)
+    typer.echo(f"{done.folder}: {done.words}")
+
+
+__all__ = ["compose"]

@@ -1,0 +1,119 @@
+"""Composition: adapters out of adapters. Each operation is a small file; what comes out is written as any adapter is.
+
+LoRAs come out as PEFT's own folders, mixtures as this package's. Operations, see their files: cat, linear, lego
+(several LoRAs to one), sub (a mixture to a smaller one), upcycle (a LoRA to a mixture), extract (two checkpoints to a
+LoRA).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from qd2mora.composition import cat, lego, linear, sub
+from qd2mora.composition.extract import extract
+from qd2mora.composition.inputs import PREFIX, base_of, read_loras, read_mixture, read_weights
+from qd2mora.composition.upcycle import upcycle
+from qd2mora.errors import InputRefused, nearest
+from qd2mora.merging.lora import write_lora
+from qd2mora.merging.shards import entry, write_tensors
+from qd2mora.mixture import MixtureConfig
+from qd2mora.run_folder import refuse_taken, staged_folder
+
+OPERATIONS = {"cat": "weights", "linear": "weights", "lego": "weights rank", "sub": "experts rank"}
+OPERATIONS |= {"upcycle": "experts", "extract": "rank"}
+"""What each operation takes beside its inputs."""
+NEEDED = {("lego", "rank"), ("upcycle", "experts"), ("extract", "rank")}
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What was written, in one line."""
+
+    folder: Path
+    words: str
+
+
+def compose(
+    operation: str,
+    inputs: Sequence[str],
+    out: str | Path,
+    *,
+    weights: str | None = None,
+    rank: int | None = None,
+    experts: int | None = None,
+) -> Composed:
+    """Make one adapter of `inputs` in the new folder `out`, which appears whole or not at all.
+
+    Raises InputRefused, DamagedFile, NotFinite.
+    """
+    _check(operation, inputs, {"weights": weights, "rank": rank, "experts": experts})
+    refuse_taken(Path(out), "--out")
+    if operation == "extract":
+        assert rank is not None
+        found = extract(inputs[0], inputs[1], rank)
+        words = f"rank {rank} holds {found.energy:.1%} of the difference of {len(found.updates)} linears"
+        words += f"; not in it: {', '.join(found.left_out)}" if found.left_out else ""
+        with staged_folder(Path(out)) as stage:
+            write_lora(found.updates, inputs[1], None, stage)
+        return Composed(Path(out), words)
+    base = base_of(inputs)
+    if operation == "sub":
+        return _sub(inputs[0], Path(out), experts, rank)
+    loras = read_loras(inputs)
+    if operation == "upcycle":
+        assert experts is not None
+        config, tensors = upcycle(loras[0], experts)
+        write_mixture(config, tensors, base, Path(out))
+        return Composed(Path(out), f"{config.method}: {experts} experts of rank {config.rank}, the same function")
+    given = read_weights(weights, len(loras))
+    if operation == "lego":
+        assert rank is not None
+        made = lego.compose(loras, given, rank)
+    else:
+        made = {"cat": cat, "linear": linear}[operation].compose(loras, given)
+    with staged_folder(Path(out)) as stage:
+        write_lora(made, base, None, stage)
+    return Composed(Path(out), f"{len(loras)} LoRAs, rank {max(each.rank for each in made.values())}")
+
+
+def _sub(folder: str, out: Path, experts: int | None, rank: int | None) -> Composed:
+    config, linears = read_mixture(folder)
+    assert config.rank is not None
+    experts, rank = experts or config.num_down, rank or config.rank
+    sub.refuse_unfit(config, experts, rank)
+    tensors = {
+        f"{name}.{kind}": tensor
+        for name, each in linears.items()
+        for kind, tensor in sub.compress(each, experts, rank).items()
+    }
+    write_mixture(sub.compressed_config(config, experts, rank), tensors, base_of([folder]), out)
+    return Composed(out, f"{config.num_down} experts of rank {config.rank} became {experts} of rank {rank}")
+
+
+def write_mixture(config: MixtureConfig, tensors: Mapping[str, Tensor], base: str, out: Path) -> None:
+    """Write an adapter of this package, which loads with `import qd2mora; PeftModel.from_pretrained`."""
+    config.base_model_name_or_path, config.inference_mode = base, True
+    with staged_folder(out) as stage:
+        config.save_pretrained(str(stage))
+        entries = [entry(PREFIX + name, tensor.contiguous()) for name, tensor in tensors.items()]
+        write_tensors(stage / "adapter_model.safetensors", entries)
+
+
+def _check(operation: str, inputs: Sequence[str], settings: dict[str, str | int | None]) -> None:
+    if operation not in OPERATIONS:
+        raise InputRefused(f"compose: unknown '{operation}'; {nearest(operation, OPERATIONS)}")
+    takes = OPERATIONS[operation].split()
+    for key, value in settings.items():
+        if value is not None and key not in takes:
+            raise InputRefused(f"--{key}: {operation} takes none; it takes {' and '.join(takes)}")
+        if value is None and (operation, key) in NEEDED:
+            raise InputRefused(f"--{key}: {operation} needs it, a whole number")
+    wanted = {"sub": 1, "upcycle": 1, "extract": 2}.get(operation)
+    if wanted is not None and len(inputs) != wanted:
+        what = "the tuned model and its base" if operation == "extract" else "one adapter"
+        raise InputRefused(f"compose {operation} takes {what}, {len(inputs)} given")
+
+
+__all__ = ["OPERATIONS", "Composed", "compose", "write_mixture"]

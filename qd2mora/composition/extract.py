@@ -1,0 +1,65 @@
+"""A LoRA out of two checkpoints: the truncated SVD of the difference of every linear, and what it leaves out."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qd2mora.errors import InputRefused
+from qd2mora.merging.source import Source
+from qd2mora.mixture.low_rank import LowRank
+from qd2mora.recipe import Base
+
+EXACT_SIZE = 1024
+"""A matrix whose smaller side is at most this is decomposed wholly, a larger one by random projections."""
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """The updates, the share of the squared difference that they hold, and changed weights that no LoRA can hold."""
+
+    updates: dict[str, LowRank]
+    energy: float
+    left_out: list[str]
+
+
+def extract(tuned: str, base: str, rank: int) -> Extracted:
+    """Return the LoRA of `rank` that is nearest to tuned - base on each linear. Raises InputRefused."""
+    after, before = (Source(Base(model=name, quantization="none")) for name in (tuned, base))
+    if after.names != before.names or any(after.shape(name) != before.shape(name) for name in after.names):
+        raise InputRefused(f"extract: '{tuned}' and '{base}' are models of different shapes")
+    linears = {f"{name}.weight": name for name in after.linears}
+    updates, kept, whole, left_out = {}, 0.0, 0.0, []
+    for name in after.names:
+        difference = _whole(after, name) - _whole(before, name)
+        size = float(difference.double().square().sum())
+        if name not in linears:
+            left_out += [name] if size else []
+        elif size:
+            down, up = truncated(difference, rank)
+            updates[linears[name]] = LowRank(down, up, 1.0)
+            kept, whole = kept + float((up.double() @ down.double()).square().sum()), whole + size
+    if not updates:
+        raise InputRefused(f"extract: the linears of '{tuned}' and '{base}' are the same")
+    return Extracted(updates, kept / whole, left_out)
+
+
+def truncated(matrix_OD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A (r, D) and B (O, r) with B A nearest to the matrix, |a_i| = |b_i|."""
+    rank = min(rank, *matrix_OD.shape)
+    if min(matrix_OD.shape) <= EXACT_SIZE:
+        left, values, right = torch.linalg.svd(matrix_OD, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            left, values, columns = torch.svd_lowrank(matrix_OD, q=rank + 16, niter=4)
+        right = columns.T
+    root = values[:rank].sqrt()
+    return root.unsqueeze(1) * right[:rank], left[:, :rank] * root
+
+
+def _whole(source: Source, name: str) -> Tensor:
+    return torch.cat([rows for _, rows in source.blocks(name)])
+
+
+__all__ = ["Extracted", "extract", "truncated"]

@@ -1,0 +1,86 @@
+"""What is composed: folders of LoRAs and mixtures, and the weights they are given."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qd2mora.errors import DamagedFile, InputRefused
+from qd2mora.mixture import MixtureConfig
+from qd2mora.mixture.given import GivenLora, read_given
+from qd2mora.untrusted import check_adapter
+
+PREFIX = "base_model.model."
+
+
+def all_linears(loras: Sequence[GivenLora]) -> list[str]:
+    """Return the names of the linears that at least one LoRA adapts, sorted."""
+    return sorted(set().union(*(lora.pairs for lora in loras)))
+
+
+def read_loras(folders: Sequence[str]) -> list[GivenLora]:
+    """Read plain LoRAs that fit together. Raises InputRefused."""
+    loras = read_given(list(folders))
+    for name in all_linears(loras):
+        shapes = {(lora.pairs[name][1].shape[0], lora.pairs[name][0].shape[1]) for lora in loras if name in lora.pairs}
+        if len(shapes) > 1:
+            raise InputRefused(f"compose: {name} has several sizes in these adapters: they are of different bases")
+    return loras
+
+
+def base_of(folders: Sequence[str]) -> str:
+    """Return the base that adapters name. Raises InputRefused where they name several."""
+    names = []
+    for folder in map(adapter_folder, folders):
+        content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        names.append(str(content.get("base_model_name_or_path") or ""))
+    if len(set(names)) > 1:
+        raise InputRefused(f"compose: the adapters are of different bases: {', '.join(sorted(set(names)))}")
+    return names[0]
+
+
+def read_mixture(folder: str) -> tuple[MixtureConfig, dict[str, dict[str, Tensor]]]:
+    """Read a mixture's configuration and its tensors by linear and name. Raises InputRefused, DamagedFile."""
+    path = adapter_folder(folder)
+    check_adapter(path)
+    content = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    if content.get("peft_type") != "QD2MORA":
+        raise InputRefused(f"'{folder}' is a plain LoRA; a mixture is needed")
+    try:
+        tensors = load_file(path / "adapter_model.safetensors")
+        config = MixtureConfig.from_pretrained(str(path))
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise DamagedFile(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, MixtureConfig)
+    linears: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, kind = key.removeprefix(PREFIX).rpartition(".")
+        linears.setdefault(name, {})[kind] = tensor
+    return config, linears
+
+
+def adapter_folder(folder: str) -> Path:
+    """Return where an adapter lies: the folder itself, or a run's `adapter`. Raises InputRefused."""
+    for path in (Path(folder) / "adapter", Path(folder)):
+        if (path / "adapter_config.json").is_file():
+            return path
+    raise InputRefused(f"'{folder}' holds no adapter; name a run or an adapter's folder")
+
+
+def read_weights(text: str | None, number: int) -> list[float]:
+    """Read weights such as 0.7,0.3; left out, all are 1 / n. Raises InputRefused."""
+    if text is None:
+        return [1 / number] * number
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != number or not all(abs(each) < float("inf") for each in weights):
+        raise InputRefused(f"--weights: '{text}' will not do: {number} numbers with commas, one for each adapter")
+    return weights
+
+
+__all__ = ["PREFIX", "adapter_folder", "all_linears", "base_of", "read_loras", "read_mixture", "read_weights"]
