@@ -146,13 +146,18 @@ class Memory(Section):
     offload: Offload = Offload()
     engine: Literal["none", "deepspeed"] = "none"
     """`deepspeed`: moments are shared out over the processes of a run (ZeRO)."""
-    zero_stage: Literal[2] = 2
-    """ZeRO-2. Not 3: the loss and the mixtures read weights outside of the modules that stage 3 gathers them for."""
+    zero_stage: Literal[2, 3] = 2
+    """What is shared out: 2, the moments; 3, frozen weights too, is refused for now."""
 
     @model_validator(mode="after")
     def _engine_moves_moments(self) -> "Memory":
         if self.offload.optimizer == "cpu" and self.engine == "none":
             raise ValueError("offload.optimizer: cpu needs engine: deepspeed, which keeps moments on the host")
+        if self.zero_stage == 3:
+            raise ValueError(
+                "zero_stage: 3 will not do: the loss and the adapters read weights outside of the modules that ZeRO-3 "
+                "gathers them for, and find them empty; 2, and memory.budget for what a frozen 4-bit base takes"
+            )
         return self
 
 

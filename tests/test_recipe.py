@@ -77,7 +77,7 @@ def test_a_shipped_recipe_loads(path: Path) -> None:
         ("data.tasks.1.weight=null", "weight"),
         ("data.tasks.0.name=../up", "data.tasks.0.name"),
         ("memory.budget=8", "budget"),
-        ("memory.engine=deepspeed", "engine"),
+        ("memory.engine=fsdp", "engine"),
         ("data.tasks.7.name=x", "position from 0 to 1"),
         ("base.model.x=1", "holds a value"),
         ("nonsense", "key=value"),

@@ -45,12 +45,15 @@ def plan(
     loaded = load_recipe(recipe, overrides or [])
     from qd2mora.memory import plan as make_plan
     from qd2mora.memory import render
+    from qd2mora.memory.engine import unshared
 
     planned = make_plan(loaded, budget=budget)
     if as_json:
         typer.echo(json.dumps(planned.to_json(), indent=1))
     else:
         Console().print(render(planned))
+        if unshared(loaded):
+            Console().print(unshared(loaded))
     if not planned.fits:
         raise typer.Exit(3)
 

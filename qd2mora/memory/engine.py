@@ -1,4 +1,4 @@
-"""DeepSpeed's settings, generated from the recipe: ZeRO-2 or ZeRO-3, with what may move to host memory.
+"""DeepSpeed's settings, generated from the recipe: ZeRO-2, with what may move to host memory.
 
 What DeepSpeed would decide by default and must not: it clips at 1.0 (the loop clips), it averages over processes and
 accumulation (the loop has summed already), it casts every floating tensor of the model in its 16-bit modes, packed
@@ -54,6 +54,17 @@ def engine_settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def unshared(recipe: Recipe) -> str:
+    """Say what the engine leaves whole on every process; nothing where there is no engine."""
+    if recipe.memory.engine == "none":
+        return ""
+    place = "in host memory, " if recipe.memory.offload.optimizer == "cpu" else ""
+    return (
+        f"DeepSpeed ZeRO-2 shares out the moments ({place}1/P on each of P processes); whole on every process stay the "
+        "4-bit weights and their quantisation state, embeddings, head, norms, adapters and a step's gradients"
+    )
+
+
 def refuse_storage(model: nn.Module) -> None:
     """Refuse packed weights whose bytes an engine could take for numbers. Raises InputRefused."""
     for name, tensor in model.named_parameters():
@@ -82,4 +93,4 @@ def prepare_host() -> None:
     os.environ.update({**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
 
 
-__all__ = ["check_engine", "engine_settings", "prepare_host", "refuse_storage"]
+__all__ = ["check_engine", "engine_settings", "prepare_host", "refuse_storage", "unshared"]

@@ -16,7 +16,7 @@ import forked_runs as runs
 import paired_runs as pairs
 
 from qd2mora.errors import InputRefused
-from qd2mora.memory.engine import check_engine, engine_settings, refuse_storage
+from qd2mora.memory.engine import check_engine, engine_settings, refuse_storage, unshared
 from qd2mora.mixture import MixtureConfig
 from qd2mora.recipe import load_recipe
 
@@ -83,9 +83,17 @@ def test_what_the_engine_cannot_do_is_refused(made: Path, tmp_path: Path, monkey
         check_engine(recipe, MixtureConfig.from_recipe(recipe.adapter, 2))
 
 
-def test_moments_on_the_host_need_the_engine(made: Path, tmp_path: Path) -> None:
+def test_moments_on_the_host_need_the_engine_and_stage_three_is_refused(made: Path, tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match=r"offload\.optimizer.*engine"):
         load_recipe(_recipe(made, tmp_path / "run"), ["memory.offload.optimizer=cpu"])
+    with pytest.raises(InputRefused, match=r"zero_stage: 3 .* find them empty"):
+        load_recipe(_recipe(made, tmp_path / "run"), [*ENGINE, "memory.zero_stage=3"])
+
+
+def test_the_plan_says_what_is_not_shared_out(made: Path, tmp_path: Path) -> None:
+    recipe = _recipe(made, tmp_path / "run")
+    assert unshared(load_recipe(recipe)) == ""
+    assert "4-bit weights and their quantisation state" in unshared(load_recipe(recipe, ENGINE))
 
 
 def test_the_settings_leave_clipping_casting_and_compiling_to_nobody(made: Path, tmp_path: Path) -> None:
