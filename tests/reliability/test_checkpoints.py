@@ -78,6 +78,10 @@ def test_a_changed_set_of_files_is_found_and_the_one_before_is_used(two: Path) -
                 (lambda name=name: ((newest / name).unlink(), (newest / name).symlink_to("/dev/zero")))
                 for name in names
             ),
+            *(  # the same content, but what it is tomorrow is decided elsewhere
+                (lambda name=name: ((newest / name).unlink(), (newest / name).symlink_to(kept / "step-4" / name)))
+                for name in names
+            ),
             lambda: (newest / "notes.txt").write_text("mine"),
             lambda: (newest / "adapter.bin").write_bytes(b"\x80\x02."),
             lambda: shutil.copytree(older, newest / "inside"),
