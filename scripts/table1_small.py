@@ -5,19 +5,22 @@ LoRA, HydraLoRA and MoSLoRA of equal size, a learning-rate sweep for each, sever
 Why: accuracy on the real 7B models takes days on a GPU; a base made by `scripts/make_small_base.py` learns in minutes,
 and what it says about methods is said with an interval.
 How: `python scripts/table1_small.py DATA --base BASE --out FOLDER`; the same command goes on after a kill. The outcome
-is FOLDER/compare/compare.json; the committed one is scripts/results/table1_small.json.
+is FOLDER/compare/compare.json. scripts/results/table1_small.json was made with --rows 600 --test-rows 50 --steps 50
+--sweep-steps 25 --choose-rows 5 --strategies core_lsq, about twelve minutes of one core.
 """
 
 import argparse
 import gzip
+import importlib.metadata
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from qd2mora.durable import write_atomically
+from qd2mora.durable import write_atomically, write_json
 from qd2mora.recipe_file import dump_yaml
 
 TASKS = {
@@ -76,6 +79,21 @@ def recipe(base: Path, tasks: list[dict[str, object]], steps: int) -> dict[str, 
     }
 
 
+def result(compared: Path, base: Path) -> dict[str, object]:
+    """Return a comparison's outcome without the places of this machine, with what is known of its base."""
+    content = json.loads((compared / "compare.json").read_text(encoding="utf-8"))
+    recipe = content["recipe"]
+    recipe["base"]["model"] = base.name
+    recipe["output"] = Path(recipe["output"]).name
+    for task in recipe["data"]["tasks"]:
+        for key in ("path", "validation"):
+            task[key] = Path(task[key]).name
+    report = base.parent / "report.json"
+    known = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+    return {**content, "base": known, "device": "cpu" if not torch.cuda.is_available() else "cuda", **versions}
+
+
 def main() -> None:
     """Read the command line, write rows and recipe, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -91,6 +109,7 @@ def main() -> None:
     parser.add_argument("--choose-rows", type=int, default=50)
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--strategies", default="core_lsq,mean_gate", help="exports to try")
+    parser.add_argument("--result", type=Path, help="JSON file for the outcome, without this machine's places")
     given = parser.parse_args()
     tasks = write_rows(given.data, given.out / "rows", given.rows, given.test_rows)
     write_atomically(given.out / "recipe.yaml", dump_yaml(recipe(given.base, tasks, given.steps)))
@@ -98,7 +117,10 @@ def main() -> None:
     command += ["--methods", given.methods, "--seeds", str(given.seeds), "--sweep", given.sweep]
     command += ["--sweep-steps", str(given.sweep_steps), "--choose-rows", str(given.choose_rows)]
     command += ["--strategies", given.strategies, "--out", str(given.out / "compare")]
-    sys.exit(subprocess.run(command, check=False).returncode)
+    code = subprocess.run(command, check=False).returncode
+    if code == 0 and given.result:
+        write_json(given.result, result(given.out / "compare", given.base))
+    sys.exit(code)
 
 
 if __name__ == "__main__":

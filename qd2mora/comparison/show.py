@@ -14,12 +14,14 @@ _HEADINGS = {"trained": "as trained", "export": "best static export"}
 
 
 def show(found: Comparison, console: Console) -> None:
-    """Print the table, where the differences lie, and the verdicts."""
+    """Print a table that fits eighty columns, on which tasks the first method is behind, and the verdicts."""
     table = Table(title=_title(found))
-    for number, heading in enumerate(_headings()):
+    headings = ("method", "rate", "score", "loss", "export's score", "its loss")
+    for number, heading in enumerate(headings if found.seeds else headings[:2]):
         table.add_column(heading, justify="right" if number else "left")
-    for row in _rows(found):
-        table.add_row(*row)
+    for arm in found.arms:
+        cells = [cell for stage in STAGES if found.seeds for cell in _short_cells(found, arm[stage])]
+        table.add_row(arm["name"], _rate(arm), *cells)
     console.print(table)
     for line in (*_losing(found), *verdicts(found)):
         console.print(line, highlight=False, soft_wrap=True)
@@ -72,7 +74,7 @@ def _headings() -> list[str]:
 def _rows(found: Comparison) -> list[list[str]]:
     rows = []
     for arm in found.arms:
-        row = [arm["name"], f"{arm['parameters']:,}", f"{arm['rate']:g}" + (" (edge)" if arm["at_edge"] else "")]
+        row = [arm["name"], f"{arm['parameters']:,}", _rate(arm)]
         for stage in STAGES:
             row += _cells(found, arm.get(stage))
         rows.append(row)
@@ -86,6 +88,18 @@ def _cells(found: Comparison, stage: dict[str, Any] | None) -> list[str]:
     score = f"{stage['score']:.1%} ({low:.1%} to {high:.1%})" if found.is_share else f"{stage['score']:.4f}"
     low, high = stage["loss_interval"]
     return [score, f"{stage['loss']:.4f} ({low:.4f} to {high:.4f})"]
+
+
+def _rate(arm: dict[str, Any]) -> str:
+    return f"{arm['rate']:g}" + (" (edge)" if arm["at_edge"] else "")
+
+
+def _short_cells(found: Comparison, stage: dict[str, Any] | None) -> list[str]:
+    if stage is None:
+        return ["none", "none"]
+    low, high = stage["score_interval"]
+    score = f"{stage['score']:.1%} ({low:.0%} to {high:.0%})" if found.is_share else f"{stage['score']:.4f}"
+    return [score, f"{stage['loss']:.4f}"]
 
 
 def _losing(found: Comparison) -> list[str]:

@@ -4,6 +4,7 @@ Rows of a batch never see each other: prompts are padded on the left with their 
 token, so that a row's result is the same alone and in any batch, up to the order of floating point sums.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,9 @@ from torch import Tensor
 from qd2mora.data import IGNORE, Row, collate
 from qd2mora.evaluation.subject import Subject
 from qd2mora.memory.loss import token_losses
+
+# transformers 5.24 calls `past_key_values` `cache`; 5.17 knows only the old name.
+warnings.filterwarnings("ignore", r".*past_key_values", FutureWarning)
 
 
 @dataclass(frozen=True)
