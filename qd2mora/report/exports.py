@@ -17,7 +17,7 @@ def show_export(export: Export, out: Path, console: Console) -> None:
         console.print(_unexplained(export))
         if export.fidelity is not None and len(export.fidelity.tasks) > 1:
             console.print(_tasks(export))
-    lines = [f"export       {out}", _bases(export), verdict(export), warning(export)]
+    lines = [f"export       {out}", _bases(export), verdict(export), _rounding(export), warning(export)]
     for line in lines:
         if line is not None:
             console.print(line, highlight=False, soft_wrap=True)
@@ -42,11 +42,21 @@ def verdict(export: Export) -> str:
     fidelity = export.fidelity
     if fidelity is None:
         return f"{how}; no held-out rows to measure it on"
+    if export.form.is_routed:
+        return f"the routed model itself (loss {fidelity.routed:.3f}; base {fidelity.base:.3f}); {how}"
     kept = "has no gain to keep" if fidelity.gain_kept is None else f"keeps {fidelity.gain_kept:.1%} of the gain"
     return (
         f"merged {kept} (loss {fidelity.routed:.3f} -> {fidelity.merged:.3f}; base {fidelity.base:.3f}); "
         f"KL {fidelity.kl_per_token:.4f} nats a token, same greedy token {fidelity.agreement:.1%}; {how}"
     )
+
+
+def _rounding(export: Export) -> str | None:
+    """Say what storing in bfloat16 takes from the updates, which float16 hardly touches."""
+    shares = export.written.rounding.values()
+    if export.form.dtype != "bfloat16" or not shares:
+        return None
+    return f"rounding to bfloat16 takes {sum(shares) / len(shares):.1%} of an update, {max(shares):.1%} at most"
 
 
 def warning(export: Export) -> str | None:

@@ -12,7 +12,7 @@ from exports import make_run
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qd2mora.errors import InputRefused
@@ -192,3 +192,19 @@ def test_llama_3_positions_come_out_as_transformers_makes_them() -> None:
     found = plain / torch.from_numpy(_llama3_factors(config))
     torch.testing.assert_close(found, scaled, rtol=1e-5, atol=0)
     assert math.isclose(float(scaled[0]), 1.0) and float(plain[-1] / scaled[-1]) == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "q8_0"])
+def test_another_reader_of_the_format_makes_the_same_model_of_it(folder: Path, dtype: str) -> None:
+    path = next((folder / dtype).glob("*.gguf"))
+    ids = torch.arange(4, 24).view(2, 10)
+    with torch.no_grad():
+        read_back = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
+        found = read_back(input_ids=ids).logits
+        wanted = AutoModelForCausalLM.from_pretrained(folder / "hf")(input_ids=ids).logits
+    # Rounding of weights: 11 bits in float16, 8 in Q8_0.
+    assert float((found - wanted).norm() / wanted.norm()) < {"float16": 1e-3, "q8_0": 2e-2}[dtype]
+    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    ours = AutoTokenizer.from_pretrained(folder / "hf")
+    for text in ("red moon", "Say the first word.", "three  suns é"):
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ours(text, add_special_tokens=False)["input_ids"]
