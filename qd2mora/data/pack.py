@@ -1,8 +1,7 @@
 """Packing: several rows in one line of tokens, so that little of a batch is padding.
 
-The rows of a step stay what they are; only how they share lines changes. Best fit tells how many lines there must be;
-the rows are then spread evenly over so many where they fit, so that lines of a batch are about equally long. Positions
-restart at each row; from that, attention keeps the rows of a line apart.
+The rows of a step stay what they are; only how they share lines changes. Positions restart at each row; from that,
+attention keeps the rows of a line apart.
 """
 
 from bisect import bisect_left, insort
@@ -17,6 +16,7 @@ from qd2mora.data.collate import collate
 from qd2mora.data.prepare import IGNORE, Row
 
 MULTIPLE = 8
+WIDTHS_TRIED = 16
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def lines_together(
     if capacity is None:
         lines = [[number] for number in sorted(range(len(lengths)), key=lengths.__getitem__)]
     else:
-        lines = packed(lengths, capacity)
+        lines = packed(lengths, capacity, at_once)
     parts = [lines[start : start + at_once] for start in range(0, len(lines), at_once)]
     return [
         ([number for line in part for number in line], () if capacity is None else tuple(map(len, part)))
@@ -72,17 +72,28 @@ def lines_together(
     ]
 
 
-def packed(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Return which rows share a line of at most `capacity` tokens, the longest line first, by their numbers."""
+def packed(lengths: Sequence[int], capacity: int, at_once: int = 1) -> list[list[int]]:
+    """Return which rows share a line of at most `capacity` tokens, the longest line first, by their numbers.
 
-    def size(line: list[int]) -> int:
-        return sum(lengths[number] for number in line)
+    Of best fits into lines of several widths, and of rows spread evenly over as few lines, the one that runs over the
+    least positions where `at_once` lines run together.
+    """
+    longest = max(lengths)
+    least = max(longest, capacity // 2)
+    widths = {max(longest, least + (capacity - least) * part // WIDTHS_TRIED) for part in range(WIDTHS_TRIED + 1)}
+    tried = [_best_fit(lengths, width) for width in sorted(widths, reverse=True)]
+    even = _evenly(lengths, len(tried[0]))
+    if max(sum(lengths[number] for number in line) for line in even) <= max(capacity, longest):
+        tried.append(even)
+    ordered = [sorted(lines, key=lambda line: -sum(lengths[number] for number in line)) for lines in tried]
+    return min(ordered, key=lambda lines: _positions(lines, lengths, at_once))
 
-    lines = _best_fit(lengths, capacity)
-    even = _evenly(lengths, len(lines))
-    if max(map(size, even)) <= max(capacity, max(lengths)):
-        lines = even
-    return sorted(lines, key=size, reverse=True)
+
+def _positions(lines: list[list[int]], lengths: Sequence[int], at_once: int) -> int:
+    """Return how many positions a step runs over, padding included."""
+    sizes = [sum(lengths[number] for number in line) for line in lines]
+    starts = range(0, len(sizes), at_once)
+    return sum(-(-sizes[start] // MULTIPLE) * MULTIPLE * len(sizes[start : start + at_once]) for start in starts)
 
 
 def _evenly(lengths: Sequence[int], num_lines: int) -> list[list[int]]:
