@@ -17,7 +17,7 @@ MIN_STEPS = 10
 
 def auto(setting: Setting) -> dict[str, LowRank]:
     """Return the static updates nearest to the routed model on checking rows."""
-    moments = setting.moments()
+    moments = setting.moments(with_mixing=True)
     tried = {
         "core_lsq": of_cores(setting.model, {name: core_lsq.mixing(each) for name, each in moments.items()}),
         "mean_gate": of_cores(setting.model, {name: mean_gate.mixing(each) for name, each in moments.items()}),

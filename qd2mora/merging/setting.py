@@ -35,11 +35,16 @@ class Setting:
     eight_bit: bool = False
     notes: dict[str, object] = field(default_factory=dict)
     _moments: dict[str, Moments] = field(default_factory=dict)
+    _has_mixing: bool = False
 
-    def moments(self) -> dict[str, Moments]:
-        """Return the moments of every linear, from one pass over the calibration rows however often they are asked."""
-        if not self._moments:
-            self._moments = collect(self.model, self.calibration)
+    def moments(self, *, with_mixing: bool = False) -> dict[str, Moments]:
+        """Return the moments of every linear, from one pass over the calibration rows however often they are asked.
+
+        `with_mixing`: the average K_t too, which takes longer; asked for first, it serves all that ask later.
+        """
+        if not self._moments or (with_mixing and not self._has_mixing):
+            self._moments = collect(self.model, self.calibration, with_mixing=with_mixing)
+            self._has_mixing = with_mixing
         return self._moments
 
 

@@ -32,9 +32,10 @@ class Strategy:
     share: float = 1.0
 
 
-def _in_closed_form(mixing: Callable[[Moments], Tensor]) -> Make:
+def _in_closed_form(mixing: Callable[[Moments], Tensor], *, with_mixing: bool = False) -> Make:
     def make(setting: Setting) -> dict[str, LowRank]:
-        return of_cores(setting.model, {name: mixing(each) for name, each in setting.moments().items()})
+        moments = setting.moments(with_mixing=with_mixing)
+        return of_cores(setting.model, {name: mixing(each) for name, each in moments.items()})
 
     return make
 
@@ -56,7 +57,7 @@ STRATEGIES: dict[str, Strategy] = {
     "auto": Strategy(auto, "the best that a fifth of the training's cost buys", share=SHARE),
     "core_lsq": Strategy(_core_lsq, "least squares in rank space, closed form"),
     "distill": Strategy(_distill, f"up to {DISTILL_STEPS} steps towards the routed model's distributions"),
-    "mean_gate": Strategy(_in_closed_form(mean_gate.mixing), "average gates"),
+    "mean_gate": Strategy(_in_closed_form(mean_gate.mixing, with_mixing=True), "average gates"),
     "per_task": Strategy(_core_lsq, "least squares on one task's rows; goes with --task", one_task=True),
     "sequential": Strategy(_sequential, "least squares layer by layer"),
 }
