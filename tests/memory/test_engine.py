@@ -86,7 +86,7 @@ def test_what_the_engine_cannot_do_is_refused(made: Path, tmp_path: Path, monkey
 def test_moments_on_the_host_need_the_engine_and_stage_three_is_refused(made: Path, tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match=r"offload\.optimizer.*engine"):
         load_recipe(_recipe(made, tmp_path / "run"), ["memory.offload.optimizer=cpu"])
-    with pytest.raises(InputRefused, match=r"zero_stage: 3 .* find them empty"):
+    with pytest.raises(InputRefused, match=r"zero_stage: 3 .* leaves empty the adapters"):
         load_recipe(_recipe(made, tmp_path / "run"), [*ENGINE, "memory.zero_stage=3"])
 
 
