@@ -19,6 +19,8 @@ def save_run(folder: Path, name: str, *overrides: str, method: str = "d2mora") -
     if not (folder / "base").is_dir():
         tiny.save_base(folder / "base")
         tiny.save_tasks(folder / "data")
+    if (folder / name / "adapter").is_dir():  # another test has made it
+        return folder / name
     path = folder / f"{name}.yaml"
     path.write_text(tiny.recipe_text(folder / "base", folder / "data", folder / name, method=method), encoding="utf-8")
     settings = ("train.steps=3", "train.learning_rate=1e-2", "train.eval_every=3", *overrides)

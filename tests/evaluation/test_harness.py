@@ -57,8 +57,7 @@ def test_a_task_that_is_not_known_and_an_adapter_that_reads_more_are_refused(mad
 
     with pytest.raises(InputRefused, match="no task 'colors'"):
         run_harness(made / "run", ["colors"])
-    if not (made / "by_task").is_dir():
-        asking.save_run(made, "by_task", method="moelora")
+    asking.save_run(made, "by_task", method="moelora")
     text = TASK.format(path=tasks / "rows.jsonl", kind="generate_until", target="label", more="")
     (tasks / "colours.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(InputRefused, match="reads the task or a vector"):
