@@ -1,0 +1,32 @@
+"""The embedding in host memory: rows are looked up there, and only they go to the device."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def keep_embedding_on_host(model: PreTrainedModel, device: torch.device) -> None:
+    """Keep the input embedding in host memory; its output comes on `device`.
+
+    The head must not be tied to it: the planner never asks for that.
+    """
+    embedding = model.get_input_embeddings()
+    assert embedding.weight is not model.get_output_embeddings().weight
+    embedding.to("cpu")
+
+    def before(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(ids.cpu() for ids in inputs)
+
+    def after(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        if device.type != "cuda":
+            return output.to(device)
+        # Pinned, the copy runs beside the host; the allocator keeps the pages until the copy is made.
+        return output.pin_memory().to(device, non_blocking=True)
+
+    embedding.register_forward_pre_hook(before)
+    embedding.register_forward_hook(after)
+
+
+__all__ = ["keep_embedding_on_host"]
