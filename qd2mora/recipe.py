@@ -19,6 +19,7 @@ from qd2mora.errors import InputRefused
 from qd2mora.recipe_adapter import Adapter, Count, Experts, Place, Section
 from qd2mora.recipe_data import Data, Task
 from qd2mora.recipe_file import apply_override, dump_yaml, read_mapping
+from qd2mora.recipe_memory import Memory
 from qd2mora.redact import secret_in
 
 MAX_TEXT = 4096
@@ -95,7 +96,8 @@ class Train(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """`auto`: adamw where the budget allows it, else adamw_8bit; decided before step 1 and then part of the run."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """The gradient of a step is scaled down to this norm; null: never."""
@@ -123,41 +125,6 @@ class Train(Section):
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         if self.final == "best" and self.keep_best == "none":
             raise ValueError("final: best needs keep_best: overall or tasks")
-        return self
-
-
-class Offload(Section):
-    """What may leave the device; `auto` and `none` both keep it there for now."""
-
-    activations: Literal["auto", "none"] = "auto"
-    embeddings: Literal["auto", "none"] = "auto"
-    optimizer: Literal["none", "cpu"] = "none"
-    """`cpu`: moments and update on the host, with `engine: deepspeed`."""
-    weights: Literal["none"] = "none"
-
-
-class Memory(Section):
-    """What may be traded for memory."""
-
-    budget: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(GiB|MiB|GB|MB)$")] | None = None
-    """The plan must fit this, for example 8GiB."""
-    checkpointing: Literal["auto", "on", "off"] = "auto"
-    """Recompute each decoder layer in the backward pass; auto: off where the plan fits the budget without."""
-    offload: Offload = Offload()
-    engine: Literal["none", "deepspeed"] = "none"
-    """`deepspeed`: moments are shared out over the processes of a run (ZeRO)."""
-    zero_stage: Literal[2, 3] = 2
-    """What is shared out: 2, the moments; 3, frozen weights too, is refused for now."""
-
-    @model_validator(mode="after")
-    def _engine_moves_moments(self) -> "Memory":
-        if self.offload.optimizer == "cpu" and self.engine == "none":
-            raise ValueError("offload.optimizer: cpu needs engine: deepspeed, which keeps moments on the host")
-        if self.zero_stage == 3:
-            raise ValueError(
-                "zero_stage: 3 will not do: between passes ZeRO-3 leaves empty the adapters that a step adds up its "
-                "gradients in; 2"
-            )
         return self
 
 

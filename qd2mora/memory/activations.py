@@ -8,9 +8,9 @@ Everything is linear in tokens but the mask of padded rows, which every batch ha
 
 from dataclasses import dataclass
 
-from qd2mora.memory.loss import CHUNK
-
 FLOAT = 4
+IN_FLIGHT = 2
+"""Layer inputs on the device where they live on the host: the one in use, and the one before or after it."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class LayerShapes:
     rank_space: int
     """Floats a token while one adapter's step in rank space runs backward."""
     adapts_down: bool
+    slots: int = 1
+    """Copies of a token between an MLP's linears: the experts it chose, where whole MLPs are mixed."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,19 @@ def layer_bytes(layer: LayerShapes, done: Pass) -> int:
     """Return what one decoder layer keeps for its backward pass."""
     # Padding brings a mask; with one, keys and values are repeated for each head, and it is cast to the compute dtype.
     attention = done.item * (4 * layer.heads_width + done.length) + FLOAT * layer.heads
-    mlp = done.item * 3 * layer.intermediate
+    mlp = done.item * 3 * layer.slots * layer.intermediate
     adapters = done.item * (layer.adapter_inputs + layer.adapter_features)
     return done.tokens * (2 * _norm(layer) + attention + mlp + adapters)
 
 
-def all_layers_bytes(layer: LayerShapes, done: Pass, num_layers: int) -> int:
-    """Return what all layers keep; the first norm reads embeddings, which need no gradient, and keeps nothing."""
-    return num_layers * layer_bytes(layer, done) - done.tokens * _norm(layer) + _rotary(layer, done)
+def kept_bytes(layer: LayerShapes, done: Pass, num_kept: int, is_whole: bool) -> int:
+    """Return what layers that are not recomputed keep.
+
+    `is_whole`: the first layer is among them; its first norm reads embeddings, which need no gradient, and keeps
+    nothing, and the rotary tables are counted with it.
+    """
+    size = num_kept * layer_bytes(layer, done)
+    return size - done.tokens * _norm(layer) + _rotary(layer, done) if is_whole else size
 
 
 def layer_inputs_bytes(layer: LayerShapes, done: Pass, num_layers: int) -> int:
@@ -76,7 +83,7 @@ def backward_bytes(layer: LayerShapes, done: Pass, dequantised: int) -> dict[str
     product has three gradients of its width at once. An adapter on the down projection has let go of its input by
     then; with dropout the step in rank space still runs beside its mask.
     """
-    hidden, wide = (done.tokens * done.item * width for width in (layer.hidden, layer.intermediate))
+    hidden, wide = (done.tokens * done.item * width for width in (layer.hidden, layer.slots * layer.intermediate))
     gradients = hidden + 3 * wide
     if layer.adapts_down:
         gradients += (done.tokens * FLOAT * layer.rank_space if done.dropout else 0) - wide
@@ -85,13 +92,25 @@ def backward_bytes(layer: LayerShapes, done: Pass, dequantised: int) -> dict[str
     return {"gradients in a layer": gradients}
 
 
-def loss_bytes(hidden: int, vocab: int, done: Pass) -> int:
+def evaluation_bytes(layer: LayerShapes, vocab: int, done: Pass, chunk: int, dequantised: int) -> int:
+    """Return what a forward pass takes that keeps nothing: an MLP with its widest weight, or a chunk of logits.
+
+    Besides the layer's input and its normed one there are the gate, the activated gate and up, and the mask.
+    """
+    mask = done.tokens * done.length * (1 + done.item)
+    wide = layer.slots * done.item * 3 * layer.intermediate
+    mlp = done.tokens * (done.item * 3 * layer.hidden + wide) + dequantised + mask
+    logits = min(done.tokens, chunk) * vocab * (2 * FLOAT + (done.item if done.item < FLOAT else 0))
+    return max(mlp, logits + done.tokens * 2 * done.item * layer.hidden)
+
+
+def loss_bytes(hidden: int, vocab: int, done: Pass, chunk: int) -> int:
     """Return what the loss takes where every token is labelled, at its worst, in the backward pass.
 
     For a chunk of tokens the log-softmax and two gradients, all float32; for all tokens what the last norm keeps, the
     hidden states and their gradient.
     """
-    return min(done.tokens, CHUNK) * 3 * FLOAT * vocab + done.tokens * hidden * (FLOAT + 2 * done.item)
+    return min(done.tokens, chunk) * 3 * FLOAT * vocab + done.tokens * hidden * (FLOAT + 2 * done.item)
 
 
 def _norm(layer: LayerShapes) -> int:
@@ -105,10 +124,12 @@ def _rotary(layer: LayerShapes, done: Pass) -> int:
 
 
 __all__ = [
+    "IN_FLIGHT",
     "LayerShapes",
     "Pass",
-    "all_layers_bytes",
     "backward_bytes",
+    "evaluation_bytes",
+    "kept_bytes",
     "layer_bytes",
     "layer_inputs_bytes",
     "loss_bytes",

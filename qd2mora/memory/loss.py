@@ -21,16 +21,16 @@ IGNORE = -100
 class RowLoss(nn.Module):
     """Wraps an adapted model; its forward gives the loss of each row."""
 
-    def __init__(self, model: PeftModel) -> None:
+    def __init__(self, model: PeftModel, chunk: int = CHUNK) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.chunk = model, chunk
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the summed cross-entropy of each row's labelled tokens, (rows,) float32, in nats."""
         labels = batch["labels"]
         keep = labels[:, 1:] != IGNORE
         hidden = labelled_states(self.model, batch, keep)
-        losses = token_losses(hidden, labels[:, 1:][keep], output_head(self.model))
+        losses = token_losses(hidden, labels[:, 1:][keep], output_head(self.model), self.chunk)
         segments = batch.get("segments")
         row_of_token = keep.nonzero()[:, 0] if segments is None else segments[:, 1:][keep]
         num_rows = len(labels) if segments is None else len(batch["task_index"])
@@ -54,10 +54,10 @@ def output_head(model: PeftModel) -> nn.Module:
     return tuner.model.get_output_embeddings()
 
 
-def token_losses(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
-    """Return the cross-entropy of each token, (tokens,) float32, holding logits of at most CHUNK tokens at a time."""
-    chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-    if not torch.is_grad_enabled() or len(hidden) <= CHUNK:
+def token_losses(hidden: Tensor, targets: Tensor, head: nn.Module, chunk: int = CHUNK) -> Tensor:
+    """Return the cross-entropy of each token, (tokens,) float32, holding logits of at most `chunk` tokens at a time."""
+    chunks = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    if not torch.is_grad_enabled() or len(hidden) <= chunk:
         return torch.cat([_chunk(states, target, head) for states, target in chunks])
     return torch.cat([checkpoint(_chunk, states, target, head, use_reentrant=False) for states, target in chunks])
 

@@ -31,6 +31,8 @@ def _items(planned: Plan) -> Table:
         table.add_row(name, show_bytes(size), "█" * round(BAR_WIDTH * size / planned.peak_bytes))
     for name, size in planned.elsewhere.items():
         table.add_row(name, show_bytes(size), "at another moment", style="dim")
+    for name, size in planned.host.items():
+        table.add_row(name, show_bytes(size), "host memory", style="dim")
     table.add_section()
     table.add_row("peak", show_bytes(planned.peak_bytes), _verdict(planned), style="bold")
     return table

@@ -224,18 +224,11 @@ class _Choice:
         num_experts = logits.shape[-1]
         # Chosen experts before others, likelier ones first.
         order = (2 * gating.used + gating.probs).detach()
-        places = order.topk(self._num_slots(num_experts), -1).indices
+        places = order.topk(num_slots(self.gate, num_experts), -1).indices
         which = torch.zeros(*places.shape, num_experts, dtype=order.dtype, device=order.device)
         which.scatter_(-1, places.unsqueeze(-1), 1.0)
         weight = gating.weight.gather(-1, places).expand(*tokens, -1).movedim(-1, 0)
         return Slots(weight, which.expand(*tokens, -1, -1).movedim(-2, 0), self._is_mean)
-
-    def _num_slots(self, num_experts: int) -> int:
-        """Experts that can get a weight, or a gradient of it: straight_through's reaches those not chosen too."""
-        if self.gate.weight in ("straight_through", "bounded"):
-            return num_experts
-        limits = {"top_k": self.gate.top_k or num_experts, "switch": 1, "fixed": 1}
-        return min(limits.get(self.gate.select, num_experts), num_experts)
 
     @property
     def _is_mean(self) -> bool:
@@ -243,6 +236,14 @@ class _Choice:
         sums_to_one |= self.gate.weight == "straight_through" and self.gate.omega * (self.gate.top_k or 1) == 1
         sums_to_one |= self.gate.weight == "softmax" and self.gate.select in ("all", "fixed")
         return sums_to_one and self.gate.select != "switch"
+
+
+def num_slots(gate: Gate, num_experts: int) -> int:
+    """Return the experts that can get a weight, or its gradient: straight_through's reaches those not chosen too."""
+    if gate.weight in ("straight_through", "bounded"):
+        return num_experts
+    limits = {"top_k": gate.top_k or num_experts, "switch": 1, "fixed": 1}
+    return min(limits.get(gate.select, num_experts), num_experts)
 
 
 class _WeightedSlots(torch.autograd.Function):
@@ -330,6 +331,7 @@ __all__ = [
     "has_slots",
     "mean_input",
     "mixes_blocks",
+    "num_slots",
     "refuse_open_blocks",
     "refuse_unfit",
     "routed_adapter",

@@ -1,13 +1,17 @@
 """Recipes and bases for tests of the plan."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from qd2mora.base import Shape, base_config, enable_checkpointing, random_base
-from qd2mora.memory.ledger import Ledger, Setting, Shapes, ledger, read_shapes
+from qd2mora.base import Shape, base_config, random_base
+from qd2mora.memory.boundaries import recompute_layers
+from qd2mora.memory.ledger import Ledger, Setting, ledger
+from qd2mora.memory.shapes import Shapes, read_shapes
 from qd2mora.mixture import MixtureConfig, add_adapter
 from qd2mora.recipe import Base, Recipe, parse_recipe
 
@@ -37,16 +41,27 @@ def shapes_of(recipe: Recipe) -> Shapes:
     return read_shapes(base_config(recipe.base), adapter_of(recipe))
 
 
-def cpu_ledger(shape: Shape, recipe: Recipe, micro_batch: int, checkpointing: bool, dtype: torch.dtype) -> Ledger:
+def cpu_ledger(
+    shape: Shape, recipe: Recipe, micro_batch: int, recomputed: int | bool, dtype: torch.dtype, **setting: Any
+) -> Ledger:
+    """Return the ledger of a CPU; `recomputed` True: every layer."""
+    number = recomputed * shape.layers if isinstance(recomputed, bool) else recomputed
     shapes = read_shapes(shape.config(), adapter_of(recipe))
-    return ledger(shapes, recipe, Setting(micro_batch, checkpointing, dtype, on_gpu=False))
+    setting = {"on_gpu": False, "optimizer": recipe.train.optimizer, **setting}
+    return ledger(shapes, recipe, Setting(micro_batch, number, dtype, **setting))
 
 
-def adapted(shape: Shape, recipe: Recipe, dtype: str = "float32", checkpointing: bool = False) -> PeftModel:
-    """Return a real model of random weights with the recipe's adapter, ready to train."""
+def adapted(
+    shape: Shape,
+    recipe: Recipe,
+    dtype: str = "float32",
+    recomputed: int | bool = False,
+    prepare: Callable[[PreTrainedModel], None] = lambda base: None,
+) -> PeftModel:
+    """Return a real model of random weights with the recipe's adapter, ready to train; `prepare` is given its base."""
     base = random_base(shape, Base(model="random:tiny", compute_dtype=dtype), CPU)
-    if checkpointing:
-        enable_checkpointing(base)
+    prepare(base)
+    recompute_layers(base, recomputed * shape.layers if isinstance(recomputed, bool) else recomputed, False, CPU)
     model = add_adapter(base, adapter_of(recipe), seed=0)
     model.train()
     return model

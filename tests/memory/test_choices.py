@@ -12,8 +12,8 @@ from rich.console import Console
 
 from qd2mora.errors import InputRefused
 from qd2mora.memory import Plan, parse_size, plan, render
+from qd2mora.memory.choosing import predicted_cost
 from qd2mora.memory.ledger import Setting
-from qd2mora.memory.plan import predicted_cost
 from qd2mora.recipe import Recipe, parse_recipe
 from qd2mora.recipe_file import apply_override
 
@@ -26,7 +26,7 @@ def paper(max_length: int = 256, **sections: dict[str, Any]) -> Recipe:
 
 
 def cost(planned: Plan, max_length: int) -> float:
-    return predicted_cost(Setting(planned.micro_batch, planned.checkpointing, torch.bfloat16, True), max_length)
+    return predicted_cost(planned.setting, max_length, 32)
 
 
 def changed(recipe: Recipe, override: str) -> Recipe:
@@ -83,8 +83,8 @@ def test_a_plan_that_fits_is_the_fastest_of_all_that_do() -> None:
 
 def test_keeping_activations_is_faster_but_for_a_very_small_micro_batch() -> None:
     recomputing, keeping, one_row = (
-        predicted_cost(Setting(micro_batch, on, torch.bfloat16, True), 64)
-        for micro_batch, on in ((8, True), (8, False), (1, False))
+        predicted_cost(Setting(micro_batch, recomputed, torch.bfloat16, True), 64, 32)
+        for micro_batch, recomputed in ((8, 32), (8, 0), (1, 0))
     )
     assert keeping < recomputing < one_row
 

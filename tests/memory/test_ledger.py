@@ -13,14 +13,8 @@ from torch import Tensor, nn
 
 from qd2mora.base import SHAPES, is_nf4, load_base
 from qd2mora.errors import InputRefused
-from qd2mora.memory.ledger import (
-    dequantised_bytes,
-    nf4_bytes,
-    optimizer_bytes,
-    penalty_bytes,
-    trainable_bytes,
-    weight_bytes,
-)
+from qd2mora.memory.ledger import weight_bytes
+from qd2mora.memory.sizes import dequantised_bytes, nf4_bytes, optimizer_bytes, penalty_bytes, trainable_bytes
 from qd2mora.mixture import orthogonality
 
 GIB, MIB = 1 << 30, 1 << 20

@@ -1,0 +1,165 @@
+"""What the ledger needs of an adapted model, taken from a build on the meta device.
+
+The code that builds the real model and its adapters builds these, so that grouped heads, tied embeddings, targets and
+trainable tensors are right by construction; no weight is read.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from qd2mora.memory.activations import LayerShapes
+from qd2mora.mixture import MixtureConfig, MixtureLinear, add_adapter, mixture_layers
+from qd2mora.mixture.block import has_slots, num_slots
+from qd2mora.mixture.ops import RankStep
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear by its name in the model."""
+
+    name: str
+    d_in: int
+    d_out: int
+
+    @property
+    def entries(self) -> int:
+        """Weights in it."""
+        return self.d_in * self.d_out
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the ledger needs of an adapted model; `linears` are all but the output head."""
+
+    linears: tuple[Linear, ...]
+    layer: LayerShapes
+    num_layers: int
+    vocab: int
+    embedding_entries: int
+    head_entries: int
+    other_entries: int
+    trainable: tuple[int, ...]
+    """Entries of each trainable tensor."""
+    penalised: tuple[int, ...]
+    """Entries of the banks that the orthogonality penalty reads: those of more than one expert, summed by shape."""
+    penalty_weight: float
+    normed: int = 0
+    """Entries of the largest weight whose row norms DoRA takes in every pass."""
+
+    def __hash__(self) -> int:
+        """Hash a few fields: ledgers of one model ask for its bytes again and again."""
+        return hash((self.layer, self.num_layers, self.vocab, len(self.trainable)))
+
+    def of_layers(self) -> list[list[Linear]]:
+        """Return the linears of each decoder layer; a linear outside them is in none."""
+        layers: dict[str, list[Linear]] = {}
+        for linear in self.linears:
+            found = re.search(r"\.layers\.(\d+)\.", linear.name)
+            if found:
+                layers.setdefault(found[1], []).append(linear)
+        return list(layers.values())
+
+    @property
+    def largest_linear(self) -> int:
+        """Entries of the largest decoder linear."""
+        return max(linear.entries for linear in self.linears)
+
+
+def read_shapes(config: PretrainedConfig, adapter: MixtureConfig) -> Shapes:
+    """Build the adapted model on the meta device and take its shapes.
+
+    Raises InputRefused where a target matches no linear.
+    """
+    by_peft = adapter.row.backend == "peft"  # DoRA: a LoRA, and a magnitude for each output
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings().weight
+        head_entries = 0 if head.weight is embedding else head.weight.numel()
+        linears = tuple(
+            Linear(name, module.in_features, module.out_features)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        )
+        num_frozen = sum(tensor.numel() for tensor in model.parameters())
+        layers = mixture_layers(add_adapter(model, replace(adapter, method="lora") if by_peft else adapter, seed=0))
+    tensors = [pair for layer in layers.values() for pair in layer.tensors("default").items() if pair[1].requires_grad]
+    steps = [layer.mixture_spec["default"].step for layer in layers.values()]
+    return Shapes(
+        linears=linears,
+        layer=_layer_shapes(config, linears, _inputs(layers), steps, max(map(_slots, layers.values()))),
+        num_layers=config.num_hidden_layers,
+        vocab=config.vocab_size,
+        embedding_entries=embedding.numel(),
+        head_entries=head_entries,
+        other_entries=num_frozen - embedding.numel() - head_entries - sum(linear.entries for linear in linears),
+        trainable=tuple(tensor.numel() for _, tensor in tensors)
+        + tuple(layer.out_features for layer in layers.values() if by_peft),
+        normed=max(layer.in_features * layer.out_features for layer in layers.values()) if by_peft else 0,
+        penalty_weight=sum(part.weight for part in adapter.weight_penalties if part.kind.startswith("diversity")),
+        penalised=_penalised([tensor for name, tensor in tensors if name in ("mixture_A", "mixture_B")]),
+    )
+
+
+def _penalised(banks: list[torch.Tensor]) -> tuple[int, ...]:
+    groups: Counter[torch.Size] = Counter()
+    for bank in banks:
+        if bank.dim() == 3 and bank.shape[0] > 1:
+            groups[bank.shape] += bank.numel()
+    return tuple(groups.values())
+
+
+def _layer_shapes(
+    config: PretrainedConfig, linears: tuple[Linear, ...], adapted: dict[str, int], steps: list[RankStep], slots: int
+) -> LayerShapes:
+    """Take one decoder layer's widths; what adapters read is averaged over the layers."""
+    kinds = {linear.name.rpartition(".")[2]: linear for linear in linears}
+    # o_proj reads what attention keeps anyway.
+    inputs = {_input_of(name): d_in for name, d_in in adapted.items() if not name.endswith(".o_proj")}
+    return LayerShapes(
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=config.num_attention_heads,
+        heads_width=kinds["q_proj"].d_out if "q_proj" in kinds else config.hidden_size,
+        adapter_inputs=-(-sum(inputs.values()) // config.num_hidden_layers),
+        adapter_features=-(-sum(step.features for step in steps) // config.num_hidden_layers),
+        # The code, its gradient and its gated parts; then what goes to the up product, and its gradient.
+        rank_space=max(3 * step.features + 2 * step.width_up for step in steps),
+        adapts_down=any(name.endswith(".down_proj") for name in adapted),
+        slots=slots,
+    )
+
+
+def _inputs(layers: dict[str, MixtureLinear]) -> dict[str, int]:
+    """Return the entries that each adapter reads of a token, in every slot."""
+    return {
+        name: layer.in_features * (_slots(layer) if name.endswith(".down_proj") else 1)
+        for name, layer in layers.items()
+    }
+
+
+def _slots(layer: MixtureLinear) -> int:
+    """Return the copies of a token that this linear sees or makes: one but where whole MLPs are mixed."""
+    if not has_slots(layer, "default"):
+        return 1
+    spec = layer.mixture_spec["default"]
+    gate = spec.gate("down")
+    assert gate is not None
+    return num_slots(gate, len(spec.step.ranks_down))
+
+
+_READS = {"q_proj": "states", "k_proj": "states", "v_proj": "states", "gate_proj": "states", "up_proj": "states"}
+"""Linears of a block that read its normed input."""
+
+
+def _input_of(name: str) -> str:
+    """Name what a linear reads, so that linears which read the same tensor count it once."""
+    block, _, kind = name.rpartition(".")
+    return f"{block}.{_READS.get(kind, kind)}"
+
+
+__all__ = ["Linear", "Shapes", "read_shapes"]

@@ -1,0 +1,50 @@
+"""The recipe's memory section: what may be traded for memory. None of it changes the result."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from qd2mora.recipe_adapter import Count, Section
+
+
+class Offload(Section):
+    """What may leave the device for host memory; `auto`: only where the plan fits the budget no faster."""
+
+    activations: Literal["auto", "none", "cpu"] = "auto"
+    """Inputs of recomputed layers: copied out in the forward pass and back in time, beside the computing."""
+    embeddings: Literal["auto", "none", "cpu"] = "auto"
+    """Token rows are looked up on the host; not where the output head is tied to them."""
+    optimizer: Literal["none", "cpu"] = "none"
+    """`cpu`: moments and update on the host, with `engine: deepspeed`; `train.optimizer: paged_adamw_8bit` without."""
+    weights: Literal["auto", "none", "stream"] = "auto"
+    """`stream`: frozen linears live in pinned host memory, and two decoder layers at a time on the device."""
+
+
+class Memory(Section):
+    """What may be traded for memory."""
+
+    budget: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(GiB|MiB|GB|MB)$")] | None = None
+    """The plan must fit this, for example 8GiB."""
+    checkpointing: Literal["auto", "on", "off"] | Count = "auto"
+    """Recompute decoder layers in the backward pass: all, none, or the first N; auto: as few as the budget needs."""
+    loss_chunk: Literal["auto"] | Count = "auto"
+    """Labelled tokens whose logits are held at once."""
+    offload: Offload = Offload()
+    engine: Literal["none", "deepspeed"] = "none"
+    """`deepspeed`: moments are shared out over the processes of a run (ZeRO)."""
+    zero_stage: Literal[2, 3] = 2
+    """What is shared out: 2, the moments; 3, frozen weights too, is refused for now."""
+
+    @model_validator(mode="after")
+    def _engine_moves_moments(self) -> "Memory":
+        if self.offload.optimizer == "cpu" and self.engine == "none":
+            raise ValueError("offload.optimizer: cpu needs engine: deepspeed, which keeps moments on the host")
+        if self.zero_stage == 3:
+            raise ValueError(
+                "zero_stage: 3 will not do: the loss and the adapters read weights outside of the modules that ZeRO-3 "
+                "gathers them for, and find them empty; 2, and memory.budget for what a frozen 4-bit base takes"
+            )
+        return self
+
+
+__all__ = ["Memory", "Offload"]
