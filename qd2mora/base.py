@@ -125,15 +125,17 @@ def base_config(base: Base) -> LlamaConfig:
     return config
 
 
-def load_base(base: Base, device: torch.device | None = None) -> PreTrainedModel:
+def load_base(base: Base, device: torch.device | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Load the frozen model, linears in NF4 where the recipe says so, in evaluation mode on one device.
+
+    `dtype` is that of products where they will not run on this device.
 
     Raises InputRefused where the model is not there, not whole, or not loadable without running its own code.
     """
     device = device or default_device()
-    dtype = compute_dtype(base, device)
+    dtype = dtype or compute_dtype(base, device)
     if base.model.startswith(RANDOM):
-        return random_base(_shape(base.model), base, device)
+        return random_base(_shape(base.model), base, device, dtype=dtype)
     base_config(base)
     folder = _folder(base.model, ["*config.json", "*.safetensors", "model.safetensors.index.json"])
     check_weights(folder)
@@ -180,9 +182,11 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def random_base(shape: Shape, base: Base, device: torch.device, seed: int = 0) -> PreTrainedModel:
+def random_base(
+    shape: Shape, base: Base, device: torch.device, seed: int = 0, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """Build a model of random weights, quantising linear by linear: the 16-bit model is never in memory."""
-    dtype = compute_dtype(base, device)
+    dtype = dtype or compute_dtype(base, device)
     config = shape.config()
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(dtype)

@@ -100,17 +100,19 @@ def evaluation_bytes(layer: LayerShapes, vocab: int, done: Pass, chunk: int, deq
     mask = done.tokens * done.length * (1 + done.item)
     wide = layer.slots * done.item * 3 * layer.intermediate
     mlp = done.tokens * (done.item * 3 * layer.hidden + wide) + dequantised + mask
-    logits = min(done.tokens, chunk) * vocab * (2 * FLOAT + (done.item if done.item < FLOAT else 0))
+    logits = min(done.tokens, chunk) * vocab * 2 * FLOAT
     return max(mlp, logits + done.tokens * 2 * done.item * layer.hidden)
 
 
 def loss_bytes(hidden: int, vocab: int, done: Pass, chunk: int) -> int:
     """Return what the loss takes where every token is labelled, at its worst, in the backward pass.
 
-    For a chunk of tokens the log-softmax and two gradients, all float32; for all tokens what the last norm keeps, the
-    hidden states and their gradient.
+    For a chunk of tokens the log-softmax and two gradients, all float32; for all tokens what the last norm keeps, and
+    where there are several chunks the hidden states, which they are made from again, and their gradient.
     """
-    return min(done.tokens, chunk) * 3 * FLOAT * vocab + done.tokens * hidden * (FLOAT + 2 * done.item)
+    logits = min(done.tokens, chunk) * 3 * FLOAT * vocab
+    states = 2 * done.item if done.tokens > chunk else 0
+    return logits + done.tokens * hidden * (FLOAT + states)
 
 
 def _norm(layer: LayerShapes) -> int:

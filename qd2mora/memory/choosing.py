@@ -88,8 +88,8 @@ class Search:
             sizes,
             moments,
             self._places(offload.activations, recipe.memory.checkpointing != "off"),
-            self._places(offload.embeddings, not tied),
-            self._places(offload.weights, not reads_weights_at_start(recipe)),
+            self._places(offload.embeddings, not tied and recipe.memory.engine == "none"),
+            self._places(offload.weights, recipe.memory.engine == "none" and not reads_weights_at_start(recipe)),
         ):
             setting = Setting(micro_batch, 0, self.dtype, self.on_gpu, loss_chunk, moment)
             yield replace(
@@ -162,6 +162,11 @@ def refuse_unfit(recipe: Recipe, shapes: Shapes) -> None:
         raise InputRefused(
             "memory.offload.embeddings: cpu will not do: the output head of this base is tied to the embedding and "
             "needs it on the device; use none"
+        )
+    if recipe.memory.engine != "none" and (offload.weights == "stream" or offload.embeddings == "cpu"):
+        raise InputRefused(
+            f"memory.engine: {recipe.memory.engine} puts the whole base on the device; use "
+            "memory.offload.weights=none memory.offload.embeddings=none, or memory.engine=none"
         )
     if offload.weights == "stream" and reads_weights_at_start(recipe):
         raise InputRefused(

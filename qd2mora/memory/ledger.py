@@ -38,7 +38,7 @@ from qd2mora.recipe import Recipe
 CUDA_CONTEXT = 512 << 20
 """Driver, kernels and cuBLAS workspace: 0.3 to 0.6 GiB by card and driver."""
 
-Moment = Literal["loss", "backward", "recomputing", "penalty", "evaluation", "saving"]
+Moment = Literal["loss", "backward", "recomputing", "penalty", "evaluation"]
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,14 @@ def ledger(shapes: Shapes, recipe: Recipe, setting: Setting) -> Ledger:
     if setting.offload_activations:
         host["layer inputs (host)"] = setting.recomputed * done.tokens * done.item * shapes.layer.hidden
     moments = _moments(shapes, recipe, setting, done)
-    copied = trained["adapters"] + trained["optimizer state"]
-    if setting.on_gpu:
-        host["copy of a checkpoint"] = copied
-    else:
-        static |= host
-        host = {}
-        moments["saving"] = {"copy of a checkpoint": copied}
+    # Made where there is room beside the run; where there is none, training waits for the disk instead.
+    host["copy of a checkpoint"] = trained["adapters"] + trained["optimizer state"]
     peak = max(moments.values(), key=lambda moment: sum(moment.values()))
     others = {name: size for moment in moments.values() for name, size in moment.items() if name not in peak}
+    if not setting.on_gpu:
+        others["copy of a checkpoint"] = host.pop("copy of a checkpoint")
+        static |= host
+        host = {}
     return Ledger(static | peak, others, host)
 
 

@@ -1,10 +1,13 @@
 """The plan: what the recipe leaves open, chosen for the fastest run that fits the memory, with the reason for each."""
 
+import json
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from qd2mora.base import base_config, compute_dtype, default_device
 from qd2mora.errors import InputRefused
@@ -14,7 +17,7 @@ from qd2mora.memory.reasons import Choice, reasons
 from qd2mora.memory.shapes import Shapes, read_shapes
 from qd2mora.memory.ways_out import ways_out
 from qd2mora.mixture import MixtureConfig
-from qd2mora.recipe import Recipe
+from qd2mora.recipe import Adapter, Recipe
 
 UNITS = {"GiB": GIB, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
 
@@ -125,7 +128,16 @@ def _limit(recipe: Recipe, budget: str | int | None, device: torch.device | None
 
 
 def _shapes(recipe: Recipe) -> Shapes:
-    return read_shapes(base_config(recipe.base), MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks)))
+    config = base_config(recipe.base)
+    return _built(config.to_json_string(use_diff=False), recipe.adapter.model_dump_json(), len(recipe.data.tasks))
+
+
+@lru_cache(maxsize=16)
+def _built(config: str, adapter: str, num_tasks: int) -> Shapes:
+    """Take a second or so for a 7B; a plan, its ways out and training ask for the same."""
+    mixture = MixtureConfig.from_recipe(Adapter.model_validate_json(adapter), num_tasks)
+    content = json.loads(config)
+    return read_shapes(AutoConfig.for_model(content.pop("model_type"), **content), mixture)
 
 
 def _dtype(recipe: Recipe, device: torch.device | None) -> torch.dtype:

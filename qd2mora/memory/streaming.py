@@ -154,9 +154,30 @@ def frozen_tensors(layer: nn.Module) -> Iterator[tuple[Any, str, Tensor]]:
                 yield weight.quant_state.state2, "absmax", weight.quant_state.state2.absmax
 
 
+def move_unstreamed(model: nn.Module, device: torch.device, but: nn.Module | None) -> None:
+    """Move what is not streamed to the device: norms, head, tables of quantisation states, the embedding.
+
+    `but` stays where it is.
+    """
+    staying = set() if but is None else {id(tensor) for tensor in but.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in staying and parameter.device != device:
+            parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+        weight: Any = getattr(module, "weight", None)
+        if hasattr(weight, "quant_state"):
+            state = weight.quant_state
+            state.code = state.code.to(device)
+            if state.nested:
+                state.offset = state.offset.to(device)
+                state.state2.code = state.state2.code.to(device)
+
+
 def aligned(size: int) -> int:
     """Return a size rounded up to whole steps of the alignment."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-__all__ = ["ALIGNMENT", "SLOTS", "LayerStream", "aligned", "frozen_tensors"]
+__all__ = ["ALIGNMENT", "SLOTS", "LayerStream", "aligned", "frozen_tensors", "move_unstreamed"]

@@ -17,7 +17,6 @@ from qd2mora.adapter_folder import base_identity, save_adapter
 from qd2mora.base import (
     base_config,
     compute_dtype,
-    enable_checkpointing,
     fingerprint,
     load_base,
     load_tokenizer,
@@ -29,6 +28,7 @@ from qd2mora.evaluation.rouge import rouge_l
 from qd2mora.inspection.content import write_routing
 from qd2mora.memory.engine import check_engine, refuse_storage
 from qd2mora.memory.plan import Plan, plan
+from qd2mora.memory.prepared import prepare_base
 from qd2mora.mixture import MixtureConfig, adapter_tensors, add_adapter, selection_biases
 from qd2mora.recipe import Recipe, Train
 from qd2mora.run_folder import RunFolder
@@ -125,6 +125,9 @@ def _train_locked(
     _check_judging(recipe, tasks)
     asked = _asked_while_training(tasks)
     planned = _fitting_plan(recipe, accelerator.device)
+    if recipe.train.optimizer == "auto":  # from here on it is what the plan chose: a part of the run's identity
+        optimizer_chosen = recipe.train.model_copy(update={"optimizer": planned.setting.optimizer})
+        recipe = recipe.model_copy(update={"train": optimizer_chosen})
     processes.from_main(lambda: refuse_full(folder.path, _bytes_to_write(recipe, planned)))
     before = processes.from_main(lambda: read_manifest(folder)) if resume else None
     identity = identity_of_inputs(recipe, tokenizer, tasks, processes.count, accelerator.device)
@@ -132,7 +135,9 @@ def _train_locked(
     changed = refuse_changed(before["identity"], identity, allow_changed) if before else []
     mixture = Mixture(recipe.data, tasks, recipe.train.seed)
     model = _adapted_model(recipe, config, planned, accelerator.device)
-    start_adapter(model, config, recipe, lambda: _first_batches(mixture, planned.micro_batch, tokenizer, model.device))
+    start_adapter(
+        model, config, recipe, lambda: _first_batches(mixture, planned.micro_batch, tokenizer, accelerator.device)
+    )
     model.train()
     identity["base"] = fingerprint(recipe.base)  # after the load, which fetches what is not here yet
     processes.refuse_other({"base": identity["base"]})
@@ -174,6 +179,7 @@ def _train_locked(
         mixture=mixture,
         tasks=tasks,
         config=config,
+        loss_chunk=planned.setting.loss_chunk,
         micro_batch=min(planned.micro_batch, progress.micro_batch or planned.micro_batch, rows_each),
         total_steps=total,
         pad=tokenizer.pad_token_id,
@@ -233,9 +239,10 @@ def _bytes_to_write(recipe: Recipe, planned: Plan) -> int:
 
 
 def _adapted_model(recipe: Recipe, config: MixtureConfig, planned: Plan, device: torch.device) -> PeftModel:
-    base = load_base(recipe.base, device)
-    if planned.checkpointing:
-        enable_checkpointing(base)
+    setting = planned.setting
+    # A streamed base must not be on the device as a whole, not even once.
+    base = load_base(recipe.base, torch.device("cpu") if setting.stream else device, setting.dtype)
+    prepare_base(base, setting, device)
     return add_adapter(base, config, recipe.train.seed)
 
 
@@ -298,7 +305,7 @@ def _say_what_starts(training: Training, planned: Plan) -> None:
     count = min(training.total_steps * training.train.global_batch, MOST_ROWS_COUNTED)
     for line in share_lines(training.mixture.shares(count), training.mixture.by_tokens):
         training.journal.say(line)
-    layers = "recomputed" if planned.checkpointing else "kept"
+    layers = f"recomputed in {planned.setting.recomputed} layers" if planned.checkpointing else "kept"
     training.journal.say(
         f"training {planned.trainable_parameters:,} parameters, micro batch {training.micro_batch}, activations "
         f"{layers}, planned peak {planned.peak_bytes / 2**30:.2f} GiB; steps {training.progress.step} to "

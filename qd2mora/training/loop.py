@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qd2mora.data import MicroBatch, Mixture, Row, TaskRows, lines_together
 from qd2mora.errors import NotFinite, SignalStop, WillNotFit
 from qd2mora.evaluation import Score
-from qd2mora.memory.loss import IGNORE, RowLoss, labelled_states
+from qd2mora.memory.loss import CHUNK, IGNORE, RowLoss, labelled_states
 from qd2mora.mixture import MixtureConfig, after_step, orthogonality, routing_of, weight_penalty
 from qd2mora.recipe import Train
 from qd2mora.stopping import StopRequest
@@ -63,6 +63,7 @@ class Training:
     stop: StopRequest
     time_limit: TimeLimit
     best: BestKeeper
+    loss_chunk: int = CHUNK
     capacity: int | None = None
     """Tokens that rows of a step may share a line of; None: each row has its own."""
     score: Callable[[], dict[str, Score]] = dict
@@ -70,7 +71,7 @@ class Training:
     _why_stop: str = ""
 
     def __post_init__(self) -> None:
-        self.row_loss = RowLoss(self.model)
+        self.row_loss = RowLoss(self.model, self.loss_chunk)
         # None where the adapter has no routers of ours.
         self._routing = routing_of(self.model)
         self.live = LiveRouting(self.model, self.tasks)

@@ -108,7 +108,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_labelled_tokens(made: Path, tmp
 
 
 def test_the_loss_of_rows_equals_the_library_and_asks_the_head_for_labelled_tokens_only(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Path, tmp_path: Path
 ) -> None:
     settings = recipe(made, tmp_path / "run")
     tokenizer = load_tokenizer(settings.base.model)
@@ -124,8 +124,7 @@ def test_the_loss_of_rows_equals_the_library_and_asks_the_head_for_labelled_toke
     whole = RowLoss(model)(batch).sum()
     assert asked == [num_labels]
     torch.testing.assert_close(whole / num_labels, wanted)
-    monkeypatch.setattr("qd2mora.memory.loss.CHUNK", 3)
-    chunked = RowLoss(model)(batch).sum()
+    chunked = RowLoss(model, chunk=3)(batch).sum()
     torch.testing.assert_close(chunked, whole)
     parameters = [tensor for tensor in model.parameters() if tensor.requires_grad]
     pairs = zip(*(torch.autograd.grad(loss, parameters) for loss in (whole, chunked)), strict=True)
