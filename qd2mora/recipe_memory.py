@@ -41,8 +41,8 @@ class Memory(Section):
             raise ValueError("offload.optimizer: cpu needs engine: deepspeed, which keeps moments on the host")
         if self.zero_stage == 3:
             raise ValueError(
-                "zero_stage: 3 will not do: the loss and the adapters read weights outside of the modules that ZeRO-3 "
-                "gathers them for, and find them empty; 2, and memory.budget for what a frozen 4-bit base takes"
+                "zero_stage: 3 will not do: between passes ZeRO-3 leaves empty the adapters that a step adds up its "
+                "gradients in; 2"
             )
         return self
 
