@@ -27,11 +27,13 @@ def planned(shape: str, card: int) -> Plan:
 
 
 def cell(shape: str, card: int) -> str:
-    """Say peak, micro batch and whether layers are recomputed, or that it does not fit."""
+    """Say peak, micro batch, how many layers are recomputed and whether they stream, or that it does not fit."""
     chosen = planned(shape, card)
     if not chosen.fits:
         return f"no ({chosen.peak_bytes / GIB:.1f} GiB)"
-    layers = "recomputed" if chosen.checkpointing else "kept"
+    number = chosen.setting.recomputed
+    layers = f"{number} layers recomputed" if number else "kept"
+    layers += ", streamed" if chosen.setting.stream else ""
     return f"{chosen.peak_bytes / GIB:.1f} GiB, {chosen.micro_batch} row{'s' * (chosen.micro_batch > 1)}, {layers}"
 
 
