@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import forked_runs as runs
 import pytest
@@ -173,8 +174,8 @@ def test_frozen_bytes_are_the_same_at_the_end(made: Path, tmp_path: Path, monkey
     found: list[nn.Module] = []
     build = RowLoss.__init__
 
-    def remember(self: RowLoss, model: nn.Module) -> None:
-        build(self, model)
+    def remember(self: RowLoss, model: nn.Module, *settings: Any) -> None:
+        build(self, model, *settings)
         found.append(model)
 
     monkeypatch.setattr(RowLoss, "__init__", remember)
@@ -216,8 +217,8 @@ def test_a_tensor_that_gets_no_gradient_is_named(
     found: list[nn.Module] = []
     build = RowLoss.__init__
 
-    def remember(self: RowLoss, model: nn.Module) -> None:
-        build(self, model)
+    def remember(self: RowLoss, model: nn.Module, *settings: Any) -> None:
+        build(self, model, *settings)
         found.append(model)
 
     monkeypatch.setattr(RowLoss, "__init__", remember)
