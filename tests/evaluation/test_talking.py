@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from exports import make_run
+from exported import make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qd2mora.cli import main

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from exports import adapted, make_run, without_this_package
+from exported import adapted, make_run, without_this_package
 from safetensors.torch import load_file, save_file
 
 from qd2mora.base import load_base, load_tokenizer

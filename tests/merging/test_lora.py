@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exports import make_run, without_this_package
+from exported import make_run, without_this_package
 from safetensors.torch import load_file
 
 from qd2mora.errors import InputRefused, NotFinite
