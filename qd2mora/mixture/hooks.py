@@ -51,6 +51,8 @@ def _read_pass(tuner: "MixtureModel", decoder: nn.Module, args: tuple[Any, ...],
 
 def _follow_beams(routing: Routing, cache: Any) -> None:
     """Let the routers' running means go where a new cache's rows go when beam search reorders them."""
+    if "reorder_cache" in vars(cache):
+        return  # a cache that was emptied and is filled again follows already
     reorder = cache.reorder_cache
 
     def both(order: Tensor) -> None:

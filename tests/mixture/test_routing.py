@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from qd2mora.base import SHAPES, load_base, random_base
 from qd2mora.mixture import MixtureConfig, mixture_layers, routing_of
@@ -327,6 +328,19 @@ def test_beam_search_takes_the_routing_along(name: str) -> None:
     cached = model.generate(**told, **settings, use_cache=True)
     chosen = [best_of_beams(model, ids[row : row + 1], 3, 6, name) for row in range(2)]
     assert cached[:, 4:].tolist() == chosen
+
+
+def test_a_cache_that_is_emptied_and_filled_again_is_followed_once() -> None:
+    model, cache = adapted("prefix"), DynamicCache()
+    told = {"input_ids": IDS[:2, :4], "attention_mask": torch.ones(2, 4, dtype=torch.long)}
+    routing = routing_of(model)
+    for _ in range(2):
+        cache.reset()
+        with torch.no_grad():
+            model(**told, past_key_values=cache, use_cache=True)
+    before = [summed.clone() for summed, _ in routing.pools.values()]
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert all(torch.equal(now, old.flip(0)) for (now, _), old in zip(routing.pools.values(), before, strict=True))
 
 
 def best_of_beams(model: PeftModel, prompt: Tensor, beams: int, number: int, name: str) -> list[int]:
