@@ -24,7 +24,7 @@ from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.merging import constant_mixing
 from qd2mora.merging.folds import folds_of
 from qd2mora.merging.source import Source
-from qd2mora.merging.static import dense_updates, of_cores
+from qd2mora.merging.static import of_cores
 from qd2mora.merging.writer import write_model
 from qd2mora.mixture import MixtureConfig, add_adapter, mixture_layers
 from qd2mora.recipe import load_recipe
@@ -148,7 +148,6 @@ def test_a_merge_of_constant_gates_answers_as_the_adapter_does(made: Path, tmp_p
                 tensor.data.zero_()
         scale_updates(model, 0.01)
         statics = of_cores(model, constant_mixing(model, 0))
-        updates = dense_updates(model, statics)
         folder = tmp_path / f"merged{seed % 2}"
         folder.mkdir(exist_ok=True)
         written = write_model(source, tokenizer, folds_of(model, statics), folder)
@@ -159,8 +158,8 @@ def test_a_merge_of_constant_gates_answers_as_the_adapter_does(made: Path, tmp_p
         logits_apart = max(logits_apart, float((logits_of(merged) - wanted).norm() / wanted.norm()))
         there = load_file(folder / "model.safetensors")
         for name, layer in mixture_layers(model).items():
-            delta, weight = updates(name), dense_weight(layer.base_layer)
-            assert delta is not None and abs(float(delta.norm() / weight.norm()) - 0.01) < 1e-4
+            delta, weight = statics[name].dense(), dense_weight(layer.base_layer)
+            assert abs(float(delta.norm() / weight.norm()) - 0.01) < 1e-4
             arrived = float((there[f"{name}.weight"].float() - weight - delta).norm() / delta.norm())
             assert abs(arrived - written.rounding[name]) < 1e-4  # the report says what was lost
             updates_apart = max(updates_apart, arrived)
@@ -171,10 +170,9 @@ def test_a_merge_of_constant_gates_answers_as_the_adapter_does(made: Path, tmp_p
 
 def scale_updates(model: nn.Module, share: float) -> None:
     """Give every update so large a share of its weight's norm."""
-    updates = dense_updates(model, of_cores(model, constant_mixing(model, 0)))  # type: ignore[arg-type]
+    statics = of_cores(model, constant_mixing(model, 0))  # type: ignore[arg-type]
     for name, layer in mixture_layers(model).items():
-        delta = updates(name)
-        assert delta is not None
+        delta = statics[name].dense()
         factor = share * float(dense_weight(layer.base_layer).norm() / delta.norm())
         layer.tensors("default")["mixture_B"].data.mul_(factor)
 
