@@ -11,11 +11,12 @@ same machine with the same libraries gives the same files. The corpus itself is 
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from math import cos, pi
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from quickstart_world import TASKS, Row, documents, task_rows
@@ -82,17 +83,16 @@ def new_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def train_tokenizer(corpus: list[str], rows: list[Row]) -> PreTrainedTokenizerFast:
-    """Learn the pieces from the corpus, the tasks and their prompts."""
+def learned_tokenizer(texts: Iterable[str], vocabulary: int, positions: int) -> PreTrainedTokenizerFast:
+    """Learn so many pieces from texts, for a model of so many positions."""
     tokenizer = new_tokenizer()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[BOS, EOS, PAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    prompts = [text for row in rows for text in split(row)]
-    tokenizer.train_from_iterator(chain(corpus, prompts), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     begin = (BOS, tokenizer.token_to_id(BOS))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[begin]
@@ -103,31 +103,46 @@ def train_tokenizer(corpus: list[str], rows: list[Row]) -> PreTrainedTokenizerFa
         eos_token=EOS,
         unk_token=PAD,
         pad_token=PAD,
-        model_max_length=POSITIONS,
+        model_max_length=positions,
         clean_up_tokenization_spaces=False,
     )
+
+
+def train_tokenizer(corpus: list[str], rows: list[Row]) -> PreTrainedTokenizerFast:
+    """Learn the pieces from the corpus, the tasks and their prompts."""
+    prompts = [text for row in rows for text in split(row)]
+    return learned_tokenizer(chain(corpus, prompts), VOCABULARY, POSITIONS)
 
 
 # --- base model -------------------------------------------------------------------------------------------------------
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """Return an untrained LLaMA; every width is a multiple of 64, the block of 4-bit quantisation."""
+def untrained(tokenizer: PreTrainedTokenizerFast, seed: int, **widths: Any) -> LlamaForCausalLM:
+    """Return a LLaMA of a tokenizer and of what `widths` says; a seed gives the same weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **widths,
+    )
+    return LlamaForCausalLM(config)
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """Return an untrained LLaMA; every width is a multiple of 64, the block of 4-bit quantisation."""
+    return untrained(
+        tokenizer,
+        seed,
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=POSITIONS,
         tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
 
 
 def packed_rows(tokenizer: PreTrainedTokenizerFast, rng: Random) -> Iterator[list[int]]:

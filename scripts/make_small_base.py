@@ -17,12 +17,11 @@ from random import Random
 
 import numpy as np
 import torch
-from make_quickstart import BOS, EOS, PAD, new_tokenizer, optimizer_of
+from make_quickstart import learned_tokenizer, optimizer_of, untrained
 from numpy.typing import NDArray
 from small_base_texts import documents
-from tokenizers import pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qd2mora.data.instruction import split
 from qd2mora.durable import write_json
@@ -41,29 +40,9 @@ SAVE_EVERY = 500
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """Learn the pieces from the texts and the instruction prompt."""
-    tokenizer = new_tokenizer()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[BOS, EOS, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
     # The prompts' fixed parts are met a thousand times, so that each becomes a few pieces.
     prompts = chain.from_iterable(split({"instruction": "it", "output": "the correct answer is"}) for _ in range(1000))
-    tokenizer.train_from_iterator(chain(texts, prompts), trainer)
-    begin = (BOS, tokenizer.token_to_id(BOS))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[begin]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=BOS,
-        eos_token=EOS,
-        unk_token=PAD,
-        pad_token=PAD,
-        model_max_length=POSITIONS,
-        clean_up_tokenization_spaces=False,
-    )
+    return learned_tokenizer(chain(texts, prompts), VOCABULARY, POSITIONS)
 
 
 def packed(texts: list[str], tokenizer: PreTrainedTokenizerFast, seed: int) -> NDArray[np.int32]:
@@ -92,21 +71,17 @@ def rate_at(step: int, steps: int) -> float:
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """Return an untrained LLaMA; every width is a multiple of 64, the block of 4-bit quantisation."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+    return untrained(
+        tokenizer,
+        seed,
         vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=704,
         num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=POSITIONS,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
 
 
 def train_base(model: LlamaForCausalLM, rows: NDArray[np.int32], folder: Path, seed: int, steps: int) -> int:
