@@ -8,7 +8,6 @@ A task is judged by the metric it names, else by its held-out loss; the whole by
 every task names one, else of losses.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -108,12 +107,6 @@ def judged(losses: Mapping[str, float], scores: Mapping[str, Score]) -> dict[str
     return {OVERALL: whole, **values}
 
 
-def read_best(folder: Path) -> dict[str, Any]:
-    """Return `best.json` of a run's `best/`."""
-    content: dict[str, Any] = json.loads((folder / "best.json").read_text(encoding="utf-8"))
-    return content
-
-
 def _is_better(value: tuple[float, str], before: list[Any] | None) -> bool:
     number, by = value
     if not math.isfinite(number):
@@ -123,4 +116,4 @@ def _is_better(value: tuple[float, str], before: list[Any] | None) -> bool:
     return number < before[1] if by == "loss" else number > before[1]
 
 
-__all__ = ["OVERALL", "BestKeeper", "judged", "read_best"]
+__all__ = ["OVERALL", "BestKeeper", "judged"]

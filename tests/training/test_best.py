@@ -1,23 +1,25 @@
 """The best of a run: judged as told, kept whole, the same after a kill, and the end of a run that stalls."""
 
 import json
-import os
-import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from test_training import assert_same_bytes, recipe
+from test_training import assert_same_bytes, recipe, stop_after
 
 from qd2mora.errors import InputRefused, SignalStop
 from qd2mora.evaluation import Record, Score
 from qd2mora.run_folder import open_run
 from qd2mora.training import train
-from qd2mora.training.best import OVERALL, BestKeeper, read_best
-from qd2mora.training.progress import StepDisplay
+from qd2mora.training.best import OVERALL, BestKeeper
 from qd2mora.training.state import Progress
+
+
+def read_best(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "best.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +72,7 @@ def test_a_run_that_stalls_stops_and_a_kill_on_the_way_changes_nothing(
     losses = [sum(line["eval_loss"].values()) for line in lines_of(tmp_path / "whole") if line["step"]]
     assert min(losses) == losses[-3] and len(losses) == whole.steps
     assert all(set(line["eval_score"]) == {"first"} for line in lines_of(tmp_path / "whole"))
-    show = StepDisplay.step
-
-    def interrupt(self: StepDisplay, step: int, metrics: dict[str, float]) -> None:
-        show(self, step, metrics)
-        if step == whole.steps - 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(StepDisplay, "step", interrupt)
+    stop_after(whole.steps - 2, monkeypatch)
     settings = recipe(made, tmp_path / "broken", *changes)
     with pytest.raises(SignalStop):
         train(settings)

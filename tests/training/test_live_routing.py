@@ -1,14 +1,13 @@
 """Routing while a run goes on: written at each evaluation, told once where it collapses, kept in routing.json."""
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from test_training import stop_after
 
 from qd2mora import training
 from qd2mora.errors import SignalStop
@@ -16,7 +15,6 @@ from qd2mora.inspection import NO_ROUTERS, inspect_run
 from qd2mora.mixture import mixture_layers
 from qd2mora.recipe import Recipe, load_recipe
 from qd2mora.training import train
-from qd2mora.training.progress import StepDisplay
 
 
 @pytest.fixture(scope="module")
@@ -96,15 +94,8 @@ def test_a_run_that_was_broken_off_leaves_the_same_report_as_a_whole_one(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(recipe(made, tmp_path / "whole"))
-    show = StepDisplay.step
-
-    def interrupt(self: StepDisplay, step: int, metrics: dict[str, float]) -> None:
-        show(self, step, metrics)
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with monkeypatch.context() as patched, pytest.raises(SignalStop):
-        patched.setattr(StepDisplay, "step", interrupt)
+        stop_after(4, patched)
         train(recipe(made, tmp_path / "broken"))
     train(recipe(made, tmp_path / "broken"), resume=True)
     assert (tmp_path / "whole" / "routing.json").read_bytes() == (tmp_path / "broken" / "routing.json").read_bytes()

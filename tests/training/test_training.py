@@ -143,20 +143,25 @@ def test_neither_micro_batch_nor_recomputing_nor_saving_changes_the_adapter(made
     assert_same_bytes(tmp_path / "a", tmp_path / "c")
 
 
+def stop_after(last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a SIGTERM come while the step of that number is shown."""
+    show = StepDisplay.step
+
+    def interrupt(self: StepDisplay, step: int, metrics: dict[str, float]) -> None:
+        show(self, step, metrics)
+        if step == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(StepDisplay, "step", interrupt)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_a_run_stopped_by_a_signal_resumes_to_the_same_bytes(
     optimizer: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = (f"train.optimizer={optimizer}", "adapter.dropout=0.2")
     train(recipe(made, tmp_path / "whole", *changes))
-    show = StepDisplay.step
-
-    def interrupt(self: StepDisplay, step: int, metrics: dict[str, float]) -> None:
-        show(self, step, metrics)
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(StepDisplay, "step", interrupt)
+    stop_after(3, monkeypatch)
     settings = recipe(made, tmp_path / "broken", *changes)
     with pytest.raises(SignalStop):
         train(settings)
