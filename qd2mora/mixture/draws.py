@@ -12,6 +12,7 @@ from torch import Tensor
 
 _PRIME = 0x9E3779B97F4A7C15
 _LARGEST = (1 << 63) - 1
+_LEVELS = 1 << 16
 
 Fill = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -28,9 +29,19 @@ class Draws:
     places: tuple[tuple[int, int], ...] | None = None
 
     def keep(self, like: Tensor, probability: float, purpose: int) -> Tensor:
-        """Return 0 with `probability`, else 1 / (1 - probability), in the shape (..., D) and dtype of `like`."""
-        kept = self._fill(like, purpose, lambda part, generator: part.bernoulli_(1 - probability, generator=generator))
-        return kept.div_(1 - probability)
+        """Return 0 with `probability` p, else 1 / (1 - p), in the shape (..., D) and dtype of `like`.
+
+        p is taken to the nearest 1 / 65,536: four masks' numbers come from each 64-bit draw, several times as fast on a
+        CPU as one draw a number.
+        """
+        dropped = min(round(probability * _LEVELS), _LEVELS - 1)
+
+        def draw(part: Tensor, generator: torch.Generator) -> Tensor:
+            words = torch.empty(-(-part.numel() // 4), dtype=torch.int64, device=part.device)
+            levels = words.random_(-(1 << 63), None, generator=generator).view(torch.int16)
+            return torch.ge(levels[: part.numel()].view(part.shape), dropped - _LEVELS // 2, out=part)
+
+        return self._fill(like, purpose, draw).div_(1 - dropped / _LEVELS)
 
     def normal(self, like: Tensor, purpose: int) -> Tensor:
         """Return standard normal numbers in the shape and dtype of `like`."""

@@ -1,5 +1,6 @@
 """Every row of the table, and every value of a router's fields, against slow float64 twins and finite differences."""
 
+import math
 from collections.abc import Callable
 
 import made
@@ -312,6 +313,17 @@ def test_draws_without_keys_of_rows_are_one_stream() -> None:
     like = torch.empty(2, 3, 4)
     assert torch.equal(draws.normal(like, 1), draws.normal(like, 1))
     assert not torch.equal(draws.normal(like, 1), draws.normal(like, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("probability", [0.05, 0.5, 0.999999])
+def test_a_mask_drops_the_share_asked_for_and_keeps_the_mean(probability: float, dtype: torch.dtype) -> None:
+    dropped = min(round(probability * 65536), 65535) / 65536
+    kept = Draws((11,)).keep(torch.empty(211, 999, dtype=dtype), probability, 1)
+    share = (kept == 0).double().mean().item()
+    assert abs(share - dropped) <= 5 * math.sqrt(dropped * (1 - dropped) / kept.numel())
+    assert set(kept.unique().tolist()) == {0.0, torch.tensor(1 / (1 - dropped), dtype=dtype).item()}
+    assert abs((kept[1:] == 0).double().mul(kept[:-1] == 0).mean().item() - dropped**2) < 0.005, "rows are independent"
 
 
 def test_a_layer_on_any_module_of_one_width_is_a_mixture_beside_the_block() -> None:
