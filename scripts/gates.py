@@ -136,8 +136,10 @@ def _add(file: str, name: str, found: dict[str, Any]) -> None:
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     versions = {each: version(each) for each in ("torch", "transformers", "peft", "bitsandbytes", "safetensors")}
     command = f"python scripts/gates.py --only {json.dumps(name)}" + (" --mutations" if "mutants" in found else "")
+    command += f" --scale {found['scale']}" if found.get("scale", 1.0) != 1.0 else ""
     results[name] = found | {
         "command": command,
+        "commit": _commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, 1 thread",
         "python": platform.python_version(),
@@ -145,6 +147,16 @@ def _add(file: str, name: str, found: dict[str, Any]) -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _commit() -> str:
+    """Return the commit that ran, marked where files differ from it (results aside)."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ".", f":!{RESULTS.relative_to(ROOT)}")
+    return git("rev-parse", "--short=12", "HEAD") + (" with changes" if changed else "")
 
 
 if __name__ == "__main__":
