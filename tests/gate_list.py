@@ -64,8 +64,8 @@ GATES: dict[str, Gate] = {
     "K1": Gate(
         "a run killed at any moment ends with the same bytes and loses no saved step",
         _in("test_kills.py", KILLED, BEFORE),
-        {"GATE_KILLS": 2000, "GATE_SECONDS": 1200},
-        {"GATE_KILLS": 12, "GATE_SECONDS": 60},
+        {"GATE_KILLS": 2000, "GATE_WORKERS": 1},
+        {"GATE_KILLS": 60},
         (
             ("training/opening.py", "    source.restore(state)\n", ""),
             ("training/state.py", "        self.optimizer.state.clear()\n", ""),
@@ -114,7 +114,7 @@ GATES: dict[str, Gate] = {
     "F1": Gate(
         "a disk that is full or fails at any call costs the save that was being made and nothing else",
         _in("test_guards.py", *DISK),
-        {"GATE_SIZES": 80, "GATE_ERRNOS": 10},
+        {"GATE_SIZES": 80, "GATE_ERRNOS": 40},
         {},
         (
             (

@@ -7,6 +7,7 @@ without `os` are seen when they, or the folder that names them, are synced.
 
 import contextlib
 import itertools
+import math
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -111,16 +112,13 @@ class Disk:
 
     def crashes(self, most: int, draw: random.Random) -> Iterator[dict[str, bytes | None]]:
         """Yield what a cut at this moment may leave: path to content, None for a folder; at most so many states."""
-        nodes = list(_nodes(self.root, {}).values())
-        loose = [node for node in nodes if len(node.variants()) > 1]
-        number = 1
-        for node in loose:
-            number *= len(node.variants())
-        choices: Iterator[tuple[Any, ...]] = itertools.product(*(node.variants() for node in loose))
-        if number > most:
-            choices = (tuple(draw.choice(node.variants()) for node in loose) for _ in range(most))
+        variants = {id(node): node.variants() for node in _nodes(self.root, {}).values()}
+        loose = {node: states for node, states in variants.items() if len(states) > 1}
+        choices: Iterator[tuple[Any, ...]] = itertools.product(*loose.values())
+        if math.prod(map(len, loose.values())) > most:
+            choices = (tuple(draw.choice(states) for states in loose.values()) for _ in range(most))
         for choice in choices:
-            chosen = {id(node): variant for node, variant in zip(loose, choice, strict=True)}
+            chosen = dict(zip(loose, choice, strict=True))
             yield dict(_flat(self.root, chosen, ""))
 
     def _node(self, path: str) -> File | Folder:

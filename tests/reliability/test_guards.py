@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import forked_runs as runs
@@ -22,29 +23,60 @@ from qd2mora.training.state import Progress
 from qd2mora.training.watchdog import Watchdog
 
 SIZES = int(os.environ.get("GATE_SIZES", "12"))
-ERRNOS = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES, errno.ENOMEM, errno.ESTALE]
-ERRNOS = [*ERRNOS, errno.ENOTCONN, errno.ETIMEDOUT][: int(os.environ.get("GATE_ERRNOS", "3"))]
+ERRNOS = ["ENOSPC", "EDQUOT", "EIO", "EROFS", "EFBIG", "EACCES", "ENOMEM", "ESTALE", "ENOTCONN", "ETIMEDOUT"]
+ERRNOS += ["EPERM", "ENOENT", "EINTR", "ENXIO", "EBADF", "EAGAIN", "EBUSY", "EEXIST", "EXDEV", "ENODEV", "ENOTDIR"]
+ERRNOS += ["EISDIR", "EINVAL", "ENFILE", "EMFILE", "ETXTBSY", "EMLINK", "EPIPE", "EDEADLK", "ENAMETOOLONG", "ENOLCK"]
+ERRNOS += [
+    "ENOSYS",
+    "ENOTEMPTY",
+    "ELOOP",
+    "EOVERFLOW",
+    "EOPNOTSUPP",
+    "ECONNRESET",
+    "EHOSTDOWN",
+    "EREMOTEIO",
+    "ENOMEDIUM",
+]
+ERRNOS = ERRNOS[: int(os.environ.get("GATE_ERRNOS", "3"))]
 PAIRS = int(os.environ.get("GATE_PAIRS", "40"))
 
 
-def hold(path: Path, start: float, seconds: float) -> None:
-    time.sleep(max(0.0, start - time.time()))
+def hold(path: Path) -> None:
     with locked(path):
-        time.sleep(seconds)
+        time.sleep(60)
+
+
+def compete(path: Path, meeting: Path, name: str) -> None:
+    """Take the lock when another is about to as well, and keep it until that one was refused."""
+    (meeting / f"ready{name}").touch()
+    _until(lambda: len(list(meeting.glob("ready*"))) == 2)
+    try:
+        with locked(path):
+            _until((meeting / "refused").exists)
+    except InputRefused:
+        (meeting / "refused").touch()
+        raise
+
+
+def _until(is_so: Callable[[], bool]) -> None:
+    last = time.monotonic() + 10
+    while not is_so() and time.monotonic() < last:
+        time.sleep(0.001)
 
 
 def test_of_two_at_once_one_runs_and_a_killed_holder_leaves_no_lock(tmp_path: Path) -> None:
     """W1."""
     for number in range(PAIRS):
-        path, begin = tmp_path / f"run{number}" / "LOCK", time.time() + 0.15
-        pair = [runs.start(hold, path, begin, 0.3) for _ in range(2)]
+        path, meeting = tmp_path / f"run{number}" / "LOCK", tmp_path / f"meeting{number}"
+        meeting.mkdir()
+        pair = [runs.start(compete, path, meeting, name) for name in "ab"]
         for process in pair:
             process.join()
         assert sorted(process.exitcode for process in pair) == [0, 2]
         assert not path.exists()
     for number in range(PAIRS // 5):
         path = tmp_path / f"stale{number}" / "LOCK"
-        holder = runs.start(hold, path, 0.0, 60.0)
+        holder = runs.start(hold, path)
         while not (path.exists() and path.read_bytes()):
             time.sleep(0.01)
         with pytest.raises(InputRefused, match=f"in use by process {holder.pid} "), locked(path):
@@ -55,14 +87,14 @@ def test_of_two_at_once_one_runs_and_a_killed_holder_leaves_no_lock(tmp_path: Pa
             pass
 
 
-@pytest.mark.parametrize("number", ERRNOS)
+@pytest.mark.parametrize("name", ERRNOS)
 @pytest.mark.parametrize("call", ["write", "fsync", "rename", "open", "replace", "close"])
 def test_a_disk_error_anywhere_in_a_save_leaves_the_old_checkpoints(
-    call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F1: at each such call of a save."""
     small.save(tmp_path, 3)
-    real = getattr(os, call)
+    real, number = getattr(os, call), getattr(errno, name)
     for which in itertools.count(1):
         calls: list[int] = []
 

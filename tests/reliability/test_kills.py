@@ -1,5 +1,6 @@
 """K1, T1: a run that is killed or asked to stop at any moment ends as if nothing had happened."""
 
+import json
 import os
 import random
 import shutil
@@ -9,29 +10,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import forked_runs as runs
+import killed_runs
 import pytest
 
-KILLS = int(os.environ.get("GATE_KILLS", "60"))
-SECONDS = float(os.environ.get("GATE_SECONDS", "75"))
-"""After so many no new chain begins, however few kills there were."""
-LONG = ("adapter.dropout=0.1", "train.steps=20", "adapter.rank=64", "adapter.targets=all-linear")
-"""Loading is a small part of such a run, and a checkpoint of 5 MB takes longer to write than a small one."""
+KILLS = int(os.environ.get("GATE_KILLS", "200"))
+WORKERS = int(os.environ.get("GATE_WORKERS", "2"))
+SHORT = ("adapter.dropout=0.1", "adapter.targets=[q_proj]", "train.global_batch=2")
+"""Steps that take as long as their saves."""
 SIGNALS = int(os.environ.get("GATE_SIGNALS", "30"))
-
-
-def in_a_save(run: Path) -> bool:
-    """Whether a kill left a save half done: its stage, or an older checkpoint on its way out."""
-    return any((run / "checkpoints").glob(".step-*"))
-
-
-def wait_for_a_save(process: BaseProcess, run: Path, skipped: int) -> None:
-    """Return as a save begins, after letting so many others pass, or as the process ends."""
-    was_inside = in_a_save(run)
-    while process.exitcode is None and skipped >= 0:
-        is_inside = in_a_save(run)
-        skipped -= is_inside and not was_inside
-        was_inside = is_inside
-        time.sleep(0.0002)
 
 
 def at(process: BaseProcess, seconds: float, number: int) -> bool:
@@ -45,10 +31,10 @@ def at(process: BaseProcess, seconds: float, number: int) -> bool:
     return True
 
 
-def time_of_a_run(made: Path, folder: Path, *changes: str) -> float:
+def time_of_a_run(made: Path, folder: Path) -> float:
     times = []
     for number in range(3):
-        recipe = runs.write_recipe(made, folder / f"timed{number}", *(changes or ["adapter.dropout=0.1"]))
+        recipe = runs.write_recipe(made, folder / f"timed{number}", "adapter.dropout=0.1")
         began = time.monotonic()
         assert runs.outcome(runs.train_run, recipe) == 0
         times.append(time.monotonic() - began)
@@ -56,38 +42,22 @@ def time_of_a_run(made: Path, folder: Path, *changes: str) -> float:
 
 
 def test_runs_killed_at_any_moment_end_with_the_same_bytes(made: Path, tmp_path: Path) -> None:
-    """K1: chains of SIGKILLs until a run is done; no published checkpoint is broken, no saved step is lost.
-
-    Two kills of three come at a uniform time, one in a save.
-    """
-    length, draw = time_of_a_run(made, tmp_path, *LONG), random.Random(0)
-    wanted = runs.result_of(tmp_path / "timed0")
-    kills = inside = chains = 0
-    until = time.monotonic() + SECONDS
-    while kills < KILLS and time.monotonic() < until:
-        chains += 1
-        recipe = runs.write_recipe(made, tmp_path / f"chain{chains}" / "run", *LONG)
-        run, seen = recipe.with_suffix(""), 0
-        while True:
-            process = runs.start(runs.train_run, recipe, True, log=recipe.parent / "log")
-            # Every third kill waits for a save, since a save is a small part of the time.
-            if kills % 3 == 0:
-                wait_for_a_save(process, run, draw.randrange(4))
-                was_killed = at(process, draw.uniform(0, 0.004), signal.SIGKILL)
-            else:
-                was_killed = at(process, draw.uniform(0.02, 1.1) * length, signal.SIGKILL)
-            newest = runs.newest_valid(run)
-            assert newest >= seen, f"step {seen} was saved, {newest} is left"
-            seen = newest
-            if not was_killed:
-                assert process.exitcode == 0, (recipe.parent / "log").read_text()
-                break
-            kills += 1
-            inside += in_a_save(run)
-        there = runs.result_of(run)
-        assert [name for name in wanted if there.get(name) != wanted[name]] == [], f"chain {chains} of {kills} kills"
-    print(f"K1 kills={kills} inside_a_save={inside} runs={chains}")
-    assert inside >= 0.3 * kills
+    """K1: chains of SIGKILLs until a run is done; no published checkpoint is broken, no saved step is lost."""
+    recipe = runs.write_recipe(made, tmp_path / "run", *SHORT, "train.steps=20", "train.eval_every=1000")
+    reports = [tmp_path / f"report{worker}" for worker in range(WORKERS)]
+    share = -(-KILLS // WORKERS)
+    workers = [
+        runs.start(killed_runs.kill_until, recipe, (), share, worker, report, log=tmp_path / "log")
+        for worker, report in enumerate(reports)
+    ]
+    for process in workers:
+        process.join()
+        assert process.exitcode == 0, (tmp_path / "log").read_text()
+    seen = [json.loads(report.read_text(encoding="utf-8")) for report in reports]
+    assert [each["wrong"] for each in seen] == [""] * WORKERS, (tmp_path / "log").read_text()
+    total = {key: sum(each[key] for each in seen) for key in ("kills", "inside_a_save", "runs", "cpu_s")}
+    print("K1", *(f"{key}={number}" for key, number in total.items()))
+    assert total["kills"] >= KILLS and total["inside_a_save"] >= 0.3 * total["kills"]
 
 
 def test_a_run_killed_before_its_first_checkpoint_ends_with_the_same_bytes(
