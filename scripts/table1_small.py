@@ -36,11 +36,13 @@ TASKS = {
 METHODS = "d2mora,lora,hydralora,moslora"
 
 
-def write_rows(data: Path, folder: Path, number: int, test: int) -> list[dict[str, object]]:
+def write_rows(
+    data: Path, folder: Path, number: int, test: int, chosen: dict[str, str] = TASKS
+) -> list[dict[str, object]]:
     """Write `number` rows to learn and `test` rows to test on for each task; return the recipe's tasks."""
     folder.mkdir(parents=True, exist_ok=True)
     tasks: list[dict[str, object]] = []
-    for name, file in TASKS.items():
+    for name, file in chosen.items():
         with gzip.open(data / "commonsense" / "train" / f"{file}.json.gz", "rt", encoding="utf-8") as source:
             pool = json.load(source)
         order = np.random.default_rng([*name.encode()]).permutation(len(pool))[:number]
