@@ -68,7 +68,7 @@ def rows_of(path: str, task: Task) -> Iterator[tuple[str, Any]]:
 def parse_row(text: str) -> Any:
     """Parse one JSON text. Raises BadRow."""
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise BadRow("not JSON", f": {error.msg}") from error
     except RecursionError as error:
@@ -83,6 +83,9 @@ def _object(pairs: list[tuple[str, Any]]) -> Any:
         return content
     names = [name for name, _ in pairs]
     return Repeated(next(name for name in names if names.count(name) > 1))
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would make one for each row
 
 
 def _numbered(rows: Iterator[Any]) -> Iterator[tuple[str, Any]]:

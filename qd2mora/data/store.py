@@ -12,9 +12,10 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,7 @@ def _kept(source: Source, tokeniser: Tokeniser, folder: Path) -> TokenStore:
         seal_folder(stage, {_FILE: ((stage / _FILE).stat().st_size, digest)}, content)
         if not folder.exists():
             os.rename(stage, folder)
+            return _mapped(folder, skipped)  # just hashed: no need to read it all again
         return _opened(folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -178,7 +180,11 @@ def _kept(source: Source, tokeniser: Tokeniser, folder: Path) -> TokenStore:
 def _opened(folder: Path) -> TokenStore:
     verify_folder(folder)
     content = open_manifest(folder)
-    return TokenStore(pa.memory_map(str(folder / _FILE)), Skipped(content["skipped"], content["duplicates"]))
+    return _mapped(folder, Skipped(content["skipped"], content["duplicates"]))
+
+
+def _mapped(folder: Path, skipped: Skipped) -> TokenStore:
+    return TokenStore(pa.memory_map(str(folder / _FILE)), skipped)
 
 
 def _write(sink: Any, source: Source, tokeniser: Tokeniser) -> Skipped:
@@ -199,8 +205,8 @@ def _write(sink: Any, source: Source, tokeniser: Tokeniser) -> Skipped:
 
 def _batch(pairs: Sequence[Pair], tokens: Sequence[Tokens]) -> Any:
     columns = [
-        _lists([row.ids for row in tokens]),
-        _lists([row.bounds for row in tokens]),
+        _lists([row.parts for row in tokens]),
+        _lists([(row.bounds,) for row in tokens]),
         pa.array([pair.prompt for pair in pairs], pa.large_string()),
         pa.array([pair.answer for pair in pairs], pa.large_string()),
         pa.array([pair.vector for pair in pairs], pa.list_(pa.float64())),
@@ -208,12 +214,13 @@ def _batch(pairs: Sequence[Pair], tokens: Sequence[Tokens]) -> Any:
     return pa.record_batch(columns, schema=_SCHEMA)
 
 
-def _lists(rows: Iterable[Sequence[int]]) -> Any:
-    """Many lists of numbers as one array, without a Python object for each number."""
-    parts = [np.array(row, dtype=np.int32) for row in rows]
-    offsets = np.zeros(len(parts) + 1, dtype=np.int32)
-    np.cumsum([len(part) for part in parts], out=offsets[1:])
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(parts)))
+def _lists(rows: Sequence[Sequence[Sequence[int]]]) -> Any:
+    """Lists of numbers, each in parts, as one array: no Python object for each number, no copy of each list."""
+    flat = chain.from_iterable(chain.from_iterable(rows))
+    offsets = np.zeros(len(rows) + 1, dtype=np.int32)
+    np.cumsum([sum(map(len, parts)) for parts in rows], out=offsets[1:])
+    values = np.fromiter(flat, np.int32, int(offsets[-1]))
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
 __all__ = ["SMALLEST_KEPT", "Source", "TokenStore", "cache_folder", "open_store"]

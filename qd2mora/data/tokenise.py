@@ -7,10 +7,10 @@ would lie across a boundary, from piece to piece.
 
 import itertools
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -21,15 +21,20 @@ CHUNK = 2048
 """Rows that are tokenised together, at most."""
 CHUNK_LETTERS = 1 << 20
 """Letters that are tokenised together, but for one row that alone has more."""
+AHEAD = 2
+"""Chunks that are tokenised at once: the library's threads work on one while Python takes the ids of the other."""
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """One row: `ids` with the end token; `bounds`, where given text ends and learned text ends in turn, the last
-    bound is where the last answer begins."""
+class Tokens(NamedTuple):
+    """One row: `parts`, ids that follow each other, with the end token; `bounds`, where given text ends and learned
+    text ends in turn, the last bound is where the last answer begins."""
 
-    ids: list[int]
+    parts: tuple[Sequence[int], ...]
     bounds: tuple[int, ...]
+
+    @property
+    def ids(self) -> list[int]:
+        return list(itertools.chain.from_iterable(self.parts))
 
 
 class Tokeniser:
@@ -57,7 +62,10 @@ class Tokeniser:
         """Return the tokens of each row."""
         plain = [pair for pair in pairs if not pair.segments]
         prompts = self.texts([pair.prompt for pair in plain], special=True)
-        answers = self.texts([pair.answer for pair in plain], special=False)
+        # Answers of a task are often few: each is tokenised once.
+        different = list(dict.fromkeys(pair.answer for pair in plain))
+        known = dict(zip(different, self.texts(different, special=False), strict=True))
+        answers = [known[pair.answer] for pair in plain]
         talks = iter(self._conversations([pair.segments for pair in pairs if pair.segments]))
         joined = (self._joined(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
         return [next(talks) if pair.segments else next(joined) for pair in pairs]
@@ -65,7 +73,7 @@ class Tokeniser:
     def _joined(self, prompt: list[int], answer: list[int]) -> Tokens:
         if prompt and prompt[-1] == self.end:  # tokenizers that close every text
             prompt = prompt[:-1]
-        return Tokens([*prompt, *answer, self.end], (len(prompt),))
+        return Tokens((prompt, answer, (self.end,)), (len(prompt),))
 
     def _conversations(self, talks: list[tuple[str, ...]]) -> list[Tokens]:
         if self._fast is None:
@@ -85,25 +93,25 @@ class Tokeniser:
             if token and encoding.offsets[token - 1][1] > place:  # a letter of several tokens
                 return None
             bounds.append(token)
-        return Tokens(encoding.ids, tuple(bounds))
+        return Tokens((encoding.ids,), tuple(bounds))
 
     def _piecewise(self, parts: tuple[str, ...]) -> Tokens:
         pieces = self.texts(list(parts), special=False)
         bounds = list(itertools.accumulate(map(len, pieces)))
-        return Tokens([token for piece in pieces for token in piece], tuple(bounds[:-1]))
+        return Tokens(tuple(pieces), tuple(bounds[:-1]))
 
 
 def tokenised(tokeniser: Tokeniser, pairs: Iterable[Pair]) -> Iterator[tuple[list[Pair], list[Tokens]]]:
-    """Yield rows chunk by chunk with their tokens; the next chunk is tokenised while this one is worked on."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting = None
+    """Yield rows chunk by chunk with their tokens; the next chunks are tokenised while this one is worked on."""
+    waiting: deque[tuple[list[Pair], Future[list[Tokens]]]] = deque()
+    with ThreadPoolExecutor(AHEAD) as threads:
         for chunk in _chunks(pairs):
-            started = (chunk, thread.submit(tokeniser.tokens, chunk))
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = started
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
+            waiting.append((chunk, threads.submit(tokeniser.tokens, chunk)))
+            if len(waiting) > AHEAD:
+                done, tokens = waiting.popleft()
+                yield done, tokens.result()
+        for done, tokens in waiting:
+            yield done, tokens.result()
 
 
 def _chunks(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
