@@ -150,7 +150,7 @@ def load_base(base: Base, device: torch.device | None = None, dtype: torch.dtype
             ignore_mismatched_sizes=True,  # named below, where transformers points to a report that is not shown
             output_loading_info=True,
         )
-    except (*_UNLOADABLE, RuntimeError) as error:
+    except (*_UNLOADABLE, RuntimeError, ImportError) as error:  # a config may ask for packages
         raise InputRefused(f"base.model: '{base.model}' cannot be loaded: {_first_line(error)}") from error
     model.name_or_path = model.config._name_or_path = base.model  # what an adapter is said to belong to
     _refuse_partial(model, loading, base.model)

@@ -4,10 +4,8 @@ The rows of a step stay what they are; only how they share lines changes. Positi
 attention keeps the rows of a line apart.
 """
 
-from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from heapq import heapreplace
 
 import torch
 from torch import Tensor
@@ -16,7 +14,10 @@ from qd2mora.data.collate import collate
 from qd2mora.data.prepare import IGNORE, Row
 
 MULTIPLE = 8
-WIDTHS_TRIED = 16
+ENOUGH = 0.005
+"""Share of padding at which no better lines are looked for."""
+SEEN = 64
+"""Rows among which those that fill a line are looked for."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,29 @@ def lines_together(
 def packed(lengths: Sequence[int], capacity: int, at_once: int = 1) -> list[list[int]]:
     """Return which rows share a line of at most `capacity` tokens, the longest line first, by their numbers.
 
-    Of best fits into lines of several widths, and of rows spread evenly over as few lines, the one that runs over the
-    least positions where `at_once` lines run together.
+    Of lines filled to several widths, those are taken that run over the least positions where `at_once` lines run
+    together; the first that waste no more than ENOUGH end the search. The same lengths give the same lines.
     """
-    longest = max(lengths)
-    least = max(longest, capacity // 2)
-    widths = {max(longest, least + (capacity - least) * part // WIDTHS_TRIED) for part in range(WIDTHS_TRIED + 1)}
-    tried = [_best_fit(lengths, width) for width in sorted(widths, reverse=True)]
-    even = _evenly(lengths, len(tried[0]))
-    if max(sum(lengths[number] for number in line) for line in even) <= max(capacity, longest):
-        tried.append(even)
-    ordered = [sorted(lines, key=lambda line: -sum(lengths[number] for number in line)) for lines in tried]
-    return min(ordered, key=lambda lines: _positions(lines, lengths, at_once))
+    found: list[list[int]] = []
+    least = 0
+    for width in _widths(lengths, capacity, at_once):
+        lines = sorted(_filled(lengths, width), key=lambda line: -sum(lengths[number] for number in line))
+        positions = _positions(lines, lengths, at_once)
+        if not found or positions < least:
+            found, least = lines, positions
+        if least <= (1 + ENOUGH) * sum(lengths):
+            break
+    return found
+
+
+def _widths(lengths: Sequence[int], capacity: int, at_once: int) -> Iterator[int]:
+    """Yield what a line may hold: an even share for each number of lines that takes no more micro batches, and more."""
+    total = sum(lengths)
+    fewest = -(-total // capacity)
+    for more in range(0, 6 * MULTIPLE, MULTIPLE):
+        for number in range(fewest, max(-(-fewest // at_once) * at_once, fewest + 1) + 1):
+            share = -(-total // (number * MULTIPLE)) * MULTIPLE
+            yield min(share + more, capacity)
 
 
 def _positions(lines: list[list[int]], lengths: Sequence[int], at_once: int) -> int:
@@ -96,33 +108,38 @@ def _positions(lines: list[list[int]], lengths: Sequence[int], at_once: int) -> 
     return sum(-(-sizes[start] // MULTIPLE) * MULTIPLE * len(sizes[start : start + at_once]) for start in starts)
 
 
-def _evenly(lengths: Sequence[int], num_lines: int) -> list[list[int]]:
-    """Put each row, the longest first, into the line that has least."""
-    lines: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(num_lines)]
-    for number in _longest_first(lengths):
-        used, line, numbers = lines[0]
-        heapreplace(lines, (used + lengths[number], line, [*numbers, number]))
-    return [numbers for _, _, numbers in lines]
+def _filled(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Fill line after line: the longest row that is left, and those of the others that fill its line best.
 
-
-def _best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put each row, the longest first, where the least room is left after it."""
-    lines: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # sorted: what is left in a line, and its number
-    for number in _longest_first(lengths):
-        place = bisect_left(room, (lengths[number], -1))
-        if place == len(room):
-            lines.append([])
-            left, line = max(capacity, lengths[number]), len(lines) - 1
-        else:
-            left, line = room.pop(place)
-        lines[line].append(number)
-        insort(room, (left - lengths[number], line))
+    A row that is longer than `width` has a line of its own.
+    """
+    left = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
+    lines = []
+    while left:
+        first, *others = left
+        if len(others) > SEEN:  # long and short ones alike
+            others = [others[len(others) * place // SEEN] for place in range(SEEN)]
+        line = [first, *_best_sum(others, lengths, width - lengths[first])]
+        lines.append(line)
+        left = [number for number in left if number not in line]
     return lines
 
 
-def _longest_first(lengths: Sequence[int]) -> list[int]:
-    return sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
+def _best_sum(numbers: Sequence[int], lengths: Sequence[int], room: int) -> list[int]:
+    """Return the rows whose lengths sum up to the most that `room` holds (bit n of `reached`: a sum of n)."""
+    room = max(room, 0)
+    kept = (1 << room + 1) - 1
+    reached = [1]
+    for number in numbers:
+        reached.append((reached[-1] | reached[-1] << lengths[number]) & kept)
+        if reached[-1] >> room:
+            break
+    total, chosen = reached[-1].bit_length() - 1, []
+    for number, before in reversed(list(zip(numbers, reached[:-1], strict=False))):
+        if not before >> total & 1:
+            chosen.append(number)
+            total -= lengths[number]
+    return chosen
 
 
 def collate_packed(batch: MicroBatch, pad: int) -> dict[str, Tensor]:

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
+from qd2mora.errors import InputRefused
 from qd2mora.mixture import read_rows
 
 CHUNK = 1024
 IGNORE = -100
+ISOLATING = ("sdpa", "eager")
+"""Attention of transformers that stays within the rows of a packed line, whatever their number (tested)."""
 
 
 class RowLoss(nn.Module):
@@ -40,12 +43,29 @@ class RowLoss(nn.Module):
 def labelled_states(model: PeftModel, batch: dict[str, Tensor], keep: Tensor) -> Tensor:
     """Return the final hidden states at the positions of `keep` (rows or lines, length - 1), (labelled, hidden)."""
     tuner: Any = model.base_model
+    if "segments" in batch:
+        check_isolation(model)
     read_rows(model, batch)
     decoder = tuner.model.get_decoder()
     # Packed rows bring positions instead of a mask: transformers bounds attention where positions restart.
     told = {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}
     hidden = decoder(input_ids=batch["input_ids"], **told, use_cache=False)
     return hidden.last_hidden_state[:, :-1][keep]
+
+
+def check_isolation(model: PeftModel) -> None:
+    """Refuse to pack rows under an attention that may look from one row into the next. Raises InputRefused.
+
+    Flash attention is bounded where positions restart only in a batch of one line (transformers 5.24,
+    `_is_packed_sequence`); with more it runs over whole lines.
+    """
+    tuner: Any = model.base_model
+    kind = tuner.model.config._attn_implementation
+    if kind not in ISOLATING:
+        raise InputRefused(
+            f"data.packing: attention '{kind}' may look from one row of a line into the next; set packing: false, or "
+            f"attn_implementation in the base's config.json to one of {', '.join(ISOLATING)}"
+        )
 
 
 def output_head(model: PeftModel) -> nn.Module:
@@ -66,4 +86,4 @@ def _chunk(states: Tensor, target: Tensor, head: nn.Module) -> Tensor:
     return F.cross_entropy(head(states).float(), target, reduction="none")
 
 
-__all__ = ["CHUNK", "RowLoss", "labelled_states", "output_head", "token_losses"]
+__all__ = ["CHUNK", "RowLoss", "check_isolation", "labelled_states", "output_head", "token_losses"]

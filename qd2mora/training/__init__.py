@@ -27,6 +27,7 @@ from qd2mora.evaluation import AskedTask, Subject, ask_held_out, score_all
 from qd2mora.evaluation.rouge import rouge_l
 from qd2mora.inspection.content import write_routing
 from qd2mora.memory.engine import check_engine, refuse_storage
+from qd2mora.memory.loss import check_isolation
 from qd2mora.memory.plan import Plan, plan
 from qd2mora.memory.prepared import prepare_base
 from qd2mora.mixture import MixtureConfig, adapter_tensors, add_adapter, selection_biases
@@ -135,6 +136,8 @@ def _train_locked(
     changed = refuse_changed(before["identity"], identity, allow_changed) if before else []
     mixture = Mixture(recipe.data, tasks, recipe.train.seed)
     model = _adapted_model(recipe, config, planned, accelerator.device)
+    if recipe.data.packing:
+        check_isolation(model)
     start_adapter(
         model, config, recipe, lambda: _first_batches(mixture, planned.micro_batch, tokenizer, accelerator.device)
     )

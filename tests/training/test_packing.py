@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
 
 from qd2mora.base import enable_checkpointing, load_base
 from qd2mora.data import MicroBatch, Pair, Row, packed
@@ -111,6 +114,21 @@ def test_a_row_does_not_see_the_rows_beside_it(made: Path) -> None:
     same = [number for number in range(6) if one[number] == two[number]]
     changed = next(place for place, n in enumerate(batches_of(first, 128, 1)[0].keys) if n == 1)
     assert same == [number for number in range(6) if number != changed]
+
+
+def test_rows_are_not_packed_under_an_attention_that_is_bounded_by_lines_alone(made: Path) -> None:
+    def whole_lines(*tensors: Any, **_: Any) -> Any:  # what flash attention does with more than one line
+        _, query, key, value, _ = tensors
+        return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2), None
+
+    AttentionInterface.register("whole_lines", whole_lines)
+    base = load_base(Base(model=str(made / "base"), quantization="none", compute_dtype="float32"))
+    model = add_adapter(base, MixtureConfig(rank=4, alpha=8, target_modules=["q_proj"], dropout=0.0), 0)
+    base.set_attn_implementation("whole_lines")
+    loss = RowLoss(model)
+    assert loss(batches_of(rows(), None, 6)[0].collated(3)).isfinite().all()
+    with pytest.raises(InputRefused, match=r"data\.packing: attention 'whole_lines' may look from one row"):
+        loss(batches_of(rows(), 48, 2)[0].collated(3))
 
 
 def recipe(made: Path, output: Path, *overrides: str, method: str = "d2mora") -> Recipe:
