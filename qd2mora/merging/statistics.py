@@ -2,12 +2,14 @@
 
 For u = [A; routers that read x] x and v = K_t A x over the attended tokens: E[u u^T], E[v u^T], E[v v^T] and, where
 asked for, E[K_t], accumulated in float64. With P ranks of v, Q of A x and E rows of routers these are (Q+E) x (Q+E),
-P x (Q+E), P x P and P x Q: d_in and d_out do not enter.
+P x (Q+E), P x P and P x Q: d_in and d_out do not enter. The layers hand over the u and v of their own forward pass, so
+that a pass costs what it costs without statistics, and one small product for each linear and batch.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,38 +17,61 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from qd2mora.mixture import MixtureLinear, mixture_layers, read_rows
+from qd2mora.mixture.block import has_slots
+from qd2mora.mixture.ops import wide
+
+Batch = Mapping[str, Tensor]
 
 
 @dataclass
 class Moments:
-    """Sums over tokens of one linear; divide by `tokens` for means. `num_core` is Q: what of u is A x."""
+    """Weighted sums over tokens of one linear; divide by `tokens`, the weights' sum, for means.
+
+    `num_core` is Q: what of u is A x.
+    """
 
     num_up: int
     num_core: int
     num_routers: int = 0
-    tokens: int = 0
-    uu: Tensor = field(init=False)
-    vu: Tensor = field(init=False)
-    vv: Tensor = field(init=False)
+    tokens: float = 0
+    second: Tensor = field(init=False)
     mixing: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        num_features = self.num_core + self.num_routers
-        self.uu = torch.zeros(num_features, num_features, dtype=torch.float64)
-        self.vu = torch.zeros(self.num_up, num_features, dtype=torch.float64)
-        self.vv = torch.zeros(self.num_up, self.num_up, dtype=torch.float64)
+        width = self.num_core + self.num_routers + self.num_up
+        self.second = torch.zeros(width, width, dtype=torch.float64)
         self.mixing = torch.zeros(self.num_up, self.num_core, dtype=torch.float64)
 
-    def add(self, u_TF: Tensor, v_TP: Tensor, mixing_PQ: Tensor | None = None) -> None:
-        """Add tokens; one product in float32 on their device, sums in float64 on the CPU."""
-        self.tokens += len(u_TF)
-        num_features, joint = u_TF.shape[1], torch.cat([u_TF, v_TP], 1)
-        products = (joint.T @ joint).double().cpu()
-        self.uu += products[:num_features, :num_features]
-        self.vu += products[num_features:, :num_features]
-        self.vv += products[num_features:, num_features:]
+    @property
+    def uu(self) -> Tensor:
+        """E[u u^T] times `tokens`, (F, F)."""
+        return self.second[: -self.num_up, : -self.num_up]
+
+    @property
+    def vu(self) -> Tensor:
+        """E[v u^T] times `tokens`, (P, F)."""
+        return self.second[-self.num_up :, : -self.num_up]
+
+    @property
+    def vv(self) -> Tensor:
+        """E[v v^T] times `tokens`, (P, P)."""
+        return self.second[-self.num_up :, -self.num_up :]
+
+    def add(self, u: Tensor, v: Tensor, root: Tensor, mixing_PQ: Tensor | None = None) -> None:
+        """Add tokens u (..., F), v (..., P), `root` (...) of whose weights is given; one product on their device."""
+        joint_TW = torch.cat([u.to(v.dtype), v], -1).mul_(root.unsqueeze(-1)).flatten(0, -2)
+        self.second += (joint_TW.T @ joint_TW).double().cpu()
         if mixing_PQ is not None:
             self.mixing += mixing_PQ.double().cpu()
+
+
+Weigh = Callable[[Batch], Tensor]
+"""Returns what each token of a batch counts for, (rows, length) float32, 0 at padding."""
+
+
+def attended(batch: Batch) -> Tensor:
+    """Return 1 for every token of a row."""
+    return batch["attention_mask"].float()
 
 
 Observe = Callable[[str, MixtureLinear, Tensor, Tensor], None]
@@ -60,6 +85,7 @@ def collect(
     *,
     names: Collection[str] | None = None,
     with_mixing: bool = True,
+    weigh: Weigh = attended,
 ) -> dict[str, Moments]:
     """Run the routed model over batches once and return the moments of every adapted linear (or of `names`) by name.
 
@@ -71,17 +97,49 @@ def collect(
         step = layer.mixture_spec[adapter_name].step
         num_core = step.width_down + step.shared
         moments[name] = Moments(step.width_up + step.shared, num_core, step.features - num_core)
-
-    def observe(name: str, layer: MixtureLinear, x: Tensor, attended: Tensor) -> None:
-        u, v = layer.rank_space(x, adapter_name, with_routers=True)
-        mixing = layer.mixing(x, adapter_name)[attended].sum(0) if with_mixing else None
-        moments[name].add(u[attended], v[attended], mixing)
-
     with torch.no_grad():
         for batch in batches:
-            with observed(layers, observe, batch["attention_mask"].bool()):
+            weight = weigh(batch)
+            total = float(weight.sum())
+            for each in moments.values():
+                each.tokens += total
+            with _watched(layers, moments, weight, adapter_name, with_mixing):
                 decode(model, batch)
     return moments
+
+
+@contextmanager
+def _watched(
+    layers: dict[str, MixtureLinear],
+    moments: dict[str, Moments],
+    weight: Tensor,
+    adapter_name: str,
+    with_mixing: bool,
+) -> Iterator[None]:
+    """Add what these linears compute in rank space to their moments while the block runs."""
+    root = weight.sqrt()
+
+    def watch(name: str, u: Tensor, v: Tensor, small: dict[str, Tensor]) -> None:
+        step = layers[name].mixture_spec[adapter_name].step
+        mixing = step.summed_mixing(wide(u), small, weight) if with_mixing else None
+        moments[name].add(u, v, root, mixing)
+
+    def observe(name: str, layer: MixtureLinear, x: Tensor, _: Tensor) -> None:
+        # Experts that are whole MLPs have a rank space of their own, which their forward pass does not go through.
+        u, v = layer.rank_space(x, adapter_name, with_routers=True)
+        mixing = torch.einsum("...pq,...->pq", layer.mixing(x, adapter_name), weight) if with_mixing else None
+        moments[name].add(u, v, root, mixing)
+
+    slotted = {name: layer for name, layer in layers.items() if has_slots(layer, adapter_name)}
+    plain = [layers[name] for name in layers if name not in slotted]
+    for name in layers.keys() - slotted.keys():
+        layers[name].watchers[adapter_name] = partial(watch, name)
+    try:
+        with observed(slotted, observe, weight > 0):
+            yield
+    finally:
+        for layer in plain:
+            layer.watchers.pop(adapter_name, None)
 
 
 def decode(model: PeftModel, batch: dict[str, Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ Deviation from the plain form in `ops`: none in exact arithmetic; in 16 bits the
 Shapes: T tokens, D d_in, O d_out, F all rows that read x, P all ranks of the up banks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,8 @@ class Dropout:
 class Plan:
     """What one adapter of one linear knows beside tensors. Tensors come as downs, then ups, then small ones by name.
 
-    `form` is the frozen base's, None where y is given. `draws` and `observe` belong to one call.
+    `form` is the frozen base's, None where y is given. `draws`, `observe` and `watch`, which is shown u and v of the
+    forward pass, belong to one call.
     """
 
     num_downs: int
@@ -59,6 +60,7 @@ class Plan:
     dropout: Dropout | None = None
     draws: Draws | None = None
     observe: Observe | None = None
+    watch: Callable[[Tensor, Tensor], None] | None = None
 
     @property
     def num_banks(self) -> int:
@@ -77,6 +79,8 @@ def forward(plan: Plan, y: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> Tens
     downs, ups, small = plan.parts(tensors)
     u = _features(plan, x.to(y.dtype), downs)
     v = rank_space.mix(plan.step, u, small, plan.draws)
+    if plan.watch is not None:
+        plan.watch(u, v)
     y.view(-1, y.shape[-1]).addmm_(flat(v).to(y.dtype), _columns(ups, y.dtype).T, alpha=plan.scaling)
     return u
 

@@ -9,7 +9,9 @@ mixture_start_B (negated), the frozen start of a shared expert that does not beg
 """
 
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -42,6 +44,9 @@ TENSORS = (
     *(f"mixture_{what}_{role}" for role in ROLES for what in ("router", "bias", "out", "logits", "select_bias")),
 )
 
+Watch = Callable[..., None]
+"""Called with u = [A; routers of x] x (..., Q + S + E), v = K_t u (..., P + S), and what gates read beside u."""
+
 
 class MixtureLinear(nn.Module, BaseTunerLayer):
     """y = base(x) + sum over active adapters of s B K_t A x."""
@@ -70,6 +75,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self.mixture_spec: dict[str, LinearSpec] = {}
         # A static update that stands in for routing, by adapter: what an export will hold, measured or trained.
         self.static_updates: dict[str, LowRank] = {}
+        self.watchers: dict[str, Watch] = {}
         for name in TENSORS:
             setattr(self, name, nn.ParameterDict())
         self._disable_adapters = False
@@ -218,6 +224,8 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             plan = replace(plan, draws=self.routing.draws(self.layer_key))
         if self.training:
             plan = replace(plan, observe=Observer.of(self.mixture_spec[name], self.routing, name, x))
+        if name in self.watchers:
+            plan = replace(plan, watch=partial(self.watchers[name], small=small))
         if y is None:
             return mixed_linear(plan, base, x, downs, ups, small)
         return add_mixture(plan, y, x, downs, ups, small)

@@ -134,6 +134,25 @@ class RankStep:
         whole[..., K.shape[-2] :, K.shape[-1] :] = side
         return whole
 
+    def summed_mixing(self, u_ext: Tensor, small: Small, weight: Tensor) -> Tensor:
+        """Return the sum over tokens of weight (...) times K_t, (P + S, Q + S).
+
+        Where K_t is the gates' product, block by block, no K_t is made: sum_t w_t beta_t alpha_t^T (x) C.
+        """
+        if (
+            self.pairing != "chain"
+            or self.core not in ("none", "dense")
+            or not {r for r, _ in self.gates} <= {"down", "up"}
+        ):
+            return torch.einsum("...pq,...->pq", self.mixing(u_ext, small), weight)
+        _, gatings = self.route(u_ext, small)
+        gates = [gatings[role].weight if role in gatings else weight.new_ones(1) for role in ("up", "down")]
+        up, down = (gate.expand(*weight.shape, -1).flatten(0, -2).to(u_ext.dtype) for gate in gates)
+        core = small["core"].to(up.dtype) if self.core == "dense" else torch.eye(self.ranks_up[0]).to(up)
+        K = torch.kron((up * weight.reshape(-1, 1)).T @ down, core)
+        side = weight.sum() * self.shared_scaling * torch.eye(self.shared, dtype=K.dtype, device=K.device)
+        return torch.block_diag(K, side) if self.shared else K
+
     def _fixed(self, u: Tensor, small: Small, gatings: Mapping[str, Gating]) -> Tensor:
         """Apply the step linearly, with gates that are already decided."""
         if self.pairing == "tied":

@@ -10,6 +10,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from qd2mora.adapter_folder import base_identity, save_adapter
 from qd2mora.base import dense_weight, load_base, load_tokenizer
@@ -18,7 +19,7 @@ from qd2mora.errors import InputRefused, NotFinite
 from qd2mora.evaluation import evaluate, generate
 from qd2mora.merging import core_lsq, mean_gate, merge
 from qd2mora.merging.fidelity import unexplained
-from qd2mora.merging.statistics import Moments, collect
+from qd2mora.merging.statistics import Moments, collect, decode
 from qd2mora.mixture import MixtureConfig, add_adapter, mixture_layers
 from qd2mora.mixture.ops import stack_columns
 from qd2mora.recipe import load_recipe
@@ -119,11 +120,24 @@ def test_moments_are_means_over_attended_tokens(tmp_path: Path) -> None:
                 torch.testing.assert_close(getattr(moments, key), getattr(other, key), rtol=1e-4, atol=1e-4)
 
 
+def test_statistics_cost_one_small_product_a_linear_beside_the_pass(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "d2mora")
+    model, given = open_run(run).model, batches(run)
+    with FlopCounterMode(display=False) as plain, torch.no_grad():
+        for batch in given:
+            decode(model, batch)
+    with FlopCounterMode(display=False) as counted:
+        moments = collect(model, given, with_mixing=False)
+    tokens = sum(batch["input_ids"].numel() for batch in given)
+    products = sum(2 * tokens * len(each.second) ** 2 for each in moments.values())
+    assert counted.get_total_flops() == plain.get_total_flops() + products
+
+
 def test_the_unexplained_share_is_that_of_the_tokens_themselves() -> None:
     torch.manual_seed(0)
     u, v, up = torch.randn(50, 6), torch.randn(50, 4), torch.randn(9, 4)
     moments = Moments(4, 6)
-    moments.add(u, v, torch.zeros(4, 6))
+    moments.add(u, v, torch.ones(50), torch.zeros(4, 6))
     static = torch.randn(4, 6, dtype=torch.float64)
     error = (v.double() - u.double() @ static.T) @ up.double().T
     wanted = float(error.square().sum() / (v.double() @ up.double().T).square().sum())

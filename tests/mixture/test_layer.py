@@ -202,6 +202,22 @@ def test_the_mixing_matrix_turns_u_into_v(method: str) -> None:
     torch.testing.assert_close((layer.mixing(x, "default") @ u.unsqueeze(-1)).squeeze(-1), v)
 
 
+@pytest.mark.parametrize("method", COUNTS)
+@pytest.mark.parametrize("shared", [None, {"rank": 2, "alpha": 7}])
+def test_a_watcher_sees_rank_space_and_can_sum_mixing(method: str, shared: dict[str, int] | None) -> None:
+    """By the gates' product where K_t is one, by K_t itself elsewhere."""
+    layer = make_layer(method, shared=shared)
+    x, weight = torch.randn(2, 5, D_IN), torch.rand(2, 5)
+    mixing, seen = layer.mixing(x, "default"), []
+    layer.watchers["default"] = lambda u, v, small: seen.append((u, v, small))
+    layer(x)
+    ((u, v, small),) = seen
+    wanted = layer.rank_space(x, "default", with_routers=True)
+    torch.testing.assert_close((u, v), wanted)
+    found = layer.mixture_spec["default"].step.summed_mixing(u, small, weight)
+    torch.testing.assert_close(found, (weight[..., None, None] * mixing).sum((0, 1)))
+
+
 def test_gates_of_both_sides_sum_to_one() -> None:
     layer = make_layer("d2mora")
     mixing = layer.mixing(torch.randn(9, D_IN), "default")
