@@ -1,184 +1,207 @@
-"""How much of a routed adapter survives in plain weights, and was it worth routing at all?
+"""How much of a routed adapter survives in plain weights, what does it cost, and was it worth routing at all?
 
-    python scripts/bench_export.py --work /tmp/export-runs
-    python scripts/bench_export.py --work /tmp/export-runs --model FOLDER --data FOLDER --seeds 1
+    python scripts/bench_export.py DATA --work FOLDER [--case NAME] [--seeds 3] [--out scripts/results/export-cpu.json]
 
-Trains D2MoRA (M 3, N 4, rank 8, all seven linears) and one plain LoRA of the same rank as the export (27) on the same
-rows and steps: the quickstart, or with `--model` a base of yours on every json file of `--data` (rows of instruction,
-input and output; 100 of each held out). Finished runs in `--work` are used again. Then makes every export and measures
-it on held-out rows. Prints a table and as the last line JSON, which `--out` also writes to a file.
+Takes the runs of `scripts/export_cases.py`, training those that are missing, makes every export and measures it on
+held-out rows: the share of the adapter's loss gain that it keeps. Work is the process's own CPU seconds, so that a busy
+machine counts little. The honest question is `export minus lora`: the loss of the best export less that of a plain LoRA
+of its rank trained on the same rows and steps. Means over seeds come with 95% intervals (Student's t). What is measured
+already in FOLDER is used again; other cases in `--out` stay.
 """
 
 import argparse
+import importlib.metadata
 import json
 import platform
+import statistics
 import time
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from export_cases import CASES, trained
 
+from qd2mora.durable import write_json
 from qd2mora.merging import core_lsq
-from qd2mora.merging.auto import SHARE
 from qd2mora.merging.fidelity import Fidelity, measure
 from qd2mora.merging.making import setting_of
-from qd2mora.merging.sample import batches_of, sample_rows
+from qd2mora.merging.sample import PaddedBatches, batches_of, sample_rows
 from qd2mora.merging.static import Statics, of_cores
 from qd2mora.merging.statistics import collect, decode
 from qd2mora.merging.strategies import STRATEGIES
-from qd2mora.recipe import Recipe, load_recipe
+from qd2mora.mixture import mixture_layers
 from qd2mora.run_folder import OpenRun, open_run
-from qd2mora.training import train
 
-ROOT = Path(__file__).parents[1]
-LINEARS = "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
-ADAPTERS = {
-    "d2mora": "{method: d2mora, rank: 8, alpha: 16, down: {experts: 3}, up: {experts: 4}, penalty: 1.0e-4, targets: T}",
-    "lora": "{method: lora, rank: 27, alpha: 54, targets: T}",
-}
-WHOLE = ("mean_gate", "core_lsq", "sequential", "auto", "distill")
+WHOLE = ("mean_gate", "core_lsq", "auto")
+HELD_OUT = 140
+"""Rows to measure on, evenly over tasks."""
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+"""97.5% quantile of Student's t by degrees of freedom."""
 
 
 def main() -> None:
-    """Train what is missing, export in every way, print."""
+    """Measure, and write each case as it is done."""
     torch.set_num_threads(1)
-    settings = _arguments()
-    name = "reasoning" if settings.model else "quickstart"
-    numbers = []
-    for seed in range(settings.seeds):
-        runs = {
-            kind: _trained(_recipe(settings, kind, seed), settings.work / f"{name}-{kind}-{seed}")
-            for kind in (ADAPTERS if seed < settings.lora_seeds else ["d2mora"])
-        }
-        numbers.append({"seed": seed} | _measured(runs, settings.held_out))
-        _show(numbers[-1])
-    line = json.dumps({"name": name, "runs": numbers, "torch": torch.__version__, "machine": platform.machine()})
-    if settings.out:
-        settings.out.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    given = _arguments()
+    for case in given.case or CASES:
+        runs = [_seed(case, seed, given) for seed in range(given.seeds)]
+        content = json.loads(given.out.read_text(encoding="utf-8")) if given.out and given.out.is_file() else {}
+        content[case] = {"summary": _summary(runs), "runs": runs, "versions": _versions(), "command": given.command}
+        print(case, json.dumps(content[case]["summary"]), flush=True)
+        if given.out:
+            write_json(given.out, content)
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--data", type=Path)
+    parser.add_argument("--case", action="append", choices=sorted(CASES))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lora-seeds", type=int, default=3, help="seeds that train the plain LoRA too")
-    parser.add_argument("--held-out", type=int, default=512, help="held-out rows to measure on")
+    parser.add_argument("--tasks-of", type=int, default=1, help="seeds whose tasks are exported one by one too")
+    parser.add_argument("--slow", action="store_true", help="also `sequential` and `distill`")
     parser.add_argument("--out", type=Path)
-    return parser.parse_args()
+    given = parser.parse_args()
+    given.command = f"bench_export.py DATA --seeds {given.seeds} --tasks-of {given.tasks_of}{' --slow' * given.slow}"
+    return given
 
 
-def _recipe(settings: argparse.Namespace, kind: str, seed: int) -> Recipe:
-    adapter = ADAPTERS[kind].replace("T}", LINEARS + "}")
-    folder = settings.work / f"{'reasoning' if settings.model else 'quickstart'}-{kind}-{seed}"
-    changes = [f"train.seed={seed}", f"output={folder}", "finish.export=false", "finish.score=false"]
-    if settings.model is None:
-        if kind == "d2mora":
-            return load_recipe(ROOT / "recipes" / "quickstart.yaml", changes)
-        return load_recipe(ROOT / "recipes" / "quickstart-lora.yaml", [*changes, "adapter.rank=27", "adapter.alpha=54"])
-    tasks = "\n".join(
-        f"    - {{name: {path.stem}, path: {path}, validation: 100}}" for path in sorted(settings.data.glob("*.json"))
-    )
-    text = f"""
-base: {{model: {settings.model}}}
-adapter: {adapter}
-data:
-  tasks:
-{tasks}
-  max_length: 512
-train: {{steps: 300, micro_batch: 8, global_batch: 8, learning_rate: 3.0e-3, warmup_steps: 20, save_every: 300}}
-output: {folder}
-"""
-    settings.work.mkdir(parents=True, exist_ok=True)
-    path = settings.work / f"{folder.name}.yaml"
-    path.write_text(text, encoding="utf-8")
-    return load_recipe(path, changes)
-
-
-def _trained(recipe: Recipe, folder: Path) -> OpenRun:
-    if not (folder / "adapter" / "adapter_model.safetensors").is_file():
-        train(recipe, overwrite=True)
-    return open_run(folder)
-
-
-def _measured(runs: dict[str, OpenRun], limit: int) -> dict[str, Any]:
-    opened = runs["d2mora"]
-    names = [task.name for task in opened.recipe.data.tasks]
-    rows = sample_rows(opened, None)
-    held_out = batches_of(opened, rows.held_out[:: max(1, len(rows.held_out) // limit)])
-    found: dict[str, Any] = {"training_s": _training_seconds(opened), **_closed_form_times(opened)}
-    for strategy in WHOLE:
-        sample = sample_rows(opened, None, STRATEGIES[strategy].share)
-        setting, began = setting_of(opened, sample, None), time.perf_counter()
-        statics = STRATEGIES[strategy].make(setting)
-        seconds = time.perf_counter() - began
-        found[strategy] = _kept(measure(opened.model, statics, held_out, names)) | {"s": round(seconds, 1)}
-        found[strategy] |= {"notes": setting.notes} if setting.notes else {}
-    plain = _without_routers(opened)
-    found["core_lsq without router rows"] = _kept(measure(opened.model, plain, held_out, names))
-    found["per_task"] = _per_task(opened)
-    if "lora" in runs:
-        found["lora"] = {"loss": round(measure(runs["lora"].model, {}, held_out).routed, 4)}
+def _seed(case: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
+    path = given.work / "measured" / f"{case.replace(' ', '-')}-{seed}.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    routed, plain = (trained(case, arm, seed, given.data, given.work) for arm in ("d2mora", "lora"))
+    opened = open_run(routed)
+    held_out = _held_out(opened)
+    seconds = json.loads((routed / "seconds.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = {"seed": seed, "training_s": round(seconds["cpu"], 1)}
+    found |= {"closed form / plain forward": _closed_form_cost(opened), "gate entropy": _entropies(opened, held_out)}
+    for strategy in (*WHOLE, *(("sequential", "distill") if given.slow else ())):
+        found[strategy] = _exported(opened, strategy, held_out, seconds["cpu"])
+    if seed < given.tasks_of:
+        found["per_task"] = {each: _by_task(opened, each) for each in ("core_lsq", "auto")}
+    found["lora"] = measure(open_run(plain).model, {}, held_out).routed
+    write_json(path, found)
     return found
 
 
-def _per_task(opened: OpenRun) -> dict[str, Any]:
-    """Least squares on each task's own rows, measured on its held-out rows; gain kept over all tasks together."""
-    kept, base, routed, merged = {}, 0.0, 0.0, 0.0
+def _held_out(opened: OpenRun) -> PaddedBatches:
+    rows = sample_rows(opened, None).held_out
+    return batches_of(opened, rows[:: max(1, round(len(rows) / HELD_OUT))])
+
+
+def _exported(opened: OpenRun, strategy: str, held_out: PaddedBatches, training_s: float) -> dict[str, Any]:
+    setting = setting_of(opened, sample_rows(opened, None, STRATEGIES[strategy].share), None)
+    began = time.process_time()
+    statics = STRATEGIES[strategy].make(setting)
+    spent = time.process_time() - began
+    names = [task.name for task in opened.recipe.data.tasks]
+    kept = _kept(measure(opened.model, statics, held_out, names))
+    return kept | {"s": round(spent, 1), "time / training": round(spent / training_s, 3), "notes": setting.notes}
+
+
+def _by_task(opened: OpenRun, strategy: str) -> dict[str, Any]:
+    """One export for each task from its own rows, on its held-out rows; the gain kept over all tasks together."""
+    kept, sums = {}, torch.zeros(3, dtype=torch.float64)
     for number, task in enumerate(opened.recipe.data.tasks):
-        rows = sample_rows(opened, number, SHARE)
-        held_out = batches_of(opened, rows.held_out[:50])
-        fidelity = measure(opened.model, STRATEGIES["per_task"].make(setting_of(opened, rows, None)), held_out)
-        kept[task.name] = None if fidelity.gain_kept is None else round(fidelity.gain_kept, 5)
-        base, routed = base + fidelity.base * fidelity.tokens, routed + fidelity.routed * fidelity.tokens
-        merged += fidelity.merged * fidelity.tokens
-    return {"kept": round((base - merged) / (base - routed), 5), "tasks": kept}
+        rows = sample_rows(opened, number, STRATEGIES["auto"].share)
+        statics = STRATEGIES[strategy].make(setting_of(opened, rows, None))
+        found = measure(opened.model, statics, batches_of(opened, rows.held_out[:20]))
+        kept[task.name] = found.gain_kept
+        sums += found.tokens * torch.tensor([found.base, found.routed, found.merged], dtype=torch.float64)
+    base, routed, merged = sums.tolist()
+    return {"kept": (base - merged) / (base - routed), "tasks": kept}
 
 
-def _without_routers(opened: OpenRun) -> Statics:
-    moments = setting_of(opened, sample_rows(opened, None, SHARE), None).moments()
-    cores = {name: core_lsq.mixing(each, with_routers=False) for name, each in moments.items()}
-    return of_cores(opened.model, cores)
+def _closed_form_cost(opened: OpenRun) -> float:
+    """Return the median ratio of CPU seconds, least squares with all it needs to the same rows' plain forward pass."""
+    batches = list(batches_of(opened, sample_rows(opened, None).calibration))[:16]
+
+    def plain() -> None:
+        with torch.no_grad():
+            for batch in batches:
+                decode(opened.model, batch)
+
+    def closed() -> None:
+        _static(opened, batches)
+
+    ratios = [_work(closed) / _work(plain) for _ in range(5)]
+    return round(statistics.median(ratios[1:]), 3)
 
 
-def _closed_form_times(opened: OpenRun) -> dict[str, float]:
-    batches = batches_of(opened, sample_rows(opened, None).calibration)[:16]
-    began = time.perf_counter()
-    with torch.no_grad():
-        for batch in batches:
-            decode(opened.model, batch)
-    plain = time.perf_counter() - began
-    began = time.perf_counter()
+def _static(opened: OpenRun, batches: list[dict[str, torch.Tensor]]) -> Statics:
     moments = collect(opened.model, batches, with_mixing=False)
-    of_cores(opened.model, {name: core_lsq.mixing(each) for name, each in moments.items()})
-    return {"closed form / plain forward": round((time.perf_counter() - began) / plain, 2)}
+    return of_cores(opened.model, {name: core_lsq.mixing(each) for name, each in moments.items()})
 
 
-def _training_seconds(opened: OpenRun) -> float:
-    """Return the seconds that the steps took, from the run's own log."""
-    lines = [json.loads(line) for line in opened.folder.metrics.read_text(encoding="utf-8").splitlines()]
-    steps = {line["step"]: line for line in lines if "tokens_per_s" in line}
-    seconds = sum(line["tokens"] / line["tokens_per_s"] for line in steps.values())
-    return round(seconds * max(steps) / len(steps), 1)
+def _work(function: Callable[[], None]) -> float:
+    began = time.process_time()
+    function()
+    return time.process_time() - began
+
+
+def _entropies(opened: OpenRun, batches: PaddedBatches) -> dict[str, list[float]]:
+    """Return the mean entropy of each decoder layer's gates over a few rows, as a share of its maximum, by role."""
+    sums: dict[str, dict[int, list[float]]] = {"down": {}, "up": {}}
+    layers = mixture_layers(opened.model)
+
+    def watcher(number: int, name: str) -> Callable[..., None]:
+        def watch(u: torch.Tensor, v: torch.Tensor, small: dict[str, torch.Tensor]) -> None:
+            for role, gating in layers[name].mixture_spec["default"].step.route(u.float(), small)[1].items():
+                weight = gating.weight
+                entropy = -(weight * weight.clamp_min(1e-9).log()).sum(-1).mean() / torch.tensor(weight.shape[-1]).log()
+                sums[role].setdefault(number, []).append(float(entropy))
+
+        return watch
+
+    for name, layer in layers.items():
+        number = int(next(part for part in name.split(".") if part.isdigit()))
+        layer.watchers["default"] = watcher(number, name)
+    with torch.no_grad():
+        for number in range(0, len(batches), 4):
+            decode(opened.model, batches[number])
+    for layer in layers.values():
+        layer.watchers.clear()
+    return {role: [round(statistics.mean(each[n]), 3) for n in sorted(each)] for role, each in sums.items()}
 
 
 def _kept(fidelity: Fidelity) -> dict[str, Any]:
     content = {"base": fidelity.base, "routed": fidelity.routed, "loss": fidelity.merged}
     content |= {"kl": fidelity.kl_per_token, "agreement": fidelity.agreement}
-    worst = min(fidelity.tasks.items(), key=lambda pair: pair[1].gain_kept or 1.0)
-    return {name: round(value, 5) for name, value in content.items()} | {
-        "kept": None if fidelity.gain_kept is None else round(fidelity.gain_kept, 5),
-        "worst_task": {worst[0]: worst[1].gain_kept},
-    }
+    tasks = {name: each.gain_kept and round(each.gain_kept, 4) for name, each in fidelity.tasks.items()}
+    return {name: round(value, 5) for name, value in content.items()} | {"kept": fidelity.gain_kept, "tasks": tasks}
 
 
-def _show(found: dict[str, Any]) -> None:
-    for name, each in found.items():
-        if isinstance(each, dict) and "kept" in each:
-            print(f"seed {found['seed']}  {name:30} kept {each['kept']:.2%}  KL {each.get('kl', float('nan')):.4f}")
-    print({name: each for name, each in found.items() if not isinstance(each, dict)}, found.get("lora"))
+def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return means over seeds with their intervals: of the gains kept, the costs, and the losses compared."""
+    found: dict[str, Any] = {}
+    for name in (*WHOLE, "sequential", "distill"):
+        if all(name in run for run in runs):
+            found[f"{name}: gain kept"] = interval([run[name]["kept"] for run in runs])
+    found["auto: time / training"] = interval([run["auto"]["time / training"] for run in runs])
+    found["closed form / plain forward"] = interval([run["closed form / plain forward"] for run in runs])
+    found["loss: routed"] = interval([run["auto"]["routed"] for run in runs])
+    found["loss: export by auto"] = interval([run["auto"]["loss"] for run in runs])
+    found["loss: lora trained directly"] = interval([run["lora"] for run in runs])
+    found["loss: export minus lora"] = interval([run["auto"]["loss"] - run["lora"] for run in runs])
+    return found
+
+
+def interval(values: list[float]) -> dict[str, Any]:
+    """Return the mean and its 95% interval, None where there is one value."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return {"mean": round(mean, 5), "interval": None}
+    half = STUDENT[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+    return {"mean": round(mean, 5), "interval": [round(mean - half, 5), round(mean + half, 5)]}
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "peft", "bitsandbytes")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return versions | {"device": f"cpu {platform.machine()}, one thread", "date": datetime.now(UTC).date().isoformat()}
 
 
 if __name__ == "__main__":
