@@ -3,11 +3,13 @@
 Exports of a routed adapter carry a copy of this file: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=
 True) loads them anywhere, in 16 bits, or on the 4-bit weights that were trained on. For inference.
 
-Every adapted linear is y = W x + s B K_t A x. It is computed K first: one product u = [A; shared A; routers] x, a step
-in rank space v = K_t u, one product B v. K_t is what the gates make of the token; a gate is a row of six fields:
+Every adapted linear (or whole MLP) is y = W x + s B K_t A x. It is computed K first: one product u = [A; shared A;
+routers] x, a step in rank space v = K_t u, one product B v. K_t is what the gates make of the token; a gate is a row of
+six fields:
   input        what its router reads: x (the linear's input), z (the code after the down experts), self (the ranks'
-               own activations)
-  granularity  always `token` here
+               own activations), hidden (the last states of a first pass without adapters), given (nothing: its scores
+               are fixed)
+  granularity  token, or the mean of the scores over the prompt (sequence) or over the tokens so far (prefix)
   scope        module, or block / model: the first linear of the scope scores, the others take its scores
   score        linear, bias, mlp, noisy (noise belongs to training), prototype, activation
   select       all, top_k, top_p, entropy, switch, sample (without noise: the top k)
@@ -18,6 +20,8 @@ P all up ranks. Rank space is float32.
 """
 
 import math
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,11 +46,34 @@ class MixtureLlamaForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        board: dict[str, Tensor] = {}
+        self.text = Text()
         for name, spec in config.mixture.items():
             parent, _, child = name.rpartition(".")
             owner = self.get_submodule(parent)
-            setattr(owner, child, RoutedLinear(getattr(owner, child), spec, board))
+            setattr(owner, child, RoutedLinear(getattr(owner, child), spec, self.text))
+        for layer in self.model.layers:
+            if any(isinstance(part, RoutedLinear) and part.mixture.is_of_whole_mlps for part in layer.mlp.children()):
+                layer.mlp = RoutedMLP(layer.mlp, self.text)
+        gates = [gate for spec in config.mixture.values() for gate in spec["gates"].values()]
+        self.text.reads_first_pass = any(gate["input"] == "hidden" for gate in gates)
+        self.keeps_means = any(gate["granularity"] != "token" for gate in gates)
+        self.register_forward_pre_hook(_read_labels, with_kwargs=True)
+        self.model.register_forward_pre_hook(partial(_read_text, self.text), with_kwargs=True)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as ever; a first pass has no cache, and means are kept beside one."""
+        if self.text.reads_first_pass or self.keeps_means:
+            kwargs["use_cache"] = not self.text.reads_first_pass
+        return super().generate(*args, **kwargs)
+
+    def _reorder_cache(self, cache: Any, order: Tensor) -> Any:
+        """Let the running means follow a beam search."""
+        cache.reorder_cache(order)
+        self.text.means = {
+            key: [part.index_select(0, order.to(part.device)) for part in parts]
+            for key, parts in self.text.means.items()
+        }
+        return cache
 
     def train(self, mode: bool = True) -> "MixtureLlamaForCausalLM":
         """Switch modes; in neither may bitsandbytes 0.50 repack 4-bit weights, which rounds their scales to 16 bits."""
@@ -56,17 +83,110 @@ class MixtureLlamaForCausalLM(LlamaForCausalLM):
         return super().train(mode)
 
 
+@dataclass
+class Text:
+    """What the mixtures know of the text that runs, and leave for each other.
+
+    scores: of routers that several linears share. counted, prompt: (B, T), the tokens that are no padding, and those of
+    them that are asked, which are all where there are no labels. means: of scores, kept while the answer is written.
+    hidden: (B, T, H), of a first pass. expert: (T, E), the one expert that each token runs just now, in a mixture of
+    whole MLPs.
+    """
+
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    labels: Tensor | None = None
+    counted: Tensor | None = None
+    prompt: Tensor | None = None
+    is_decoding: bool = False
+    means: dict[str, list[Tensor]] = field(default_factory=dict)
+    reads_first_pass: bool = False
+    is_first_pass: bool = False
+    hidden: Tensor | None = None
+    expert: Tensor | None = None
+
+    def averaged(self, scores: Tensor, key: str, granularity: str) -> Tensor:
+        """Return scores (B, T, E) averaged over the prompt, (B, 1, E), or at each token over those so far."""
+        if granularity == "sequence":
+            if not self.is_decoding:
+                asked = _column(self.prompt, scores)
+                self.means[key] = [(scores * asked).sum(-2, keepdim=True) / asked.sum(-2, keepdim=True).clamp_min(1)]
+            return self.means[key][0]
+        counted = _column(self.counted, scores)
+        summed, number = (scores * counted).cumsum(-2), counted.cumsum(-2)
+        if self.is_decoding:
+            summed, number = summed + self.means[key][0], number + self.means[key][1]
+        self.means[key] = [summed[:, -1:], number[:, -1:]]
+        return summed / number.clamp_min(1)
+
+
+def _column(mask: Tensor | None, scores: Tensor) -> Tensor:
+    return torch.ones_like(scores[..., :1]) if mask is None else mask.to(scores).unsqueeze(-1)
+
+
+def _read_labels(model: "MixtureLlamaForCausalLM", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    model.text.labels = kwargs.get("labels")
+
+
+def _read_text(text: Text, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a pass: see which tokens count and which are asked, and run the first pass that some routers read."""
+    if text.is_first_pass:
+        return
+    ids: Any = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+    ids = kwargs.get("inputs_embeds") if ids is None else ids
+    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values", kwargs.get("cache"))
+    text.is_decoding = cache is not None and cache.get_seq_length() > 0
+    text.counted = mask[:, -ids.shape[1] :].bool() if mask is not None and mask.dim() == 2 else None
+    text.prompt, labels, text.labels = text.counted, text.labels, None
+    if labels is not None and labels.shape == ids.shape[:2]:
+        is_asked = (labels != -100).cumsum(-1) == 0
+        text.prompt = is_asked if text.counted is None else is_asked & text.counted
+    if text.reads_first_pass:
+        if cache is not None:
+            raise ValueError("routers of this model read a first pass of the whole text: use_cache=False")
+        text.is_first_pass = True
+        with torch.no_grad():
+            text.hidden = decoder(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+        text.is_first_pass = False
+
+
 class RoutedLinear(nn.Module):
     """y = base_layer(x) + s B K_t A x."""
 
-    def __init__(self, base_layer: nn.Module, spec: dict[str, Any], board: dict[str, Tensor]) -> None:
+    def __init__(self, base_layer: nn.Module, spec: dict[str, Any], text: Text) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.mixture = Mixture(spec, board)
+        self.mixture = Mixture(spec, text)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
-        return y + self.mixture(x).to(y.dtype)
+        return y if self.mixture.text.is_first_pass else y + self.mixture(x).to(y.dtype)
+
+
+class RoutedMLP(nn.Module):
+    """y = sum_e g_e W2_e (act(W1_e x) * W3_e x), W_e = W + s B_e A_e: a token runs the experts it uses, in turn."""
+
+    def __init__(self, mlp: Any, text: Text) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.act_fn, self.text = mlp.act_fn, text
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.text.is_first_pass:
+            return self.expert(x)
+        parts = [part.mixture for part in self.children() if isinstance(part, RoutedLinear)]
+        gates = next(part for part in parts if part.spec["gates"]["down"]["owns_router"]).gate("down", x, None)
+        values, experts = gates.topk(int((gates > 0).sum(-1).max()), -1)
+        y = torch.zeros(1, device=x.device)
+        for value, expert in zip(values.unbind(-1), experts.unbind(-1), strict=True):
+            self.text.expert = F.one_hot(expert, gates.shape[-1]).float()
+            y = y + value.unsqueeze(-1) * self.expert(x)
+        self.text.expert = None
+        return y.to(x.dtype)
+
+    def expert(self, x: Tensor) -> Tensor:
+        """Run the MLP with the experts that `text` names."""
+        y: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return y
 
 
 class Mixture(nn.Module):
@@ -74,16 +194,16 @@ class Mixture(nn.Module):
 
     Tensors, those that the method has: down (Q + shared + router rows, D), up (O, P + shared), core, and for each role
     of a gate (down, up, core, rank) router_, bias_, out_, select_bias_ and given_ (scores that a task adds).
-    `board` holds the scores of routers that several linears share.
     """
 
     down: Tensor
     up: Tensor
     core: Tensor
 
-    def __init__(self, spec: dict[str, Any], board: dict[str, Tensor]) -> None:
+    def __init__(self, spec: dict[str, Any], text: Text) -> None:
         super().__init__()
-        self.spec, self.board = spec, board
+        self.spec, self.text = spec, text
+        self.is_of_whole_mlps: bool = spec["whole_mlps"]
         for name, shape in spec["tensors"].items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
 
@@ -98,7 +218,7 @@ class Mixture(nn.Module):
         num_down, num_shared = sum(spec["ranks_down"]), spec["shared"]
         u = u_ext[..., :num_down]
         if spec["pairing"] == "tied":
-            v = self.paired(u, self.gate("down", x, u_ext))
+            v = self.paired(u, self.text.expert if self.is_of_whole_mlps else self.gate("down", x, u_ext))
         else:
             rank = self.gate("rank", x, u_ext, u)
             z = u if rank is None else rank * u
@@ -131,32 +251,36 @@ class Mixture(nn.Module):
         each = torch.einsum("...r,ers->...es", z, self.core)
         return each[..., 0, :] if gate is None else (gate.unsqueeze(-1) * each).sum(-2)
 
-    def gate(self, role: str, x: Tensor, u_ext: Tensor, z: Tensor | None = None) -> Tensor | None:
+    def gate(self, role: str, x: Tensor, u_ext: Tensor | None, z: Tensor | None = None) -> Any:
         """Return the weights of a role's experts, (T, E), or None where they are all 1."""
         if role not in self.spec["gates"]:
             return None
         gate = self.spec["gates"][role]
         shared = gate["shared_as"]
         if shared and not gate["owns_router"]:
-            scores = self.board[shared]
+            scores = self.text.scores[shared]
         else:
             scores = self.scores(role, gate, x, u_ext, z)
         if shared:
-            self.board[shared] = scores
+            self.text.scores[shared] = scores
         select_bias = getattr(self, f"select_bias_{role}") if gate["select_bias"] else None
         return weights(gate, scores, select_bias)
 
-    def scores(self, role: str, gate: dict[str, Any], x: Tensor, u_ext: Tensor, z: Tensor | None) -> Tensor:
-        """Return a router's scores, (T, E)."""
+    def scores(self, role: str, gate: dict[str, Any], x: Tensor, u_ext: Any, z: Any) -> Tensor:
+        """Return a router's scores, (T, E), or (E,) where they are the same for all tokens."""
+        if gate["input"] == "given":
+            given: Tensor = getattr(self, f"given_{role}")
+            return given
         if gate["score"] == "activation":
-            assert z is not None
-            return z
+            activations: Tensor = z
+            return activations
         if gate["rows"]:  # the router's product stands in u
-            scores = u_ext[..., gate["rows"][0] : gate["rows"][1]]
+            scores: Tensor = u_ext[..., gate["rows"][0] : gate["rows"][1]]
         else:
-            read = z if gate["input"] == "z" else x.float()
-            assert read is not None
-            scores = F.linear(read, getattr(self, f"router_{role}"))
+            read = {"z": z, "hidden": self.text.hidden}.get(gate["input"], x)
+            scores = F.linear(read.float(), getattr(self, f"router_{role}"))
+        if gate["granularity"] != "token":
+            scores = self.text.averaged(scores, gate["scores_as"], gate["granularity"])
         if f"bias_{role}" in self.spec["tensors"]:
             scores = scores + getattr(self, f"bias_{role}")
         if gate["score"] == "mlp":

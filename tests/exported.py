@@ -29,10 +29,8 @@ def randomise(model: nn.Module) -> None:
 
 def adapted(base: Base, method: str, **changes: object) -> PeftModel:
     """Return the base with a random adapter of a method on all linears, in evaluation mode."""
-    settings = {"rank": 4, "alpha": 8.0, "num_tasks": 2 if method == "sketchassist" else None} | changes
-    model = add_adapter(
-        load_base(base), MixtureConfig(method=method, target_modules=ALL, task_type="CAUSAL_LM", **settings), 0
-    )
+    settings = {"rank": 4, "alpha": 8.0, "num_tasks": 2 if method == "sketchassist" else None, "target_modules": ALL}
+    model = add_adapter(load_base(base), MixtureConfig(method=method, task_type="CAUSAL_LM", **(settings | changes)), 0)
     randomise(model)
     return model.eval()
 

@@ -42,6 +42,8 @@ class Subject:
     @property
     def may_fork(self) -> bool:
         """Whether one cached prompt can be continued in several ways: no router keeps something for each row."""
+        if isinstance(self.model, MixtureLlamaForCausalLM):
+            return not (self.model.keeps_means or self.model.text.reads_first_pass)
         configs = self.model.peft_config.values() if self.is_adapted else []
         gates = [
             gate for config in configs if isinstance(config, MixtureConfig) for gate in config.gates_of_row.values()
@@ -50,6 +52,8 @@ class Subject:
 
     def route(self, batch: Mapping[str, Tensor], copies: int = 1) -> None:
         """Tell the routers what a batch says of its rows, each of which runs `copies` times one after another."""
+        if isinstance(self.model, MixtureLlamaForCausalLM):
+            self.model.text.labels = batch.get("labels")
         if not self.is_adapted:
             return
         if copies > 1:
@@ -95,6 +99,12 @@ def open_subject(path: str | Path, allow_changed: Collection[str] = ()) -> Subje
         return Subject(_routed_export(folder), load_tokenizer(str(path)))
     if (folder / "adapter_config.json").is_file():
         return _lora_export(folder)
+    if any(folder.glob("*.gguf")):
+        raise InputRefused(
+            f"'{path}' holds a GGUF file, which llama.cpp runs; name the run, or an export of another form"
+        )
+    if not (folder / "config.json").is_file():
+        raise InputRefused(f"'{path}' is neither a run nor a model's folder: no recipe.yaml, no config.json")
     base = Base(model=str(path), quantization="none")
     return Subject(load_base(base), load_tokenizer(base.model))
 

@@ -22,11 +22,15 @@ from qd2mora.merging.shards import Entry, entry, write_shards
 from qd2mora.merging.source import Source
 from qd2mora.merging.writer import DTYPES, SHARD_BYTES, Written, config_of, entries_of
 from qd2mora.mixture import MixtureLinear, mixture_layers
+from qd2mora.mixture.block import mixes_blocks
 from qd2mora.mixture.gating import given_logits
 from qd2mora.mixture.method import TOKEN, Gate
 
 CODE = "modeling_mixture.py"
+_GIVEN = ("task", "none")
+"""Inputs of gates that say the same for every token of what is exported."""
 _GATE_FIELDS = ("input", "granularity", "scope", "score", "select", "weight")
+_STATIC = "--to hf or --to lora exports its best static update"
 _GATE_NUMBERS = ("top_k", "top_p", "temperature", "entropy_order", "entropy_limit", "omega")
 
 
@@ -34,18 +38,22 @@ def refuse_unfit(model: PeftModel, source: Source, adapter_name: str = "default"
     """Refuse what the code file does not run, in one line that names the way out. Raises InputRefused."""
     if type(source.config) is not LlamaConfig:
         raise InputRefused(f"--to exact: the base is a {source.config.model_type}; the code file runs LLaMA alone")
+    if not mixture_layers(model):
+        raise InputRefused("--to exact: this adapter depends on no token: --to hf is exact already")
     for name, layer in mixture_layers(model).items():
         config = layer.mixture_config[adapter_name]
         row, where = config.row, f"--to exact: {config.method}"
         if config.depends_on != TOKEN:
             raise InputRefused(f"{where} depends on no token: --to hf and --to lora are exact already")
-        if row.placement != "linear" or name == "lm_head":
-            place = "whole blocks" if row.placement != "linear" else "the output matrix"
-            raise InputRefused(f"{where} changes {place}, which the code file does not run; serve the run's adapter/")
+        if name == "lm_head":
+            raise InputRefused(f"{where} changes the output matrix, which the code file does not run; {_STATIC}")
+        if row.core == "kron":
+            raise InputRefused(f"{where} has Kronecker cores, which the code file does not run; {_STATIC}")
         for gate in config.gates_of_row.values():
-            if gate.input in ("hidden", "external") or gate.is_averaged:
-                what = "a first pass" if gate.input == "hidden" else "the whole prompt or the row's vector"
-                raise InputRefused(f"{where} reads {what}, the code file's routers a token; serve the run's adapter/")
+            if gate.input == "external":
+                raise InputRefused(f"{where} reads a vector of the row, which the code file is not told; {_STATIC}")
+            if gate.input == "hidden" and gate.is_averaged:
+                raise InputRefused(f"{where} averages a first pass, which has no cache to keep it in; {_STATIC}")
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,7 @@ def _spec(layer: MixtureLinear, adapter_name: str) -> dict[str, Any]:
         "shared": step.shared,
         "shared_scaling": step.shared_scaling,
         "scaling": spec.scaling,
+        "whole_mlps": mixes_blocks(layer.mixture_config[adapter_name], spec),
         "gates": {role: _gate(role, gate, layer, adapter_name) for role, gate in step.gates},
     }
 
@@ -163,10 +172,15 @@ def _gate(role: str, gate: Gate, layer: MixtureLinear, adapter_name: str) -> dic
     spec = layer.mixture_spec[adapter_name]
     content = {key: value for key, value in asdict(gate).items() if key in _GATE_FIELDS + _GATE_NUMBERS}
     place = spec.step.places.get(role)
-    shared = "" if gate.scope == "module" else f"{spec.place.scope_key(gate.scope)}:{role}"
+    key = f"{spec.place.scope_key(gate.scope)}:{role}"
+    if gate.input in _GIVEN:
+        content["input"] = "given"
+    if gate.select == "fixed":  # its scores leave one expert alone
+        content |= {"select": "top_k", "top_k": 1}
     return content | {
         "rows": None if place is None else [place.start, place.stop],
-        "shared_as": shared,
+        "scores_as": key,
+        "shared_as": "" if gate.scope == "module" else key,
         "owns_router": spec.place.owns_router,
         "select_bias": f"mixture_select_bias_{role}" in spec.shapes,
     }
@@ -183,7 +197,7 @@ def _tensors(layer: MixtureLinear, adapter_name: str) -> dict[str, Tensor]:
             name = f"mixture_{what}_{role}"
             if name in own and not (what == "router" and role in spec.step.places):
                 found[f"{what}_{role}"] = own[name]
-        if gate.input == "task+x":
+        if gate.input in (*_GIVEN, "task+x"):
             x = torch.zeros(1, 1, layer.in_features, device=own["mixture_A"].device)
             given = given_logits(role, x, own, layer.routing, adapter_name, spec)
             assert given is not None

@@ -80,7 +80,7 @@ def make_static(opened: OpenRun, strategy: str, task: str | None = None, vector:
 
 def measure_routed(opened: OpenRun, task: str | None = None, vector: list[float] | None = None) -> Made:
     """Measure the routed adapter as it is; it is told the task, where its routers read one beside the token."""
-    number = _task_number(opened, task)
+    number = _task_number(opened, task, is_routed=True)
     _check_vector(opened, vector)
     held_out = batches_of(opened, sample_rows(opened, number).held_out, vector)
     bases = {"dequantized": measure(opened.model, {}, held_out)} if held_out else {}
@@ -132,11 +132,12 @@ def _as_trained(opened: OpenRun) -> tuple[int, bool]:
     return int(choices["train.micro_batch"]["value"]), choices["memory.checkpointing"]["value"] == "on"
 
 
-def _task_number(opened: OpenRun, task: str | None) -> int | None:
+def _task_number(opened: OpenRun, task: str | None, *, is_routed: bool = False) -> int | None:
+    """Return the task's number; a routed export, too, holds one task where its routers read it beside the token."""
     names = [each.name for each in opened.recipe.data.tasks]
     if task is not None and task not in names:
         raise InputRefused(f"--task: no task '{task}' in this run; there are {', '.join(names)}")
-    if task is None and opened.depends_on == TASK and opened.reads_task and len(names) > 1:
+    if task is None and (is_routed or opened.depends_on == TASK) and opened.reads_task and len(names) > 1:
         method = opened.recipe.adapter.method
         raise InputRefused(
             f"--task: {method} routes by task, one export serves one task; name one of {', '.join(names)}"

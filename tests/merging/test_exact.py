@@ -20,15 +20,20 @@ from qd2mora.recipe import Base
 
 GROWN = {"flexmore": {"rank": None, "ranks": [2, 4, 3, 5]}, "mola": {"allocation": "2-3"}, "smora": {"rank": 20}}
 GROWN |= {"flylora": {"rank": 20}, "mora": {"rank": 20}, "hydralora": {"shared": {"rank": 3, "init": "kaiming"}}}
+GROWN |= {"noisy_top_k": {"target_modules": ["mlp"]}}
 SMALL = {"dynmole": {"down": {"experts": 3}, "up": {"experts": 3}}}
 MORE_GATES = {
     "top_p": {"gates": {"down": {"select": "top_p", "weight": "sigmoid"}, "up": {"temperature": 0.5}}},
     "prototype": {"gates": {"down": {"score": "prototype"}, "up": {"score": "bias", "select": "top_k", "top_k": 2}}},
     "noisy": {"gates": {"down": {"score": "noisy", "select": "switch"}, "up": {"score": "mlp", "width": 5}}},
     "shared_router": {"gates": {"down": {"scope": "block"}}},
+    "prefix": {"gates": {"down": {"granularity": "prefix"}, "up": {"input": "x", "granularity": "sequence"}}},
+    "task": {"num_tasks": 2, "task_embedding": 4, "gates": {"down": {"input": "task", "granularity": "task"}}},
+    "fixed": {"num_tasks": 3, "gates": {"down": {"input": "task", "granularity": "task", "select": "fixed"}}},
+    "none": {"gates": {"up": {"input": "none", "score": "static"}}},
 }
-REFUSED = {"xlora", "base_gate", "noisy_top_k", "mixlora"}
-ROUTED = sorted(name for name, row in METHODS.items() if row.depends_on == "token" and name not in REFUSED)
+ROUTED = sorted(name for name, row in METHODS.items() if row.depends_on == "token")
+WHOLE_TEXT = ("base_gate", "prefix", "xlora")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +49,9 @@ def cases() -> dict[str, tuple[str, dict[str, object]]]:
 
 def test_every_token_routed_method_gives_the_same_logits_elsewhere(base: Base, tmp_path: Path) -> None:
     ids = torch.randint(4, 500, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    labels = torch.where(torch.arange(9) < 5, -100, ids)
     wanted, tokenizer = {}, load_tokenizer(base.model)
     for case, (method, changes) in cases().items():
         model = adapted(base, method, **changes)
@@ -53,7 +61,12 @@ def test_every_token_routed_method_gives_the_same_logits_elsewhere(base: Base, t
         (tmp_path / case).mkdir()
         write_exact(routed_parts(model), source, tokenizer, tmp_path / case, dtype="float32", limit=100_000)
         with torch.no_grad():
-            wanted[case] = model.base_model.model(input_ids=ids).logits
+            wanted[case] = model.base_model.model(input_ids=ids, use_cache=True).logits
+            if case in WHOLE_TEXT:  # what is asked ends before the answer
+                wanted[f"{case} asked"] = model(input_ids=ids, labels=labels).logits
+        if case in WHOLE_TEXT:
+            settings = {"attention_mask": mask, "max_new_tokens": 5, "num_beams": 3, "use_cache": case != "xlora"}
+            wanted[f"{case} text"] = model.generate(input_ids=ids, **settings)
     save_file({"ids": ids}, tmp_path / "ids.safetensors")
     without_this_package(f"""
 import pathlib, torch
@@ -69,15 +82,23 @@ for each in sorted(path for path in folder.iterdir() if path.is_dir()):
         out = model.generate(ids[:1], max_new_tokens=5, do_sample=False)
         whole = model.generate(ids[:1], max_new_tokens=5, do_sample=False, use_cache=False)
     assert out.shape == (1, 14) and out.equal(whole), each.name
+    if each.name in {WHOLE_TEXT!r}:
+        mask = torch.ones_like(ids)
+        mask[0, :3] = 0
+        with torch.no_grad():
+            labels = torch.where(torch.arange(9) < 5, -100, ids)
+            found[each.name + " asked"] = model(input_ids=ids, labels=labels).logits
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=5, num_beams=3)
+        found[each.name + " text"] = out.contiguous()
 AutoTokenizer.from_pretrained(folder / "d2mora")
 save_file(found, folder / "found.safetensors")
 assert "peft" not in sys.modules
 """)
     found = load_file(tmp_path / "found.safetensors")
-    assert found.keys() == wanted.keys() and len(found) >= 18
+    assert found.keys() == wanted.keys() and len(found) >= 28
     plain = load_base(base)
     for case, logits in wanted.items():
-        # float32, in another order of sums
+        # float32, in another order of sums; texts are token numbers
         assert float((found[case] - logits).abs().max()) < 1e-4, case
     with torch.no_grad():
         assert (plain(input_ids=ids).logits - wanted["d2mora"]).abs().max() > 0.1
@@ -111,11 +132,17 @@ print(linear.base_layer.weight.dtype, linear.mixture.down.dtype, linear.mixture.
     assert said.split() == ["torch.float16", "torch.float32", "torch.float32"]
 
 
-@pytest.mark.parametrize(("method", "words"), [("lora", "exact already"), ("base_gate", "the whole prompt")])
+VECTOR = "gates: {down: {input: external, granularity: sequence}}, external_width: 3,"
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "words"),
+    [("lora", "", "exact already"), ("dora", "", "exact already"), ("d2mora", VECTOR, "a vector of the row")],
+)
 def test_what_the_code_file_does_not_run_is_refused_before_anything_is_written(
-    method: str, words: str, tmp_path: Path
+    method: str, more: str, words: str, tmp_path: Path
 ) -> None:
-    run = make_run(tmp_path, method)
+    run = make_run(tmp_path, method, adapter=more)
     with pytest.raises(InputRefused, match=words):
         merge(run, tmp_path / "out", to="exact")
     assert not (tmp_path / "out").exists()
