@@ -97,6 +97,8 @@ def merge(
     find_strategy(strategy)
     form = form_of(to, base, dtype, max_shard)
     refuse_taken(Path(out), "--out")
+    if form.is_routed and strategy != DEFAULT:
+        raise InputRefused(f"--strategy: --to {to} keeps the routing, nothing is made static; leave it out")
     if not form.is_routed:
         _check_placement(run)
     opened = open_run(run, allow_changed=allow_changed)
@@ -122,7 +124,9 @@ def merge_tasks(run: str | Path, out: str | Path, **options: Any) -> dict[str, E
 def _check_placement(run: str | Path) -> None:
     row = find_method(read_recipe(run).adapter.method)
     if row.placement == "block":
-        raise InputRefused(f"{row.name} stands beside a whole block: no weight can take its update; serve the adapter")
+        raise InputRefused(
+            f"{row.name} stands beside a whole block: no weight can take its update; --to exact keeps it"
+        )
 
 
 __all__ = ["STRATEGIES", "Export", "Made", "constant_mixing", "make_static", "merge", "merge_tasks"]

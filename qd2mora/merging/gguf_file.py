@@ -110,7 +110,7 @@ class _Tensor:
         """Return all numbers as the file holds them."""
         parts = [self._narrow(block) for block in self.entry.blocks()]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        heads = self._heads()
+        heads = heads_of(self.entry.name.rpartition(".")[0], self.config)
         return whole if heads is None else np.ascontiguousarray(rotated_in_pairs(whole, heads))
 
     def _narrow(self, block: Tensor) -> NDArray[Any]:
@@ -120,12 +120,12 @@ class _Tensor:
             return quantized
         return block.float().numpy().astype(self.kind)
 
-    def _heads(self) -> int | None:
-        """How many heads the rows belong to, for q and k; None for others."""
-        parent = self.entry.name.rpartition(".")[0]
-        if parent.endswith(".q_proj"):
-            return self.config.num_attention_heads
-        return self.config.num_key_value_heads if parent.endswith(".k_proj") else None
+
+def heads_of(linear: str, config: LlamaConfig) -> int | None:
+    """Return how many heads the rows of a linear belong to, for q and k; None for others."""
+    if linear.endswith(".q_proj"):
+        return config.num_attention_heads
+    return config.num_key_value_heads if linear.endswith(".k_proj") else None
 
 
 def rotated_in_pairs(rows: NDArray[Any], heads: int) -> NDArray[Any]:
@@ -197,4 +197,4 @@ def _llama3_factors(config: Any) -> NDArray[Any]:
     return factors
 
 
-__all__ = ["package", "refuse_unfit", "rotated_in_pairs", "write_gguf"]
+__all__ = ["heads_of", "package", "refuse_unfit", "rotated_in_pairs", "write_gguf"]

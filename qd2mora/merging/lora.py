@@ -31,28 +31,13 @@ def write_lora(
 ) -> list[File]:
     """Write a PEFT LoRA folder for a base that has these `linears` (None: targets by whole names).
 
-    Raises InputRefused where an update is more than a LoRA, NotFinite where a
-    number does not fit the dtype.
+    Raises InputRefused where an update is more than a LoRA, NotFinite where a number does not fit the dtype.
     """
-    if not statics:
-        raise InputRefused("--to lora: this method changes no linear by a LoRA; --to hf writes dense weights")
-    scaled = [name for name, static in statics.items() if static.base_change]
-    if scaled:
-        raise InputRefused(
-            f"--to lora: {scaled[0]} scales its base too, which no LoRA can; --to hf writes dense weights"
-        )
-    rank = max(static.rank for static in statics.values())
+    rank, factors = factors_of(statics, "--to lora", dtype)
     tensors: dict[str, Tensor] = {}
-    for name, static in statics.items():
-        pad = rank - static.rank
-        down, up = static.down.float().cpu(), static.scaling * static.up.float().cpu()
-        tensors[f"base_model.model.{name}.lora_A.weight"] = F.pad(down, (0, 0, 0, pad)).to(dtype)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = F.pad(up, (0, pad)).to(dtype)
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if bad:
-        raise NotFinite(
-            f"{bad[0]}: a number does not fit {str(dtype).removeprefix('torch.')}; --dtype float32 holds it"
-        )
+    for name, (down, up) in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up
     file = write_tensors(folder / WEIGHTS, [entry(name, tensor) for name, tensor in tensors.items()])
     text = (
         json.dumps(
@@ -63,6 +48,30 @@ def write_lora(
         + "\n"
     )
     return [file, File(CONFIG, *write_file(folder / CONFIG, [text.encode()]))]
+
+
+def factors_of(
+    statics: Mapping[str, LowRank], where: str, dtype: torch.dtype
+) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
+    """Return the rank and A (rank, d_in), B (d_out, rank) of every update, scale 1, in a dtype on the CPU.
+
+    Raises InputRefused where an update is more than a LoRA, NotFinite.
+    """
+    if not statics:
+        raise InputRefused(f"{where}: this method changes no linear by a LoRA; --to hf writes dense weights")
+    scaled = [name for name, static in statics.items() if static.base_change]
+    if scaled:
+        raise InputRefused(f"{where}: {scaled[0]} scales its base too, which no LoRA can; --to hf writes dense weights")
+    rank = max(static.rank for static in statics.values())
+    factors = {}
+    for name, static in statics.items():
+        pad = rank - static.rank
+        down, up = static.down.float().cpu(), static.scaling * static.up.float().cpu()
+        factors[name] = F.pad(down, (0, 0, 0, pad)).to(dtype), F.pad(up, (0, pad)).to(dtype)
+        if not all(factor.isfinite().all() for factor in factors[name]):
+            kind = str(dtype).removeprefix("torch.")
+            raise NotFinite(f"{name}: a number does not fit {kind}; --dtype float32 holds it")
+    return rank, factors
 
 
 def targets_of(adapted: Iterable[str], linears: Iterable[str]) -> list[str]:
@@ -87,4 +96,4 @@ def _config(targets: list[str], base: str, rank: int) -> dict[str, Any]:
     }
 
 
-__all__ = ["targets_of", "write_lora"]
+__all__ = ["factors_of", "targets_of", "write_lora"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qd2mora.errors import InputRefused, nearest
-from qd2mora.merging import exact, gguf_file
+from qd2mora.merging import exact, gguf_file, gguf_lora
 from qd2mora.merging.folds import folds_of
 from qd2mora.merging.lora import write_lora
 from qd2mora.merging.shards import shard_bytes
@@ -34,6 +34,11 @@ class Form:
         """Whether the routed adapter itself goes along, so that nothing is made static."""
         return RUNGS[self.to].is_routed
 
+    @property
+    def holds_no_base(self) -> bool:
+        """Whether the update alone is written."""
+        return RUNGS[self.to].holds_no_base
+
 
 Write = Callable[[Path], Written]
 Prepare = Callable[[OpenRun, Source, Statics, Form], Write]
@@ -47,6 +52,7 @@ class Rung:
     prepare: Prepare
     dtypes: tuple[str, ...]
     is_routed: bool = False
+    holds_no_base: bool = False
 
 
 def form_of(to: str, base: str = "dequantized", dtype: str | None = None, max_shard: str = "5GB") -> Form:
@@ -55,7 +61,7 @@ def form_of(to: str, base: str = "dequantized", dtype: str | None = None, max_sh
         raise InputRefused(f"--to: unknown '{to}'; {nearest(to, RUNGS)}")
     if base not in BASES:
         raise InputRefused(f"--base: unknown '{base}'; {nearest(base, BASES)}")
-    if base == "original" and to == "lora":
+    if base == "original" and RUNGS[to].holds_no_base:
         raise InputRefused("--base: a LoRA holds no base; load it on whichever base is wanted")
     if base == "original" and to == "exact":
         raise InputRefused("--base: --to exact is the model that was trained, which saw the dequantized base")
@@ -72,6 +78,8 @@ def open_source(opened: OpenRun, form: Form) -> Source:
         exact.refuse_unfit(opened.model, source)
     if form.to == "gguf":
         gguf_file.refuse_unfit(source, opened.tokenizer)
+    if form.to == "gguf_lora":
+        gguf_lora.refuse_unfit(source)
     return source
 
 
@@ -116,10 +124,16 @@ def _gguf(opened: OpenRun, source: Source, statics: Statics, form: Form) -> Writ
     return lambda folder: gguf_file.write_gguf(source, tokenizer, folds, folder, name=name, dtype=form.dtype)
 
 
+def _gguf_lora(opened: OpenRun, source: Source, statics: Statics, form: Form) -> Write:
+    parts, name, dtype = dict(statics), opened.folder.path.resolve().name, form.dtype
+    return lambda folder: Written(gguf_lora.write_gguf_lora(parts, source, folder, name=name, dtype=dtype))
+
+
 RUNGS = {
     "hf": Rung(_hf, ("float16", "bfloat16", "float32")),
-    "lora": Rung(_lora, ("float32", "float16", "bfloat16")),
+    "lora": Rung(_lora, ("float32", "float16", "bfloat16"), holds_no_base=True),
     "gguf": Rung(_gguf, ("float16", "q8_0")),
+    "gguf_lora": Rung(_gguf_lora, ("float32", "float16"), holds_no_base=True),
     "exact": Rung(_exact, ("float16", "bfloat16", "float32", "nf4"), is_routed=True),
 }
 

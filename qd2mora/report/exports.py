@@ -91,7 +91,8 @@ def _bases(export: Export) -> str | None:
     if len(export.made.bases) < 2:
         return None
     losses = ", ".join(f"{name} {each.merged:.4f}" for name, each in export.made.bases.items())
-    return f"loss by the base that the update is added to: {losses}; written: {export.form.base}"
+    written = "it holds neither" if export.form.holds_no_base else f"written: {export.form.base}"
+    return f"loss by the base that the update is added to: {losses}; {written}"
 
 
 def _tasks(export: Export) -> Table:

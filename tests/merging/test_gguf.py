@@ -31,6 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     merge(run, folder / "hf", dtype="float32")
     for dtype in ("float16", "q8_0"):
         merge(run, folder / dtype, to="gguf", dtype=dtype)
+    for to in ("lora", "gguf_lora"):
+        merge(run, folder / to, to=to)
     return folder
 
 
@@ -93,6 +95,21 @@ def test_every_weight_stands_under_its_name_in_its_order(folder: Path, dtype: st
             error = (found - wanted).unflatten(1, (-1, 32)).abs()
             assert kind == "Q8_0" and (error > 0).any()
             assert (error <= (0.5 + 127 / 2048) * step).all()  # half a step, and a scale rounded to float16
+
+
+def test_a_lora_for_llama_cpp_is_that_for_peft_in_its_names_and_order(folder: Path) -> None:
+    peft = load_file(folder / "lora" / "adapter_model.safetensors")
+    tensors, settings, kinds = read(folder / "gguf_lora")
+    assert settings["general.type"] == "adapter" and settings["adapter.type"] == "lora"
+    rank = json.loads((folder / "lora" / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    assert settings["adapter.lora.alpha"] == rank and set(kinds.values()) == {"F32"}
+    assert len(tensors) == len(peft)
+    for name, tensor in peft.items():
+        theirs = name.removeprefix("base_model.model.")
+        for old, new in (NAMES | {".lora_A.weight": ".weight.lora_a", ".lora_B.weight": ".weight.lora_b"}).items():
+            theirs = theirs.replace(old, new)
+        wanted = paired(tensor, HEADS) if "q_proj.lora_B" in name else tensor
+        assert tensors[theirs].equal(wanted), name
 
 
 def test_pairs_rotated_by_llama_cpp_score_as_halves_rotated_by_transformers() -> None:
