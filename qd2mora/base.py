@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -250,7 +250,10 @@ def local_folder(model: str) -> Path | None:
     """Return where a model's files lie on this machine."""
     if Path(model).is_dir():
         return Path(model)
-    cached = None if model.startswith(RANDOM) else try_to_load_from_cache(model, "config.json")
+    try:
+        cached = None if model.startswith(RANDOM) else try_to_load_from_cache(model, "config.json")
+    except HFValidationError:  # a path that is not there is no name on the hub
+        return None
     return Path(cached).parent if isinstance(cached, str) else None
 
 

@@ -19,11 +19,15 @@ def compose(
     weights: Annotated[str | None, typer.Option(help="One for each input, with commas; else all 1 / n.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of lego, sub, extract.", min=1)] = None,
     experts: Annotated[int | None, typer.Option(help="Of sub, upcycle.", min=1)] = None,
+    learn: Annotated[Path | None, typer.Option(help="Of cat: recipe or run on whose rows weights are learned.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of --learn; else 100.", min=0)] = None,
 ) -> None:
     """Make one adapter of several (cat, linear, lego), a smaller or a routed one (sub, upcycle), or extract a LoRA."""
     from qd2mora.composition import compose as run_composition
 
-    done = run_composition(operation, inputs, out, weights=weights, rank=rank, experts=experts)
+    done = run_composition(
+        operation, inputs, out, weights=weights, rank=rank, experts=experts, learn_on=learn, steps=steps
+    )
     typer.echo(f"{done.folder}: {done.words}")
 
 

@@ -14,16 +14,21 @@ from torch import Tensor
 from qd2mora.composition import cat, lego, linear, sub
 from qd2mora.composition.extract import extract
 from qd2mora.composition.inputs import PREFIX, base_of, read_loras, read_mixture, read_weights
+from qd2mora.composition.learned import learn
 from qd2mora.composition.upcycle import upcycle
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.merging.lora import write_lora
 from qd2mora.merging.shards import entry, write_tensors
 from qd2mora.mixture import MixtureConfig
-from qd2mora.run_folder import refuse_taken, staged_folder
+from qd2mora.mixture.given import GivenLora
+from qd2mora.mixture.low_rank import LowRank
+from qd2mora.recipe import load_recipe
+from qd2mora.run_folder import is_run, refuse_taken, staged_folder
 
-OPERATIONS = {"cat": "weights", "linear": "weights", "lego": "weights rank", "sub": "experts rank"}
+OPERATIONS = {"cat": "weights learn steps", "linear": "weights", "lego": "weights rank", "sub": "experts rank"}
 OPERATIONS |= {"upcycle": "experts", "extract": "rank"}
 """What each operation takes beside its inputs."""
+STEPS = 100
 NEEDED = {("lego", "rank"), ("upcycle", "experts"), ("extract", "rank")}
 
 
@@ -43,12 +48,18 @@ def compose(
     weights: str | None = None,
     rank: int | None = None,
     experts: int | None = None,
+    learn_on: str | Path | None = None,
+    steps: int | None = None,
 ) -> Composed:
     """Make one adapter of `inputs` in the new folder `out`, which appears whole or not at all.
 
+    `learn_on`: a recipe, or a run, on whose base and rows the weights of cat are learned, from `weights` on, in
+    `steps`.
+
     Raises InputRefused, DamagedFile, NotFinite.
     """
-    _check(operation, inputs, {"weights": weights, "rank": rank, "experts": experts})
+    settings = {"weights": weights, "rank": rank, "experts": experts, "learn": learn_on, "steps": steps}
+    _check(operation, inputs, settings)
     refuse_taken(Path(out), "--out")
     if operation == "extract":
         assert rank is not None
@@ -67,15 +78,27 @@ def compose(
         config, tensors = upcycle(loras[0], experts)
         write_mixture(config, tensors, base, Path(out))
         return Composed(Path(out), f"{config.method}: {experts} experts of rank {config.rank}, the same function")
-    given = read_weights(weights, len(loras))
+    given, words = read_weights(weights, len(loras)), ""
     if operation == "lego":
         assert rank is not None
         made = lego.compose(loras, given, rank)
+    elif learn_on is not None:
+        made, words = _learned(loras, given, base, Path(learn_on), STEPS if steps is None else steps)
     else:
         made = {"cat": cat, "linear": linear}[operation].compose(loras, given)
     with staged_folder(Path(out)) as stage:
         write_lora(made, base, None, stage)
-    return Composed(Path(out), f"{len(loras)} LoRAs, rank {max(each.rank for each in made.values())}")
+    return Composed(Path(out), f"{len(loras)} LoRAs, rank {max(each.rank for each in made.values())}{words}")
+
+
+def _learned(
+    loras: Sequence[GivenLora], given: Sequence[float], base: str, where: Path, steps: int
+) -> tuple[dict[str, LowRank], str]:
+    """Return CAT with weights learned on the rows of a recipe, or of a run's, and what that was worth."""
+    recipe = load_recipe(where / "recipe.yaml" if is_run(where) else where)
+    found = learn(loras, given, base, recipe, steps)
+    words = f"; on {found.rows} calibration rows loss {found.loss_given:.4f} -> {found.loss:.4f}"
+    return cat.compose(loras, found.weights), words
 
 
 def _sub(folder: str, out: Path, experts: int | None, rank: int | None) -> Composed:
@@ -101,7 +124,7 @@ def write_mixture(config: MixtureConfig, tensors: Mapping[str, Tensor], base: st
         write_tensors(stage / "adapter_model.safetensors", entries)
 
 
-def _check(operation: str, inputs: Sequence[str], settings: dict[str, str | int | None]) -> None:
+def _check(operation: str, inputs: Sequence[str], settings: Mapping[str, object]) -> None:
     if operation not in OPERATIONS:
         raise InputRefused(f"compose: unknown '{operation}'; {nearest(operation, OPERATIONS)}")
     takes = OPERATIONS[operation].split()
@@ -110,6 +133,8 @@ def _check(operation: str, inputs: Sequence[str], settings: dict[str, str | int 
             raise InputRefused(f"--{key}: {operation} takes none; it takes {' and '.join(takes)}")
         if value is None and (operation, key) in NEEDED:
             raise InputRefused(f"--{key}: {operation} needs it, a whole number")
+    if settings["steps"] is not None and settings["learn"] is None:
+        raise InputRefused("--steps: nothing learns; name a recipe with --learn")
     wanted = {"sub": 1, "upcycle": 1, "extract": 2}.get(operation)
     if wanted is not None and len(inputs) != wanted:
         what = "the tuned model and its base" if operation == "extract" else "one adapter"

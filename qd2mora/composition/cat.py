@@ -1,6 +1,6 @@
 """CAT (LoRA Soups, arXiv 2410.13025): LoRAs side by side, W + sum_i w_i s_i B_i A_i, exact at rank sum_i r_i."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -9,11 +9,12 @@ from qd2mora.mixture.given import GivenLora
 from qd2mora.mixture.low_rank import LowRank
 
 
-def compose(loras: Sequence[GivenLora], weights: Sequence[float]) -> dict[str, LowRank]:
-    """Return the weighted sum of LoRAs, each linear at the rank of all that adapt it."""
+def compose(loras: Sequence[GivenLora], weights: Sequence[float] | Mapping[str, Sequence[float]]) -> dict[str, LowRank]:
+    """Return the weighted sum of LoRAs, each linear at the rank of all that adapt it; weights may differ by linear."""
     composed = {}
     for name in all_linears(loras):
-        parts = [(lora, weight) for lora, weight in zip(loras, weights, strict=True) if name in lora.pairs]
+        own = weights[name] if isinstance(weights, Mapping) else weights
+        parts = [(lora, weight) for lora, weight in zip(loras, own, strict=True) if name in lora.pairs]
         down = torch.cat([lora.pairs[name][0] for lora, _ in parts])
         up = torch.cat([weight * lora.scaling * lora.pairs[name][1] for lora, weight in parts], 1)
         composed[name] = LowRank(down, up, 1.0)

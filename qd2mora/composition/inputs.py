@@ -23,7 +23,7 @@ def all_linears(loras: Sequence[GivenLora]) -> list[str]:
 
 def read_loras(folders: Sequence[str]) -> list[GivenLora]:
     """Read plain LoRAs that fit together. Raises InputRefused."""
-    loras = read_given(list(folders))
+    loras = read_given(list(folders), "compose")
     for name in all_linears(loras):
         shapes = {(lora.pairs[name][1].shape[0], lora.pairs[name][0].shape[1]) for lora in loras if name in lora.pairs}
         if len(shapes) > 1:

@@ -43,9 +43,9 @@ class GivenLora:
         return {name.rpartition(".")[2] for name in self.pairs}
 
 
-def read_given(folders: list[str]) -> list[GivenLora]:
-    """Read adapters. Raises InputRefused where a folder holds none, or none that is a plain LoRA."""
-    return [_read(Path(folder)) for folder in folders]
+def read_given(folders: list[str], key: str = "adapter.adapters") -> list[GivenLora]:
+    """Read adapters; `key` named them. Raises InputRefused where a folder holds none, or none that is a plain LoRA."""
+    return [_read(Path(folder), key) for folder in folders]
 
 
 def load_given(layers: "dict[str, MixtureLinear]", loras: list[GivenLora], adapter_name: str = "default") -> None:
@@ -76,8 +76,8 @@ def load_given(layers: "dict[str, MixtureLinear]", loras: list[GivenLora], adapt
             tensors["mixture_B"].copy_(torch.cat(ups, -1) if is_ragged else torch.stack(ups))
 
 
-def _read(folder: Path) -> GivenLora:
-    where = f"adapter.adapters: {folder}"
+def _read(folder: Path, key: str) -> GivenLora:
+    where = f"{key}: {folder}"
     if (folder / "adapter" / "adapter_config.json").is_file():  # a run of ours
         folder = folder / "adapter"
     check_adapter(folder)
@@ -88,7 +88,7 @@ def _read(folder: Path) -> GivenLora:
         raise InputRefused(f"{where} holds no adapter that can be read: {str(error).splitlines()[0]}") from error
     kind = settings.get("peft_type")
     if kind not in _KEYS or _is_special(settings):
-        raise InputRefused(f"{where} is not a plain LoRA; a mixture is made of plain ones")
+        raise InputRefused(f"{where} is not a plain LoRA")
     down_key, up_key, rank_key, alpha_key = _KEYS[kind]
     rank, alpha = settings[rank_key], settings[alpha_key]
     stabilized = settings.get("use_rslora") or settings.get("rank_stabilized")

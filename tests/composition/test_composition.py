@@ -210,6 +210,9 @@ def test_what_is_extracted_is_the_nearest_of_its_rank() -> None:
         (["sub", "{0}", "--experts", "2"], "is a plain LoRA; a mixture is needed"),
         (["extract", "{0}", "--rank", "2"], "takes the tuned model and its base, 1 given"),
         (["cat", "nowhere"], "'nowhere' holds no adapter"),
+        (["extract", "/no/such", "{0}", "--rank", "2"], "extract: the files of '/no/such' are not on this machine"),
+        (["linear", "{0}", "--learn", "recipe.yaml"], "--learn: linear takes none; it takes weights"),
+        (["lego", "{0}", "--rank", "0"], "Invalid value for '--rank'"),
     ],
 )
 def test_what_will_not_do_is_one_line_and_exit_code_2(

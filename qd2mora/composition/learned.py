@@ -1,0 +1,138 @@
+"""CAT with learned weights (LoRA Soups, arXiv 2410.13025): one number for each LoRA and linear, nothing else learns.
+
+W + sum_i w_i s_i B_i A_i, w free, from the given weights on, by Adam on calibration rows. The paper's softmax over the
+LoRAs of a linear is a part of that: it can neither grow the sum nor turn a LoRA against another. What comes out is the
+best on the calibration rows of what was looked at, the given weights among it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from qd2mora.base import enable_checkpointing, load_base, load_tokenizer
+from qd2mora.composition.inputs import all_linears
+from qd2mora.data import IGNORE, collate, prepare
+from qd2mora.errors import InputRefused
+from qd2mora.memory.loss import token_losses
+from qd2mora.mixture.given import GivenLora
+from qd2mora.recipe import Recipe
+
+ROWS = 256
+"""Training rows that weights are learned and compared on, evenly over the recipe's tasks."""
+ROWS_AT_ONCE = 8
+LEARNING_RATE = 0.02
+LOOKS = 5
+"""How often the loss over all calibration rows is looked at after the start."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Weights by linear, one for each LoRA; the calibration loss a token with those given and with these; the rows."""
+
+    weights: dict[str, list[float]]
+    loss_given: float
+    loss: float
+    rows: int
+
+
+def learn(loras: Sequence[GivenLora], given: Sequence[float], base: str, recipe: Recipe, steps: int) -> Learned:
+    """Learn weights on rows of a recipe, on its base. Raises InputRefused where that is not the LoRAs' `base`."""
+    if Path(base).resolve() != Path(recipe.base.model).resolve() and base != recipe.base.model:
+        raise InputRefused(f"--learn: the recipe's base is {recipe.base.model}, the adapters' {base}")
+    model, pad, rows = _prepared(recipe)
+    weights = {name: nn.Parameter(torch.tensor(given, device=model.device)) for name in all_linears(loras)}
+    with _beside(model, loras, weights):
+        batches = [
+            {key: tensor.to(model.device) for key, tensor in collate(part, pad).items()} for part in _parts(rows)
+        ]
+        best = {name: list(given) for name in weights}
+        loss_given = best_loss = _mean_loss(model, batches)
+        optimizer = torch.optim.Adam(weights.values(), lr=LEARNING_RATE)
+        for step in range(1, steps + 1):
+            _step(model, optimizer, batches[(step - 1) % len(batches)])
+            if step == steps or step % max(1, steps // LOOKS) == 0:
+                loss = _mean_loss(model, batches)
+                if loss < best_loss:
+                    best, best_loss = {name: each.tolist() for name, each in weights.items()}, loss
+    return Learned(best, loss_given, best_loss, len(rows))
+
+
+def _prepared(recipe: Recipe) -> tuple[Any, int, list[Any]]:
+    """Return the frozen base, its padding token, and calibration rows in random order."""
+    model, tokenizer = load_base(recipe.base), load_tokenizer(recipe.base.model)
+    enable_checkpointing(model)
+    order, rows = np.random.default_rng(recipe.train.seed), []
+    tasks = prepare(recipe.data, tokenizer, recipe.train.seed)
+    for task in tasks:
+        places = order.permutation(len(task.train))[: -(-ROWS // len(tasks))]
+        rows += [task.train[place] for place in places.tolist()]
+    return model, int(tokenizer.pad_token_id), [rows[place] for place in order.permutation(len(rows)).tolist()]
+
+
+def _parts(rows: list[Any]) -> list[list[Any]]:
+    return [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
+
+
+@contextmanager
+def _beside(model: Any, loras: Sequence[GivenLora], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let every linear give W x + sum_i w_i s_i B_i A_i x while the block runs."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    handles = []
+    for name, weight in weights.items():
+        linear = linears.get(name)
+        parts = [(number, lora) for number, lora in enumerate(loras) if name in lora.pairs]
+        down, up = parts[0][1].pairs[name]
+        if linear is None or (linear.in_features, linear.out_features) != (down.shape[1], up.shape[0]):
+            raise InputRefused(f"--learn: the recipe's base has no {name} of {up.shape[0]} x {down.shape[1]}")
+        handles.append(linear.register_forward_hook(_update(name, parts, weight)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _update(name: str, parts: list[tuple[int, GivenLora]], weight_N: Tensor) -> Any:
+    """Return a hook that adds the weighted LoRAs of one linear to its output."""
+    device = weight_N.device
+    owners = torch.cat([torch.full((lora.pairs[name][0].shape[0],), number) for number, lora in parts]).to(device)
+    down = torch.cat([lora.pairs[name][0] for _, lora in parts]).to(device)
+    up = torch.cat([lora.scaling * lora.pairs[name][1] for _, lora in parts], 1).to(device)
+
+    def add(linear: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        u = F.linear(inputs[0], down.to(y.dtype)) * weight_N[owners].to(y.dtype)
+        return y + F.linear(u, up.to(y.dtype))
+
+    return add
+
+
+def _step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> None:
+    model.train()  # transformers recomputes activations in this mode alone
+    _losses(model, batch).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.eval()
+
+
+def _mean_loss(model: Any, batches: list[dict[str, Tensor]]) -> float:
+    with torch.no_grad():
+        return float(torch.cat([_losses(model, batch) for batch in batches]).double().mean())
+
+
+def _losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Return the loss of every labelled token, (tokens,)."""
+    targets = batch["labels"][:, 1:]
+    keep = targets != IGNORE
+    told = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    hidden = model.get_decoder()(**told, use_cache=False).last_hidden_state[:, :-1][keep]
+    return token_losses(hidden, targets[keep], model.get_output_embeddings())
+
+
+__all__ = ["LEARNING_RATE", "Learned", "learn"]
