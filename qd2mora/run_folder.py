@@ -16,11 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from qd2mora.adapter_folder import load_adapter
 from qd2mora.base import load_base, load_tokenizer
 from qd2mora.durable import staged_folder, write_atomically, write_json
-from qd2mora.errors import InputRefused
+from qd2mora.errors import InputRefused, nearest
 from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.method import STATIC
 from qd2mora.recipe import Recipe, load_recipe
 from qd2mora.untrusted import check_adapter
+
+MAY_CHANGE = ("base", "base.quantization")
+"""What of a run may differ from its training, where it is asked for by name."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,9 @@ def open_run(path: str | Path, device: torch.device | None = None, *, allow_chan
     """
     folder = RunFolder(Path(path))
     recipe = read_recipe(path)
+    for field in allow_changed:
+        if field not in MAY_CHANGE:
+            raise InputRefused(f"--allow-changed: unknown '{field}'; {nearest(field, MAY_CHANGE)}")
     if not (folder.adapter / "adapter_model.safetensors").is_file():
         raise InputRefused(f"'{path}' holds no finished adapter; continue it with `qd2mora train RECIPE --resume`")
     check_adapter(folder.adapter)

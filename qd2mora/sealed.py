@@ -74,13 +74,24 @@ def read_listed(folder: Path, manifest: dict[str, Any], name: str) -> bytes:
     return content
 
 
-def verify_folder(folder: Path) -> None:
-    """Read every file of a sealed folder back from disk, without holding it in memory. Raises DamagedFile."""
-    for name, entry in open_manifest(folder)["files"].items():
+def verify_folder(folder: Path, is_foreign: Callable[[str], bool] = lambda name: True) -> int:
+    """Read every file of a sealed folder back from disk, without holding it in memory; return the bytes.
+
+    `is_foreign` as for `open_manifest`. Raises DamagedFile.
+    """
+    files = open_manifest(folder, is_foreign)["files"]
+    for name, entry in files.items():
         with (folder / name).open("rb") as file:
             digest = hashlib.file_digest(file, _HASH).hexdigest()
         if digest != entry[_HASH]:
             raise DamagedFile(f"{folder / name} is not what was written")
+    return sum(entry["bytes"] for entry in files.values())
+
+
+def sealed_in(folder: Path) -> list[Path]:
+    """Return the sealed folders at or below a folder, a run's own manifest, which seals nothing, left out."""
+    found = sorted(path.parent for path in folder.rglob(MANIFEST) if not path.parent.name.startswith("."))
+    return [each for each in found if not (each / "recipe.yaml").is_file()]
 
 
 def _read(path: Path, limit: int) -> bytes:
@@ -99,6 +110,7 @@ __all__ = [
     "read_listed",
     "seal_folder",
     "seal_text",
+    "sealed_in",
     "unseal_text",
     "verify_folder",
 ]

@@ -95,6 +95,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_nothing_written(
         (["train", "nowhere.yaml"], 2),
         (["merge", "nowhere", "--out", "x"], 2),
         (["merge", "nowhere"], 2),
+        (["verify", "nowhere"], 2),
         (["eval", "nowhere"], 2),
         (["generate", "nowhere", "--prompt", "x"], 2),
         (["recipes", "quickstrat"], 2),
@@ -128,6 +129,14 @@ def test_the_whole_way_from_recipe_to_answers(
     assert run(monkeypatch, "generate", folder, "--prompt", "Say the first word.", "--max-new-tokens", "4") == 0
     assert run(monkeypatch, "preview", recipe, "-n", "1") == 0
     assert "Say the first word." in capsys.readouterr().out
+    for each, parts in ((tmp_path / "out", 1), (folder, 4)):  # an export; adapter, best, a checkpoint, export
+        assert run(monkeypatch, "verify", each) == 0
+        assert capsys.readouterr().out.count(": whole, ") >= parts
+    weights = tmp_path / "out" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert run(monkeypatch, "verify", tmp_path / "out") == 6
+    assert "model.safetensors is not what was written" in capsys.readouterr().err
     before = snapshot(folder)
     assert run(monkeypatch, "train", recipe, *changes) == 2
     assert "--resume" in capsys.readouterr().err

@@ -36,7 +36,9 @@ def main() -> None:
     except (StopError, TyperException, OSError) as error:
         if len(arguments) < len(sys.argv[1:]):
             raise
-        line = " ".join(str(error).split())
+        # Typer's own errors name the option only here.
+        words = error.format_message() if isinstance(error, TyperException) else str(error)
+        line = " ".join(words.split())
         print(f"error: {_process()}{redacted(line)}", file=sys.stderr)
         sys.exit(_exit_code(error))
     except typer.Abort:

@@ -1,4 +1,4 @@
-"""Verbs on a run or a model: merge, eval."""
+"""Verbs on a run or a model: merge, eval, verify."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 
 from qd2mora.cli.app import AllowChanged, ModelPath, RunPath, app, numbers
+from qd2mora.errors import InputRefused
+from qd2mora.sealed import MANIFEST, sealed_in, verify_folder
 from qd2mora.stopping import listening
 
 
@@ -21,7 +23,9 @@ def merge(
     ] = "auto",
     task: Annotated[str | None, typer.Option(help="Export for this task alone; all: one export for each.")] = None,
     vector: Annotated[str | None, typer.Option(help="Export for rows with this vector: numbers with commas.")] = None,
-    to: Annotated[str, typer.Option(help="hf or gguf: weights; lora: a PEFT LoRA; exact: the routed model.")] = "hf",
+    to: Annotated[
+        str, typer.Option(help="hf or gguf: weights; lora or gguf_lora: a LoRA; exact: the routed model.")
+    ] = "hf",
     base: Annotated[str, typer.Option(help="Weights added to: dequantized (trained on) or original.")] = "dequantized",
     dtype: Annotated[str | None, typer.Option(help="Of the weights; float16 unless the form has another.")] = None,
     max_shard: Annotated[str, typer.Option(help="Size of one file of weights.")] = "5GB",
@@ -108,4 +112,17 @@ def evaluate(
         show_scores({str(model): scores}, Console())
 
 
-__all__ = ["evaluate", "merge"]
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Run, adapter or export.", metavar="FOLDER", show_default=False)],
+) -> None:
+    """Read every file back and compare it with the hash it was written with: adapters, checkpoints, exports."""
+    found = sealed_in(folder)
+    if not found:
+        raise InputRefused(f"'{folder}' holds no {MANIFEST} with hashes; name a run, an adapter or an export")
+    for each in found:
+        size = verify_folder(each, lambda name: not name.endswith(".md"))
+        typer.echo(f"{each}: whole, {size:,} bytes")
+
+
+__all__ = ["evaluate", "merge", "verify"]

@@ -43,6 +43,8 @@ class Sampling:
             raise InputRefused(f"--temperature: {self.temperature} will not do: 0 for the likeliest token, or above")
         if not 0 < self.top_p <= 1:
             raise InputRefused(f"--top-p: {self.top_p} will not do: above 0, up to 1")
+        if self.top_p < 1 and self.temperature == 0:
+            raise InputRefused(f"--top-p: {self.top_p} draws nothing at temperature 0; give --temperature, such as 0.7")
 
 
 def generate(
@@ -95,7 +97,10 @@ def chat(
             if message == FORGET:
                 talk.messages.clear()
             elif message:
-                talk.answer(message, write)
+                try:
+                    talk.answer(message, write)
+                except InputRefused as error:  # a conversation that outgrew the model need not end it
+                    write(f"{error}; {FORGET} forgets what was said")
                 write("\n")
 
 
@@ -145,7 +150,11 @@ class Talk:
             text = self._template.render(self.messages, asking=True)
         except BadRow as error:
             raise InputRefused(f"{self._template.where}: {error}") from error
-        said = self.continue_text(text, write, is_rendered=True)
+        try:
+            said = self.continue_text(text, write, is_rendered=True)
+        except InputRefused:
+            self.messages.pop()
+            raise
         self.messages.append({"role": "assistant", "content": said})
         return said
 
@@ -155,6 +164,9 @@ class Talk:
         ids = torch.tensor([tokenizer(text, add_special_tokens=not is_rendered)["input_ids"]], device=plain.device)
         if not ids.numel():
             raise InputRefused("--prompt: there is no token to go on from")
+        given, whole = ids.shape[1], int(plain.config.max_position_embeddings)
+        if given >= whole:
+            raise InputRefused(f"the prompt has {given} tokens, the model is made for {whole} with the answer")
         self.subject.route(self._row(ids.device))
         streamer = _Streamer(tokenizer, write or (lambda piece: None))
         with torch.no_grad(), torch.random.fork_rng(devices=[plain.device] if plain.device.type == "cuda" else []):
@@ -162,19 +174,19 @@ class Talk:
             out = plain.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                generation_config=self._settings(),
+                generation_config=self._settings(whole - given),
                 streamer=streamer,
             )
         tokens = until(out[0, ids.shape[1] :].tolist(), tokenizer.eos_token_id)
         return streamer.finish(tokens)
 
-    def _settings(self) -> GenerationConfig:
+    def _settings(self, room: int) -> GenerationConfig:
         chosen: dict[str, Any] = {"do_sample": False}
         if self.sampling.temperature > 0:
             chosen = {"do_sample": True, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
             chosen["top_k"] = 0
         return GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=min(self.max_new_tokens, room),
             pad_token_id=self.subject.tokenizer.pad_token_id,
             eos_token_id=self.subject.tokenizer.eos_token_id,
             use_cache=not (self.subject.is_adapted and reads_first_pass(self.subject.model)),

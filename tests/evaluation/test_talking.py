@@ -115,12 +115,29 @@ def test_a_run_is_asked_as_it_was_trained_and_a_template_can_be_named(folder: Pa
         generate(folder / "hf", "red", template="chatlm")
 
 
+def test_text_ends_where_the_model_does_and_a_conversation_that_outgrew_it_goes_on(folder: Path) -> None:
+    written: list[str] = []
+    chat(folder / "talker", ["red " * 300, "red sun", "/new", "red sun"], written.append, max_new_tokens=4)
+    refused, *answers = "".join(written).removesuffix("\n").split("\n")
+    assert "tokens, the model is made for 256" in refused and refused.endswith("/new forgets what was said")
+    assert answers[0] == answers[1] != ""
+    with pytest.raises(InputRefused, match="the model is made for 256"):
+        generate(folder / "hf", "red " * 300, raw=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    text = "red " * 250
+    room = 256 - len(tokenizer(text)["input_ids"])
+    assert room > 0
+    ours = generate(folder / "hf", text, raw=True, max_new_tokens=100)
+    assert ours == theirs(folder / "hf", text, max_new_tokens=room, do_sample=False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--task", "frist"], "--task: no task 'frist' in this run; there are first, last"),
         (["--temperature", "-1"], "--temperature: -1.0"),
         (["--top-p", "0"], "--top-p: 0.0"),
+        (["--top-p", "0.5"], "--top-p: 0.5 draws nothing at temperature 0"),
         (["--vector", "1,2"], "--vector: this model reads none"),
     ],
 )
