@@ -1,67 +1,196 @@
-"""Does a GGUF file of a real model say what the model says? Logits, greedy text and tokens against transformers.
+"""Does a GGUF file say in llama.cpp what the model says in transformers? Tokens, logits, greedy texts, chat template.
 
-The file is read by transformers' own GGUF reader, which knows nothing of how it was written here; llama.cpp itself is
-not run. `python scripts/check_gguf.py FOLDER` with the folder of a LLaMA, for example one with a SentencePiece-like
-tokenizer.
+How: `pip install llama-cpp-python` (builds from source), then `python scripts/check_gguf.py SUBJECT... --out FILE`. A
+subject is a run, exported by `core_lsq`, or the folder of a LLaMA. The reference is the `hf` export of the same static
+updates (the folder itself), in float32 on what float16 holds; the KV cache is float32 there as here. A run's LoRA is
+put on the base's GGUF too, as `gguf_lora` writes it, and with `--converter convert_lora_to_gguf.py` (of llama.cpp, it
+needs its own folder beside it) as llama.cpp makes it of the `lora` export.
 """
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from bench_parts import context
+from llama_cpp import Llama, __version__
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from qd2mora.base import load_tokenizer
+from qd2mora.merging import make_static
 from qd2mora.merging.gguf_file import write_gguf
+from qd2mora.merging.rungs import form_of, open_source, prepare_rung
+from qd2mora.merging.sample import sample_rows
 from qd2mora.merging.source import Source
 from qd2mora.recipe import Base
+from qd2mora.run_folder import is_run, open_run
 
-TEXTS = ("Once upon a time there was a little girl", "zé 日", "two  spaces", "It's 1234.5!")
+TEXTS = ("Once upon a time there was a little girl", "zé 日", "two  spaces", " It's 1234.5!", "One day,\nTom", "")
+PROMPTS = 8
+FLOAT32 = 0
+"""ggml's number for it."""
 
 
-def compare(folder: str, dtype: str, where: Path, new_tokens: int) -> dict[str, Any]:
-    """Write the model as GGUF and compare what is read back."""
-    tokenizer = load_tokenizer(folder)
-    written = write_gguf(
-        Source(Base(model=folder, quantization="none")), tokenizer, {}, where, name="model", dtype=dtype
-    )
-    name = written.files[0].name
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-    ours = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype="float32")
-    reader = AutoTokenizer.from_pretrained(where, gguf_file=name)
-    ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        logits = [model(input_ids=ids).logits for model in (ours, theirs)]
-        texts = [
-            model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False
-            )
-            for model in (ours, theirs)
+def export(subject: str, folder: Path) -> list[str]:
+    """Write the exports of a subject, one in each subfolder; return prompts to continue."""
+    if not is_run(subject):
+        base = Base(model=str(Path(subject).resolve()), quantization="none")
+        tokenizer = load_tokenizer(base.model)
+        for dtype in ("float16", "q8_0"):
+            (folder / dtype).mkdir()
+            write_gguf(Source(base), tokenizer, {}, folder / dtype, name="model", dtype=dtype)
+        (folder / "hf").symlink_to(base.model)
+        return [
+            "Once upon a time",
+            "One day, Tom",
+            "The little dog",
+            "Lily and her mom",
+            '"I am',
+            "A big",
+            "He",
+            "Then",
         ]
+    opened = open_run(subject)
+    made = make_static(opened, "core_lsq")
+    forms = {"hf": form_of("hf"), "lora": form_of("lora"), "gguf_lora": form_of("gguf_lora")}
+    forms |= {dtype: form_of("gguf", dtype=dtype) for dtype in ("float16", "q8_0")}
+    for name, form in forms.items():
+        (folder / name).mkdir()
+        prepare_rung(opened, open_source(opened, form), made.statics, form)(folder / name)
+    for name, to in {"base": "gguf", "base_hf": "hf"}.items():
+        (folder / name).mkdir()
+        form = form_of(to)
+        prepare_rung(replace(opened), open_source(opened, form), {}, form)(folder / name)
+    held_out = sample_rows(opened, None).held_out
+    step = max(1, len(held_out) // PROMPTS)
+    return [row.pair.prompt for row in held_out[::step][:PROMPTS]]
+
+
+def compare(theirs: Any, tokenizer: Any, file: Path, prompts: list[str], new: int, lora: Path | None) -> dict[str, Any]:
+    """Compare a file in llama.cpp with a transformers model of the same weights."""
+    ours = Llama(
+        str(file),
+        n_ctx=512,
+        logits_all=True,
+        verbose=False,
+        n_threads=torch.get_num_threads(),
+        type_k=FLOAT32,
+        type_v=FLOAT32,
+        lora_path=None if lora is None else str(lora),
+    )
+    differences, same, agreed = [], 0, 0
+    for prompt in prompts:
+        ids = tokenizer(prompt)["input_ids"]
+        given = torch.tensor([ids])
+        with torch.no_grad():
+            wanted = theirs(input_ids=given).logits[0]
+            settings = {"max_new_tokens": new, "do_sample": False, "use_cache": True}
+            text = theirs.generate(input_ids=given, attention_mask=torch.ones_like(given), **settings)[0, len(ids) :]
+        ours.reset()
+        ours.eval(ids)
+        found = torch.from_numpy(np.array(ours.scores[: len(ids)]))
+        differences.append(float((found - wanted).norm() / wanted.norm()))
+        mine = greedy(ours, len(text), tokenizer.eos_token_id)
+        same += mine == text.tolist()
+        agreed += sum(a == b for a, b in zip(mine, text.tolist(), strict=False))
     return {
-        "dtype": dtype,
-        "bytes": written.num_bytes,
-        "relative_difference_of_logits": float((logits[0] - logits[1]).norm() / logits[1].norm()),
-        "same_greedy_text": texts[0].equal(texts[1]),
-        "same_tokens": all(reader(text)["input_ids"] == tokenizer(text)["input_ids"] for text in TEXTS),
+        "bytes": file.stat().st_size + (0 if lora is None else lora.stat().st_size),
+        "relative_difference_of_logits": max(differences),
+        "same_greedy_texts": f"{same} of {len(prompts)}",
+        "new_tokens": new,
+        "same_tokens": all(ours.tokenize(text.encode()) == tokenizer(text)["input_ids"] for text in (*TEXTS, *prompts)),
+        "same_chat_template": ours.metadata.get("tokenizer.chat_template") == tokenizer.chat_template,
     }
 
 
+def greedy(ours: Llama, most: int, end: int | None) -> list[int]:
+    """Continue what was evaluated by the likeliest tokens."""
+    tokens: list[int] = []
+    while len(tokens) < most and (not tokens or tokens[-1] != end):
+        tokens.append(int(np.argmax(ours.scores[ours.n_tokens - 1])))
+        ours.eval(tokens[-1:])
+    return tokens
+
+
+def check(subject: str, converter: str | None, new: int) -> dict[str, Any]:
+    """Return all comparisons of one subject."""
+    with tempfile.TemporaryDirectory() as where:
+        folder = Path(where)
+        prompts = export(subject, folder)
+        tokenizer = load_tokenizer(str(folder / "hf"))
+        model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+        results = {
+            dtype: compare(model, tokenizer, only(folder / dtype), prompts, new, None) for dtype in ("float16", "q8_0")
+        }
+        if (folder / "gguf_lora").is_dir():
+            base = AutoModelForCausalLM.from_pretrained(folder / "base_hf", dtype=torch.float32)
+            adapted = PeftModel.from_pretrained(base, str(folder / "lora"))
+            loras = {"gguf_lora": only(folder / "gguf_lora")}
+            if converter is not None:
+                loras["llama.cpp's converter of lora"] = converted(converter, folder)
+            for name, lora in loras.items():
+                results[name] = compare(adapted, tokenizer, only(folder / "base"), prompts, new, lora)
+            if converter is not None:
+                first, second = (tensors(path) for path in loras.values())
+                same = first.keys() == second.keys() and all(
+                    np.array_equal(first[name], second[name]) for name in first
+                )
+                results["gguf_lora"]["same_tensors_as_llama.cpp's_converter"] = same
+        return results
+
+
+def converted(converter: str, folder: Path) -> Path:
+    """Return what llama.cpp's converter makes of the `lora` export."""
+    out = folder / "converted.gguf"
+    command = [sys.executable, converter, "--base", str(folder / "base_hf"), "--outfile", str(out), "--outtype", "f32"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, str(folder / "lora")], capture_output=True, text=True, env=environment, check=False
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return out
+
+
+def tensors(path: Path) -> dict[str, Any]:
+    """Return a file's tensors by name."""
+    return {each.name: np.array(each.data) for each in gguf.GGUFReader(path).tensors}
+
+
+def only(folder: Path) -> Path:
+    """Return the one GGUF file of a folder."""
+    (path,) = folder.glob("*.gguf")
+    return path
+
+
 def main() -> None:
-    """Print one line a dtype and a JSON line last."""
+    """Print one line for each comparison; write all of them to --out."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder")
-    parser.add_argument("--new-tokens", type=int, default=60)
+    parser.add_argument("subjects", nargs="+", help="runs, or folders of models")
+    parser.add_argument("--converter", help="llama.cpp's convert_lora_to_gguf.py")
+    parser.add_argument("--new-tokens", type=int, default=40)
+    parser.add_argument("--out", help="JSON file")
     given = parser.parse_args()
-    results = []
-    for dtype in ("float16", "q8_0"):
-        with tempfile.TemporaryDirectory() as where:
-            results.append(compare(given.folder, dtype, Path(where), given.new_tokens))
-        print(", ".join(f"{key} {value}" for key, value in results[-1].items()))
-    print(json.dumps(results))
+    found: dict[str, Any] = {}
+    for subject in given.subjects:
+        name = Path(subject).resolve().name
+        found[name] = check(subject, given.converter, given.new_tokens)
+        for form, result in found[name].items():
+            print(f"{name} {form}: " + ", ".join(f"{key} {value}" for key, value in result.items()), flush=True)
+    about = context(torch.device("cpu"), {"new_tokens": given.new_tokens})
+    about["versions"] |= {"llama_cpp_python": __version__}
+    about["command"] = "python scripts/check_gguf.py " + " ".join(found)
+    if given.out is not None:
+        Path(given.out).write_text(json.dumps(about | {"results": found}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -150,8 +150,9 @@ merge({str(run)!r}, {str(out)!r}, max_shard="40KB")"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL
     assert not out.exists() and len(list((tmp_path / ".out.partial").glob("*.safetensors"))) == 2
-    merge(run, out, max_shard="40KB")
+    merge(run, out)
     verify_folder(out)
+    assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]  # nothing of the killed one
     assert not (tmp_path / ".out.partial").exists()
 
 
