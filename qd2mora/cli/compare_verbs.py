@@ -26,6 +26,10 @@ def compare(
     choose_rows: Annotated[int, typer.Option(help="Rows a task to choose rate and export by.", min=1)] = 100,
     strategies: Annotated[str | None, typer.Option(help="Exports to try, with commas; all where left out.")] = None,
     export: Annotated[bool, typer.Option(help="Score the best static export too.")] = True,
+    suite: Annotated[str | None, typer.Option(help="Test on a published suite: commonsense.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the suite's test files.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of the suite, with commas; all where left out.")] = None,
+    scoring: Annotated[str, typer.Option(help="Of the suite: generate or likelihood.")] = "generate",
     limit: Annotated[int | None, typer.Option(help="Test rows of each task.", min=1)] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; the recipe's output and -compare where left out.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier comparison.")] = False,
@@ -52,6 +56,10 @@ def compare(
             strategies=_words(strategies or ""),
             export=export,
             limit=limit,
+            suite=suite,
+            data=None if data is None else str(data.resolve()),
+            tasks=_words(tasks or ""),
+            scoring=scoring,
         )
         console = Console()
         found = run_comparison(

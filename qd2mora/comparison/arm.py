@@ -2,13 +2,23 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qd2mora.data import prepare
 from qd2mora.errors import InputRefused
-from qd2mora.evaluation import Score, Subject, ask_held_out, open_subject, score_all
+from qd2mora.evaluation import (
+    AskedTask,
+    Score,
+    Subject,
+    ask_held_out,
+    ask_suite,
+    open_subject,
+    score_all,
+    suite_task_names,
+    task_numbers,
+)
 from qd2mora.merging import STRATEGIES, merge
 from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.method import TASK
@@ -16,28 +26,66 @@ from qd2mora.recipe import Recipe
 from qd2mora.run_folder import RunFolder
 
 
-def score_run(folder: Path, asked: Recipe, limit: int | None) -> dict[str, Any]:
-    """Score a run on the held-out rows of `asked`, by task: values and losses a token of each row."""
-    return _by_row(_scores(open_subject(folder), asked, limit))
+@dataclass(frozen=True)
+class Exam:
+    """What arms are tested on: the held-out rows of `recipe`, or the files of a `suite` in the folder `data`.
+
+    limit: rows of each task; tasks: those of the suite, all where empty; scoring: as `evaluate` takes it.
+    """
+
+    recipe: Recipe
+    limit: int | None = None
+    suite: str | None = None
+    data: str | None = None
+    tasks: tuple[str, ...] = ()
+    scoring: str = "generate"
+
+    def asked(self, subject: Subject, only: str | None = None) -> list[AskedTask]:
+        """Return the tasks to ask, or the one named. Raises InputRefused."""
+        if self.suite is None:
+            tasks = prepare(self.recipe.data, subject.tokenizer, self.recipe.train.seed)
+            asked = ask_held_out([each for each in tasks if only in (None, each.task.name)], self.limit)
+        else:
+            names = [each for each in suite_task_names(self.suite, self.tasks) if only in (None, each)]
+            asked = ask_suite(
+                self.suite,
+                Path(self.data or ""),
+                subject.tokenizer,
+                scoring=self.scoring,
+                only=names,
+                limit=self.limit,
+                numbers=task_numbers(subject, names),
+            )
+        if not asked:
+            raise InputRefused("no task of the recipe holds out rows; set data.tasks.0.validation=200")
+        return asked
 
 
-def best_export(folder: Path, asked: Recipe, strategies: tuple[str, ...], limit: int | None) -> dict[str, Any] | None:
+def score_run(folder: Path, exam: Exam) -> dict[str, Any]:
+    """Score a run on the test rows, by task: values and losses a token of each row."""
+    return _by_row(_scores(open_subject(folder), exam))
+
+
+def best_export(folder: Path, exam: Exam, strategies: tuple[str, ...]) -> dict[str, Any] | None:
     """Export a run with each strategy, and score the best; None where no weights can take its update.
 
-    The best has the smallest loss on the run's own held-out rows, never on those of `asked`. A method that routes by
-    task is exported for each task, and each is scored on its own.
+    The best has the smallest loss on the run's own held-out rows, never on the test rows. A method that routes by task
+    is exported for each task, and each is scored on its own.
     """
-    config = MixtureConfig.from_recipe(asked.adapter, len(asked.data.tasks))
+    recipe = exam.recipe
+    config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
     if config.row.placement == "block" or config.reads_vector:
         return None
-    by_task = config.depends_on == TASK and config.reads_task and len(asked.data.tasks) > 1
-    names = [task.name for task in asked.data.tasks] if by_task else [None]
+    names: list[str | None] = [None]
+    if config.depends_on == TASK and config.reads_task and len(recipe.data.tasks) > 1:
+        tested = suite_task_names(exam.suite, exam.tasks) if exam.suite else [task.name for task in recipe.data.tasks]
+        names = [*tested]
     scores: dict[str, Score] = {}
     chosen = {}
     for name in names:
         place, strategy = _best_of(folder, strategies, name)
         chosen[name or "all"] = strategy
-        found = _scores(replace(open_subject(place), run=None), asked, limit, name)
+        found = _scores(replace(open_subject(place), run=None), exam, name)
         scores |= found
         shutil.rmtree(place)
     return {"strategies": chosen, "tasks": _by_row(scores)}
@@ -67,16 +115,8 @@ def _best_of(folder: Path, strategies: tuple[str, ...], task: str | None) -> tup
     return tried[best][1], best
 
 
-def _scores(subject: Subject, asked: Recipe, limit: int | None, task: str | None = None) -> dict[str, Score]:
-    tasks = [
-        each
-        for each in prepare(asked.data, subject.tokenizer, asked.train.seed)
-        if task is None or each.task.name == task
-    ]
-    scores = score_all(subject, ask_held_out(tasks, limit))
-    if not scores:
-        raise InputRefused("no task of the recipe holds out rows; set data.tasks.0.validation=200")
-    return scores
+def _scores(subject: Subject, exam: Exam, only: str | None = None) -> dict[str, Score]:
+    return score_all(subject, exam.asked(subject, only))
 
 
 def _by_row(scores: dict[str, Score]) -> dict[str, Any]:
@@ -90,4 +130,4 @@ def _by_row(scores: dict[str, Score]) -> dict[str, Any]:
     }
 
 
-__all__ = ["best_export", "last_losses", "score_run"]
+__all__ = ["Exam", "best_export", "last_losses", "score_run"]

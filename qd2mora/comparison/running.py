@@ -12,12 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qd2mora.comparison.arm import best_export, last_losses, score_run
+from qd2mora.base import load_tokenizer
+from qd2mora.comparison.arm import Exam, best_export, last_losses, score_run
 from qd2mora.comparison.match import Arm, matched_arms
 from qd2mora.comparison.outcome import Comparison, outcome
 from qd2mora.comparison.split import split_tasks, testing
 from qd2mora.durable import write_json
 from qd2mora.errors import InputRefused
+from qd2mora.evaluation import ask_suite, suite_task_names
+from qd2mora.mixture import MixtureConfig
 from qd2mora.recipe import Recipe
 from qd2mora.run_folder import RunFolder, is_run, refuse_taken
 from qd2mora.training import train
@@ -34,7 +37,8 @@ class Wishes:
     learning rates that every arm tries; the recipe's alone: no sweep. sweep_steps: of a run of the sweep, as many as of
     the others where None. minutes: time for all training that is left to do; steps follow from it, equal for all arms.
     choose_rows: rows of each task apart from training and test, to choose rate and export by. strategies: exports
-    tried. export: score each run's best static export too.
+    tried. export: score each run's best static export too. suite: test on its files in the folder `data`, of `tasks` or
+    of all, not on the recipe's held-out rows. limit: test rows of each task.
     """
 
     methods: tuple[str, ...]
@@ -46,6 +50,10 @@ class Wishes:
     strategies: tuple[str, ...] = ()
     export: bool = True
     limit: int | None = None
+    suite: str | None = None
+    data: str | None = None
+    tasks: tuple[str, ...] = ()
+    scoring: str = "generate"
 
 
 def compare(
@@ -64,9 +72,10 @@ def compare(
     if len(set(wishes.methods)) < len(wishes.methods) or not wishes.methods:
         raise InputRefused(f"--methods: {', '.join(wishes.methods) or 'none'} will not do: different ones, with commas")
     arms = matched_arms(recipe, list(wishes.methods))
+    _check_suite(recipe, wishes, arms)
     plan = {"recipe": recipe.deciding() | {"output": None}, "wishes": _lasting(wishes)}
     _open(out, plan, overwrite)
-    learning = split_tasks(recipe, out / "split", wishes.choose_rows)
+    learning = split_tasks(recipe, out / "split", wishes.choose_rows, has_test=wishes.suite is None)
     for arm in arms:
         say(f"{arm.name}: {arm.parameters:,} trainable parameters (rank {_rank(arm)})")
     num_steps = _steps(learning, wishes, arms, out, say)
@@ -81,6 +90,33 @@ def compare(
     found = outcome(recipe, described, rates, results, num_steps)
     write_json(out / "compare.json", found.to_json())
     return found
+
+
+def _check_suite(recipe: Recipe, wishes: Wishes, arms: list[Arm]) -> None:
+    """Refuse a suite that cannot be asked, before anything is trained. Raises InputRefused."""
+    if wishes.suite is None:
+        if wishes.data is not None or wishes.tasks:
+            raise InputRefused("--data and --tasks: they are a suite's; name it with --suite")
+        return
+    names = suite_task_names(wishes.suite, wishes.tasks)
+    if wishes.data is None:
+        raise InputRefused(f"--data: say in which folder the test files of {wishes.suite} are")
+    ask_suite(
+        wishes.suite,
+        Path(wishes.data),
+        load_tokenizer(recipe.base.model),
+        scoring=wishes.scoring,
+        only=names,
+        limit=wishes.limit,
+    )
+    known = [task.name for task in recipe.data.tasks]
+    for arm in arms:
+        unknown = [name for name in names if name not in known]
+        if unknown and MixtureConfig.from_recipe(arm.adapter, len(known)).reads_task and len(known) > 1:
+            raise InputRefused(
+                f"--suite: {arm.name} routes by task and would not be trained on '{unknown[0]}'; the recipe's tasks "
+                f"are {', '.join(known)}: choose with --tasks"
+            )
 
 
 def _lasting(wishes: Wishes) -> dict[str, Any]:
@@ -167,10 +203,12 @@ def _seed_result(
     folder = out / "runs" / arm.name / f"seed-{seed}"
     trained = _recipe_of(recipe, arm, seed, rate, num_steps, folder)
     _train_through(trained)
-    asked = testing(trained.model_copy(update={"data": recipe.data}), out / "split")
-    result: dict[str, Any] = {"rate": rate, "seed": seed, "trained": score_run(folder, asked, wishes.limit)}
+    whole = trained.model_copy(update={"data": recipe.data})
+    asked = whole if wishes.suite else testing(whole, out / "split")
+    exam = Exam(asked, wishes.limit, wishes.suite, wishes.data, wishes.tasks, wishes.scoring)
+    result: dict[str, Any] = {"rate": rate, "seed": seed, "trained": score_run(folder, exam)}
     if wishes.export:
-        result["export"] = best_export(folder, asked, wishes.strategies, wishes.limit)
+        result["export"] = best_export(folder, exam, wishes.strategies)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, result)
     return result

@@ -18,15 +18,16 @@ from qd2mora.recipe import Recipe, Task
 LEARN, CHOOSE, TEST = "learn", "choose", "test"
 
 
-def split_tasks(recipe: Recipe, folder: Path, num_choose: int) -> Recipe:
+def split_tasks(recipe: Recipe, folder: Path, num_choose: int, *, has_test: bool = True) -> Recipe:
     """Write the split into `folder` where it is not there; return the recipe that learns from it.
 
-    In it a task's held-out rows are those to choose by. Raises InputRefused with file and row.
+    In it a task's held-out rows are those to choose by. Without a test what the recipe holds out is not used: tests
+    come from elsewhere. Raises InputRefused with file and row.
     """
     if not folder.is_dir():
         with staged_folder(folder) as stage:
             for task in recipe.data.tasks:
-                for part, rows in _parts(task, num_choose).items():
+                for part, rows in _parts(task, num_choose, has_test).items():
                     text = "".join(json.dumps(row) + "\n" for row in rows)
                     (stage / f"{task.name}.{part}.jsonl").write_text(text, encoding="utf-8")
     tasks = [_reading(task, folder, LEARN, CHOOSE) for task in recipe.data.tasks]
@@ -49,7 +50,7 @@ def _reading(task: Task, folder: Path, learn: str, held_out: str) -> Task:
     return task.model_copy(update=changes)
 
 
-def _parts(task: Task, num_choose: int) -> dict[str, list[Any]]:
+def _parts(task: Task, num_choose: int, has_test: bool) -> dict[str, list[Any]]:
     rows = _rows(task, task.path)
     order = np.random.default_rng([*task.name.encode()]).permutation(len(rows)).tolist()
     if isinstance(task.validation, str):
@@ -57,7 +58,7 @@ def _parts(task: Task, num_choose: int) -> dict[str, list[Any]]:
     else:
         num_test = task.validation
         test = [rows[place] for place in sorted(order[:num_test])]
-    if not test:
+    if has_test and not test:
         raise InputRefused(f"data.tasks.{task.name}.validation: a comparison needs held-out rows to test on")
     if num_test + num_choose >= len(rows):
         raise InputRefused(

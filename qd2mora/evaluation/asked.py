@@ -7,8 +7,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from qd2mora.data import Row, TaskRows, encode
-from qd2mora.errors import InputRefused, nearest
-from qd2mora.evaluation.suites import find_suite, read_items
+from qd2mora.errors import InputRefused
+from qd2mora.evaluation.suites import find_suite, read_items, suite_task_names
 
 MOST_CHOICES = 64
 SCORINGS = ("generate", "likelihood")
@@ -64,14 +64,11 @@ def ask_suite(
 
     Raises InputRefused where a file or an answer is missing.
     """
-    suite = find_suite(name)
-    names = [task.name for task in suite.tasks]
-    for wanted in only:
-        if wanted not in names:
-            raise InputRefused(f"--tasks: no task '{wanted}' in suite {name}; {nearest(wanted, names)}")
-    asked = []
+    if scoring not in SCORINGS:
+        raise InputRefused(f"--scoring: '{scoring}' will not do: {' or '.join(SCORINGS)}")
+    suite, names, asked = find_suite(name), suite_task_names(name, only), []
     for task in suite.tasks:
-        if only and task.name not in only:
+        if task.name not in names:
             continue
         items = read_items(suite, task, folder, prompt, limit)
         number = (numbers or {}).get(task.name, 0)

@@ -1,22 +1,21 @@
 """Asking a run, an export or a base: held-out rows of a recipe, or a published suite, task by task."""
 
 import hashlib
-import math
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 from qd2mora.base import fingerprint
 from qd2mora.data import TaskRows, prepare
-from qd2mora.errors import InputRefused, NotFinite
+from qd2mora.errors import InputRefused
 from qd2mora.evaluation.asked import SCORINGS, AskedTask, ask_held_out, ask_suite
 from qd2mora.evaluation.display import asking
 from qd2mora.evaluation.kept import KeptAnswers, digest
 from qd2mora.evaluation.rouge import rouge_l
-from qd2mora.evaluation.score import Record, Score
+from qd2mora.evaluation.score import Record, Score, refuse_not_finite
 from qd2mora.evaluation.scoring import ROWS_AT_ONCE, score_task
 from qd2mora.evaluation.subject import Subject, open_subject
-from qd2mora.evaluation.suites import PROMPTS, find_suite
+from qd2mora.evaluation.suites import PROMPTS, find_suite, suite_task_names
 from qd2mora.recipe import Base, load_recipe
 from qd2mora.run_folder import RunFolder, is_run, read_recipe, write_json
 from qd2mora.sealed import MANIFEST
@@ -53,8 +52,7 @@ def evaluate(
     subject = open_subject(model, allow_changed)
     if suite is not None:
         assert data is not None
-        names = [task.name for task in find_suite(suite).tasks if not tasks or task.name in tasks]
-        numbers = _task_numbers(subject, names)
+        numbers = task_numbers(subject, suite_task_names(suite, tasks))
         asked = ask_suite(
             suite,
             Path(data),
@@ -68,7 +66,7 @@ def evaluate(
     else:
         settings = load_recipe(recipe) if recipe else read_recipe(model)
         asked = ask_held_out(_chosen(prepare(settings.data, subject.tokenizer, settings.train.seed), tasks), limit)
-        asked = _numbered(asked, _task_numbers(subject, [task.name for task in asked]))
+        asked = _numbered(asked, task_numbers(subject, [task.name for task in asked]))
     if not asked:
         raise InputRefused("no task of the recipe holds out rows; set data.tasks.0.validation=200")
     kept = KeptAnswers(rows_file, _question(model, asked, beams) if rows_file else {})
@@ -98,7 +96,7 @@ def score_all(
             display.begin(task, known)
 
             def on_batch(records: list[Record], task: AskedTask = task) -> None:
-                _refuse_not_finite(task, records)
+                refuse_not_finite(task.name, records)
                 kept.add(task.name, records)
                 display.batch(records)
 
@@ -140,7 +138,7 @@ def _chosen(tasks: list[TaskRows], names: Collection[str]) -> list[TaskRows]:
     return [task for task in tasks if not names or task.task.name in names]
 
 
-def _task_numbers(subject: Subject, names: list[str]) -> dict[str, int]:
+def task_numbers(subject: Subject, names: list[str]) -> dict[str, int]:
     """Return the number by which a run that routes by task knows each task, by name. Raises InputRefused."""
     if subject.run is None or not subject.run.reads_task:
         return {}
@@ -175,10 +173,4 @@ def _question(model: str | Path, asked: list[AskedTask], beams: int) -> dict[str
     return question
 
 
-def _refuse_not_finite(task: AskedTask, records: list[Record]) -> None:
-    for record in records:
-        if not (math.isfinite(record.loss) and math.isfinite(record.value)):
-            raise NotFinite(f"task {task.name}, row {record.row + 1}: the loss of its answer is {record.loss}")
-
-
-__all__ = ["evaluate", "score_all", "score_tasks"]
+__all__ = ["evaluate", "score_all", "score_tasks", "task_numbers"]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qd2mora.errors import NotFinite
+
 Z = 1.96
 RESAMPLES = 2000
 
@@ -90,6 +92,13 @@ class Score:
         return content
 
 
+def refuse_not_finite(task: str, records: Sequence[Record]) -> None:
+    """Raise NotFinite, naming the first row whose loss or value is not a number."""
+    for record in records:
+        if not (math.isfinite(record.loss) and math.isfinite(record.value)):
+            raise NotFinite(f"task {task}, row {record.row + 1}: the loss of its answer is {record.loss}")
+
+
 def wilson(correct: int, rows: int) -> tuple[float, float]:
     """Wilson's 95% interval of a share."""
     p = correct / rows
@@ -110,4 +119,4 @@ def bootstrap(values: Sequence[float], weights: Sequence[float] | None = None, s
     return float(low), float(high)
 
 
-__all__ = ["Record", "Score", "bootstrap", "wilson"]
+__all__ = ["Record", "Score", "bootstrap", "refuse_not_finite", "wilson"]

@@ -6,6 +6,7 @@ are here, and the published one is asked. An answer is the first match of the ta
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,15 @@ def find_suite(name: str) -> Suite:
     return SUITES[name]
 
 
+def suite_task_names(name: str, only: Collection[str] = ()) -> list[str]:
+    """Return a suite's tasks, or those in `only`. Raises InputRefused naming the nearest one."""
+    names = [task.name for task in find_suite(name).tasks]
+    for wanted in only:
+        if wanted not in names:
+            raise InputRefused(f"--tasks: no task '{wanted}' in suite {name}; {nearest(wanted, names)}")
+    return [each for each in names if not only or each in only]
+
+
 def read_items(suite: Suite, task: SuiteTask, folder: Path, prompt: str, limit: int | None = None) -> list[Item]:
     """Read a task's test rows from `folder`: FILE.json, FILE.jsonl or FILE/test.json.
 
@@ -144,4 +154,14 @@ def _offered(task: SuiteTask, text: str, label: str) -> tuple[str, ...]:
     return found if label in found else task.choices
 
 
-__all__ = ["PROMPTS", "SUITES", "Item", "Suite", "SuiteTask", "extracted", "find_suite", "read_items"]
+__all__ = [
+    "PROMPTS",
+    "SUITES",
+    "Item",
+    "Suite",
+    "SuiteTask",
+    "extracted",
+    "find_suite",
+    "read_items",
+    "suite_task_names",
+]

@@ -23,7 +23,7 @@ from qd2mora.base import (
 )
 from qd2mora.data import Mixture, TaskRows, collate, prepare, share_lines
 from qd2mora.errors import InputRefused, WillNotFit
-from qd2mora.evaluation import AskedTask, Subject, ask_held_out, score_all
+from qd2mora.evaluation import AskedTask, Subject, ask_held_out
 from qd2mora.evaluation.rouge import rouge_l
 from qd2mora.inspection.content import write_routing
 from qd2mora.memory.engine import check_engine, refuse_storage
@@ -47,6 +47,7 @@ from qd2mora.training.optimizer import build_optimizer
 from qd2mora.training.processes import Processes
 from qd2mora.training.progress import StepDisplay
 from qd2mora.training.saver import Saver
+from qd2mora.training.scores import score_together
 from qd2mora.training.stages import check_stages
 from qd2mora.training.start import check_packing, check_rows, start_adapter
 from qd2mora.training.state import LocalState, Progress, StateSource
@@ -193,7 +194,7 @@ def _train_locked(
         time_limit=time_limit,
         best=best,
         capacity=recipe.data.max_length if recipe.data.packing else None,
-        score=lambda: score_all(Subject(model, tokenizer), asked),
+        score=lambda: score_together(Subject(model, tokenizer), asked, processes),
     )
     for problem in problems:
         training.journal.say(f"passed over: {problem}")

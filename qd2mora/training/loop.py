@@ -373,7 +373,7 @@ class Training:
         return judge
 
     def _scores(self) -> dict[str, Score]:
-        """Score the tasks that name a metric, every process all of their rows."""
+        """Score the tasks that name a metric."""
         if self._routing is not None:
             self._routing.rows = self._routing.lengths = self._routing.places = None
         self.model.eval()

@@ -1,6 +1,7 @@
 """Comparing: arms of one size, rows kept apart, a fair sweep, the same outcome after a kill."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -141,9 +142,27 @@ def test_the_command_line_compares_within_minutes_and_writes_table_and_picture(
     assert "at the edge" in capsys.readouterr().out
 
 
+def test_arms_may_be_tested_on_the_files_of_a_suite(made: Path, tmp_path: Path) -> None:
+    rows = [{"instruction": f"Is {word} red? true or false", "answer": "true"} for word in ("sun", "sea", "grass")]
+    (tmp_path / "boolq.json").write_text(json.dumps(rows), encoding="utf-8")
+    asked = Wishes(
+        ("d2mora", "lora"), 1, choose_rows=4, strategies=("mean_gate",), limit=2, suite="commonsense", tasks=("boolq",)
+    )
+    asked = replace(asked, data=str(tmp_path), scoring="likelihood")
+    found = compare(settings(made, "data.tasks.0.validation=0"), asked, tmp_path / "out")
+    assert found.rows == {"boolq": 2} and found.metric == "choice"
+    assert all(np.isfinite(arm[stage]["loss"]) for arm in found.arms for stage in ("trained", "export"))
+    with pytest.raises(InputRefused, match="moelora routes by task and would not be trained on 'boolq'"):
+        compare(settings(made), replace(asked, methods=("d2mora", "moelora")), tmp_path / "other")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--suite", "comonsense"], "did you mean 'commonsense'"),
+        (["--suite", "commonsense"], "--data: say in which folder"),
+        (["--suite", "commonsense", "--data", "nowhere"], "no folder"),
+        (["--data", "nowhere"], "name it with --suite"),
         (["--methods", "d2mora,d2mora"], "different ones"),
         (["--methods", "d2mroa"], "did you mean 'd2mora'"),
         (["--sweep", "fast"], "--sweep: 'fast'"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ from test_cli import run as run_cli
 
 from qd2mora.data import prepare
 from qd2mora.errors import InputRefused
-from qd2mora.evaluation import Record, Score, Subject, ask_held_out, bootstrap, evaluate, score_task
+from qd2mora.evaluation import Record, Score, Subject, ask_held_out, bootstrap, evaluate, score_all, score_task
 from qd2mora.evaluation.score import wilson
 from qd2mora.recipe import load_recipe
+from qd2mora.training.scores import score_together
 
 
 def with_metrics(made: Path, folder: Path, first: str, last: str) -> Path:
@@ -151,3 +153,35 @@ def test_a_task_keeps_its_number_where_a_recipe_lists_the_tasks_in_another_order
     path.write_text(settings.model_copy(update={"data": data}).dump_yaml(), encoding="utf-8")
     with pytest.raises(InputRefused, match=r"not trained on 'unseen'; its tasks are first, last"):
         evaluate(run, recipe=path)
+
+
+@dataclass
+class Part:
+    """One process of several: sums come to it later."""
+
+    index: int
+    count: int
+    said: list[float] = field(default_factory=list)
+
+    def sum_numbers(self, numbers: list[float]) -> list[float]:
+        self.said += numbers
+        return numbers
+
+
+def test_processes_ask_each_row_once_and_their_sum_is_what_one_process_finds(subject: Subject) -> None:
+    assert subject.run is not None
+    asked = ask_held_out(prepare(subject.run.recipe.data, subject.tokenizer, 0))
+    assert {task.metric for task in asked} != {"loss"}
+    whole = score_all(subject, asked)
+    parts = [Part(index, 2) for index in range(2)]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("qd2mora.training.scores.ROWS_AT_ONCE", 3)
+        for part in parts:
+            score_together(subject, asked, part)
+    wanted = [number for score in whole.values() for each in score.records for number in (each.value, each.loss)]
+    sums = [one + two for one, two in zip(parts[0].said, parts[1].said, strict=True)]
+    assert [number for place, number in enumerate(sums) if place % 3 < 2] == pytest.approx(wanted, rel=1e-5)
+    labels = [part.said[2::3] for part in parts]
+    assert all((one > 0) != (two > 0) for one, two in zip(*labels, strict=True)) and all(map(any, labels))
+    alone = score_together(subject, asked, Part(0, 1))
+    assert {name: score.mean for name, score in alone.items()} == {name: score.mean for name, score in whole.items()}

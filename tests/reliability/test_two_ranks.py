@@ -200,7 +200,7 @@ def _stopping_after(recipe: Path, step: int) -> None:
 
 
 def _recipe(made: Path, output: Path, *overrides: str, method: str = "d2mora") -> Path:
-    plain = ("adapter.dropout=0.1", "data.tasks.0.validation=5", "train.eval_every=4")
+    plain = ("adapter.dropout=0.1", "data.tasks.0.validation=5", "data.tasks.0.metric=choice", "train.eval_every=4")
     return runs.write_recipe(made, output, *plain, *overrides, method=method)
 
 
