@@ -2,7 +2,7 @@
 
 What is stored depends on the file, the format and the tokenizer alone; length, masking and what is held out are taken
 at reading. Stores of large files are kept in a cache under a hash of all that went in; a store that is damaged is made
-anew.
+anew, one that is long unused is removed.
 """
 
 import hashlib
@@ -23,8 +23,9 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from qd2mora.data.cache import PARTIAL, kept_tokens, limit_bytes, mark_used, prune
 from qd2mora.data.read import Pair, Skipped
 from qd2mora.data.tokenise import Tokeniser, Tokens, tokenised
 from qd2mora.errors import DamagedFile
@@ -131,25 +132,25 @@ def open_store(source: Source, tokeniser: Tokeniser) -> TokenStore:
     if source.key is None or source.size < SMALLEST_KEPT:
         return _in_memory(source, tokeniser)
     text = json.dumps({"version": VERSION, **source.key}, sort_keys=True)
-    folder = cache_folder() / "tokens" / hashlib.sha256(text.encode()).hexdigest()[:32]
+    folder = kept_tokens() / hashlib.sha256(text.encode()).hexdigest()[:32]
     if folder.exists():
         try:
-            return _opened(folder)
+            opened = _opened(folder)
+            mark_used(folder)
+            return opened
         except (DamagedFile, OSError, ValueError) as error:
             _log.warning("data.tasks.%s: kept tokens are made anew: %s", source.name, error)
             shutil.rmtree(folder, ignore_errors=True)
+    limit = limit_bytes()
     try:
-        return _kept(source, tokeniser, folder)
+        store = _kept(source, tokeniser, folder)
+        prune(folder.parent, folder, limit)
+        return store
     except OSError as error:
         _log.warning(
-            "data.tasks.%s: tokens stay in memory, %s: %s", source.name, cache_folder(), error.strerror or error
+            "data.tasks.%s: tokens stay in memory, %s: %s", source.name, folder.parent, error.strerror or error
         )
         return _in_memory(source, tokeniser)
-
-
-def cache_folder() -> Path:
-    """Return the folder of what can be made again: $QD2MORA_CACHE or ~/.cache/qd2mora."""
-    return Path(os.environ.get("QD2MORA_CACHE") or Path.home() / ".cache" / "qd2mora")
 
 
 def _in_memory(source: Source, tokeniser: Tokeniser) -> TokenStore:
@@ -161,7 +162,7 @@ def _in_memory(source: Source, tokeniser: Tokeniser) -> TokenStore:
 def _kept(source: Source, tokeniser: Tokeniser, folder: Path) -> TokenStore:
     """Write beside the folder under a name of our own and take its name at the end: two runs may do so at once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+    stage = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
     try:
         with pa.OSFile(str(stage / _FILE), "wb") as sink:
             skipped = _write(sink, source, tokeniser)
@@ -190,17 +191,28 @@ def _mapped(folder: Path, skipped: Skipped) -> TokenStore:
 def _write(sink: Any, source: Source, tokeniser: Tokeniser) -> Skipped:
     skipped = Skipped()
     hashes: list[NDArray[np.int64]] = []
-    columns = (TextColumn("tokenising {task.description}"), SpinnerColumn(), TextColumn("{task.completed} rows"))
+    columns = (TextColumn("tokenising {task.description}"), BarColumn(), TextColumn("{task.completed} rows"))
     shown = sys.stderr.isatty() and source.size >= SMALLEST_KEPT
     display = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), disable=not shown, transient=True)
     with pa.ipc.new_file(sink, _SCHEMA) as writer, display:
-        line = display.add_task(source.name, total=None)
+        line = display.add_task(source.name, total=_rows_expected(source) if shown else None)
         for pairs, tokens in tokenised(tokeniser, source.read(skipped)):
             writer.write_batch(_batch(pairs, tokens))
             hashes.append(np.fromiter(map(hash, pairs), np.int64, len(pairs)))
             display.advance(line, len(pairs))
     skipped.duplicates = sum(map(len, hashes)) - len(np.unique(np.concatenate(hashes)))
     return skipped
+
+
+def _rows_expected(source: Source) -> int | None:
+    """Return about how many rows there are, where a line is a row; None lets the bar move to and fro."""
+    assert source.key is not None  # a data set without a file has no size either
+    path = Path(source.key["path"])
+    if path.suffix != ".jsonl":
+        return None
+    with path.open("rb") as file:
+        lines = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    return min(lines, source.key["limit"] or lines)
 
 
 def _batch(pairs: Sequence[Pair], tokens: Sequence[Tokens]) -> Any:
@@ -223,4 +235,4 @@ def _lists(rows: Sequence[Sequence[Sequence[int]]]) -> Any:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
-__all__ = ["SMALLEST_KEPT", "Source", "TokenStore", "cache_folder", "open_store"]
+__all__ = ["SMALLEST_KEPT", "Source", "TokenStore", "open_store"]

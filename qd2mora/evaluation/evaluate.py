@@ -5,7 +5,6 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from qd2mora.base import fingerprint
 from qd2mora.data import TaskRows, prepare
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.asked import SCORINGS, AskedTask, ask_held_out, ask_suite
@@ -14,11 +13,10 @@ from qd2mora.evaluation.kept import KeptAnswers, digest
 from qd2mora.evaluation.rouge import rouge_l
 from qd2mora.evaluation.score import Record, Score, refuse_not_finite
 from qd2mora.evaluation.scoring import ROWS_AT_ONCE, score_task
-from qd2mora.evaluation.subject import Subject, open_subject
+from qd2mora.evaluation.subject import Subject, model_mark, open_subject
 from qd2mora.evaluation.suites import PROMPTS, find_suite, suite_task_names
-from qd2mora.recipe import Base, load_recipe
-from qd2mora.run_folder import RunFolder, is_run, read_recipe, write_json
-from qd2mora.sealed import MANIFEST
+from qd2mora.recipe import load_recipe
+from qd2mora.run_folder import is_run, read_recipe, write_json
 
 
 def evaluate(
@@ -162,11 +160,7 @@ def _numbered(asked: list[AskedTask], numbers: dict[str, int]) -> list[AskedTask
 
 def _question(model: str | Path, asked: list[AskedTask], beams: int) -> dict[str, object]:
     """Return what an evaluation's answers depend on, by name."""
-    if is_run(model):
-        mark = hashlib.sha256((RunFolder(Path(model)).adapter / MANIFEST).read_bytes()).hexdigest()
-    else:
-        mark = fingerprint(Base(model=str(model), quantization="none"))
-    question: dict[str, object] = {"model": mark, "beams": beams}
+    question: dict[str, object] = {"model": model_mark(model), "beams": beams}
     for task in asked:
         rows = hashlib.sha256(b"".join(row.ids.tobytes() + bytes([row.task % 256]) for row in task.rows)).hexdigest()
         question[f"task {task.name}"] = digest([task.metric, rows, task.labels, task.choices, task.max_new_tokens])

@@ -6,6 +6,7 @@ opened subject, so that routers hear of padding and prompts as everywhere else.
 
 import math
 from collections.abc import Collection, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from qd2mora.data import Row
 from qd2mora.data.read import Pair
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.answering import batch_of
-from qd2mora.evaluation.subject import Subject, open_subject
+from qd2mora.evaluation.kept import KeptTasks, digest
+from qd2mora.evaluation.subject import Subject, model_mark, open_subject
 from qd2mora.run_folder import write_json
 
 try:
@@ -45,6 +47,9 @@ def run_harness(
 ) -> dict[str, dict[str, Any]]:
     """Return the harness's numbers by task; `folder` holds task files (YAML) of one's own, `out` takes the JSON.
 
+    Tasks are asked one after another; beside `out`, `*.tasks.json` keeps the numbers of those that are done, and a
+    start that finds it goes on with the others.
+
     Raises InputRefused where a task is not known or the adapter reads more of a row than its text.
     """
     # Its own list of thousands takes seconds to read.
@@ -58,11 +63,20 @@ def run_harness(
         raise InputRefused(f"--harness: no task '{unknown[0] if unknown else ''}'; `lm-eval ls tasks` lists them")
     subject = open_subject(model, allow_changed)
     _refuse_rows_with_more(subject)
-    asked = HarnessModel(subject, rows_at_once)
-    found = lm_eval.simple_evaluate(
-        model=asked, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=1000, log_samples=False
+    question = {"model": model_mark(model), "limit": limit, "lm_eval": version("lm_eval")}
+    question["folder"] = digest(
+        [path.read_text(encoding="utf-8") for path in sorted(Path(folder).rglob("*.yaml"))] if folder else []
     )
-    results: dict[str, dict[str, Any]] = {name: _plain(numbers) for name, numbers in found["results"].items()}
+    kept = KeptTasks(None if out is None else Path(out).with_suffix(".tasks.json"), question)
+    asked = HarnessModel(subject, rows_at_once)
+    for name in tasks:
+        if name not in kept.results:
+            found = lm_eval.simple_evaluate(
+                model=asked, tasks=[name], limit=limit, task_manager=manager, bootstrap_iters=1000, log_samples=False
+            )
+            # A group brings the numbers of its tasks.
+            kept.add(name, {each: _plain(numbers) for each, numbers in found["results"].items()})
+    results = {each: numbers for name in tasks for each, numbers in kept.results[name].items()}
     if out is not None:
         write_json(Path(out), results)
     return results

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qd2mora.durable import write_file
+from qd2mora.durable import write_file, write_json
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.score import Record
 
@@ -44,15 +44,7 @@ class KeptAnswers:
     def _read(self, path: Path, head: dict[str, Any]) -> None:
         whole = path.read_bytes()
         lines = whole[: whole.rfind(b"\n") + 1].splitlines()
-        before = _parsed(lines[0]) if lines else None
-        if before is None or "asked" not in before:
-            raise InputRefused(f"--out: '{path}' is not a file of answers; name another")
-        changed = [name for name, value in head["asked"].items() if before["asked"].get(name) != value]
-        if changed:
-            raise InputRefused(
-                f"--out: '{path}' holds answers to another question ({', '.join(changed)} changed); name another file, "
-                "or remove that one"
-            )
+        _refuse_other(path, (_parsed(lines[0]) or {}).get("asked") if lines else None, head["asked"])
         kept = [lines[0]]
         for line in lines[1:]:
             content = _parsed(line)
@@ -62,6 +54,37 @@ class KeptAnswers:
             kept.append(line)
         if len(b"\n".join(kept)) + 1 != len(whole):  # a kill cut the last line short
             write_file(path, [line + b"\n" for line in kept])
+
+
+class KeptTasks:
+    """The numbers of whole tasks that are done, in a file of JSON; nothing is kept where there is none."""
+
+    def __init__(self, path: Path | None, asked: Mapping[str, Any]) -> None:
+        """Open the file where there is one. Raises InputRefused where it answers another question."""
+        self.path, self.asked = path, dict(asked)
+        self.results: dict[str, dict[str, Any]] = {}
+        if path is not None and path.is_file():
+            before = _parsed(path.read_bytes()) or {}
+            _refuse_other(path, before.get("asked"), self.asked)
+            self.results = before["results"]
+
+    def add(self, task: str, numbers: dict[str, Any]) -> None:
+        """Keep a finished task."""
+        self.results[task] = numbers
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, {"asked": self.asked, "results": self.results})
+
+
+def _refuse_other(path: Path, before: Any, asked: Mapping[str, Any]) -> None:
+    if not isinstance(before, dict):
+        raise InputRefused(f"--out: '{path}' is not a file of answers; name another")
+    changed = [name for name, value in asked.items() if before.get(name) != value]
+    if changed:
+        raise InputRefused(
+            f"--out: '{path}' holds answers to another question ({', '.join(changed)} changed); name another file, "
+            "or remove that one"
+        )
 
 
 def digest(content: Any) -> str:
@@ -81,4 +104,4 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-__all__ = ["KeptAnswers", "digest"]
+__all__ = ["KeptAnswers", "KeptTasks", "digest"]

@@ -1,5 +1,6 @@
 """What is asked: a run with its routed adapter, or any model folder."""
 
+import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,12 +13,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from qd2mora.base import compute_dtype, default_device, load_base, load_tokenizer
+from qd2mora.base import compute_dtype, default_device, fingerprint, load_base, load_tokenizer
 from qd2mora.errors import InputRefused
 from qd2mora.mixture import MixtureConfig, read_rows, reads_first_pass
 from qd2mora.modeling_mixture import AUTO_MAP, MixtureLlamaConfig, MixtureLlamaForCausalLM
 from qd2mora.recipe import Base
-from qd2mora.run_folder import OpenRun, is_run, open_run
+from qd2mora.run_folder import OpenRun, RunFolder, is_run, open_run
 from qd2mora.sealed import MANIFEST, open_manifest
 from qd2mora.untrusted import check_adapter, check_config, check_weights
 
@@ -109,6 +110,13 @@ def open_subject(path: str | Path, allow_changed: Collection[str] = ()) -> Subje
     return Subject(load_base(base), load_tokenizer(base.model))
 
 
+def model_mark(path: str | Path) -> str:
+    """Return a hash that two runs or model folders share only if they answer alike."""
+    if is_run(path):
+        return hashlib.sha256((RunFolder(Path(path)).adapter / MANIFEST).read_bytes()).hexdigest()
+    return fingerprint(Base(model=str(path), quantization="none"))
+
+
 def is_routed_export(folder: Path) -> bool:
     """Tell whether a folder holds an export of the routed model itself."""
     try:
@@ -150,4 +158,4 @@ def until(tokens: list[int], end: int) -> list[int]:
     return tokens[: tokens.index(end)] if end in tokens else tokens
 
 
-__all__ = ["Subject", "open_subject", "until"]
+__all__ = ["Subject", "model_mark", "open_subject", "until"]

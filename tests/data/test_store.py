@@ -100,6 +100,33 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
     assert not list(cache.iterdir())
 
 
+def test_what_is_long_unused_or_beyond_the_limit_is_removed_and_what_is_in_use_is_not(
+    tokenizer: PreTrainedTokenizerBase, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept(number: int) -> set[str]:
+        prepare(save(tmp_path, number), tokenizer, 0)
+        return {entry.name for entry in cache.iterdir()}
+
+    (old,) = kept(50)
+    fresh = kept(60) - {old}
+    half_written = cache / ".partial-1"
+    half_written.mkdir()
+    days = 86400
+    for entry, age in ((cache / old, 31 * days), (half_written, 2 * days)):
+        os.utime(entry, (entry.stat().st_atime, entry.stat().st_mtime - age))
+    prepare(save(tmp_path, 50), tokenizer, 0)  # used today: it stays
+    both = {old, *fresh}
+    assert kept(70) > both and not half_written.exists()
+    os.utime(cache / old, (0, 0))
+    assert not kept(80) & {old}
+    monkeypatch.setenv("QD2MORA_CACHE_GIB", "0")
+    mapped = prepare(save(tmp_path, 60), tokenizer, 0)[0]
+    assert len(kept(90)) == 1 and len(mapped.train) == 50 and mapped.train[0].pair.prompt
+    monkeypatch.setenv("QD2MORA_CACHE_GIB", "much")
+    with pytest.raises(InputRefused, match="QD2MORA_CACHE_GIB: 'much'"):
+        kept(100)
+
+
 _SCRIPT = """
 import sys, threading, time
 from tokenizers import Tokenizer, models, pre_tokenizers

@@ -50,6 +50,32 @@ def test_choices_and_generation_run_on_a_routed_run(tasks: Path, made: Path, sub
     assert value == again == pytest.approx(-slow_loss(subject, row, ids), rel=2e-5)
 
 
+def test_tasks_that_are_done_are_not_asked_again(made: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qd2mora.evaluation.harness import HarnessModel, run_harness
+
+    more = 'doc_to_choice: ["red", "green"]\nmetric_list: [{metric: acc}]'
+    text = TASK.format(path=tasks / "rows.jsonl", kind="multiple_choice", target="label", more=more)
+    for name in ("colours", "shades"):
+        (tasks / f"{name}.yaml").write_text(text.replace("colours", name), encoding="utf-8")
+    whole = run_harness(made / "run", ["colours", "shades"], folder=tasks)
+    weigh, calls = HarnessModel._loglikelihood_tokens, []
+
+    def killed_at_the_second(self: HarnessModel, requests: list, **rest: object) -> list:
+        calls.append(len(requests))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return weigh(self, requests, **rest)
+
+    monkeypatch.setattr(HarnessModel, "_loglikelihood_tokens", killed_at_the_second)
+    out = tasks / "out.json"
+    with pytest.raises(KeyboardInterrupt):
+        run_harness(made / "run", ["colours", "shades"], folder=tasks, out=out)
+    assert run_harness(made / "run", ["colours", "shades"], folder=tasks, out=out) == whole
+    assert len(calls) == 3
+    with pytest.raises(InputRefused, match="limit changed"):
+        run_harness(made / "run", ["colours"], folder=tasks, out=out, limit=1)
+
+
 def test_a_task_that_is_not_known_and_an_adapter_that_reads_more_are_refused(made: Path, tasks: Path) -> None:
     import asking
 

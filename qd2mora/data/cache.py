@@ -1,0 +1,82 @@
+"""What can be made again, kept for a while: the folder, and what of it has to go.
+
+Each start that keeps something new removes what nobody has used for KEPT_DAYS, then the longest unused until the rest
+is within the limit. A run that has a removed file mapped reads on: the system keeps it until the run ends.
+"""
+
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+
+from qd2mora.errors import InputRefused
+
+KEPT_DAYS = 30
+LIMIT_GIB = 20.0
+PARTIAL = ".partial-"
+"""How the name of a folder begins that is being written."""
+_log = logging.getLogger(__name__)
+
+
+def kept_tokens() -> Path:
+    """Return the folder of tokens: in $QD2MORA_CACHE or ~/.cache/qd2mora."""
+    return Path(os.environ.get("QD2MORA_CACHE") or Path.home() / ".cache" / "qd2mora") / "tokens"
+
+
+def limit_bytes() -> int:
+    """Return how much is kept: $QD2MORA_CACHE_GIB, else LIMIT_GIB. Raises InputRefused."""
+    text = os.environ.get("QD2MORA_CACHE_GIB") or str(LIMIT_GIB)
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = -1.0
+    if not 0 <= limit < float("inf"):
+        raise InputRefused(f"QD2MORA_CACHE_GIB: '{text}' will not do: a number of GiB, for example 20")
+    return int(limit * 2**30)
+
+
+def mark_used(folder: Path) -> None:
+    """Note that an entry is of use now."""
+    try:
+        os.utime(folder)
+    except OSError:  # a cache that others may only read
+        _log.debug("%s cannot be marked as used", folder)
+
+
+def prune(cache: Path, keep: Path, limit: int) -> None:
+    """Remove entries that are long unused or beyond `limit` bytes; never `keep`, nor what is being written."""
+    now, left = time.time(), limit - _size(keep)
+    for used, entry in sorted(_entries(cache), reverse=True):
+        if entry == keep:
+            continue
+        age = (now - used) / 86400
+        if entry.name.startswith(PARTIAL):
+            if age > 1:  # a kill left it
+                shutil.rmtree(entry, ignore_errors=True)
+            continue
+        left -= _size(entry)
+        if age > KEPT_DAYS or left < 0:
+            _log.info("kept tokens removed: %s, last used %.0f days ago", entry, age)
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _entries(cache: Path) -> list[tuple[float, Path]]:
+    """Return when each entry was last used, and the entry; another run may take some away meanwhile."""
+    found = []
+    for entry in cache.iterdir():
+        try:
+            found.append((entry.stat().st_mtime, entry))
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def _size(entry: Path) -> int:
+    try:
+        return sum(file.stat().st_size for file in entry.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+
+
+__all__ = ["KEPT_DAYS", "LIMIT_GIB", "PARTIAL", "kept_tokens", "limit_bytes", "mark_used", "prune"]
