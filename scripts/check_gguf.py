@@ -26,6 +26,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qd2mora.base import load_tokenizer
+from qd2mora.data.chat import TEMPLATES
 from qd2mora.merging import make_static
 from qd2mora.merging.gguf_file import write_gguf
 from qd2mora.merging.rungs import form_of, open_source, prepare_rung
@@ -44,7 +45,7 @@ def export(subject: str, folder: Path) -> list[str]:
     """Write the exports of a subject, one in each subfolder; return prompts to continue."""
     if not is_run(subject):
         base = Base(model=str(Path(subject).resolve()), quantization="none")
-        tokenizer = load_tokenizer(base.model)
+        tokenizer = with_template(load_tokenizer(base.model))
         for dtype in ("float16", "q8_0"):
             (folder / dtype).mkdir()
             write_gguf(Source(base), tokenizer, {}, folder / dtype, name="model", dtype=dtype)
@@ -60,6 +61,7 @@ def export(subject: str, folder: Path) -> list[str]:
             "Then",
         ]
     opened = open_run(subject)
+    with_template(opened.tokenizer)
     made = make_static(opened, "core_lsq")
     forms = {"hf": form_of("hf"), "lora": form_of("lora"), "gguf_lora": form_of("gguf_lora")}
     forms |= {dtype: form_of("gguf", dtype=dtype) for dtype in ("float16", "q8_0")}
@@ -73,6 +75,12 @@ def export(subject: str, folder: Path) -> list[str]:
     held_out = sample_rows(opened, None).held_out
     step = max(1, len(held_out) // PROMPTS)
     return [row.pair.prompt for row in held_out[::step][:PROMPTS]]
+
+
+def with_template(tokenizer: Any) -> Any:
+    """Return the tokenizer with a chat template, so that there is one to compare."""
+    tokenizer.chat_template = tokenizer.chat_template or TEMPLATES["chatml"]
+    return tokenizer
 
 
 def compare(theirs: Any, tokenizer: Any, file: Path, prompts: list[str], new: int, lora: Path | None) -> dict[str, Any]:
@@ -126,7 +134,7 @@ def check(subject: str, converter: str | None, new: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
         prompts = export(subject, folder)
-        tokenizer = load_tokenizer(str(folder / "hf"))
+        tokenizer = with_template(load_tokenizer(str(folder / "hf")))
         model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
         results = {
             dtype: compare(model, tokenizer, only(folder / dtype), prompts, new, None) for dtype in ("float16", "q8_0")

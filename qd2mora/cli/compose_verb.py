@@ -17,8 +17,8 @@ def compose(
     ],
     out: Annotated[Path, typer.Option(help="New folder for the adapter.", show_default=False)],
     weights: Annotated[str | None, typer.Option(help="One for each input, with commas; else all 1 / n.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of lego, sub, extract.", min=1)] = None,
-    experts: Annotated[int | None, typer.Option(help="Of sub, upcycle.", min=1)] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of what comes out: lego, sub, extract.", min=1)] = None,
+    experts: Annotated[int | None, typer.Option(help="Experts of what comes out: sub, upcycle.", min=1)] = None,
     learn: Annotated[Path | None, typer.Option(help="Of cat: recipe or run on whose rows weights are learned.")] = None,
     steps: Annotated[int | None, typer.Option(help="Of --learn; else 100.", min=0)] = None,
 ) -> None:

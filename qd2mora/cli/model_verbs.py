@@ -27,7 +27,12 @@ def merge(
         str, typer.Option(help="hf or gguf: weights; lora or gguf_lora: a LoRA; exact: the routed model.")
     ] = "hf",
     base: Annotated[str, typer.Option(help="Weights added to: dequantized (trained on) or original.")] = "dequantized",
-    dtype: Annotated[str | None, typer.Option(help="Of the weights; float16 unless the form has another.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="hf: float16, bfloat16, float32; exact: these or nf4; gguf: float16, q8_0; LoRAs: float32, float16."
+        ),
+    ] = None,
     max_shard: Annotated[str, typer.Option(help="Size of one file of weights.")] = "5GB",
     allow_changed: AllowChanged = None,
 ) -> None:

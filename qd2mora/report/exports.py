@@ -38,7 +38,9 @@ def _unexplained(export: Export) -> Table:
 
 def verdict(export: Export) -> str:
     """Say in one line what the export is worth."""
-    how = f"exact up to {export.form.dtype} rounding" if export.exact else _how(export)
+    rounded = f"exact up to {export.form.dtype} rounding"
+    rounded = "on the 4-bit weights that were trained on, bit for bit" if export.form.dtype == "nf4" else rounded
+    how = rounded if export.exact else _how(export)
     fidelity = export.fidelity
     if fidelity is None:
         return f"{how}; no held-out rows to measure it on"

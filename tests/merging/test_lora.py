@@ -59,6 +59,9 @@ def test_names_and_shapes_are_those_that_converters_look_for(tmp_path: Path) -> 
     # M r + M features of 4 down experts, or N r of 3 up experts: whichever is narrower.
     assert config["r"] == config["lora_alpha"] == 12
     assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"] and config["peft_type"] == "LORA"
+    # vLLM refuses anything but plain A and B; llama.cpp's converter looks for the base by its name.
+    assert config["bias"] == "none" and config["base_model_name_or_path"] == str(tmp_path / "base")
+    assert not any(config.get(key) for key in ("modules_to_save", "use_dora", "use_rslora", "rank_pattern"))
     assert export.form.dtype == "float16" and export.written.num_bytes > 0
 
 
