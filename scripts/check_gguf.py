@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,10 @@ from transformers import AutoModelForCausalLM
 
 from qd2mora.base import load_tokenizer
 from qd2mora.data.chat import TEMPLATES
+from qd2mora.errors import InputRefused
 from qd2mora.merging import make_static
 from qd2mora.merging.gguf_file import write_gguf
+from qd2mora.merging.gguf_vocab import vocabulary_of
 from qd2mora.merging.rungs import form_of, open_source, prepare_rung
 from qd2mora.merging.sample import sample_rows
 from qd2mora.merging.source import Source
@@ -48,7 +49,9 @@ def export(subject: str, folder: Path) -> list[str]:
         tokenizer = with_template(load_tokenizer(base.model))
         for dtype in ("float16", "q8_0"):
             (folder / dtype).mkdir()
-            write_gguf(Source(base), tokenizer, {}, folder / dtype, name="model", dtype=dtype)
+            known = is_known(tokenizer, Source(base).config.vocab_size)
+            where = folder / dtype
+            write_gguf(Source(base), tokenizer, {}, where, name="model", dtype=dtype, with_vocabulary=known)
         (folder / "hf").symlink_to(base.model)
         return [
             "Once upon a time",
@@ -62,19 +65,30 @@ def export(subject: str, folder: Path) -> list[str]:
         ]
     opened = open_run(subject)
     with_template(opened.tokenizer)
+    vocabulary = is_known(opened.tokenizer, opened.model.config.vocab_size)
     made = make_static(opened, "core_lsq")
     forms = {"hf": form_of("hf"), "lora": form_of("lora"), "gguf_lora": form_of("gguf_lora")}
-    forms |= {dtype: form_of("gguf", dtype=dtype) for dtype in ("float16", "q8_0")}
+    forms |= {dtype: form_of("gguf", dtype=dtype, with_vocabulary=vocabulary) for dtype in ("float16", "q8_0")}
     for name, form in forms.items():
         (folder / name).mkdir()
         prepare_rung(opened, open_source(opened, form), made.statics, form)(folder / name)
     for name, to in {"base": "gguf", "base_hf": "hf"}.items():
         (folder / name).mkdir()
-        form = form_of(to)
-        prepare_rung(replace(opened), open_source(opened, form), {}, form)(folder / name)
+        form = form_of(to, with_vocabulary=vocabulary or to != "gguf")
+        prepare_rung(opened, open_source(opened, form), {}, form)(folder / name)
     held_out = sample_rows(opened, None).held_out
     step = max(1, len(held_out) // PROMPTS)
     return [row.pair.prompt for row in held_out[::step][:PROMPTS]]
+
+
+def is_known(tokenizer: Any, rows: int) -> bool:
+    """Tell whether llama.cpp can rebuild a tokenizer; where not, its files take token ids alone."""
+    try:
+        vocabulary_of(tokenizer, rows)
+    except InputRefused as error:
+        print(f"no vocabulary: {error}")
+        return False
+    return True
 
 
 def with_template(tokenizer: Any) -> Any:
@@ -115,6 +129,12 @@ def compare(theirs: Any, tokenizer: Any, file: Path, prompts: list[str], new: in
         "relative_difference_of_logits": max(differences),
         "same_greedy_texts": f"{same} of {len(prompts)}",
         "new_tokens": new,
+    } | (texts_of(ours, tokenizer, prompts) if ours.metadata["tokenizer.ggml.model"] != "none" else {})
+
+
+def texts_of(ours: Llama, tokenizer: Any, prompts: list[str]) -> dict[str, Any]:
+    """Compare what the file's own tokenizer makes of texts."""
+    return {
         "same_tokens": all(ours.tokenize(text.encode()) == tokenizer(text)["input_ids"] for text in (*TEXTS, *prompts)),
         "same_chat_template": ours.metadata.get("tokenizer.chat_template") == tokenizer.chat_template,
     }

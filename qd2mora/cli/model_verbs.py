@@ -34,6 +34,9 @@ def merge(
         ),
     ] = None,
     max_shard: Annotated[str, typer.Option(help="Size of one file of weights.")] = "5GB",
+    no_vocabulary: Annotated[
+        bool, typer.Option("--no-vocabulary", help="GGUF for token ids alone, where llama.cpp lacks the tokenizer.")
+    ] = False,
     allow_changed: AllowChanged = None,
 ) -> None:
     """Export ordinary weights, a LoRA or the routed model itself, with a report of what the export keeps."""
@@ -48,6 +51,7 @@ def merge(
         "base": base,
         "dtype": dtype,
         "max_shard": max_shard,
+        "with_vocabulary": not no_vocabulary,
         "allow_changed": allow_changed or (),
     }
     with listening():

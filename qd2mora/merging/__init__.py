@@ -82,6 +82,7 @@ def merge(
     base: str = "dequantized",
     dtype: str | None = None,
     max_shard: str = "5GB",
+    with_vocabulary: bool = True,
     allow_changed: Collection[str] = (),
 ) -> Export:
     """Export a run as a folder `out`, with `export_report.json` and a sealed `manifest.json` in it.
@@ -95,7 +96,7 @@ def merge(
     DamagedFile; `out` appears whole or not at all.
     """
     find_strategy(strategy)
-    form = form_of(to, base, dtype, max_shard)
+    form = form_of(to, base, dtype, max_shard, with_vocabulary)
     refuse_taken(Path(out), "--out")
     if form.is_routed and strategy != DEFAULT:
         raise InputRefused(f"--strategy: --to {to} keeps the routing, nothing is made static; leave it out")

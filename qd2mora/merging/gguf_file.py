@@ -38,8 +38,10 @@ def package() -> Any:
     return gguf
 
 
-def refuse_unfit(source: Source, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-    """Return the vocabulary; refuse a model that llama.cpp's llama is not. Raises InputRefused."""
+def refuse_unfit(
+    source: Source, tokenizer: PreTrainedTokenizerBase, *, with_vocabulary: bool = True
+) -> Vocabulary | None:
+    """Return the vocabulary, where one is wanted; refuse a model that llama.cpp's llama is not. Raises InputRefused."""
     package()
     config = source.config
     if type(config) is not LlamaConfig:
@@ -47,7 +49,7 @@ def refuse_unfit(source: Source, tokenizer: PreTrainedTokenizerBase) -> Vocabula
     kind = _rope(config)["rope_type"]
     if kind not in ("default", "linear", "llama3"):
         raise InputRefused(f"--to gguf: position scaling '{kind}' is not written; --to hf will do")
-    return vocabulary_of(tokenizer, config.vocab_size)
+    return vocabulary_of(tokenizer, config.vocab_size) if with_vocabulary else None
 
 
 def write_gguf(
@@ -58,16 +60,22 @@ def write_gguf(
     *,
     name: str,
     dtype: str = "float16",
+    with_vocabulary: bool = True,
 ) -> Written:
     """Write `NAME-f16.gguf` or `NAME-q8_0.gguf` into a folder; `dtype` is float16 or q8_0.
 
     Raises InputRefused where llama.cpp has no such model or tokenizer, NotFinite where a weight does not fit float16.
     """
-    gguf, vocabulary, written = package(), refuse_unfit(source, tokenizer), Written()
+    gguf, written = package(), Written()
+    vocabulary = refuse_unfit(source, tokenizer, with_vocabulary=with_vocabulary)
     path = folder / f"{name}-{'f16' if dtype == 'float16' else dtype}.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     _add_settings(writer, source.config, name, dtype)
-    _add_vocabulary(writer, vocabulary, tokenizer)
+    if vocabulary is None:
+        writer.add_tokenizer_model("none")
+        tokenizer.save_pretrained(folder)
+    else:
+        _add_vocabulary(writer, vocabulary, tokenizer)
     # Float32 until here, so that an 8-bit number is rounded once.
     narrow = torch.float16 if dtype == "float16" else torch.float32
     tensors = [_Tensor(each, source.config, dtype) for each in entries_of(source, folds, narrow, written)]

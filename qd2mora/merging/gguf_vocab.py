@@ -15,6 +15,7 @@ from qd2mora.errors import InputRefused
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"
+_WAYS = "--no-vocabulary writes a file for token ids alone, --to hf keeps the tokenizer"
 
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -43,11 +44,11 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
     """Return the vocabulary of a tokenizer for an embedding of `rows`. Raises InputRefused."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise InputRefused("--to gguf: the tokenizer has no tokenizer.json; --to hf and llama.cpp's converter will do")
+        raise InputRefused(f"--to gguf: the tokenizer has no tokenizer.json; {_WAYS}")
     content = json.loads(backend.to_str())
     model = content["model"]
     if model["type"] != "BPE":
-        raise InputRefused(f"--to gguf: a {model['type']} tokenizer is none that is written; --to hf will do")
+        raise InputRefused(f"--to gguf: a {model['type']} tokenizer is none that is written; {_WAYS}")
     merges = [each if isinstance(each, str) else " ".join(each) for each in model["merges"]]
     tokens, kinds = _tokens(content, rows)
     marks_spaces = _marks_spaces(content)
@@ -110,9 +111,7 @@ def _cut(content: dict[str, Any]) -> str:
             name = _CUTS.get(steps[0]["pattern"].get("Regex", ""))
             if name is not None:
                 return name
-    raise InputRefused(
-        "--to gguf: llama.cpp has no rule that cuts text as this tokenizer does; --to hf keeps the tokenizer as it is"
-    )
+    raise InputRefused(f"--to gguf: llama.cpp has no rule that cuts text as this tokenizer does; {_WAYS}")
 
 
 def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.merging import exact, gguf_file, gguf_lora
@@ -22,12 +23,16 @@ BASES = ("dequantized", "original")
 
 @dataclass(frozen=True)
 class Form:
-    """What an export is written as: the rung, the base's weights, their dtype, and the size of a file."""
+    """What an export is written as: the rung, the base's weights, their dtype, and the size of a file.
+
+    `with_vocabulary`: whether a GGUF file holds a tokenizer, or takes and gives token ids alone.
+    """
 
     to: str = "hf"
     base: str = "dequantized"
     dtype: str = "float16"
     limit: int = 5 * 10**9
+    with_vocabulary: bool = True
 
     @property
     def is_routed(self) -> bool:
@@ -55,7 +60,13 @@ class Rung:
     holds_no_base: bool = False
 
 
-def form_of(to: str, base: str = "dequantized", dtype: str | None = None, max_shard: str = "5GB") -> Form:
+def form_of(
+    to: str,
+    base: str = "dequantized",
+    dtype: str | None = None,
+    max_shard: str = "5GB",
+    with_vocabulary: bool = True,
+) -> Form:
     """Return a checked form. Raises InputRefused."""
     if to not in RUNGS:
         raise InputRefused(f"--to: unknown '{to}'; {nearest(to, RUNGS)}")
@@ -68,7 +79,9 @@ def form_of(to: str, base: str = "dequantized", dtype: str | None = None, max_sh
     dtypes = RUNGS[to].dtypes
     if dtype is not None and dtype not in dtypes:
         raise InputRefused(f"--dtype: '{dtype}' will not do for --to {to}; there are {', '.join(dtypes)}")
-    return Form(to, base, dtype or dtypes[0], shard_bytes(max_shard))
+    if not with_vocabulary and to != "gguf":
+        raise InputRefused(f"--no-vocabulary: --to {to} keeps the tokenizer as it is; it goes with --to gguf")
+    return Form(to, base, dtype or dtypes[0], shard_bytes(max_shard), with_vocabulary)
 
 
 def open_source(opened: OpenRun, form: Form) -> Source:
@@ -77,7 +90,7 @@ def open_source(opened: OpenRun, form: Form) -> Source:
     if form.is_routed:
         exact.refuse_unfit(opened.model, source)
     if form.to == "gguf":
-        gguf_file.refuse_unfit(source, opened.tokenizer)
+        gguf_file.refuse_unfit(source, opened.tokenizer, with_vocabulary=form.with_vocabulary)
     if form.to == "gguf_lora":
         gguf_lora.refuse_unfit(source)
     return source
@@ -121,7 +134,8 @@ def _lora(opened: OpenRun, source: Source, statics: Statics, form: Form) -> Writ
 
 def _gguf(opened: OpenRun, source: Source, statics: Statics, form: Form) -> Write:
     folds, tokenizer, name = folds_of(opened.model, statics), opened.tokenizer, opened.folder.path.resolve().name
-    return lambda folder: gguf_file.write_gguf(source, tokenizer, folds, folder, name=name, dtype=form.dtype)
+    how: dict[str, Any] = {"name": name, "dtype": form.dtype, "with_vocabulary": form.with_vocabulary}
+    return lambda folder: gguf_file.write_gguf(source, tokenizer, folds, folder, **how)
 
 
 def _gguf_lora(opened: OpenRun, source: Source, statics: Statics, form: Form) -> Write:

@@ -17,8 +17,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qd2mora.errors import InputRefused
 from qd2mora.merging import merge
-from qd2mora.merging.gguf_file import _llama3_factors, rotated_in_pairs
+from qd2mora.merging.gguf_file import _llama3_factors, rotated_in_pairs, write_gguf
 from qd2mora.merging.gguf_vocab import BYTE, CONTROL, SPACE, UNKNOWN, UNUSED, vocabulary_of
+from qd2mora.merging.source import Source
+from qd2mora.recipe import Base
 
 gguf = pytest.importorskip("gguf")
 HEADS, KV_HEADS = 4, 2
@@ -189,15 +191,21 @@ def test_scores_make_llama_cpp_join_pieces_as_the_merges_do() -> None:
         assert ids == tokenizer(text)["input_ids"], text
 
 
-def test_a_tokenizer_that_llama_cpp_would_cut_otherwise_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_that_llama_cpp_would_cut_otherwise_is_refused_or_left_out(folder: Path, tmp_path: Path) -> None:
     tiny.save_tokenizer(tmp_path)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert vocabulary_of(tokenizer, 512).cut == "gpt-2"
     with pytest.raises(InputRefused, match="the embedding 300 rows"):
         vocabulary_of(tokenizer, 300)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    with pytest.raises(InputRefused, match="cuts text as this tokenizer does"):
+    with pytest.raises(InputRefused, match="cuts text as this tokenizer does; --no-vocabulary"):
         vocabulary_of(tokenizer, 512)
+    source = Source(Base(model=str(folder / "base"), quantization="none"))
+    write_gguf(source, tokenizer, {}, tmp_path, name="model", with_vocabulary=False)
+    tensors, settings, _ = read(tmp_path)
+    assert len(tensors) == len(read(folder / "float16")[0]) and settings["llama.vocab_size"] == 512
+    kept = {name for name in settings if name.startswith("tokenizer.")}
+    assert kept == {"tokenizer.ggml.model"} and settings["tokenizer.ggml.model"] == "none"
 
 
 def test_llama_3_positions_come_out_as_transformers_makes_them() -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,10 +103,11 @@ def test_what_no_lora_can_carry_is_refused(tmp_path: Path) -> None:
         ({"to": "lora", "base": "original"}, "a LoRA holds no base"),
         ({"to": "exact", "base": "original"}, "saw the dequantized base"),
         ({"max_shard": "lots"}, "--max-shard: 'lots'"),
+        ({"with_vocabulary": False}, "--no-vocabulary: --to hf keeps the tokenizer"),
     ],
 )
 def test_a_form_that_will_not_do_is_refused_before_the_run_is_opened(
-    changes: dict[str, str], words: str, tmp_path: Path
+    changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputRefused, match=re.escape(words)):
         merge(tmp_path / "no-run", tmp_path / "out", **changes)
