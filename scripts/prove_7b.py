@@ -4,10 +4,12 @@
 
 Random weights of the shape, quantised layer by layer to NF4; D2MoRA (M3 N8 r8) on q, k, v; three steps of 64 tokens.
 The process is killed without warning once step 2 is saved, and a second one resumes. Peak resident memory of each
-whole process is read from the system. A shape has no tokenizer, so a small one of made-up words stands in.
+whole process is read from the system, and what it was when the base was loaded. Resident memory is printed every half
+minute. A shape has no tokenizer, so a small one of made-up words stands in.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -19,8 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_parts import context
+
+from qd2mora.base import is_nf4
 
 LIMIT_GIB = 6.0
+TOLD_EVERY_S = 30.0
+LOADED = "loaded.json"
 
 
 def recipe_of(folder: Path, shape: str) -> dict[str, Any]:
@@ -62,11 +69,45 @@ def tokenizer() -> Any:
     )
 
 
+def resident(pid: int | str) -> dict[str, float]:
+    """Return a process's resident memory, now and at its highest, in GiB; zeros where it is gone."""
+    found = {"VmRSS": 0.0, "VmHWM": 0.0}
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key in found:
+                found[key] = round(int(value.split()[0]) / 2**20, 3)
+    return found
+
+
+def bytes_of(base: Any) -> int:
+    """Return the bytes of a base: weights and what 4-bit ones are unpacked with."""
+    states = [module.weight.quant_state for module in base.modules() if is_nf4(module)]
+    packed = [tensor for state in states for tensor in state.as_dict(packed=True).values()]
+    return sum(tensor.nbytes for tensor in (*base.parameters(), *packed))
+
+
 def run_child(folder: Path, shape: str, resume: bool) -> None:
     """Train in this process."""
     import qd2mora.training as training
     from qd2mora.recipe import parse_recipe
 
+    load_base = training.load_base
+
+    def loaded(*args: Any) -> Any:
+        before, began = resident("self"), time.monotonic()
+        base = load_base(*args)
+        numbers = {
+            "load_s": round(time.monotonic() - began),
+            "before_load_gib": before["VmRSS"],
+            "load_peak_gib": resident("self")["VmHWM"],
+            "base_gib": round(bytes_of(base) / 2**30, 3),
+        }
+        (folder / LOADED).write_text(json.dumps(numbers), encoding="utf-8")
+        print("loaded:", numbers, flush=True)
+        return base
+
+    training.load_base = loaded  # type: ignore[assignment]
     training.load_tokenizer = lambda model: tokenizer()
     training.train(parse_recipe(recipe_of(folder, shape)), resume=resume)
 
@@ -75,7 +116,7 @@ def watch(folder: Path, shape: str, resume: bool) -> dict[str, Any]:
     """Run a child, kill it after step 2 unless it resumes; return its exit code, seconds and peak resident GiB."""
     command = [sys.executable, __file__, "--child", str(folder), "--shape", shape, *(["--resume"] if resume else [])]
     began, child = time.monotonic(), subprocess.Popen(command)
-    is_killed = False
+    is_killed, told = False, began
     while True:
         # wait4 and not poll: it tells what this child took, and the library would take its end for itself.
         pid, status, usage = os.wait4(child.pid, os.WNOHANG)
@@ -84,9 +125,14 @@ def watch(folder: Path, shape: str, resume: bool) -> dict[str, Any]:
         if not (resume or is_killed) and (folder / "run" / "checkpoints" / "step-2" / "manifest.json").exists():
             os.kill(child.pid, signal.SIGKILL)
             is_killed = True
+        if time.monotonic() - told >= TOLD_EVERY_S:
+            told = time.monotonic()
+            print(f"{told - began:.0f} s: {resident(child.pid)}", flush=True)
         time.sleep(0.2)
     child.returncode = os.waitstatus_to_exitcode(status)
     return {
+        **json.loads((folder / LOADED).read_text(encoding="utf-8")),
+        "cpu_s": round(usage.ru_utime + usage.ru_stime),
         "exit": child.returncode,
         "seconds": round(time.monotonic() - began),
         "peak_gib": round(usage.ru_maxrss * 1024 / 2**30, 3),
@@ -114,7 +160,7 @@ def main() -> None:
     peak = max(part["peak_gib"] for part in (killed, resumed))
     result = {
         "shape": args.shape,
-        "torch": torch.__version__,
+        **context(torch.device("cpu"), {}),
         "cores": os.cpu_count(),
         "killed": killed,
         "resumed": resumed,
