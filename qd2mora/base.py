@@ -4,24 +4,25 @@ Norms, embeddings and the residual stream stay in the compute dtype: PEFT's k-bi
 float32, which costs memory and time and buys nothing for a frozen base.
 """
 
-import hashlib
+import copy
 import logging
 import os
 import warnings
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -29,9 +30,12 @@ from transformers import (
 )
 from transformers import logging as transformers_logging
 
-from qd2mora.errors import InputRefused, nearest
+from qd2mora.base_cache import Entry
+from qd2mora.base_files import RANDOM, fingerprint, first_line, folder_of, local_folder
+from qd2mora.errors import DamagedFile, InputRefused, nearest
 from qd2mora.recipe import Base
-from qd2mora.untrusted import check_config, check_tokenizer, check_weights
+from qd2mora.tensor_file import tensors_on_disk
+from qd2mora.untrusted import check_config, check_safetensors, check_tokenizer, check_weights
 
 # It reports, at import, that an optional CPU kernel is not installed.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -41,8 +45,7 @@ transformers_logging.set_verbosity_error()
 # transformers 5.23 renames gradient checkpointing; 5.17 knows only the old names, which PEFT calls too.
 warnings.filterwarnings("ignore", r".*gradient_checkpointing", FutureWarning)
 
-RANDOM = "random:"
-
+_MODEL_PATTERNS = ["*config.json", "*.safetensors", "model.safetensors.index.json"]
 _TOKENIZER_PATTERNS = ["*token*.json", "tokenizer.model", "*config.json", "vocab.*", "merges.txt", "*.jinja"]
 
 # What transformers 5 raises on a config or tokenizer file that is not as it should be: it checks little of them itself.
@@ -116,45 +119,127 @@ def base_config(base: Base) -> LlamaConfig:
     """Return the model's configuration without reading weights. Raises InputRefused."""
     if base.model.startswith(RANDOM):
         return _shape(base.model).config()
-    folder = _folder(base.model, ["*config.json"])
+    folder = folder_of(base.model, ["*config.json"])
     check_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except _UNLOADABLE as error:
-        raise InputRefused(f"base.model: '{base.model}' cannot be loaded: {_first_line(error)}") from error
+        raise InputRefused(f"base.model: '{base.model}' cannot be loaded: {first_line(error)}") from error
     return config
 
 
-def load_base(base: Base, device: torch.device | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_base(
+    base: Base, device: torch.device | None = None, dtype: torch.dtype | None = None, *, keep_from: int | None = None
+) -> PreTrainedModel:
     """Load the frozen model, linears in NF4 where the recipe says so, in evaluation mode on one device.
 
-    `dtype` is that of products where they will not run on this device.
+    `dtype` is that of products where they will not run on this device. 4-bit weights are read from `base.cache` where
+    they are there, and kept there, where `keep_from` is given, if they take as many bytes at least.
 
     Raises InputRefused where the model is not there, not whole, or not loadable without running its own code.
     """
     device = device or default_device()
     dtype = dtype or compute_dtype(base, device)
+    if not base.model.startswith(RANDOM):
+        base_config(base)
+        folder_of(base.model, _MODEL_PATTERNS)  # fetched: the hash of an entry is taken of its files
+    entry = _cache_entry(base, device, dtype)
+    model = _kept(entry, base, device, dtype)
+    if model is None:
+        model = _made(base, device, dtype)
+        if entry is not None and keep_from is not None:
+            _keep(entry, model, keep_from, _quantization(base, dtype))
+    model.name_or_path = model.config._name_or_path = base.model  # what an adapter is said to belong to
+    return _finished(model)
+
+
+def _made(base: Base, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Build a model from the files of its base, or from random numbers."""
     if base.model.startswith(RANDOM):
         return random_base(_shape(base.model), base, device, dtype=dtype)
-    base_config(base)
-    folder = _folder(base.model, ["*config.json", "*.safetensors", "model.safetensors.index.json"])
-    check_weights(folder)
+    folder = folder_of(base.model, _MODEL_PATTERNS)
+    return _read(folder, check_weights(folder), base.model, device, dtype, _quantization(base, dtype))
+
+
+def _read(
+    folder: Path,
+    files: list[Path],
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: BitsAndBytesConfig | None,
+) -> PreTrainedModel:
+    """Load a model from files that were checked, tensor by tensor: no more than one is in memory unquantised."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputRefused(f"base.model: '{name}' is a {config.model_type}, which does not continue texts")
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder,
-            quantization_config=_quantization(base, dtype),
+        model, loading = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors_on_disk(files),
+            quantization_config=quantization,
             dtype=dtype,
             device_map={"": device},
             trust_remote_code=False,
-            use_safetensors=True,
             ignore_mismatched_sizes=True,  # named below, where transformers points to a report that is not shown
             output_loading_info=True,
         )
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     except (*_UNLOADABLE, RuntimeError, ImportError) as error:  # a config may ask for packages
-        raise InputRefused(f"base.model: '{base.model}' cannot be loaded: {_first_line(error)}") from error
-    model.name_or_path = model.config._name_or_path = base.model  # what an adapter is said to belong to
-    _refuse_partial(model, loading, base.model)
-    return _finished(model)
+        raise InputRefused(f"base.model: '{name}' cannot be loaded: {first_line(error)}") from error
+    _refuse_partial(model, loading, name)
+    return model
+
+
+def _cache_entry(base: Base, device: torch.device, dtype: torch.dtype) -> Entry | None:
+    """Return where 4-bit weights of a base are kept; None where they are not."""
+    if base.cache in ("auto", "none") or base.quantization != "nf4":
+        return None
+    place = os.path.abspath(base.model) if os.path.isdir(base.model) else base.model
+    settings = {"double_quant": base.double_quant, "compute_dtype": str(dtype), "device": device.type}
+    versions = {package: version(package) for package in ("bitsandbytes", "torch", "transformers")}
+    return Entry.of(Path(base.cache), place, settings, {"base": fingerprint(base), **versions})
+
+
+def _kept(entry: Entry | None, base: Base, device: torch.device, dtype: torch.dtype) -> PreTrainedModel | None:
+    """Return the model of a cache entry; None where there is none that is whole."""
+    if entry is None:
+        return None
+    with entry.opened() as is_whole:
+        if not is_whole:
+            return None
+        try:
+            check_config(entry.folder)
+            files = sorted(entry.folder.glob("*.safetensors"))
+            for path in files:
+                check_safetensors(path)
+            return _read(entry.folder, files, base.model, device, dtype, None)
+        except (InputRefused, DamagedFile) as error:  # somebody else's, sealed as ours are
+            entry.say_made_anew(str(error))
+            return None
+
+
+def _keep(entry: Entry, model: PreTrainedModel, least: int, quantization: BitsAndBytesConfig | None) -> None:
+    """Write the weights of a model that was quantised just now, if they are large enough."""
+    tensors: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:  # a head that is the embedding is written once
+            tensors[name] = tensor
+            seen.add(tensor.data_ptr())
+    if sum(tensor.nbytes for tensor in tensors.values()) < least:
+        return
+    config = copy.deepcopy(model.config)
+    config.quantization_config = quantization  # random weights were quantised by hand
+
+    def configs(folder: Path) -> None:
+        config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+
+    entry.write(tensors, configs)
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -165,12 +250,12 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """
     if model.startswith(RANDOM):
         raise InputRefused(f"base.model: '{model}' has random weights and no tokenizer; it can be planned and timed")
-    folder = _folder(model, _TOKENIZER_PATTERNS, needs="tokenizer_config.json")
+    folder = folder_of(model, _TOKENIZER_PATTERNS, needs="tokenizer_config.json")
     check_tokenizer(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except _UNLOADABLE as error:
-        raise InputRefused(f"base.model: no tokenizer in '{model}': {_first_line(error)}") from error
+        raise InputRefused(f"base.model: no tokenizer in '{model}': {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputRefused(f"base.model: the tokenizer of '{model}' has no end token; set eos_token in its config")
     if tokenizer.pad_token_id is None:
@@ -229,34 +314,6 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def fingerprint(base: Base) -> str:
-    """Return a hash of a base's configuration and of every byte of its weights, wherever the folder lies.
-
-    A hub id is hashed by what is in the local cache, which loading fills; random weights by the shape's name. Reads at
-    about 1 GB/s, and leaves the files in the page cache for the load.
-    """
-    digest = hashlib.sha256()
-    folder = local_folder(base.model)
-    if folder is None:
-        digest.update(base.model.encode())
-        return digest.hexdigest()
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
-    return digest.hexdigest()
-
-
-def local_folder(model: str) -> Path | None:
-    """Return where a model's files lie on this machine."""
-    if Path(model).is_dir():
-        return Path(model)
-    try:
-        cached = None if model.startswith(RANDOM) else try_to_load_from_cache(model, "config.json")
-    except HFValidationError:  # a path that is not there is no name on the hub
-        return None
-    return Path(cached).parent if isinstance(cached, str) else None
-
-
 def _finished(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if is_nf4(module):
@@ -312,35 +369,6 @@ def _shape(model: str) -> Shape:
     if name not in SHAPES:
         raise InputRefused(f"base.model: no shape '{name}'; {nearest(name, SHAPES)}")
     return SHAPES[name]
-
-
-def _folder(model: str, patterns: list[str], needs: str = "config.json") -> Path:
-    """Return the folder of a model; of a hub id, where its files of these patterns are kept. Raises InputRefused."""
-    _refuse_missing(model, needs)
-    if os.path.isdir(model):
-        return Path(model)
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise InputRefused(f"base.model: '{model}' cannot be got from the hub: {_first_line(error)}") from error
-
-
-def _refuse_missing(model: str, needs: str = "config.json") -> None:
-    """A name with more than one slash, or one that starts like a path, is a folder; it must hold what is needed."""
-    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
-    # os.path: an impossible name (too long, say) is not there, where Path.exists raises.
-    if os.path.isdir(model):
-        if not (Path(model) / needs).exists():
-            raise InputRefused(f"base.model: '{model}' holds no {needs}; name the folder of a Hugging Face model")
-    elif os.path.exists(model):
-        raise InputRefused(f"base.model: '{model}' is a file; name the folder of a Hugging Face model")
-    elif looks_like_path:
-        raise InputRefused(f"base.model: no folder '{model}'; give a model's folder, a hub id or random:SHAPE")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 
 __all__ = [

@@ -82,6 +82,9 @@ class Base(Section):
     """Quantise the block maxima too: 4.127 instead of 4.5 bits a weight."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: bfloat16 where the device is fast at it, else float16 on a GPU and float32 on a CPU."""
+    cache: Literal["auto", "none"] | Place = "auto"
+    """A folder that keeps 4-bit weights, so that a later start need not quantise again; `auto`: `quantised/` beside the
+    run, from half a GiB on; `none`."""
 
 
 class Train(Section):
@@ -162,6 +165,7 @@ class Recipe(Section):
     def deciding(self) -> dict[str, Any]:
         """Return the sections without the keys that leave the trained weights as they are."""
         content = self.model_dump(mode="json", exclude={"output": True, "memory": True, "finish": True})
+        del content["base"]["cache"]
         is_judged = self.train.early_stopping is not None or self.train.final == "best"
         for key in HARMLESS:
             if not (is_judged and key == "eval_every"):

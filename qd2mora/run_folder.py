@@ -19,7 +19,7 @@ from qd2mora.durable import staged_folder, write_atomically, write_json
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.method import STATIC
-from qd2mora.recipe import Recipe, load_recipe
+from qd2mora.recipe import Base, Recipe, load_recipe
 from qd2mora.untrusted import check_adapter
 
 MAY_CHANGE = ("base", "base.quantization")
@@ -75,6 +75,12 @@ class RunFolder:
     @property
     def lock(self) -> Path:
         return self.path / "LOCK"
+
+    def base(self, recipe: Recipe) -> Base:
+        """Return a run's base; its 4-bit weights are kept beside the run where the recipe leaves that open."""
+        if recipe.base.cache != "auto":
+            return recipe.base
+        return recipe.base.model_copy(update={"cache": str(self.path.absolute().parent / "quantised")})
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ def open_run(path: str | Path, device: torch.device | None = None, *, allow_chan
     if not (folder.adapter / "adapter_model.safetensors").is_file():
         raise InputRefused(f"'{path}' holds no finished adapter; continue it with `qd2mora train RECIPE --resume`")
     check_adapter(folder.adapter)
-    model = load_adapter(load_base(recipe.base, device), recipe.base, folder.adapter, allow_changed)
+    model = load_adapter(load_base(folder.base(recipe), device), recipe.base, folder.adapter, allow_changed)
     return OpenRun(folder, recipe, model.eval(), load_tokenizer(str(path)))
 
 

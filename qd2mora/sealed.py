@@ -7,7 +7,8 @@ changed bit is seen, in a space as in a number.
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,18 +81,30 @@ def verify_folder(folder: Path, is_foreign: Callable[[str], bool] = lambda name:
     `is_foreign` as for `open_manifest`. Raises DamagedFile.
     """
     files = open_manifest(folder, is_foreign)["files"]
-    for name, entry in files.items():
-        with (folder / name).open("rb") as file:
-            digest = hashlib.file_digest(file, _HASH).hexdigest()
-        if digest != entry[_HASH]:
+    for name, digest in zip(files, hashes_of([folder / name for name in files]), strict=True):
+        if digest != files[name][_HASH]:
             raise DamagedFile(f"{folder / name} is not what was written")
     return sum(entry["bytes"] for entry in files.values())
+
+
+def hashes_of(paths: Sequence[Path]) -> Iterator[str]:
+    """Yield the SHA-256 of files, several of which are read at once. Raises DamagedFile."""
+    with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1) or 1) as pool:
+        yield from pool.map(_hash_of, paths)
 
 
 def sealed_in(folder: Path) -> list[Path]:
     """Return the sealed folders at or below a folder, a run's own manifest, which seals nothing, left out."""
     found = sorted(path.parent for path in folder.rglob(MANIFEST) if not path.parent.name.startswith("."))
     return [each for each in found if not (each / "recipe.yaml").is_file()]
+
+
+def _hash_of(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, _HASH).hexdigest()
+    except OSError as error:
+        raise DamagedFile(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _read(path: Path, limit: int) -> bytes:
@@ -106,6 +119,7 @@ def _read(path: Path, limit: int) -> bytes:
 
 __all__ = [
     "MANIFEST",
+    "hashes_of",
     "open_manifest",
     "read_listed",
     "seal_folder",

@@ -80,15 +80,20 @@ def check_config(folder: Path, code: Mapping[str, str] | None = None) -> None:
             _check_mapping(folder / name, code)
 
 
-def check_weights(folder: Path) -> None:
-    """Check every weight file that a model's folder would be loaded from. Raises InputRefused, DamagedFile."""
+def check_weights(folder: Path) -> list[Path]:
+    """Check every weight file that a model's folder would be loaded from; return them.
+
+    Raises InputRefused, DamagedFile.
+    """
     for path in folder.glob("*.safetensors"):
         is_there(folder, path.name)
     names = ["model.safetensors"]
     if not is_there(folder, names[0]):
         names = _indexed(folder)
-    for name in names:
-        check_safetensors(folder / name)
+    files = [folder / name for name in names]
+    for path in files:
+        check_safetensors(path)
+    return files
 
 
 def check_tokenizer(folder: Path) -> None:

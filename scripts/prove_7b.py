@@ -94,9 +94,9 @@ def run_child(folder: Path, shape: str, resume: bool) -> None:
 
     load_base = training.load_base
 
-    def loaded(*args: Any) -> Any:
+    def loaded(*args: Any, **settings: Any) -> Any:
         before, began = resident("self"), time.monotonic()
-        base = load_base(*args)
+        base = load_base(*args, **settings)
         numbers = {
             "load_s": round(time.monotonic() - began),
             "before_load_gib": before["VmRSS"],
@@ -107,7 +107,7 @@ def run_child(folder: Path, shape: str, resume: bool) -> None:
         print("loaded:", numbers, flush=True)
         return base
 
-    training.load_base = loaded  # type: ignore[assignment]
+    training.load_base = loaded
     training.load_tokenizer = lambda model: tokenizer()
     training.train(parse_recipe(recipe_of(folder, shape)), resume=resume)
 

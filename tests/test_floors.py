@@ -16,6 +16,7 @@ FLOORS = {
     "stopping": 0,
     "durable": 0,
     "sealed": 0,
+    "tensor_file": 0,
     "recipe": 0,
     "recipe_adapter": 0,
     "recipe_data": 0,
@@ -24,6 +25,8 @@ FLOORS = {
     "modeling_mixture": 0,
     "mixture": 1,
     "base": 1,
+    "base_cache": 1,
+    "base_files": 1,
     "data": 1,
     "memory": 2,
     "adapter_folder": 2,
@@ -55,6 +58,8 @@ SAME_FLOOR = {
     ("sealed", "errors"),
     ("sealed", "durable"),
     ("run_folder", "adapter_folder"),
+    ("base", "base_cache"),
+    ("base", "base_files"),
 }
 
 

@@ -55,6 +55,8 @@ from qd2mora.training.time_limit import TimeLimit
 from qd2mora.training.zero import ZeroOptimizer, ZeroState
 
 FIRST_LOSS_SCALE = 2.0**16
+WORTH_KEEPING = 512 << 20
+"""Bytes of 4-bit weights from which on they are kept where the recipe leaves that open: fewer are made in seconds."""
 MOST_ROWS_COUNTED = 200_000
 """Rows that the shares of tasks are told of; in longer runs they stay what they are."""
 
@@ -136,7 +138,7 @@ def _train_locked(
     processes.refuse_other(identity)
     changed = refuse_changed(before["identity"], identity, allow_changed) if before else []
     mixture = Mixture(recipe.data, tasks, recipe.train.seed)
-    model = _adapted_model(recipe, config, planned, accelerator.device)
+    model = _adapted_model(recipe, config, planned, processes, folder)
     if recipe.data.packing:
         check_isolation(model)
     start_adapter(
@@ -242,10 +244,14 @@ def _bytes_to_write(recipe: Recipe, planned: Plan) -> int:
     return (recipe.train.keep_checkpoints + 1) * size + adapters * 4 * planned.trainable_parameters + export
 
 
-def _adapted_model(recipe: Recipe, config: MixtureConfig, planned: Plan, device: torch.device) -> PeftModel:
-    setting = planned.setting
+def _adapted_model(
+    recipe: Recipe, config: MixtureConfig, planned: Plan, processes: Processes, folder: RunFolder
+) -> PeftModel:
+    setting, device = planned.setting, processes.device
     # A streamed base must not be on the device as a whole, not even once.
-    base = load_base(recipe.base, torch.device("cpu") if setting.stream else device, setting.dtype)
+    place = torch.device("cpu") if setting.stream else device
+    least = WORTH_KEEPING if recipe.base.cache == "auto" else 0
+    base = load_base(folder.base(recipe), place, setting.dtype, keep_from=least if processes.is_main else None)
     prepare_base(base, setting, device)
     return add_adapter(base, config, recipe.train.seed)
 

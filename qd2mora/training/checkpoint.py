@@ -18,8 +18,8 @@ from torch import Tensor
 from qd2mora.durable import remove_folder, staged_folder, write_file
 from qd2mora.errors import DamagedFile, NotFinite
 from qd2mora.sealed import open_manifest, read_listed, seal_folder, verify_folder
+from qd2mora.tensor_file import Inventory, encoded, inventory_of
 from qd2mora.training.state import Progress, State, owner_of
-from qd2mora.training.tensor_file import Inventory, encoded, inventory_of
 
 ADAPTER, OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
 

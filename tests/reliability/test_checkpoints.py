@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from qd2mora.errors import DamagedFile, NotFinite
 from qd2mora.sealed import MANIFEST, seal_text, unseal_text
+from qd2mora.tensor_file import encoded
 from qd2mora.training import checkpoint
 from qd2mora.training.state import Progress, State
-from qd2mora.training.tensor_file import encoded
 
 FLIPS = int(os.environ.get("GATE_FLIPS", "2000"))
 CUTS = int(os.environ.get("GATE_CUTS", "300"))

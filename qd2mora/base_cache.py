@@ -1,0 +1,142 @@
+"""4-bit weights on disk, so that a later start reads them instead of quantising the base again.
+
+An entry is a sealed folder in the layout of a pre-quantised model: config.json and safetensors in shards. Its manifest
+says what it was made of: the hash of the base, the settings, the versions. An entry made of something else is stale,
+one whose bytes are not those that were written is damaged; either is told in one line and left alone until a run
+replaces it. Readers share a lock, a writer has it alone; where it is taken, nothing is written.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qd2mora.durable import staged_folder, write_file
+from qd2mora.errors import DamagedFile
+from qd2mora.sealed import open_manifest, seal_folder, verify_folder
+from qd2mora.tensor_file import encoded
+
+SHARD_BYTES = 256 << 20
+"""Few enough to be copied from a device one shard at a time, and many enough files to be checked side by side."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One base's weights in a cache; `made_of` is what they must have been made of."""
+
+    folder: Path
+    made_of: dict[str, Any]
+
+    @classmethod
+    def of(cls, cache: Path, model: str, settings: dict[str, Any], content: dict[str, Any]) -> "Entry":
+        """Return the entry of a model in some settings, each of which has its own; `content` may change under it."""
+        text = json.dumps({"model": model, **settings}, sort_keys=True)
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2])[:60].strip(".-")
+        folder = cache / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        return cls(folder, {**settings, **content})
+
+    @contextmanager
+    def opened(self) -> Iterator[bool]:
+        """Tell whether the weights are there and whole, and keep them from being replaced while the block runs."""
+        if not self.folder.is_dir():
+            yield False
+            return
+        with self._locked(fcntl.LOCK_SH):
+            yield self._is_whole()
+
+    def write(self, tensors: dict[str, Tensor], configs: Callable[[Path], object]) -> None:
+        """Put weights in the place of what is there; `configs` writes the model's configuration into a folder.
+
+        A disk that is full or not writable costs a line, and no more.
+        """
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            state = os.statvfs(self.folder.parent)
+            if state.f_bavail * state.f_frsize < 2 * size:  # the run itself has something to write
+                self._say_not_kept(f"its disk is short of room for {size / 2**30:.1f} GiB")
+                return
+            with self._locked(fcntl.LOCK_EX | fcntl.LOCK_NB), staged_folder(self.folder) as stage:
+                configs(stage)
+                files = {path.name: _hashed(path) for path in stage.iterdir()}
+                for number, shard in enumerate(_shards(tensors)):
+                    name = f"model-{number:05}.safetensors"
+                    content = {key: tensor.detach().cpu() for key, tensor in shard.items()}
+                    files[name] = write_file(stage / name, encoded(content))
+                seal_folder(stage, files, {"made_of": self.made_of})
+        except BlockingIOError:
+            return  # another process is at it, or reads what is there
+        except OSError as error:
+            self._say_not_kept(error.strerror or str(error))
+
+    def say_made_anew(self, problem: str) -> None:
+        """Say why weights are quantised although there are some."""
+        _log.warning("base.cache: %s; the base is quantised anew", problem)
+
+    def _is_whole(self) -> bool:
+        try:
+            made_of = open_manifest(self.folder).get("made_of")
+            there = made_of if isinstance(made_of, dict) else {}
+            other = [name for name in self.made_of if there.get(name) != self.made_of[name]]
+            if not other:
+                verify_folder(self.folder)
+                return True
+        except DamagedFile as error:
+            self.say_made_anew(str(error))
+            return False
+        was, now = (_short(content.get(other[0])) for content in (there, self.made_of))
+        self.say_made_anew(f"'{self.folder}' was made with {other[0]} {was}, and now it is {now}")
+        return False
+
+    @contextmanager
+    def _locked(self, how: int) -> Iterator[None]:
+        """Hold the entry's lock; without one where a disk cannot be written, and so nothing be replaced."""
+        path = self.folder.with_name(f".{self.folder.name}.lock")
+        flags = os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            handle = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:
+            if how != fcntl.LOCK_SH:
+                raise
+            yield
+            return
+        try:
+            fcntl.flock(handle, how)
+            yield
+        finally:
+            os.close(handle)
+
+    def _say_not_kept(self, why: str) -> None:
+        _log.warning("base.cache: 4-bit weights are not kept in '%s': %s", self.folder.parent, why)
+
+
+def _shards(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if shard and sum(each.nbytes for each in shard.values()) + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard = {}
+        shard[name] = tensor
+    yield shard
+
+
+def _hashed(path: Path) -> tuple[int, str]:
+    content = path.read_bytes()
+    return len(content), hashlib.sha256(content).hexdigest()
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+__all__ = ["Entry"]

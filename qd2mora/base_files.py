@@ -1,0 +1,88 @@
+"""A model's files: the folder they lie in, fetched from the hub where they are not here, and a hash of them."""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from qd2mora.errors import InputRefused
+from qd2mora.recipe import Base
+
+RANDOM = "random:"
+
+
+def fingerprint(base: Base) -> str:
+    """Return a hash of a base's configuration and of every byte of its weights, wherever the folder lies.
+
+    A hub id is hashed by what is in the local cache, which loading fills; random weights by the shape's name. Files are
+    read side by side at about 1 GB/s each, once in a process, and are in the page cache then.
+    """
+    digest = hashlib.sha256()
+    folder = local_folder(base.model)
+    if folder is None:
+        digest.update(base.model.encode())
+        return digest.hexdigest()
+    paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for path, content in zip(paths, pool.map(_hash_of, paths), strict=True):
+            digest.update(f"{path.name} {content}".encode())
+    return digest.hexdigest()
+
+
+def local_folder(model: str) -> Path | None:
+    """Return where a model's files lie on this machine."""
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        cached = None if model.startswith(RANDOM) else try_to_load_from_cache(model, "config.json")
+    except HFValidationError:  # a path that is not there is no name on the hub
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def folder_of(model: str, patterns: list[str], needs: str = "config.json") -> Path:
+    """Return the folder of a model; of a hub id, where its files of these patterns are kept. Raises InputRefused."""
+    _refuse_missing(model, needs)
+    if os.path.isdir(model):
+        return Path(model)
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise InputRefused(f"base.model: '{model}' cannot be got from the hub: {first_line(error)}") from error
+
+
+def _refuse_missing(model: str, needs: str = "config.json") -> None:
+    """A name with more than one slash, or one that starts like a path, is a folder; it must hold what is needed."""
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
+    # os.path: an impossible name (too long, say) is not there, where Path.exists raises.
+    if os.path.isdir(model):
+        if not (Path(model) / needs).exists():
+            raise InputRefused(f"base.model: '{model}' holds no {needs}; name the folder of a Hugging Face model")
+    elif os.path.exists(model):
+        raise InputRefused(f"base.model: '{model}' is a file; name the folder of a Hugging Face model")
+    elif looks_like_path:
+        raise InputRefused(f"base.model: no folder '{model}'; give a model's folder, a hub id or random:SHAPE")
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+
+
+def _hash_of(path: Path) -> str:
+    state = path.stat()
+    return _hashed(path, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+
+
+@lru_cache(maxsize=256)
+def _hashed(path: Path, *state: int) -> str:
+    """Return a file's hash; it is asked for as long as the file's state is the same only once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+__all__ = ["RANDOM", "fingerprint", "first_line", "folder_of", "local_folder"]
