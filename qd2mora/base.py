@@ -33,6 +33,7 @@ from transformers import logging as transformers_logging
 from qd2mora.base_cache import Entry
 from qd2mora.base_files import RANDOM, fingerprint, first_line, folder_of, local_folder
 from qd2mora.errors import DamagedFile, InputRefused, nearest
+from qd2mora.host_memory import give_back_large_blocks
 from qd2mora.recipe import Base
 from qd2mora.tensor_file import tensors_on_disk
 from qd2mora.untrusted import check_config, check_safetensors, check_tokenizer, check_weights
@@ -140,6 +141,8 @@ def load_base(
     """
     device = device or default_device()
     dtype = dtype or compute_dtype(base, device)
+    if device.type == "cpu":
+        give_back_large_blocks()
     if not base.model.startswith(RANDOM):
         base_config(base)
         folder_of(base.model, _MODEL_PATTERNS)  # fetched: the hash of an entry is taken of its files

@@ -15,6 +15,7 @@ FLOORS = {
     "untrusted": 0,
     "stopping": 0,
     "durable": 0,
+    "host_memory": 0,
     "sealed": 0,
     "tensor_file": 0,
     "recipe": 0,
