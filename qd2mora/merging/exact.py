@@ -140,15 +140,15 @@ def _packed(source: Source, written: Written) -> list[Entry]:
             entries.append(each)
             continue
         # The state's length is not known before; the weight itself is made again when its turn comes.
-        weight: Any = source.linear(each.name).weight
-        entries.append(Entry(each.name, weight.dtype, tuple(weight.shape), _packed_blocks(source, each.name)))
-        state = weight.quant_state.as_dict(packed=True)
-        entries += [entry(f"{each.name}.{key}", value.cpu()) for key, value in state.items()]
+        packed, state = source.quantize(each.name)
+        shape = (sum(len(block) for block in packed), 1)
+        entries.append(Entry(each.name, torch.uint8, shape, _packed_blocks(source, each.name)))
+        entries += [entry(f"{each.name}.{key}", value.cpu()) for key, value in state.as_dict(packed=True).items()]
     return entries
 
 
 def _packed_blocks(source: Source, name: str) -> Callable[[], Iterator[Tensor]]:
-    return lambda: iter([source.linear(name).weight.data.cpu()])
+    return lambda: iter(source.quantize(name)[0])
 
 
 def _spec(layer: MixtureLinear, adapter_name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qd2mora.base import base_config, compute_dtype, default_device, dense_weight, local_folder, nf4_linear
+from qd2mora.base import base_config, compute_dtype, default_device, dense_weight, local_folder
 from qd2mora.errors import InputRefused
 from qd2mora.merging.shards import INDEX, KINDS
 from qd2mora.recipe import Base
@@ -23,6 +23,8 @@ from qd2mora.untrusted import check_weights
 
 BLOCK_BYTES = 8 << 20
 """Rows handled at once, in float32."""
+NF4_BLOCK = 64
+"""Numbers that share one scale in NF4."""
 
 _DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
 _NF4_MARK = ".quant_state.bitsandbytes__nf4"
@@ -113,40 +115,49 @@ class Source:
         return [(start, min(shape[0], start + step)) for start in range(0, shape[0], step)]
 
     def _through_nf4(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Quantise and dequantise a weight: what bitsandbytes does to it as a whole, in blocks of rows.
+        """Yield blocks of a weight quantised and dequantised."""
+        from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 
-        Its quantiser needs six times the weight on a CPU; only the second quantisation, of scales, sees all of it.
-        """
-        from bitsandbytes.functional import (
-            QuantState,
-            dequantize_4bit,
-            dequantize_blockwise,
-            quantize_4bit,
-            quantize_blockwise,
-        )
-
-        cuts, packed, scales = self._cuts(name), [], []
-        for start, stop in cuts:
-            rows = self.stored[name].read(start, stop).to(self.dtype).to(self.device)
-            nibbles, state = quantize_4bit(rows, blocksize=64, quant_type="nf4", compress_statistics=False)
-            packed.append(nibbles.cpu())
-            scales.append(state.absmax)
-        sizes = [len(each) for each in scales]
-        joined = torch.cat(scales)
-        if self.base.double_quant:
-            offset = joined.mean()
-            joined = dequantize_blockwise(*quantize_blockwise(joined - offset, blocksize=256)) + offset
-        for (start, stop), nibbles, absmax in zip(cuts, packed, joined.split(sizes), strict=True):
-            shape = torch.Size((stop - start, self.shape(name)[1]))
-            state = QuantState(absmax, shape=shape, blocksize=64, quant_type="nf4", dtype=self.dtype)
+        packed, whole = self.quantize(name)
+        scales: Tensor = whole.absmax
+        if whole.nested:
+            scales = dequantize_blockwise(scales, whole.state2) + whole.offset
+        width, place = self.shape(name)[1], 0
+        for (start, stop), nibbles in zip(self._cuts(name), packed, strict=True):
+            shape, size = torch.Size((stop - start, width)), nibbles.numel() * 2 // NF4_BLOCK
+            absmax, place = scales[place : place + size], place + size
+            state = QuantState(absmax, shape=shape, blocksize=NF4_BLOCK, quant_type="nf4", dtype=self.dtype)
             yield start, dequantize_4bit(nibbles.to(self.device), state).float().cpu()
 
+    def quantize(self, name: str) -> tuple[list[Tensor], Any]:
+        """Return a weight as training packed it, (n, 1) uint8 a block of rows on the CPU, and its quantisation state.
+
+        What bitsandbytes makes of the weight as a whole, in blocks of rows: its quantiser needs six times the weight on
+        a CPU. Only the second quantisation, of scales, sees all of it. For a base that is stored in 4 bits, as stored.
+        """
+        if name + _NF4_MARK in self.stored:
+            weight: Any = self.linear(name).weight
+            return [weight.data.cpu()], weight.quant_state
+        from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
+
+        packed, scales = [], []
+        for start, stop in self._cuts(name):
+            rows = self.stored[name].read(start, stop).to(self.dtype).to(self.device)
+            nibbles, state = quantize_4bit(rows, blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False)
+            packed.append(nibbles.cpu())
+            scales.append(state.absmax)
+        absmax, offset, second = torch.cat(scales), None, None
+        if self.base.double_quant:
+            offset = absmax.mean()
+            absmax, second = quantize_blockwise(absmax - offset, blocksize=256)
+        code, shape = get_4bit_type("nf4", device=self.device), torch.Size(self.shape(name))
+        return packed, QuantState(absmax, shape, code, NF4_BLOCK, "nf4", self.dtype, offset, second)
+
     def linear(self, name: str) -> nn.Linear:
-        """Return the 4-bit linear that the adapter saw, on the device."""
-        weight = self.stored[name].read()
-        if name + _NF4_MARK not in self.stored:
-            return nf4_linear(weight.to(self.dtype).to(self.device), self.base, self.dtype)
+        """Return a 4-bit linear of a base that is stored in 4 bits, on the device."""
         import bitsandbytes as bnb
+
+        weight = self.stored[name].read()
 
         state = {each: self.stored[each].read() for each in self.stored if each.startswith(f"{name}.")}
         shape = self.shape(name)

@@ -127,7 +127,7 @@ def _word(dtype: torch.dtype) -> str:
 
 
 def _hint(dtype: torch.dtype) -> str:
-    return "; --dtype bfloat16 holds it, with more rounding" if dtype is torch.float16 else ""
+    return "; --dtype bfloat16 (in a GGUF file q8_0) holds it, with more rounding" if dtype is torch.float16 else ""
 
 
 __all__ = [
