@@ -12,14 +12,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from qd2mora.base import load_tokenizer
 from qd2mora.comparison.arm import Exam, best_export, last_losses, score_run
 from qd2mora.comparison.match import Arm, matched_arms
 from qd2mora.comparison.outcome import Comparison, outcome
 from qd2mora.comparison.split import split_tasks, testing
+from qd2mora.data import prepare
 from qd2mora.durable import write_json
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation import ask_suite, suite_task_names
+from qd2mora.merging.strategies import find_strategy
 from qd2mora.mixture import MixtureConfig
 from qd2mora.recipe import Recipe
 from qd2mora.run_folder import RunFolder, is_run, refuse_taken
@@ -71,11 +75,20 @@ def compare(
     """
     if len(set(wishes.methods)) < len(wishes.methods) or not wishes.methods:
         raise InputRefused(f"--methods: {', '.join(wishes.methods) or 'none'} will not do: different ones, with commas")
+    for name in wishes.strategies:
+        find_strategy(name)
     arms = matched_arms(recipe, list(wishes.methods))
-    _check_suite(recipe, wishes, arms)
+    tokenizer = load_tokenizer(recipe.base.model)
+    _check_suite(recipe, wishes, arms, tokenizer)
     plan = {"recipe": recipe.deciding() | {"output": None}, "wishes": _lasting(wishes)}
-    _open(out, plan, overwrite)
-    learning = split_tasks(recipe, out / "split", wishes.choose_rows, has_test=wishes.suite is None)
+    is_new = _open(out, plan, overwrite)
+    try:
+        prepare(recipe.data, tokenizer, recipe.train.seed)  # names a bad row by the file it is in, not by the split's
+        learning = split_tasks(recipe, out / "split", wishes.choose_rows, has_test=wishes.suite is None)
+    except InputRefused:
+        if is_new:  # what was refused is not begun: other wishes may take the folder
+            shutil.rmtree(out)
+        raise
     for arm in arms:
         say(f"{arm.name}: {arm.parameters:,} trainable parameters (rank {_rank(arm)})")
     num_steps = _steps(learning, wishes, arms, out, say)
@@ -92,7 +105,7 @@ def compare(
     return found
 
 
-def _check_suite(recipe: Recipe, wishes: Wishes, arms: list[Arm]) -> None:
+def _check_suite(recipe: Recipe, wishes: Wishes, arms: list[Arm], tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a suite that cannot be asked, before anything is trained. Raises InputRefused."""
     if wishes.suite is None:
         if wishes.data is not None or wishes.tasks:
@@ -101,14 +114,7 @@ def _check_suite(recipe: Recipe, wishes: Wishes, arms: list[Arm]) -> None:
     names = suite_task_names(wishes.suite, wishes.tasks)
     if wishes.data is None:
         raise InputRefused(f"--data: say in which folder the test files of {wishes.suite} are")
-    ask_suite(
-        wishes.suite,
-        Path(wishes.data),
-        load_tokenizer(recipe.base.model),
-        scoring=wishes.scoring,
-        only=names,
-        limit=wishes.limit,
-    )
+    ask_suite(wishes.suite, Path(wishes.data), tokenizer, scoring=wishes.scoring, only=names, limit=wishes.limit)
     known = [task.name for task in recipe.data.tasks]
     for arm in arms:
         unknown = [name for name in names if name not in known]
@@ -127,7 +133,8 @@ def _lasting(wishes: Wishes) -> dict[str, Any]:
     return dict(content)
 
 
-def _open(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
+def _open(out: Path, plan: dict[str, Any], overwrite: bool) -> bool:
+    """Begin a comparison's folder, or see that it is of this one; tell which."""
     file = out / "plan.json"
     if overwrite and file.is_file():
         shutil.rmtree(out)
@@ -139,10 +146,11 @@ def _open(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
                 f"--out: '{out}' holds another comparison ({' and '.join(changed)} changed); name another folder, or "
                 "start anew with --overwrite"
             )
-        return
+        return False
     refuse_taken(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
     write_json(file, plan)
+    return True
 
 
 def _steps(recipe: Recipe, wishes: Wishes, arms: list[Arm], out: Path, say: Callable[[str], None]) -> int | None:

@@ -27,7 +27,7 @@ def split_tasks(recipe: Recipe, folder: Path, num_choose: int, *, has_test: bool
     if not folder.is_dir():
         with staged_folder(folder) as stage:
             for task in recipe.data.tasks:
-                for part, rows in _parts(task, num_choose, has_test).items():
+                for part, rows in _parts(task, num_choose, has_test, recipe.data.on_bad_row == "skip").items():
                     text = "".join(json.dumps(row) + "\n" for row in rows)
                     (stage / f"{task.name}.{part}.jsonl").write_text(text, encoding="utf-8")
     tasks = [_reading(task, folder, LEARN, CHOOSE) for task in recipe.data.tasks]
@@ -50,11 +50,11 @@ def _reading(task: Task, folder: Path, learn: str, held_out: str) -> Task:
     return task.model_copy(update=changes)
 
 
-def _parts(task: Task, num_choose: int, has_test: bool) -> dict[str, list[Any]]:
-    rows = _rows(task, task.path)
+def _parts(task: Task, num_choose: int, has_test: bool, skips: bool) -> dict[str, list[Any]]:
+    rows = _rows(task, task.path, skips)
     order = np.random.default_rng([*task.name.encode()]).permutation(len(rows)).tolist()
     if isinstance(task.validation, str):
-        test, num_test = _rows(task, task.validation), 0
+        test, num_test = _rows(task, task.validation, skips), 0
     else:
         num_test = task.validation
         test = [rows[place] for place in sorted(order[:num_test])]
@@ -69,16 +69,23 @@ def _parts(task: Task, num_choose: int, has_test: bool) -> dict[str, list[Any]]:
     seen = {json.dumps(row, sort_keys=True) for row in test}
     left = [place for place in order[num_test:] if json.dumps(rows[place], sort_keys=True) not in seen]
     choose, learn = sorted(left[:num_choose]), sorted(left[num_choose:])
+    if not learn:
+        raise InputRefused(
+            f"data.tasks.{task.name}: {len(order) - num_test - len(left)} of {len(rows)} rows are copies of test rows, "
+            f"and {num_choose} rows to choose the learning rate by leave none to learn from; fewer of --choose-rows"
+        )
     return {LEARN: [rows[each] for each in learn], CHOOSE: [rows[each] for each in choose], TEST: test}
 
 
-def _rows(task: Task, path: str) -> list[Any]:
-    """Return the rows that the task selects, as they stand in the file, up to its limit."""
+def _rows(task: Task, path: str, skips: bool) -> list[Any]:
+    """Return the rows that the task selects, as they stand in the file, up to its limit; `skips`: broken ones apart."""
     rows: list[Any] = []
     for place, row in rows_of(path, task):
         if len(rows) == task.limit:
             break
         if isinstance(row, BadRow) or not isinstance(row, dict):
+            if skips:
+                continue
             raise InputRefused(f"{path}, {place}: {row if isinstance(row, BadRow) else 'a row is an object'}")
         if all(str(row.get(name)) == value for name, value in (task.select or {}).items()):
             rows.append(row)

@@ -17,7 +17,8 @@ from qd2mora.recipe import Task
 class Format:
     """How a row becomes a prompt and an answer; `split` is None where a chat template words it.
 
-    `texts`: the fields that are text; `split` checks the others. `inner`: names inside a field that a recipe may map.
+    `texts`: the fields that are text; `split` checks the others. `asks`: fields of which one must say something.
+    `inner`: names inside a field that a recipe may map.
     """
 
     fields: tuple[str, ...]
@@ -25,12 +26,18 @@ class Format:
     texts: tuple[str, ...]
     optional: tuple[str, ...] = ()
     inner: tuple[str, ...] = ()
+    asks: tuple[str, ...] = ()
 
 
 FORMATS = {
-    "instruction": Format(instruction.FIELDS, instruction.split, instruction.FIELDS, instruction.OPTIONAL),
+    "instruction": Format(
+        *(instruction.FIELDS, instruction.split, instruction.FIELDS, instruction.OPTIONAL),
+        asks=("instruction", "input"),
+    ),
     "completion": Format(completion.FIELDS, completion.split, completion.FIELDS),
-    "multiple_choice": Format(multiple_choice.FIELDS, multiple_choice.split, multiple_choice.TEXTS),
+    "multiple_choice": Format(
+        multiple_choice.FIELDS, multiple_choice.split, multiple_choice.TEXTS, asks=multiple_choice.TEXTS
+    ),
     "chat": Format(chat.FIELDS, None, (), (), chat.INNER),
 }
 
@@ -162,6 +169,8 @@ def _checked(form: Format, row: Any, task: Task, template: ChatTemplate | None) 
     for name in (*form.texts, *form.optional):
         if content.get(name) is not None or name in form.texts:
             _check_text(str(names.get(name, name)), content[name])
+    if form.asks and not any((content.get(name) or "").strip() for name in form.asks):
+        raise BadRow(f"field '{names.get(form.asks[0], form.asks[0])}' is empty", ", there is nothing to ask")
     vector = None if task.vector is None else _vector(row, task.vector)
     if form.split is None:
         return _conversation(content["messages"], names, template, vector)

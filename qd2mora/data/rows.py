@@ -218,8 +218,9 @@ def _hub_rows(path: str, task: Task) -> Iterator[Any]:
 
     name, _, split = path.removeprefix(HUB).partition(":")
     try:
-        return iter(datasets.load_dataset(name, split=split or "train", streaming=task.streaming))
-    except (datasets.exceptions.DatasetNotFoundError, ValueError, OSError) as error:
+        # A stream fails where it breaks off, not where it begins.
+        yield from datasets.load_dataset(name, split=split or "train", streaming=task.streaming)
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         raise InputRefused(f"data.tasks.{task.name}: '{path}' cannot be got: {str(error).splitlines()[0]}") from error
 
 

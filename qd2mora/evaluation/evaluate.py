@@ -112,6 +112,8 @@ def score_tasks(subject: Subject, tasks: list[TaskRows], limit: int | None = Non
 def _check(
     model: str | Path, recipe: str | Path | None, suite: str | None, data: str | Path | None, scoring: str, prompt: str
 ) -> None:
+    if not Path(model).is_dir():
+        raise InputRefused(f"'{model}': no such folder; name a run or a model folder")
     if suite is None and recipe is None and not is_run(model):
         raise InputRefused(f"'{model}' is not a run: say with --recipe whose held-out rows to ask, or name a --suite")
     if suite is not None and recipe is not None:

@@ -169,6 +169,8 @@ def test_arms_may_be_tested_on_the_files_of_a_suite(made: Path, tmp_path: Path) 
         (["--choose-rows", "40"], "leave none of 40"),
         (["data.tasks.0.validation=0"], "needs held-out rows"),
         (["--minutes", "0"], "--minutes: 0 are too few"),
+        (["--strategies", "mean_gates"], "unknown strategy 'mean_gates'; did you mean 'mean_gate'"),
+        (["data.tasks.0.fields={output: reply}"], "first.jsonl, row 1: no field 'reply'"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(
@@ -183,3 +185,4 @@ def test_what_cannot_be_compared_is_one_line(
     assert run_cli(monkeypatch, "compare", made / "recipe.yaml", *arguments, *rows, "--out", tmp_path / "out") == 2
     err = capsys.readouterr().err
     assert words in err and err.startswith("error: ") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists() or "--minutes" in arguments  # other wishes may take the folder

@@ -93,6 +93,10 @@ def test_arrow_files_of_both_forms_and_hub_data_sets_give_their_rows(tmp_path: P
         assert read_pairs(Task(name="t", path=path, format="completion"), path) == wanted
     task = Task(name="t", path=f"hub:{tmp_path / 'hub'}:train", format="completion", streaming=True, limit=5)
     assert read_pairs(task, task.path) == wanted[:5]
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train.jsonl").write_text('{"prompt": "1", "completion": "x"}\n{"pro', encoding="utf-8")
+    with pytest.raises(InputRefused, match="broken' cannot be got: JSON parse error"):
+        read_pairs(task, f"hub:{tmp_path / 'broken'}")
     (tmp_path / "c.arrow").write_bytes(b"ARROW1 no")
     with pytest.raises(InputRefused, match=r"c\.arrow: not an arrow file"):
         read_pairs(task, str(tmp_path / "c.arrow"))

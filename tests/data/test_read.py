@@ -90,6 +90,7 @@ def test_completion_rows_are_taken_as_they_are(tmp_path: Path) -> None:
         ("a.jsonl", b'{"instruction": "x", "output": 5}', "row 1: field 'output' should be text"),
         ("a.jsonl", b'{"instruction": "x", "input": 5, "output": "y"}', "row 1: field 'input' should be text"),
         ("a.jsonl", b'{"instruction": "x", "output": "  "}', "row 1: field 'output' is empty"),
+        ("a.jsonl", b'{"instruction": " ", "output": "x"}', "row 1: field 'instruction' is empty"),
         ("a.jsonl", b'{"instruction": "\xff"}', "not UTF-8"),
         ("a.csv", b"a,b\n1,2\n", "row 1: no field 'instruction'"),
         ("a.parquet", b"nothing", "not a parquet file"),
