@@ -5,8 +5,8 @@ Why: `bench_export.py` measures exports of trained adapters, and a trained adapt
 How: `python scripts/export_cases.py DATA --work FOLDER [--case NAME]` trains what is missing; run again, it goes on.
 
 The arms: D2MoRA (M 3, N 4, rank 8, all seven linears) and a plain LoRA of rank 27, the widest that its export has, both
-with the same rows, steps, seeds, learning rate and scaling. Where the instruction's frame would leave no room in the
-base's context, rows come without it; tasks of which too few rows fit are left out.
+with the same rows, steps, seeds, learning rate and scaling. On bases that read letters or short pieces, rows are short
+ones and come without the instruction's frame; tasks of which too few rows are short enough are left out.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class Case:
 
 CASES = {
     "quickstart": Case("", "", steps=400),
-    "stories reasoning": Case("stories260K-hf", REASONING, is_framed=True),
+    "stories reasoning": Case("stories260K-hf", REASONING, characters=300),
     "stories commonsense": Case("stories260K-hf", COMMONSENSE, characters=700),
     "babyllama reasoning": Case("babyllama105-hf", REASONING, max_length=256, characters=250),
     "babyllama commonsense": Case("babyllama105-hf", COMMONSENSE, max_length=256, characters=250),
