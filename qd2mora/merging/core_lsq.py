@@ -1,10 +1,10 @@
 """Least squares in rank space: the K that best explains v = K_t A x over the calibration tokens, in closed form.
 
 K = E[v u^T] (E[u u^T] + ridge I)^-1 with u = [A; R] x, R the rows of the routers that read x: they are there anyway,
-read the same x, and say where the gates lean. Among all updates of the form B K [A; R] it is optimal for any B of full
-column rank, hence never worse there than mean gates or than u = A x alone, and exact where K_t is constant. The rank
-stays that of B or of [A; R]. Source: regression merging (RegMean, arXiv 2212.09849) applied to the adapter's own code
-instead of the layer's input.
+read the same x, and say where the gates lean. Answers count as much as prompts (`statistics.balanced`). Among all
+updates of the form B K [A; R] it is optimal for any B of full column rank, hence never worse there than mean gates or
+than u = A x alone, and exact where K_t is constant. The rank stays that of B or of [A; R]. Source: regression merging
+(RegMean, arXiv 2212.09849) applied to the adapter's own code instead of the layer's input.
 """
 
 import torch

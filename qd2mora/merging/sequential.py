@@ -9,7 +9,7 @@ from peft import PeftModel
 from qd2mora.merging import core_lsq
 from qd2mora.merging.setting import Batches
 from qd2mora.merging.static import of_cores, replaced
-from qd2mora.merging.statistics import collect
+from qd2mora.merging.statistics import balanced, collect
 from qd2mora.mixture import mixture_layers
 from qd2mora.mixture.low_rank import LowRank
 
@@ -19,7 +19,7 @@ def sequential(model: PeftModel, batches: Batches) -> dict[str, LowRank]:
     statics: dict[str, LowRank] = {}
     for names in stages(model):
         with replaced(model, statics):
-            moments = collect(model, batches, names=names, with_mixing=False)
+            moments = collect(model, batches, names=names, with_mixing=False, weigh=balanced)
         statics |= of_cores(model, {name: core_lsq.mixing(each) for name, each in moments.items()})
     return statics
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from peft import PeftModel
 from torch import Tensor
 
-from qd2mora.merging.statistics import Moments, collect
+from qd2mora.merging.statistics import Moments, balanced, collect
 from qd2mora.mixture.low_rank import LowRank
 
 Batches = Sequence[dict[str, Tensor]]
@@ -43,7 +43,7 @@ class Setting:
         `with_mixing`: the average K_t too, which takes longer; asked for first, it serves all that ask later.
         """
         if not self._moments or (with_mixing and not self._has_mixing):
-            self._moments = collect(self.model, self.calibration, with_mixing=with_mixing)
+            self._moments = collect(self.model, self.calibration, with_mixing=with_mixing, weigh=balanced)
             self._has_mixing = with_mixing
         return self._moments
 

@@ -1,7 +1,7 @@
 """What one pass over calibration rows must remember of each adapted linear: moments in rank space, a few kilobytes.
 
-For u = [A; routers that read x] x and v = K_t A x over the attended tokens: E[u u^T], E[v u^T], E[v v^T] and, where
-asked for, E[K_t], accumulated in float64. With P ranks of v, Q of A x and E rows of routers these are (Q+E) x (Q+E),
+For u = [A; routers that read x] x and v = K_t A x over weighted tokens: E[u u^T], E[v u^T], E[v v^T] and, where asked
+for, E[K_t], accumulated in float64. With P ranks of v, Q of A x and E rows of routers these are (Q+E) x (Q+E),
 P x (Q+E), P x P and P x Q: d_in and d_out do not enter. The layers hand over the u and v of their own forward pass, so
 that a pass costs what it costs without statistics, and one small product for each linear and batch.
 """
@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
+from qd2mora.memory.loss import IGNORE
 from qd2mora.mixture import MixtureLinear, mixture_layers, read_rows
 from qd2mora.mixture.block import has_slots
 from qd2mora.mixture.ops import wide
@@ -74,6 +76,17 @@ def attended(batch: Batch) -> Tensor:
     return batch["attention_mask"].float()
 
 
+def balanced(batch: Batch) -> Tensor:
+    """Return weights: a row's tokens that predict a label count a half together, its others the other half.
+
+    Answers are short and prompts long: with every token alike, what decides an answer hardly counts.
+    """
+    every = batch["attention_mask"].float()
+    answer = F.pad((batch["labels"][:, 1:] != IGNORE).float(), (0, 1)) * every
+    parts = (answer, every - answer)
+    return torch.stack([0.5 * part / part.sum(1, keepdim=True).clamp_min(1) for part in parts]).sum(0)
+
+
 Observe = Callable[[str, MixtureLinear, Tensor, Tensor], None]
 """Called with a linear's name, the linear, its input (..., D) and which tokens are attended (rows, length) bool."""
 
@@ -89,7 +102,8 @@ def collect(
 ) -> dict[str, Moments]:
     """Run the routed model over batches once and return the moments of every adapted linear (or of `names`) by name.
 
-    `with_mixing`: whether to average K_t too, which mean gates need and least squares do not.
+    `with_mixing`: whether to average K_t too, which mean gates need and least squares do not. `weigh`: what tokens are
+    worth.
     """
     layers = {name: each for name, each in mixture_layers(model).items() if names is None or name in names}
     moments: dict[str, Moments] = {}
@@ -171,4 +185,4 @@ def observed(layers: dict[str, MixtureLinear], observe: Observe, attended: Tenso
             handle.remove()
 
 
-__all__ = ["Moments", "collect", "decode", "observed"]
+__all__ = ["Moments", "attended", "balanced", "collect", "decode", "observed"]

@@ -23,7 +23,7 @@ from qd2mora.merging.sample import batches_of, sample_rows
 from qd2mora.merging.sequential import sequential, stages
 from qd2mora.merging.setting import FORWARD, Setting
 from qd2mora.merging.static import of_core, of_cores, replaced
-from qd2mora.merging.statistics import collect, decode, observed
+from qd2mora.merging.statistics import balanced, collect, decode, observed
 from qd2mora.merging.strategies import STRATEGIES
 from qd2mora.mixture import MixtureConfig, add_adapter, mixture_layers
 from qd2mora.mixture.low_rank import LowRank
@@ -122,13 +122,25 @@ def test_statistics_of_all_linears_come_from_one_pass(setting: Setting) -> None:
     assert passes == len(setting.calibration)
 
 
+def test_answers_count_as_much_as_prompts_and_every_row_alike(setting: Setting) -> None:
+    for batch in setting.calibration:
+        weight, labels = balanced(batch), batch["labels"]
+        answers = torch.zeros_like(weight, dtype=torch.bool)
+        answers[:, :-1] = labels[:, 1:] != -100
+        for part in (answers, ~answers):
+            torch.testing.assert_close((weight * part).sum(1), torch.full((len(labels),), 0.5))
+        assert not weight[batch["attention_mask"] == 0].any() and (weight[answers] > 0).all()
+    tokens = next(iter(setting.moments().values())).tokens
+    assert tokens == pytest.approx(sum(len(batch["labels"]) for batch in setting.calibration))
+
+
 def test_sequential_begins_as_least_squares_and_then_sees_what_static_layers_do(setting: Setting) -> None:
     first, second = stages(setting.model)
     together, one_by_one = closed_form(setting), sequential(setting.model, setting.calibration)
     for name in first:
         assert torch.equal(together[name].dense(), one_by_one[name].dense())
     with replaced(setting.model, {name: together[name] for name in first}):
-        moments = collect(setting.model, setting.calibration, names=second)
+        moments = collect(setting.model, setting.calibration, names=second, weigh=balanced)
     for name, each in moments.items():
         wanted = of_cores(setting.model, {name: core_lsq.mixing(each)})[name].dense()
         torch.testing.assert_close(one_by_one[name].dense(), wanted)
