@@ -7,7 +7,7 @@ forward and backward, never by the clock, so that the same run gives the same ex
 
 from qd2mora.merging import core_lsq, mean_gate
 from qd2mora.merging.distill import ROWS_A_STEP, Teacher, distill, mean_divergence
-from qd2mora.merging.setting import FORWARD, Setting, rows_of
+from qd2mora.merging.setting import Setting, rows_of
 from qd2mora.merging.static import of_cores
 from qd2mora.mixture.low_rank import LowRank
 
@@ -40,8 +40,8 @@ def auto(setting: Setting) -> dict[str, LowRank]:
 
 def affordable_steps(setting: Setting) -> int:
     """Return the steps of distillation that a fifth of the training's cost leaves, once the rest is paid."""
-    spent = FORWARD * (rows_of(setting.calibration) + 4 * rows_of(setting.checking or setting.calibration))
-    return int((SHARE * setting.trained_rows - spent) / ((1 + FORWARD) * ROWS_A_STEP))
+    spent = setting.forward * (rows_of(setting.calibration) + 4 * rows_of(setting.checking or setting.calibration))
+    return int((SHARE * setting.trained_rows - spent) / ((1 + setting.forward) * ROWS_A_STEP))
 
 
 __all__ = ["MIN_STEPS", "SHARE", "affordable_steps", "auto"]

@@ -11,9 +11,6 @@ from qd2mora.mixture.low_rank import LowRank
 
 Batches = Sequence[dict[str, Tensor]]
 
-FORWARD = 0.5
-"""Cost of a row's forward pass, where forward and backward over a frozen base (no gradients of its weights) are 1."""
-
 
 @dataclass
 class Setting:
@@ -37,6 +34,14 @@ class Setting:
     _moments: dict[str, Moments] = field(default_factory=dict)
     _has_mixing: bool = False
 
+    @property
+    def forward(self) -> float:
+        """Cost of a row's forward pass, where the training's forward and backward over a frozen base are 1.
+
+        The base has no gradients of weights, so backward costs what forward does, and twice that where it recomputes.
+        """
+        return 1 / 3 if self.recomputes else 1 / 2
+
     def moments(self, *, with_mixing: bool = False) -> dict[str, Moments]:
         """Return the moments of every linear, from one pass over the calibration rows however often they are asked.
 
@@ -56,4 +61,4 @@ def rows_of(batches: Batches) -> int:
     return 0 if not batches else (len(batches) - 1) * len(batches[0]["labels"]) + len(batches[-1]["labels"])
 
 
-__all__ = ["FORWARD", "Batches", "Setting", "Strategy", "rows_of"]
+__all__ = ["Batches", "Setting", "Strategy", "rows_of"]

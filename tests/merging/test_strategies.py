@@ -21,7 +21,7 @@ from qd2mora.merging.fidelity import measure, missed, unexplained
 from qd2mora.merging.making import setting_of
 from qd2mora.merging.sample import batches_of, sample_rows
 from qd2mora.merging.sequential import sequential, stages
-from qd2mora.merging.setting import FORWARD, Setting
+from qd2mora.merging.setting import Setting
 from qd2mora.merging.static import of_core, of_cores, replaced
 from qd2mora.merging.statistics import balanced, collect, decode, observed
 from qd2mora.merging.strategies import STRATEGIES
@@ -219,13 +219,16 @@ def test_auto_spends_a_fifth_of_the_training_at_most(setting: Setting) -> None:
 
     def count(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         nonlocal cost
-        cost += len(named["input_ids"]) * (1.0 if torch.is_grad_enabled() else FORWARD)
+        cost += len(named["input_ids"]) * (1.0 if torch.is_grad_enabled() else setting.forward)
 
     decoder: Any = setting.model.get_base_model().get_decoder()
     handle = decoder.register_forward_pre_hook(count, with_kwargs=True)
     auto(setting)
     handle.remove()
     assert 0.1 * setting.trained_rows < cost <= 0.2 * setting.trained_rows
+    before = affordable_steps(setting)
+    setting.recomputes = True  # the training's own forward pass is a smaller part of what it cost
+    assert affordable_steps(setting) > before
     setting.trained_rows = 100
     assert affordable_steps(setting) < 0
 
