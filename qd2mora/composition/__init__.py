@@ -5,25 +5,28 @@ LoRAs come out as PEFT's own folders, mixtures as this package's. Operations, se
 LoRA).
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from qd2mora.composition import cat, lego, linear, sub
 from qd2mora.composition.extract import extract
-from qd2mora.composition.inputs import PREFIX, base_of, read_loras, read_mixture, read_weights
+from qd2mora.composition.inputs import PREFIX, base_of, read_loras, read_mixture, read_weights, trained_on
 from qd2mora.composition.learned import learn
 from qd2mora.composition.upcycle import upcycle
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.merging.lora import write_lora
-from qd2mora.merging.shards import entry, write_tensors
+from qd2mora.merging.shards import File, entry, write_tensors
 from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.given import GivenLora
 from qd2mora.mixture.low_rank import LowRank
 from qd2mora.recipe import load_recipe
 from qd2mora.run_folder import is_run, refuse_taken, staged_folder
+from qd2mora.sealed import seal_folder
 
 OPERATIONS = {"cat": "weights learn steps", "linear": "weights", "lego": "weights rank", "sub": "experts rank"}
 OPERATIONS |= {"upcycle": "experts", "extract": "rank"}
@@ -67,7 +70,7 @@ def compose(
         words = f"rank {rank} holds {found.energy:.1%} of the difference of {len(found.updates)} linears"
         words += f"; not in it: {', '.join(found.left_out)}" if found.left_out else ""
         with staged_folder(Path(out)) as stage:
-            write_lora(found.updates, inputs[1], None, stage)
+            _seal(stage, write_lora(found.updates, inputs[1], None, stage), None)
         return Composed(Path(out), words)
     base = base_of(inputs)
     if operation == "sub":
@@ -76,7 +79,7 @@ def compose(
     if operation == "upcycle":
         assert experts is not None
         config, tensors = upcycle(loras[0], experts)
-        write_mixture(config, tensors, base, Path(out))
+        write_mixture(config, tensors, base, Path(out), trained_on(inputs))
         return Composed(Path(out), f"{config.method}: {experts} experts of rank {config.rank}, the same function")
     given, words = read_weights(weights, len(loras)), ""
     if operation == "lego":
@@ -87,7 +90,7 @@ def compose(
     else:
         made = {"cat": cat, "linear": linear}[operation].compose(loras, given)
     with staged_folder(Path(out)) as stage:
-        write_lora(made, base, None, stage)
+        _seal(stage, write_lora(made, base, None, stage), trained_on(inputs))
     return Composed(Path(out), f"{len(loras)} LoRAs, rank {max(each.rank for each in made.values())}{words}")
 
 
@@ -111,17 +114,33 @@ def _sub(folder: str, out: Path, experts: int | None, rank: int | None) -> Compo
         for name, each in linears.items()
         for kind, tensor in sub.compress(each, experts, rank).items()
     }
-    write_mixture(sub.compressed_config(config, experts, rank), tensors, base_of([folder]), out)
+    made = sub.compressed_config(config, experts, rank)
+    write_mixture(made, tensors, base_of([folder]), out, trained_on([folder]))
     return Composed(out, f"{config.num_down} experts of rank {config.rank} became {experts} of rank {rank}")
 
 
-def write_mixture(config: MixtureConfig, tensors: Mapping[str, Tensor], base: str, out: Path) -> None:
-    """Write an adapter of this package, which loads with `import qd2mora; PeftModel.from_pretrained`."""
+def write_mixture(
+    config: MixtureConfig, tensors: Mapping[str, Tensor], base: str, out: Path, settings: dict[str, Any] | None = None
+) -> None:
+    """Write an adapter of this package, which loads with `import qd2mora; PeftModel.from_pretrained`.
+
+    `settings`: the base with its quantisation, where it is known.
+    """
     config.base_model_name_or_path, config.inference_mode = base, True
     with staged_folder(out) as stage:
         config.save_pretrained(str(stage))
         entries = [entry(PREFIX + name, tensor.contiguous()) for name, tensor in tensors.items()]
-        write_tensors(stage / "adapter_model.safetensors", entries)
+        _seal(stage, [write_tensors(stage / "adapter_model.safetensors", entries)], settings)
+
+
+def _seal(folder: Path, files: list[File], settings: dict[str, Any] | None) -> None:
+    """Write the manifest; with the base that was trained on, `generate` loads it quantised as it was."""
+    known = {file.name: (file.num_bytes, file.sha256) for file in files}
+    for path in folder.iterdir():
+        if path.name not in known:
+            content = path.read_bytes()
+            known[path.name] = (len(content), hashlib.sha256(content).hexdigest())
+    seal_folder(folder, known, {"kind": "composed"} | ({"base": settings} if settings else {}))
 
 
 def _check(operation: str, inputs: Sequence[str], settings: Mapping[str, object]) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -11,6 +12,8 @@ from torch import Tensor
 from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.given import GivenLora, read_given
+from qd2mora.run_folder import is_run, read_recipe
+from qd2mora.sealed import MANIFEST, open_manifest
 from qd2mora.untrusted import check_adapter
 
 PREFIX = "base_model.model."
@@ -40,6 +43,20 @@ def base_of(folders: Sequence[str]) -> str:
     if len(set(names)) > 1:
         raise InputRefused(f"compose: the adapters are of different bases: {', '.join(sorted(set(names)))}")
     return names[0]
+
+
+def trained_on(folders: Sequence[str]) -> dict[str, Any] | None:
+    """Return the base, with its quantisation, that runs and exports say they are for; None where they do not agree."""
+    found = [_trained_on(Path(folder)) for folder in folders]
+    return found[0] if all(each == found[0] for each in found) else None
+
+
+def _trained_on(folder: Path) -> dict[str, Any] | None:
+    if is_run(folder):
+        return read_recipe(folder).base.model_dump()
+    if (folder / MANIFEST).is_file():
+        return open_manifest(folder, lambda name: not name.endswith(".md")).get("base")
+    return None
 
 
 def read_mixture(folder: str) -> tuple[MixtureConfig, dict[str, dict[str, Tensor]]]:
@@ -83,4 +100,13 @@ def read_weights(text: str | None, number: int) -> list[float]:
     return weights
 
 
-__all__ = ["PREFIX", "adapter_folder", "all_linears", "base_of", "read_loras", "read_mixture", "read_weights"]
+__all__ = [
+    "PREFIX",
+    "adapter_folder",
+    "all_linears",
+    "base_of",
+    "read_loras",
+    "read_mixture",
+    "read_weights",
+    "trained_on",
+]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from exported import adapted
+from exported import adapted, make_run
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from qd2mora.composition.extract import truncated
 from qd2mora.composition.inputs import read_mixture
 from qd2mora.errors import InputRefused
 from qd2mora.mixture.low_rank import LowRank
-from qd2mora.recipe import Base
+from qd2mora.recipe import Base, load_recipe
+from qd2mora.sealed import open_manifest, verify_folder
 
 IDS = torch.arange(4, 24).view(2, 10)
 
@@ -187,6 +188,17 @@ def test_a_lora_is_extracted_from_the_model_it_was_merged_into(base: Path, loras
     torch.testing.assert_close(logits(base, tmp_path / "out"), logits(base, loras[1]), atol=1e-4, rtol=1e-4)
     less = compose("extract", [str(tmp_path / "tuned"), str(base)], tmp_path / "less", rank=2)
     assert not less.words.startswith("rank 2 holds 100")
+
+
+def test_what_is_composed_is_sealed_and_knows_the_base_of_its_runs(loras: list[Path], tmp_path: Path) -> None:
+    run = make_run(tmp_path, "lora")
+    compose("cat", [str(run), str(run)], tmp_path / "two")
+    compose("upcycle", [str(tmp_path / "two")], tmp_path / "routed", experts=2)
+    compose("cat", [str(loras[0])], tmp_path / "foreign")
+    for name, known in (("two", True), ("routed", True), ("foreign", False)):
+        assert verify_folder(tmp_path / name) > 0
+        settings = open_manifest(tmp_path / name).get("base")
+        assert settings == (load_recipe(run / "recipe.yaml").base.model_dump() if known else None)
 
 
 def test_what_is_extracted_is_the_nearest_of_its_rank() -> None:
