@@ -30,6 +30,7 @@ def _in(file: str, *names: str) -> tuple[str, ...]:
 
 BEFORE = "test_a_run_killed_before_its_first_checkpoint_ends_with_the_same_bytes"
 KILLED = "test_runs_killed_at_any_moment_end_with_the_same_bytes"
+UNDER_ZERO = "test_runs_under_zero_killed_at_any_moment_end_with_the_same_bytes"
 SIGNALLED = (
     "test_a_signal_at_any_moment_stops_a_run_that_resumes_to_the_same_bytes",
     "test_a_second_signal_ends_the_process_at_once",
@@ -55,6 +56,7 @@ WATCHED = (
 )
 NUMBERS = (
     "test_a_bad_step_costs_one_step_and_three_in_a_row_stop_the_run",
+    "test_a_moment_that_is_not_finite_is_never_saved_and_the_resume_gives_the_same_bytes",
     "test_one_bad_step_in_a_hundred_is_too_many_once_there_are_ten",
     "test_an_overflow_of_float16_lowers_the_loss_scale_and_the_step_is_done_again",
 )
@@ -63,9 +65,9 @@ INVENTORY = "test_every_tensor_that_is_not_the_one_of_the_run_is_refused_even_wi
 GATES: dict[str, Gate] = {
     "K1": Gate(
         "a run killed at any moment ends with the same bytes and loses no saved step",
-        _in("test_kills.py", KILLED, BEFORE),
-        {"GATE_KILLS": 2000, "GATE_WORKERS": 1},
-        {"GATE_KILLS": 60},
+        _in("test_kills.py", KILLED, UNDER_ZERO, BEFORE),
+        {"GATE_KILLS": 2000, "GATE_WORKERS": 1, "GATE_ZERO_KILLS": 50},
+        {"GATE_KILLS": 60, "GATE_ZERO_KILLS": 5},
         (
             ("training/opening.py", "    source.restore(state)\n", ""),
             ("training/state.py", "        self.optimizer.state.clear()\n", ""),
@@ -180,7 +182,7 @@ GATES: dict[str, Gate] = {
     "N1": Gate(
         "a step that is not finite costs one step, three in a row stop the run, nothing of it is saved",
         (*_in("test_steps.py", *NUMBERS), f"{RELIABILITY}/test_checkpoints.py::test_what_is_not_finite_is_never_saved"),
-        {"GATE_INJECTIONS": 19},
+        {"GATE_STEPS": 30},
         {},
         (
             (

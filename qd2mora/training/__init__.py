@@ -203,12 +203,7 @@ def _train_locked(
     _say_what_starts(training, planned)
     with stop.deferred(), display:
         losses = training.run()
-        if accelerator.is_main_process:
-            _save_result(folder, model, tokenizer, mark)
-            if recipe.train.final == "best":
-                _take_best(training, folder)
-            else:
-                _save_routing(folder, training)
+        processes.from_main(lambda: _save_result(folder, training, tokenizer, mark, recipe.train.final))
     accelerator.end_training()
     return Trained(folder.path, progress.step, losses, progress.bad_steps, accelerator.is_main_process)
 
@@ -266,11 +261,15 @@ def _first_batches(
 
 
 def _save_result(
-    folder: RunFolder, model: PeftModel, tokenizer: PreTrainedTokenizerBase, identity: dict[str, str]
+    folder: RunFolder, training: Training, tokenizer: PreTrainedTokenizerBase, identity: dict[str, str], final: str
 ) -> None:
     with as_trouble("the adapter", folder.path):
-        save_adapter(model, folder.adapter, identity)
+        save_adapter(training.model, folder.adapter, identity)
         tokenizer.save_pretrained(folder.path)
+    if final == "best":
+        _take_best(training, folder)
+    else:
+        _save_routing(folder, training)
 
 
 def _take_best(training: Training, folder: RunFolder) -> None:

@@ -7,7 +7,6 @@ out, at a smaller loss scale where float16 overflowed.
 """
 
 import math
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -92,8 +91,8 @@ class Training:
                 losses = self._after_step() or losses
                 self.time_limit.took(time.monotonic() - began)
             with self.watchdog.paused():
-                self.saver.finish()
-                self._settle_best()
+                self.processes.from_main(self.saver.finish)
+                self.processes.from_main(self._settle_best)
                 self.processes.wait()
         return losses
 
@@ -167,16 +166,18 @@ class Training:
             "labels": sum(row.num_labels for row in rows),
             "bad_steps": self.progress.bad_steps,
             "tokens_per_s": tokens / (time.perf_counter() - began),
-            "memory": self._memory(),
+            "memory": self.processes.peak_bytes(),
         }
 
     def _gradients(self, rows: list[Row]) -> tuple[float, float, float, list[float]]:
         """Leave a step's whole gradient in the parameters; return loss, gradient norm, penalties, likeness."""
         while True:
             local, is_short = self._try_to_accumulate(rows)
-            asked = float(self.stop.number is not None), float(self.time_limit.is_near)
-            loss, short, *stops = self.processes.sum_numbers([local, float(is_short), *asked])
+            asked = self.stop.number is not None, self.time_limit.is_near, is_short, self.saver.has_failed
+            loss, *stops, short, failed = self.processes.sum_numbers([local, *map(float, asked)])
             self._why_stop = self._reason(*stops)
+            if failed:
+                self.processes.from_main(self.saver.finish)
             if short:
                 self._halve_micro_batch()
                 continue
@@ -320,7 +321,6 @@ class Training:
 
     def _after_step(self) -> dict[str, float]:
         """Evaluate, save and stop where it is time to; return the held-out losses where there are new ones."""
-        self.saver.poll()
         done = self.progress.step
         is_last = done == self.total_steps
         losses = self._evaluate_and_log() if done % self.train.eval_every == 0 or is_last else {}
@@ -329,11 +329,12 @@ class Training:
             self.journal.say(f"no better evaluation overall in {self.progress.stale}: stopped after step {done}")
         if done % self.train.save_every == 0 or is_last or self._why_stop:
             with self.watchdog.paused():
+                self.processes.from_main(self.saver.finish)
                 self.saver.save(self.progress)
-                self._settle_best()  # the checkpoint before this one is on disk by now
+                self.processes.from_main(self._settle_best)  # the checkpoint before this one is on disk by now
         if self._why_stop and not is_last:
             with self.watchdog.paused():
-                self.saver.finish()
+                self.processes.from_main(self.saver.finish)
                 self.processes.wait()
             raise SignalStop(f"stopped by {self._why_stop} after step {done}; continue with --resume")
         return losses
@@ -389,12 +390,6 @@ class Training:
     def _log(self, metrics: dict[str, float]) -> None:
         step = self.progress.step
         self.journal.step(step, metrics, step % self.train.log_every == 0 or step == self.total_steps)
-
-    def _memory(self) -> int:
-        """Peak bytes so far: allocated on the GPU, or resident in this process on a CPU."""
-        if self.processes.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 __all__ = ["Training"]

@@ -6,6 +6,7 @@ that none of them goes on alone. Nothing is pickled: tensors, and JSON as bytes.
 """
 
 import json
+import resource
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -42,6 +43,12 @@ class Processes:
     def is_main(self) -> bool:
         """Whether this is the one that writes."""
         return self.index == 0
+
+    def peak_bytes(self) -> int:
+        """Return this process's most memory so far: allocated on the GPU, or resident on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def wait(self) -> None:
         """Wait until all processes are here."""

@@ -4,7 +4,7 @@ One save is in flight at a time. It has the guarantees of a save that is waited 
 checkpoints are the newest. Where memory has no room for the copy, training waits.
 """
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -48,15 +48,14 @@ class Saver:
         adapter, moments, scalars = self.source.collect(copied=True)
         if self.is_main:
             state = State(adapter, moments, scalars, replace(progress, best=dict(progress.best)))
-            if _has_room_for(state):
-                self._job = self._writer.submit(self._write, state)
-            else:
-                self._write(state)
+            self._job = self._writer.submit(self._write, state)
+            if not _has_room_for(state):
+                wait([self._job])
 
-    def poll(self) -> None:
-        """Raise what a save that has ended raised: NotFinite, DiskTrouble, DamagedFile."""
-        if self._job is not None and self._job.done():
-            self.finish()
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last save has ended badly: `finish` raises NotFinite, DiskTrouble, DamagedFile."""
+        return self._job is not None and self._job.done() and self._job.exception() is not None
 
     def finish(self) -> None:
         """Wait for the save in flight. Raises what it raised."""

@@ -5,6 +5,7 @@ also reads everything anew. Nearly every second kill comes at a call that change
 time; they come early, since a run that goes on where the last was killed gets to its end in small parts.
 """
 
+import importlib
 import json
 import os
 import random
@@ -17,31 +18,31 @@ from typing import Any
 import forked_runs as runs
 
 CALLS = ("mkdir", "open", "write", "fsync", "rename", "close", "unlink", "rmdir")
-CALLS_OF_A_SAVE = 60
-"""Of these; a kill that is drawn beyond the last one comes in the next save."""
+FARTHEST_CALL = 200
+"""Of these, counted from the first save on: about two saves."""
 READ_ONCE = ("load_tokenizer", "prepare", "_fitting_plan", "load_base")
 
 
-def kill_until(recipe: Path, changes: tuple[str, ...], kills: int, seed: int, report: Path) -> None:
+def kill_until(recipe: Path, kills: int, seed: int, report: Path) -> None:
     """Kill runs until so many kills; write how many came, how many inside a save, of how many runs, and what is wrong.
 
     A run that is done is compared with one that nothing happened to, and the next begins.
     """
-    read = _read_once(recipe, changes)
+    read = _read_once(recipe)
     length, wanted = _undisturbed(recipe.parent / f"whole{seed}", read)
     draw, seen = random.Random(seed), {"kills": 0, "inside_a_save": 0, "runs": 0, "wrong": ""}
     while int(seen["kills"]) < kills and not seen["wrong"]:
         run = recipe.parent / f"chain{seed}-{seen['runs']}"
         seen["runs"] += 1
-        newest = 0
+        newest, reach = 0, 0.3
         while not seen["wrong"]:
             before, is_aimed = left_by_saves(run), draw.random() < 0.45
-            child = _forked(run, read, draw.random() < 0.125, draw.randrange(1, CALLS_OF_A_SAVE) if is_aimed else 0)
-            code = _ended(child, None if is_aimed else draw.uniform(0.02, 0.3) * length)
+            child = _forked(run, read, draw.random() < 0.125, draw.randrange(1, FARTHEST_CALL) if is_aimed else 0)
+            code = _ended(child, None if is_aimed else draw.uniform(0.02, reach) * length)
             there = runs.newest_valid(run)
             if there < newest or code not in (0, -signal.SIGKILL):
                 seen["wrong"] = f"{run.name}: step {newest} was saved, {there} is left; code {code}"
-            newest = there
+            newest, reach = there, 0.3 if there > newest else reach + 0.1
             if code == 0:
                 break
             seen["kills"] += 1
@@ -57,14 +58,16 @@ def left_by_saves(run: Path) -> set[tuple[str, int]]:
     return {(path.name, path.stat().st_mtime_ns) for path in (run / "checkpoints").glob(".step-*")}
 
 
-def _read_once(recipe: Path, changes: tuple[str, ...]) -> dict[str, Any]:
+def _read_once(recipe: Path) -> dict[str, Any]:
     """Return a recipe, and what replaces the functions that read what it names."""
     import torch
 
     from qd2mora import training
     from qd2mora.recipe import load_recipe
 
-    loaded = load_recipe(recipe, changes)
+    loaded = load_recipe(recipe)
+    if loaded.memory.engine == "deepspeed":
+        importlib.import_module("deepspeed")
     tokenizer = training.load_tokenizer(loaded.base.model)
     planned = training._fitting_plan(loaded, torch.device("cpu"))
     results = (

@@ -116,6 +116,15 @@ def watched_pair(recipe: Path) -> None:
     slow_pair(recipe)
 
 
+def limited_pair(recipe: Path, size: int) -> None:
+    """Train where the process that writes may let no file grow beyond so many bytes."""
+    import resource
+
+    if not is_second():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    train_pair(recipe)
+
+
 def dying_pair(recipe: Path, phase: str, victim: int) -> None:
     """Train; as the second save of the first process comes to a phase, that one or the other is killed."""
     from qd2mora import durable

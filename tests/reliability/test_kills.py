@@ -1,5 +1,6 @@
 """K1, T1: a run that is killed or asked to stop at any moment ends as if nothing had happened."""
 
+import importlib.util
 import json
 import os
 import random
@@ -11,11 +12,14 @@ from pathlib import Path
 
 import forked_runs as runs
 import killed_runs
+import paired_runs as pairs
 import pytest
 
 KILLS = int(os.environ.get("GATE_KILLS", "200"))
 WORKERS = int(os.environ.get("GATE_WORKERS", "2"))
-SHORT = ("adapter.dropout=0.1", "adapter.targets=[q_proj]", "train.global_batch=2")
+ZERO_KILLS = int(os.environ.get("GATE_ZERO_KILLS", "10"))
+SHORT = ("adapter.dropout=0.1", "adapter.targets=[q_proj]", "train.global_batch=2", "train.steps=20")
+SHORT += ("train.eval_every=1000",)
 """Steps that take as long as their saves."""
 SIGNALS = int(os.environ.get("GATE_SIGNALS", "30"))
 
@@ -43,21 +47,35 @@ def time_of_a_run(made: Path, folder: Path) -> float:
 
 def test_runs_killed_at_any_moment_end_with_the_same_bytes(made: Path, tmp_path: Path) -> None:
     """K1: chains of SIGKILLs until a run is done; no published checkpoint is broken, no saved step is lost."""
-    recipe = runs.write_recipe(made, tmp_path / "run", *SHORT, "train.steps=20", "train.eval_every=1000")
+    recipe, log = runs.write_recipe(made, tmp_path / "run", *SHORT), tmp_path / "log"
     reports = [tmp_path / f"report{worker}" for worker in range(WORKERS)]
     share = -(-KILLS // WORKERS)
     workers = [
-        runs.start(killed_runs.kill_until, recipe, (), share, worker, report, log=tmp_path / "log")
+        runs.start(killed_runs.kill_until, recipe, share, worker, report, log=log)
         for worker, report in enumerate(reports)
     ]
     for process in workers:
         process.join()
-        assert process.exitcode == 0, (tmp_path / "log").read_text()
+    check_kills("K1", reports, log, KILLS)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="the extra is not installed")
+def test_runs_under_zero_killed_at_any_moment_end_with_the_same_bytes(made: Path, tmp_path: Path) -> None:
+    """K1 where DeepSpeed shares out the moments: they are gathered into checkpoints of ours."""
+    recipe = runs.write_recipe(made, tmp_path / "run", *SHORT, "memory.engine=deepspeed")
+    report, log = tmp_path / "report", tmp_path / "log"
+    runs.outcome(pairs.anew, killed_runs.kill_until, recipe, ZERO_KILLS, 0, report, log=log)
+    check_kills("K1 under ZeRO-2", [report], log, ZERO_KILLS)
+
+
+def check_kills(name: str, reports: list[Path], log: Path, wanted: int) -> None:
+    """Compare what chains of kills report with what was asked for; three of ten kills come inside a save."""
+    assert all(report.exists() for report in reports), log.read_text()
     seen = [json.loads(report.read_text(encoding="utf-8")) for report in reports]
-    assert [each["wrong"] for each in seen] == [""] * WORKERS, (tmp_path / "log").read_text()
+    assert [each["wrong"] for each in seen] == [""] * len(seen), log.read_text()
     total = {key: sum(each[key] for each in seen) for key in ("kills", "inside_a_save", "runs", "cpu_s")}
-    print("K1", *(f"{key}={number}" for key, number in total.items()))
-    assert total["kills"] >= KILLS and total["inside_a_save"] >= 0.3 * total["kills"]
+    print(name, *(f"{key}={number}" for key, number in total.items()))
+    assert total["kills"] >= wanted and total["inside_a_save"] >= 0.3 * total["kills"]
 
 
 def test_a_run_killed_before_its_first_checkpoint_ends_with_the_same_bytes(

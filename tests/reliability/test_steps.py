@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from qd2mora.base import load_base
 from qd2mora.errors import NotFinite, WillNotFit
 from qd2mora.memory.loss import RowLoss
+from qd2mora.mixture.ops import RankStep
 from qd2mora.recipe import load_recipe
 from qd2mora.training import numbers, train
 from qd2mora.training.state import Progress
 
 EVERY = int(os.environ.get("GATE_EVERY", "4"))
 """Resume from each so many-th step."""
-FIRST = range(2, 2 + int(os.environ["GATE_INJECTIONS"])) if "GATE_INJECTIONS" in os.environ else (2, 4, 7)
+FIRST = range(1, 1 + int(os.environ["GATE_STEPS"])) if "GATE_STEPS" in os.environ else (2, 3, 7)
 """The first bad steps."""
+BRIEF = ("adapter.targets=[q_proj]", f"train.steps={max(10, FIRST[-1] + 4)}", "train.eval_every=1000")
 
 
 def adapter_of(run: Path) -> dict[str, torch.Tensor]:
@@ -115,37 +119,84 @@ def test_one_row_that_does_not_fit_stops_with_a_way_out(
         train(load_recipe(runs.write_recipe(made, tmp_path / "run")))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("first", FIRST)
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["loss", "activation", "router", "gradient"])
 def test_a_bad_step_costs_one_step_and_three_in_a_row_stop_the_run(
-    where: str, count: int, first: int, value: float, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, first: int, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """N1: from the micro batch `first` on, `count` steps of two micro batches get a value that is not finite."""
-    forward, calls = RowLoss.forward, []
-
-    def poisoned(self: RowLoss, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        losses = forward(self, batch)
-        if torch.is_grad_enabled():
-            calls.append(1)
-            step = (len(calls) - 1) // 2 + 1
-            if first <= step < first + count:
-                if where == "loss":
-                    return losses * value
-                losses.register_hook(lambda gradient: gradient * value)
-        return losses
-
-    monkeypatch.setattr(RowLoss, "forward", poisoned)
-    recipe = load_recipe(runs.write_recipe(made, tmp_path / "run", f"train.steps={max(10, first + 4)}"))
+    """N1: from step `first` on, one step or three of two micro batches get a value that is not finite."""
+    count, value = 1 if first % 3 else 3, float("nan" if first % 2 else "inf")
+    poison(monkeypatch, where, value, range(first, first + count))
+    recipe = load_recipe(runs.write_recipe(made, tmp_path / "run", *BRIEF))
     if count == 3:
-        with pytest.raises(NotFinite, match="3 bad steps in a row"):
+        blamed = {"activation": r"the output of .*layers\.0", "router": "the output of .*q_proj"}
+        with pytest.raises(NotFinite, match=f"3 bad steps in a row.*{blamed.get(where, 'the gradient of')}"):
             train(recipe)
         assert runs.newest_valid(tmp_path / "run") >= first - 1
     else:
         assert train(recipe).bad_steps == 1
-        assert all(bool(tensor.isfinite().all()) for tensor in adapter_of(tmp_path / "run").values())
-    for path in (tmp_path / "run/checkpoints").glob("step-*/*.safetensors"):
+        assert_finite(tmp_path / "run/adapter")
+    assert_finite(tmp_path / "run/checkpoints")
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_a_moment_that_is_not_finite_is_never_saved_and_the_resume_gives_the_same_bytes(
+    first: int, made: Path, brief: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """N1: the update after `first` has left a moment that is not finite."""
+    value, moment = float("nan" if first % 2 else "inf"), ("exp_avg", "exp_avg_sq")[first // 2 % 2]
+    step, calls = torch.optim.AdamW.step, []
+
+    def poisoned(self: torch.optim.AdamW) -> None:
+        step(self)
+        calls.append(1)
+        if len(calls) == first:
+            next(iter(self.state.values()))[moment].view(-1)[0] = value
+
+    recipe = load_recipe(runs.write_recipe(made, tmp_path / "run", *BRIEF))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", poisoned)
+        with pytest.raises(NotFinite, match=f"{moment} is not finite"):
+            train(recipe)
+    assert runs.newest_valid(tmp_path / "run") == first - 1
+    train(recipe, resume=True)
+    assert_finite(tmp_path / "run")
+    assert runs.result_of(tmp_path / "run") == runs.result_of(brief)
+
+
+@pytest.fixture(scope="module")
+def brief(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("brief") / "run"
+    train(load_recipe(runs.write_recipe(made, run, *BRIEF)))
+    return run
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, where: str, value: float, steps: range) -> None:
+    """Let a value that is not finite arise at one place in each micro batch of some steps."""
+    forward, scores, layer, calls = RowLoss.forward, RankStep._scores, LlamaDecoderLayer.forward, []
+
+    def is_bad() -> bool:
+        return (len(calls) - 1) // 2 + 1 in steps
+
+    def losses(self: RowLoss, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        calls.extend([1] if torch.is_grad_enabled() else [])
+        found = forward(self, batch)
+        if is_bad() and where == "gradient" and found.requires_grad:
+            found.register_hook(lambda gradient: gradient * value)
+        return found * value if is_bad() and where == "loss" else found
+
+    def poisoned(place: str, act: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *args, **kwargs: act(*args, **kwargs) * (value if is_bad() and where == place else 1)
+
+    monkeypatch.setattr(RowLoss, "forward", losses)
+    monkeypatch.setattr(RankStep, "_scores", poisoned("router", scores))
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", poisoned("activation", layer))
+
+
+def assert_finite(folder: Path) -> None:
+    paths = list(folder.rglob("*.safetensors"))
+    assert paths or not list(folder.iterdir())
+    for path in paths:
         assert all(bool(tensor.isfinite().all()) for tensor in load_file(path).values())
 
 

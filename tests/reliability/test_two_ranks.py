@@ -150,6 +150,14 @@ def test_a_step_that_one_process_has_no_memory_for_is_done_again_by_both(
     _assert_close(recipe, plain)
 
 
+def test_a_full_disk_of_the_one_that_writes_ends_both_with_code_5(made: Path, alone: Path, tmp_path: Path) -> None:
+    recipe, log = _recipe(made, tmp_path / "run"), tmp_path / "log"
+    assert pairs.outcome(pairs.limited_pair, recipe, 60_000, log=log) == [5, 5], log.read_text()
+    assert log.read_text().count("earlier checkpoints are whole") == 2
+    assert pairs.outcome(pairs.train_pair, recipe, True, log=log) == [0, 0], log.read_text()
+    assert runs.result_of(tmp_path / "run") == runs.result_of(alone.with_suffix(""))
+
+
 def test_a_process_that_hangs_ends_the_other(made: Path, tmp_path: Path) -> None:
     recipe, log = _recipe(made, tmp_path / "run", "train.steps=1000", "train.save_every=1000"), tmp_path / "log"
     with pairs.running_pair(pairs.watched_pair, recipe, log=log) as pair:
