@@ -65,11 +65,8 @@ def load_adapter(model: nn.Module, base: Base, folder: Path, allow_changed: Coll
         first = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
         raise DamagedFile(f"{folder / WEIGHTS} does not hold the tensors that {CONFIG} asks for: {first}") from error
     # PEFT 0.21 only warns of missing tensors, and takes those of another dtype.
-    wanted, there = get_peft_model_state_dict(adapted), load_tensors(content[WEIGHTS])
-    inventory = _inventory(there)
-    if inventory != manifest["inventory"] or {name: list(each.shape) for name, each in wanted.items()} != {
-        name: shape for name, (_, shape) in inventory.items()
-    }:
+    there = _inventory(load_tensors(content[WEIGHTS]))
+    if there != manifest["inventory"] or there != _inventory(get_peft_model_state_dict(adapted)):
         raise DamagedFile(f"{folder / WEIGHTS} does not hold the tensors that {CONFIG} asks for")
     return adapted
 

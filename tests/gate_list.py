@@ -141,7 +141,11 @@ GATES: dict[str, Gate] = {
             ("sealed.py", "hashlib.sha256(content).hexdigest() != entry[_HASH]:", "False:"),
             ("sealed.py", "        if is_foreign(name):", "        if False:"),
             ("sealed.py", " | os.O_NOFOLLOW | os.O_NONBLOCK", " | os.O_NONBLOCK"),
-            ("training/checkpoint.py", "    if progress.step != int(", "    if False and progress.step != int("),
+            (
+                "training/checkpoint.py",
+                '    if progress.step != int(folder.name.removeprefix("step-")):',
+                "    if False:",
+            ),
         ),
     ),
     "R0": Gate(
@@ -232,7 +236,8 @@ GATES: dict[str, Gate] = {
                 "            if False:",
             ),
             ("training/checkpoint.py", "    _compare(folder, {ADAPTER: adapter, OPTIMIZER: wanted}, declared)\n", ""),
-            ("adapter_folder.py", "    if inventory != manifest[", "    if False and inventory != manifest["),
+            ("adapter_folder.py", '    if there != manifest["inventory"] or', "    if"),
+            ("adapter_folder.py", " or there != _inventory(get_peft_model_state_dict(adapted)):", ":"),
             ("adapter_folder.py", '        if "size mismatch" not in str(error):', "        if True:"),
         ),
     ),

@@ -18,7 +18,7 @@ from typing import Any
 import forked_runs as runs
 
 CALLS = ("mkdir", "open", "write", "fsync", "rename", "close", "unlink", "rmdir")
-FARTHEST_CALL = 200
+FARTHEST_CALL = 140
 """Of these, counted from the first save on: about two saves."""
 READ_ONCE = ("load_tokenizer", "prepare", "_fitting_plan", "load_base")
 

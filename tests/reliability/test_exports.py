@@ -1,5 +1,6 @@
 """S1, M1, T1 of what a run leaves: the adapter in a fresh process, its merge into plain weights, a signal meanwhile."""
 
+import itertools
 import json
 import os
 import random
@@ -85,8 +86,8 @@ def test_an_adapter_gives_the_same_logits_in_a_fresh_process(made: Path, tmp_pat
     assert load_file(tmp_path / "there")["logits"].equal(wanted)
 
 
-def reseal(folder: Path) -> None:
-    """Seal an adapter anew, as somebody would who knows the format."""
+def reseal(folder: Path, is_declared: bool = True) -> None:
+    """Seal an adapter anew, as somebody would who knows the format; `is_declared`: its tensors are listed anew too."""
     import hashlib
 
     manifest = unseal_text((folder / MANIFEST).read_bytes(), "")
@@ -94,7 +95,8 @@ def reseal(folder: Path) -> None:
     there = load_file(folder / WEIGHTS)
     inventory = {name: [str(each.dtype)[6:], list(each.shape)] for name, each in sorted(there.items())}
     files = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in contents.items()}
-    seal_folder(folder, files, {"identity": manifest["identity"], "inventory": inventory})
+    listed = inventory if is_declared else manifest["inventory"]
+    seal_folder(folder, files, {"identity": manifest["identity"], "inventory": listed})
 
 
 Tensors = dict[str, torch.Tensor]
@@ -102,6 +104,7 @@ EDITS: dict[str, Callable[[Tensors, str], object]] = {
     "gone": lambda tensors, name: tensors.pop(name),
     "cut": lambda tensors, name: tensors.update({name: tensors[name][..., :-1].contiguous()}),
     "another shape": lambda tensors, name: tensors.update({name: tensors[name].unsqueeze(0)}),
+    "another dtype": lambda tensors, name: tensors.update({name: tensors[name].half()}),
     "renamed": lambda tensors, name: tensors.update({name.replace("layers.0", "layers.7"): tensors.pop(name)}),
     "one more": lambda tensors, name: tensors.update({name.replace("layers.0", "layers.7"): tensors[name].clone()}),
 }
@@ -114,12 +117,13 @@ def test_an_adapter_whose_tensors_are_not_those_of_its_config_is_refused_in_one_
     """S1: even where the seal is good."""
     run = make_run(made, tmp_path)
     kept = (run / "adapter" / WEIGHTS).read_bytes()
-    for kind in ("mixture_A", "mixture_B", "mixture_router_down"):
+    kinds = ("mixture_A", "mixture_B", "mixture_router_down")
+    for kind, is_declared in itertools.product(kinds, (True, False)):
         (run / "adapter" / WEIGHTS).write_bytes(kept)
         tensors = load_file(run / "adapter" / WEIGHTS)
         EDITS[edit](tensors, next(name for name in tensors if kind in name and "layers.0" in name))
         save_file(tensors, run / "adapter" / WEIGHTS)
-        reseal(run / "adapter")
+        reseal(run / "adapter", is_declared)
         with pytest.raises((DamagedFile, InputRefused), match=WEIGHTS) as refused:
             open_run(run)
         assert "\n" not in str(refused.value)

@@ -56,7 +56,7 @@ def test_runs_killed_at_any_moment_end_with_the_same_bytes(made: Path, tmp_path:
     ]
     for process in workers:
         process.join()
-    check_kills("K1", reports, log, KILLS)
+    check_kills("K1", reports, log, KILLS, 0.3)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="the extra is not installed")
@@ -65,17 +65,17 @@ def test_runs_under_zero_killed_at_any_moment_end_with_the_same_bytes(made: Path
     recipe = runs.write_recipe(made, tmp_path / "run", *SHORT, "memory.engine=deepspeed")
     report, log = tmp_path / "report", tmp_path / "log"
     runs.outcome(pairs.anew, killed_runs.kill_until, recipe, ZERO_KILLS, 0, report, log=log)
-    check_kills("K1 under ZeRO-2", [report], log, ZERO_KILLS)
+    check_kills("K1 under ZeRO-2", [report], log, ZERO_KILLS, 0.1)
 
 
-def check_kills(name: str, reports: list[Path], log: Path, wanted: int) -> None:
-    """Compare what chains of kills report with what was asked for; three of ten kills come inside a save."""
+def check_kills(name: str, reports: list[Path], log: Path, wanted: int, share: float) -> None:
+    """Compare what chains of kills report with what was asked for; such a share of kills comes inside a save."""
     assert all(report.exists() for report in reports), log.read_text()
     seen = [json.loads(report.read_text(encoding="utf-8")) for report in reports]
     assert [each["wrong"] for each in seen] == [""] * len(seen), log.read_text()
     total = {key: sum(each[key] for each in seen) for key in ("kills", "inside_a_save", "runs", "cpu_s")}
     print(name, *(f"{key}={number}" for key, number in total.items()))
-    assert total["kills"] >= wanted and total["inside_a_save"] >= 0.3 * total["kills"]
+    assert total["kills"] >= wanted and total["inside_a_save"] >= share * total["kills"]
 
 
 def test_a_run_killed_before_its_first_checkpoint_ends_with_the_same_bytes(
