@@ -74,6 +74,27 @@ GATES: dict[str, Gate] = {
             ("training/checkpoint.py", "steps_on_disk(folder)[:-keep]:", "steps_on_disk(folder):"),
         ),
     ),
+    "Z1": Gate(
+        "two processes train the adapter of one; a kill, a signal or a full disk of one ends both, and loses nothing",
+        _in("test_two_ranks.py"),
+        {"GATE_RANK_KILLS": 20},
+        {},
+        (
+            ("training/processes.py", "            all_reduce(flat)\n", ""),
+            ("training/processes.py", "        if disagreeing:\n", "        if False:\n"),
+            ("training/loop.py", "            if failed:\n", "            if False:\n"),
+            (
+                "training/loop.py",
+                "self.processes.from_main(self.saver.finish)\n                self.saver.save(",
+                "self.saver.save(",
+            ),
+            (
+                "training/loop.py",
+                '        if signals:\n            return "a signal',
+                '        if False:\n            return "a signal',
+            ),
+        ),
+    ),
     "T1": Gate(
         "a signal at any moment stops a run that resumes to the same bytes; an export is whole or not there",
         (
@@ -158,7 +179,7 @@ GATES: dict[str, Gate] = {
         {"GATE_EVERY": 1},
         {},
         (
-            ("training/loop.py", "self.progress.step * self.train.global_batch):", "0):"),
+            ("training/loop.py", "self.progress.step * self.train.global_batch, self.capacity):", "0, self.capacity):"),
             (
                 "training/loop.py",
                 "        rows = self.mixture.rows(update *",
@@ -212,8 +233,8 @@ GATES: dict[str, Gate] = {
             ),
             (
                 "training/loop.py",
-                "self._routing.rows, self._routing.lengths = keys,",
-                "self._routing.rows, self._routing.lengths = keys[::-1],",
+                "self._routing.rows, self._routing.lengths = part.keys,",
+                "self._routing.rows, self._routing.lengths = part.keys[::-1],",
             ),
         ),
     ),

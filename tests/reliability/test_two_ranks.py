@@ -150,12 +150,18 @@ def test_a_step_that_one_process_has_no_memory_for_is_done_again_by_both(
     _assert_close(recipe, plain)
 
 
-def test_a_full_disk_of_the_one_that_writes_ends_both_with_code_5(made: Path, alone: Path, tmp_path: Path) -> None:
-    recipe, log = _recipe(made, tmp_path / "run"), tmp_path / "log"
+def test_a_full_disk_of_the_one_that_writes_ends_both_with_code_5_before_the_next_save(
+    made: Path, tmp_path: Path
+) -> None:
+    changes = ("train.steps=12", "train.eval_every=12", "train.log_every=1")
+    whole = _recipe(made, tmp_path / "whole", *changes)
+    recipe, log = _recipe(made, tmp_path / "run", *changes, "train.save_every=6"), tmp_path / "log"
     assert pairs.outcome(pairs.limited_pair, recipe, 60_000, log=log) == [5, 5], log.read_text()
     assert log.read_text().count("earlier checkpoints are whole") == 2
+    assert "step 6/12" in log.read_text() and "step 12/12" not in log.read_text()
     assert pairs.outcome(pairs.train_pair, recipe, True, log=log) == [0, 0], log.read_text()
-    assert runs.result_of(tmp_path / "run") == runs.result_of(alone.with_suffix(""))
+    assert runs.outcome(runs.train_run, whole) == 0
+    assert runs.result_of(tmp_path / "run") == runs.result_of(tmp_path / "whole")
 
 
 def test_a_process_that_hangs_ends_the_other(made: Path, tmp_path: Path) -> None:

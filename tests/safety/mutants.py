@@ -27,7 +27,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("D2 before the model", "data/prepare.py", "    if skipped.total:", "    if False:"),
     ("D2 before the model", "data/rows.py", "stream.readline(MAX_ROW_BYTES + 1)", "stream.readline()"),
     ("P1", "untrusted.py", '    check_safetensors(folder / "adapter_model.safetensors")', "    pass"),
-    ("P1", "untrusted.py", "        check_safetensors(folder / name)", "        pass"),
+    ("P1", "untrusted.py", "        check_safetensors(path)\n    return files", "        pass\n    return files"),
     ("V1", "untrusted.py", "if not any(real.is_relative_to(each) for each in homes):", "if False:"),
     ("V1", "untrusted.py", "if not os.path.exists(real) or not stat.S_ISREG(real.stat().st_mode):", "if False:"),
     ("V1", "untrusted.py", "if name is None or not _is_plain(name) or not", "if not isinstance(name, str) or not"),
