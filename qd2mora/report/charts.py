@@ -193,7 +193,7 @@ def short(number: float) -> str:
     """Return a number in few characters."""
     size = abs(number)
     if size >= 1e6 or 0 < size < 1e-3:
-        return f"{number:.0e}".replace("e-0", "e-").replace("e+0", "e")
+        return f"{number:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+0", "e")
     if size >= 1e4:
         return f"{number / 1e3:g}k" if number % 100 == 0 else f"{number / 1e3:.1f}k"
     return f"{number:.4g}" if size >= 1 or number == 0 else f"{number:.3g}"

@@ -3,6 +3,7 @@
 Every text from a run goes through `escape`; the page's own policy forbids whatever could slip through to run or load.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape as _escape
 
@@ -130,8 +131,9 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], last_is_sum: b
 
 
 def paragraph(text: str) -> str:
-    """Return a paragraph of text."""
-    return f"<p>{escape(text)}</p>"
+    """Return a paragraph of text, bold where it is between backticks."""
+    marked = re.sub("`([^`]+)`", r"<b>\1</b>", escape(text))
+    return f"<p>{marked}</p>"
 
 
 def folded(summary: str, html: str) -> str:
