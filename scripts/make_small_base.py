@@ -4,8 +4,11 @@ What: writes `base/` (a byte-level BPE tokenizer and a LLaMA that stock transfor
 folder given, and keeps two checkpoints in `checkpoints/` while it works.
 Why: methods can only be compared by accuracy or loss on a base that knows something of the tasks' world; see
 `scripts/small_base_texts.py` for what it reads.
-How: `python scripts/make_small_base.py DATA --out FOLDER` (3,000 steps, about 25 minutes on one core); the same command
-after a kill goes on where it stopped. The same seed, machine and libraries give the same files.
+How: `python scripts/make_small_base.py DATA --out FOLDER` (3,000 steps, about 25 minutes of one idle core; --steps 1000
+about 9); the same command after a kill goes on where it stopped, with another seed or number of steps it is refused:
+the learning rate follows from both. The same seed, machine and libraries give the same files. The base of
+scripts/results/table1_small*.json was not made that way but with 1,500 steps of a run of 3,000 and 400 more of one of
+1,900 (`base.note` there), before that was refused: one command does not give those weights again.
 """
 
 import argparse
@@ -121,8 +124,19 @@ def loss_of(model: LlamaForCausalLM, rows: NDArray[np.int32]) -> float:
     return sum(model(input_ids=part, labels=part).loss.item() * len(part) for part in parts) / len(rows)
 
 
+def refuse_other(out: Path, plan: dict[str, int]) -> None:
+    """Note in `out` what is made there; end the program where it is something else."""
+    file = out / "plan.json"
+    if not file.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(file, plan)
+    elif (before := json.loads(file.read_text(encoding="utf-8"))) != plan:
+        raise SystemExit(f"error: --out: '{out}' holds a base of {before}, not of {plan}; name another folder")
+
+
 def make(data: Path, out: Path, seed: int, steps: int) -> None:
     """Write the base into `out`."""
+    refuse_other(out, {"steps": steps, "seed": seed})
     texts = documents(data)
     tokenizer = train_tokenizer(texts)
     rows = packed(texts, tokenizer, seed)

@@ -6,7 +6,8 @@ Why: accuracy on the real 7B models takes days on a GPU; a base made by `scripts
 and what it says about methods is said with an interval.
 How: `python scripts/table1_small.py DATA --base BASE --out FOLDER`; the same command goes on after a kill. The outcome
 is FOLDER/compare/compare.json. scripts/results/table1_small.json was made with --rows 600 --test-rows 50 --steps 50
---sweep-steps 25 --choose-rows 5 --strategies core_lsq, about twelve minutes of one core.
+--sweep-steps 25 --choose-rows 5 --strategies core_lsq, about twelve minutes of one core, table1_small_150.json with
+--steps 150, the rate of that sweep and two seeds; both on a base that scripts/make_small_base.py tells of.
 """
 
 import argparse
