@@ -69,7 +69,7 @@ def test_a_base_whose_making_was_killed_ends_with_the_same_weights(tmp_path: Pat
         patch.setattr(make_small_base.checkpoint, "save", killed_after_the_second)
         with pytest.raises(KeyboardInterrupt):
             make_small_base.make(data, tmp_path / "broken", 0, 3)
-    with pytest.raises(SystemExit, match="holds a base of {'steps': 3, 'seed': 0}"):
+    with pytest.raises(SystemExit, match=r"holds a base of .'steps': 3"):
         make_small_base.make(data, tmp_path / "broken", 0, 4)  # another schedule
     make_small_base.make(data, tmp_path / "broken", 0, 3)
     whole, broken = (load_file(tmp_path / name / "base" / "model.safetensors") for name in ("whole", "broken"))
