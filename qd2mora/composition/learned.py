@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from qd2mora.base import enable_checkpointing, load_base, load_tokenizer
 from qd2mora.composition.inputs import all_linears
-from qd2mora.data import IGNORE, collate, prepare
+from qd2mora.data import IGNORE, Row, collate, prepare
 from qd2mora.errors import InputRefused
 from qd2mora.memory.loss import token_losses
 from qd2mora.mixture.given import GivenLora
@@ -64,11 +64,12 @@ def learn(loras: Sequence[GivenLora], given: Sequence[float], base: str, recipe:
     return Learned(best, loss_given, best_loss, len(rows))
 
 
-def _prepared(recipe: Recipe) -> tuple[Any, int, list[Any]]:
+def _prepared(recipe: Recipe) -> tuple[Any, int, list[Row]]:
     """Return the frozen base, its padding token, and calibration rows in random order."""
     model, tokenizer = load_base(recipe.base), load_tokenizer(recipe.base.model)
     enable_checkpointing(model)
-    order, rows = np.random.default_rng(recipe.train.seed), []
+    order = np.random.default_rng(recipe.train.seed)
+    rows: list[Row] = []
     tasks = prepare(recipe.data, tokenizer, recipe.train.seed)
     for task in tasks:
         places = order.permutation(len(task.train))[: -(-ROWS // len(tasks))]
@@ -76,7 +77,7 @@ def _prepared(recipe: Recipe) -> tuple[Any, int, list[Any]]:
     return model, int(tokenizer.pad_token_id), [rows[place] for place in order.permutation(len(rows)).tolist()]
 
 
-def _parts(rows: list[Any]) -> list[list[Any]]:
+def _parts(rows: list[Row]) -> list[list[Row]]:
     return [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
 
 
