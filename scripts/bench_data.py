@@ -56,6 +56,7 @@ def main() -> None:
         tasks = prepare(data, tokenizer, 0)
         numbers["from_cache_s"] = round(time.perf_counter() - began, 2)
         numbers["packing"] = _waste(data, tasks)
+    numbers["load"] = round(os.getloadavg()[0], 1)  # of others too: they lengthen wall time, not processor time
     numbers |= {"rows": len(rows), "bytes": sum(map(len, texts)), "cores": len(os.sched_getaffinity(0))}
     numbers |= {name: version(name) for name in ("tokenizers", "transformers")} | {"machine": platform.machine()}
     print(f"{len(rows)} rows: tokenizers alone {numbers['alone_s']} s, ours {numbers['ours_s']} s", end=", ")
