@@ -36,6 +36,7 @@ def reasoning(data: Path) -> list[dict[str, object]]:
             "fields": {"prompt": "instruction", "completion": "rationale"},
             "weight": 1.0,
             "validation": TEST_ROWS,
+            "metric": "loss",
         }
         for name in REASONING
     ]
