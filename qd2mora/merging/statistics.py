@@ -60,11 +60,14 @@ class Moments:
         return self.second[-self.num_up :, -self.num_up :]
 
     def add(self, u: Tensor, v: Tensor, root: Tensor, mixing_PQ: Tensor | None = None) -> None:
-        """Add tokens u (..., F), v (..., P), `root` (...) of whose weights is given; one product on their device."""
+        """Add tokens u (..., F), v (..., P), `root` (...) of whose weights is given; one product on their device.
+
+        The sums stay there until `collect` is done: fetching them would wait for the device at every linear.
+        """
         joint_TW = torch.cat([u.to(v.dtype), v], -1).mul_(root.unsqueeze(-1)).flatten(0, -2)
-        self.second += (joint_TW.T @ joint_TW).double().cpu()
+        self.second = self.second.to(v.device).add_(joint_TW.T @ joint_TW)
         if mixing_PQ is not None:
-            self.mixing += mixing_PQ.double().cpu()
+            self.mixing = self.mixing.to(v.device).add_(mixing_PQ)
 
 
 Weigh = Callable[[Batch], Tensor]
@@ -119,6 +122,8 @@ def collect(
                 each.tokens += total
             with _watched(layers, moments, weight, adapter_name, with_mixing):
                 decode(model, batch)
+    for each in moments.values():
+        each.second, each.mixing = each.second.cpu(), each.mixing.cpu()
     return moments
 
 
