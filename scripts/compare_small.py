@@ -7,8 +7,8 @@ prompts fit the base, answers "the correct answer is ..."; official test rows.
 Why: the loss over a rationale is of prose that differs by task; that of a fixed sentence with one free word tells less,
 but it is the paper's.
 How: `python scripts/compare_small.py DATA --base BASE --out FOLDER [--set commonsense] --result FILE`; the same command
-goes on after a kill. scripts/results/d2mora_lora_*.json were made with the defaults, on a LLaMA of 260,032 parameters
-(tinyllamas' stories260K).
+goes on after a kill. scripts/results/d2mora_lora_reasoning.json was made with the defaults, on a LLaMA of 260,032
+parameters (tinyllamas' stories260K); its sweep runs half as many steps as the others.
 """
 
 import argparse

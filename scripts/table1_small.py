@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -90,11 +91,14 @@ def result(compared: Path, base: Path) -> dict[str, object]:
     recipe["output"] = Path(recipe["output"]).name
     for task in recipe["data"]["tasks"]:
         for key in ("path", "validation"):
-            task[key] = Path(task[key]).name
+            if isinstance(task[key], str):
+                task[key] = Path(task[key]).name
     report = base.parent / "report.json"
     known = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
-    return {**content, "base": known, "device": "cpu" if not torch.cuda.is_available() else "cuda", **versions}
+    command = " ".join(Path(word).name if "/" in word else word for word in sys.argv)
+    made = {"device": "cuda" if torch.cuda.is_available() else "cpu", "date": date.today().isoformat()}
+    return {**content, "base": known, **made, "command": command, **versions}
 
 
 def main() -> None:
