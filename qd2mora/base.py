@@ -145,14 +145,16 @@ def load_base(
         give_back_large_blocks()
     if not base.model.startswith(RANDOM):
         base_config(base)
-        folder_of(base.model, _MODEL_PATTERNS)  # fetched: the hash of an entry is taken of its files
+        check_weights(folder_of(base.model, _MODEL_PATTERNS))  # there and plain files: an entry's hash is taken of them
     entry = _cache_entry(base, device, dtype)
     model = _kept(entry, base, device, dtype)
     if model is None:
         model = _made(base, device, dtype)
         if entry is not None and keep_from is not None:
             _keep(entry, model, keep_from, _quantization(base, dtype))
-    model.name_or_path = model.config._name_or_path = base.model  # what an adapter is said to belong to
+    # What an adapter is said to belong to; PEFT would look for a folder of random weights.
+    name = "" if base.model.startswith(RANDOM) else base.model
+    model.name_or_path = model.config._name_or_path = name
     return _finished(model)
 
 

@@ -13,6 +13,9 @@ from torch import Tensor
 _PRIME = 0x9E3779B97F4A7C15
 _LARGEST = (1 << 63) - 1
 _LEVELS = 1 << 16
+_BLOCK = {"cpu": 1 << 16}
+_LONG_BLOCK = 1 << 22
+"""Numbers of a mask drawn at once: what a CPU's cache holds; elsewhere what few launches need, 8 MiB."""
 
 Fill = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -37,9 +40,11 @@ class Draws:
         dropped = min(round(probability * _LEVELS), _LEVELS - 1)
 
         def draw(part: Tensor, generator: torch.Generator) -> Tensor:
-            words = torch.empty(-(-part.numel() // 4), dtype=torch.int64, device=part.device)
-            levels = words.random_(-(1 << 63), None, generator=generator).view(torch.int16)
-            return torch.ge(levels[: part.numel()].view(part.shape), dropped - _LEVELS // 2, out=part)
+            for block in part.view(-1).split(_BLOCK.get(part.device.type, _LONG_BLOCK)):
+                words = torch.empty(-(-block.numel() // 4), dtype=torch.int64, device=part.device)
+                levels = words.random_(-(1 << 63), None, generator=generator).view(torch.int16)
+                torch.ge(levels[: block.numel()], dropped - _LEVELS // 2, out=block)
+            return part
 
         return self._fill(like, purpose, draw).div_(1 - dropped / _LEVELS)
 
@@ -55,7 +60,10 @@ class Draws:
 
     def _fill(self, like: Tensor, purpose: int, draw: Fill) -> Tensor:
         if self.lengths is None:
-            return draw(torch.empty_like(like), self._generator(like, self.keys[0], purpose))
+            return draw(
+                torch.empty_like(like, memory_format=torch.contiguous_format),
+                self._generator(like, self.keys[0], purpose),
+            )
         out = torch.ones_like(like)
         places = self.places or tuple((row, 0) for row in range(len(self.keys)))
         for (line, start), key, length in zip(places, self.keys, self.lengths, strict=True):

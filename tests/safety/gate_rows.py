@@ -117,7 +117,7 @@ def gate_masked(folder: Path, tokenizer: object) -> Result:
     """D1: rows whose answer `max_length` cuts off are dropped exactly, or refused above a twentieth."""
     result = Result("D1")
     path = folder / "masked.jsonl"
-    good = [{"instruction": "", "output": f"sun {number % 7}"} for number in range(100)]
+    good = [{"instruction": "red", "output": f"sun {number % 7}"} for number in range(100)]
     masked = {"instruction": "red sun " * 200, "output": "moon"}
     for share in (0, 1, 50, 100):
         rows = [masked if number < share else row for number, row in enumerate(good)]
