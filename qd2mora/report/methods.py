@@ -1,5 +1,6 @@
 """The methods: a table, or one in full."""
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -29,13 +30,14 @@ def show_methods(name: str | None, console: Console) -> None:
     if name is not None:
         console.print(method_text(find_method(name)), highlight=False, soft_wrap=True, markup=False)
         return
-    table = Table()
-    for heading in ("method", "what", "export", "formula", "parameters on 7B"):
-        table.add_column(heading, justify="right" if heading.startswith("parameters") else "left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0))
+    for heading in ("method", "what", "export", "formula", "on 7B"):
+        table.add_column(heading, justify="right" if heading == "on 7B" else "left", no_wrap=heading != "what")
     for method in METHODS.values():
         count = f"{parameters_on_7b(method) / 1e6:.1f}M"
-        table.add_row(method.name, method.title, _export_word(method), method.mark, count)
+        table.add_row(method.name, method.title.partition(": ")[2], _export_word(method), method.mark, count)
     console.print(table)
+    console.print("On 7B: parameters trained on LLaMA-7B with each method's defaults.")
     console.print("`qd2mora methods NAME` prints a method's equation, routers, defaults and source")
 
 
