@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from qd2mora.cli import main
+from qd2mora.recipe import load_recipe
 from qd2mora.recipe_file import shipped_recipes
 
 
@@ -171,12 +172,15 @@ def test_a_run_that_will_not_fit_does_not_start(
 
 
 def test_recipes_and_methods_print_what_there_is(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert run(monkeypatch, "recipes") == 0
     assert "quickstart" in capsys.readouterr().out
     assert run(monkeypatch, "recipes", "quickstart") == 0
-    assert capsys.readouterr().out == shipped_recipes()["quickstart"].read_text(encoding="utf-8")
+    (tmp_path / "my.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    copied, shipped = load_recipe(tmp_path / "my.yaml"), load_recipe(shipped_recipes()["quickstart"])
+    assert Path(copied.base.model).samefile(shipped.base.model)
+    assert copied.fingerprint() == shipped.fingerprint()
     assert run(monkeypatch, "methods") == 0
     assert run(monkeypatch, "methods", "d2mora") == 0
     assert "softmax(R1 x)" in capsys.readouterr().out

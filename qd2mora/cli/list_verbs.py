@@ -20,7 +20,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method in full.
 @app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None) -> None:
     """List the recipes that come along; with a name, print one: `qd2mora recipes quickstart > my.yaml`."""
-    from qd2mora.recipe_file import shipped_recipes
+    from qd2mora.recipe_file import copied_recipe, shipped_recipes
 
     found = shipped_recipes()
     if name is None:
@@ -29,7 +29,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe."
         return
     if name not in found:
         raise InputRefused(f"no recipe '{name}'; {nearest(name, sorted(found))}")
-    typer.echo(found[name].read_text(encoding="utf-8"), nl=False)
+    typer.echo(copied_recipe(found[name]), nl=False)
 
 
 __all__ = ["methods", "recipes"]
