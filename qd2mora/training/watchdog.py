@@ -52,7 +52,10 @@ class Watchdog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not watch while the block waits for something that may take long, such as a slow disk."""
+        """Do not watch while the block does what may take long: a slow disk, scores, other processes that do these.
+
+        A process that is lost meanwhile is noticed by those that wait for it, after `processes.PATIENCE`.
+        """
         self._is_paused = True
         try:
             yield

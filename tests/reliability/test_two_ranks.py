@@ -167,7 +167,9 @@ def test_a_full_disk_of_the_one_that_writes_ends_both_with_code_5_before_the_nex
 
 
 def test_a_process_that_hangs_ends_the_other(made: Path, tmp_path: Path) -> None:
-    recipe, log = _recipe(made, tmp_path / "run", "train.steps=1000", "train.save_every=1000"), tmp_path / "log"
+    """In a step. Where the watch pauses, in saves and scores, `PATIENCE` of the collectives ends the wait."""
+    never = ("train.steps=1000", "train.save_every=1000", "train.eval_every=1000")
+    recipe, log = _recipe(made, tmp_path / "run", *never), tmp_path / "log"
     with pairs.running_pair(pairs.watched_pair, recipe, log=log) as pair:
         _wait_for(tmp_path / "stepped")
         time.sleep(0.5)
@@ -177,7 +179,7 @@ def test_a_process_that_hangs_ends_the_other(made: Path, tmp_path: Path) -> None
         assert (tmp_path / "other").read_text().count("is in use by process") == 2
         assert pair[1].pid is not None
         os.kill(pair[1].pid, signal.SIGSTOP)
-        pair[0].join(20)
+        pair[0].join(pairs.PATIENCE_S)
         assert pair[0].exitcode == 3
     assert "another process is lost" in log.read_text()
 
