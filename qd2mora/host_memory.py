@@ -1,4 +1,4 @@
-"""Host memory that is given back when it is freed.
+"""Host memory: how much is left, and that it is given back when it is freed.
 
 glibc takes blocks of up to 32 MiB from its heap once one of that size was freed, and a heap shrinks only from its end.
 Packed weights and what a step frees then lie mixed, and the holes stay this process's memory: 0.8 GiB of them in a 7B
@@ -6,6 +6,7 @@ on a CPU. Large blocks are mapped one by one instead.
 """
 
 import ctypes
+from pathlib import Path
 
 _M_MMAP_THRESHOLD = -3
 LARGE = 4 << 20
@@ -20,4 +21,13 @@ def give_back_large_blocks() -> None:
         library.mallopt(_M_MMAP_THRESHOLD, LARGE)
 
 
-__all__ = ["LARGE", "give_back_large_blocks"]
+def available_bytes() -> int | None:
+    """Return what processes may still take before the machine swaps; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+__all__ = ["LARGE", "available_bytes", "give_back_large_blocks"]

@@ -30,6 +30,9 @@ class Memory(Section):
     loss_chunk: Literal["auto"] | Count = "auto"
     """Labelled tokens whose logits are held at once."""
     offload: Offload = Offload()
+    rehearsal: Literal["auto", "on", "off"] = "auto"
+    """Run the longest training batch, the longest evaluation batch and a checkpoint's room on disk through before the
+    first step; auto: where the planned peak is more than half of the memory there is."""
     engine: Literal["none", "deepspeed"] = "none"
     """`deepspeed`: moments are shared out over the processes of a run (ZeRO)."""
     zero_stage: Literal[2, 3] = 2

@@ -297,8 +297,8 @@ GATES: dict[str, Gate] = {
         (
             (
                 "training/loop.py",
-                "                self._halve_micro_batch()\n                continue\n",
-                "                self._halve_micro_batch()\n",
+                "                self.halve_micro_batch()\n                continue\n",
+                "                self.halve_micro_batch()\n",
             ),
             (
                 "training/loop.py",

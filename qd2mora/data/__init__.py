@@ -2,14 +2,15 @@
 
 from qd2mora.data.collate import collate
 from qd2mora.data.mix import Mixture, Share, share_lines
-from qd2mora.data.pack import MicroBatch, lines_together, packed
-from qd2mora.data.prepare import IGNORE, Row, TaskRows, TokenRows, encode, prepare
+from qd2mora.data.pack import MULTIPLE, MicroBatch, lines_together, packed
+from qd2mora.data.prepare import IGNORE, Row, TaskRows, TokenRows, encode, lengths_of, prepare
 from qd2mora.data.read import FORMATS, Pair, Skipped, content_hash, read_pairs
 from qd2mora.data.tokenise import tokenizer_text
 
 __all__ = [
     "FORMATS",
     "IGNORE",
+    "MULTIPLE",
     "MicroBatch",
     "Mixture",
     "Pair",
@@ -21,6 +22,7 @@ __all__ = [
     "collate",
     "content_hash",
     "encode",
+    "lengths_of",
     "lines_together",
     "packed",
     "prepare",

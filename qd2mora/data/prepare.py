@@ -116,9 +116,14 @@ class TaskRows:
     @property
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each training row."""
-        if isinstance(self.train, TokenRows):
-            return self.train.lengths
-        return np.array([len(row.ids) for row in self.train], dtype=np.int32)
+        return lengths_of(self.train)
+
+
+def lengths_of(rows: Sequence[Row]) -> NDArray[np.int32]:
+    """Return the tokens of each row, without making rows of what is stored."""
+    if isinstance(rows, TokenRows):
+        return rows.lengths
+    return np.array([len(row.ids) for row in rows], dtype=np.int32)
 
 
 def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[TaskRows]:

@@ -46,6 +46,7 @@ from qd2mora.training.opening import check_folder, lineage, open_folder, read_ma
 from qd2mora.training.optimizer import build_optimizer
 from qd2mora.training.processes import Processes
 from qd2mora.training.progress import StepDisplay
+from qd2mora.training.rehearsal import is_worthwhile, rehearse
 from qd2mora.training.saver import Saver
 from qd2mora.training.scores import score_together
 from qd2mora.training.stages import check_stages
@@ -132,6 +133,7 @@ def _train_locked(
     if recipe.train.optimizer == "auto":  # from here on it is what the plan chose: a part of the run's identity
         optimizer_chosen = recipe.train.model_copy(update={"optimizer": planned.setting.optimizer})
         recipe = recipe.model_copy(update={"train": optimizer_chosen})
+    is_rehearsed = processes.from_main(lambda: is_worthwhile(recipe, planned))
     processes.from_main(lambda: refuse_full(folder.path, _bytes_to_write(recipe, planned)))
     before = processes.from_main(lambda: read_manifest(folder)) if resume else None
     identity = identity_of_inputs(recipe, tokenizer, tasks, processes.count, accelerator.device)
@@ -202,6 +204,8 @@ def _train_locked(
         training.journal.say(f"passed over: {problem}")
     _say_what_starts(training, planned)
     with stop.deferred(), display:
+        if is_rehearsed and progress.step < total:
+            rehearse(training, planned, recipe.train.optimizer)
         losses = training.run()
         processes.from_main(lambda: _save_result(folder, training, tokenizer, mark, recipe.train.final))
     accelerator.end_training()

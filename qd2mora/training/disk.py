@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from qd2mora.errors import DiskTrouble
 
 MIB = 1 << 20
+_CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -30,6 +32,19 @@ def checkpoint_bytes(parameters: int, optimizer: str) -> int:
     return int(parameters * (4 + 2 * moment)) + MIB
 
 
+def take_and_give_back(folder: Path, size: int) -> None:
+    """Take the room of a file without writing it: a quota or a limit on files is no part of what a disk says is free.
+
+    A file system that cannot do that is not asked. Raises OSError.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in _CANNOT:
+                raise
+
+
 @contextmanager
 def as_trouble(what: str, folder: Path) -> Iterator[None]:
     """Turn the disk's errors into one line and exit code 5. Raises DiskTrouble."""
@@ -42,4 +57,4 @@ def as_trouble(what: str, folder: Path) -> Iterator[None]:
         ) from error
 
 
-__all__ = ["as_trouble", "checkpoint_bytes", "refuse_full"]
+__all__ = ["as_trouble", "checkpoint_bytes", "refuse_full", "take_and_give_back"]

@@ -3,12 +3,15 @@
 PyTorch raises plain RuntimeError for much of this, so the text decides where the type does not.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
 from qd2mora.errors import DeviceLost
+
+T = TypeVar("T")
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _LOST = ("CUDA error", "CUDA driver error", "NCCL", "Connection closed", "Connection reset", "gloo", "Broken pipe")
@@ -18,6 +21,17 @@ def is_out_of_memory(error: Exception) -> bool:
     """Tell whether smaller pieces may do."""
     is_typed = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return is_typed or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def tried(act: Callable[[], T]) -> tuple[T | None, bool]:
+    """Return what `act` does, and whether memory ran out on the way."""
+    try:
+        return act(), False
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Outside the handler: the traceback that keeps what was allocated alive is gone.
+    return None, True
 
 
 def is_lost(error: Exception) -> bool:
@@ -37,4 +51,4 @@ def as_lost() -> Iterator[None]:
         raise DeviceLost(f"the device or another process is lost ({first}); continue with --resume") from error
 
 
-__all__ = ["as_lost", "is_lost", "is_out_of_memory"]
+__all__ = ["as_lost", "is_lost", "is_out_of_memory", "tried"]

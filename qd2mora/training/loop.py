@@ -26,7 +26,7 @@ from qd2mora.stopping import StopRequest
 from qd2mora.training.best import BestKeeper
 from qd2mora.training.disk import as_trouble
 from qd2mora.training.estimator import backward_over_draws
-from qd2mora.training.faults import as_lost, is_out_of_memory
+from qd2mora.training.faults import as_lost, tried
 from qd2mora.training.journal import Journal
 from qd2mora.training.live_routing import LiveRouting
 from qd2mora.training.numbers import blame, is_too_bad, lower_scale, prove_flow, raise_scale
@@ -119,9 +119,9 @@ class Training:
         """Return the summed loss of rows in evaluation, over all processes, and the number of their labels."""
         sums = torch.zeros(2, dtype=torch.float64)
         for part in self._micro_batches(rows, 0):
-            self._tell_routers(part)
+            self.tell_routers(part)
             with torch.no_grad():
-                loss = self._row_losses(part).sum().double().cpu()
+                loss = self.row_losses(part).sum().double().cpu()
             sums += torch.stack([loss, torch.tensor(float(part.num_labels))])
             self.watchdog.beat()
         return self.processes.sum_numbers([*sums])
@@ -129,7 +129,7 @@ class Training:
     def _run_through(self, rows: list[Row]) -> None:
         """Let rows pass the routers, without a loss."""
         for part in self._micro_batches(rows, 0):
-            self._tell_routers(part)
+            self.tell_routers(part)
             batch = {name: tensor.to(self.processes.device) for name, tensor in part.collated(self.pad).items()}
             with torch.no_grad():
                 labelled_states(self.model, batch, batch["labels"][:, 1:] != IGNORE)
@@ -179,7 +179,7 @@ class Training:
             if failed:
                 self.processes.from_main(self.saver.finish)
             if short:
-                self._halve_micro_batch()
+                self.halve_micro_batch()
                 continue
             self.processes.sum_gradients(self.parameters)
             self._unscale()
@@ -200,16 +200,17 @@ class Training:
 
     def _try_to_accumulate(self, rows: list[Row]) -> tuple[Tensor | float, bool]:
         """Return this process's part of the loss, and whether memory ran out on the way."""
-        try:
-            return self._accumulate(rows), False
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        # Outside the handler: the traceback that keeps the activations alive is gone.
+        loss, is_short = tried(lambda: self._accumulate(rows))
+        if loss is not None:
+            return loss, is_short
+        self.let_go()
+        return 0.0, is_short
+
+    def let_go(self) -> None:
+        """Drop what an abandoned try has left on the device."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.processes.device.type == "cuda":
             torch.cuda.empty_cache()
-        return 0.0, True
 
     def _accumulate(self, rows: list[Row]) -> Tensor:
         """Add the gradients of this process's rows; return their part of the loss per labelled token of the step."""
@@ -220,15 +221,15 @@ class Training:
         if self._routing is not None:
             self._routing.forget()
         for part in self._micro_batches(rows, self.progress.step * self.train.global_batch, self.capacity):
-            self._tell_routers(part)
+            self.tell_routers(part)
             if self._routing is not None:
                 self._routing.share = (part.num_tokens / tokens, len(part.rows) / len(rows))
                 self._routing.loss_scale = self.progress.loss_scale or 1.0
-            total += self._backward(part, share)
+            total += self.backward(part, share)
             self.watchdog.beat()
         return total
 
-    def _backward(self, part: MicroBatch, share: float) -> Tensor:
+    def backward(self, part: MicroBatch, share: float) -> Tensor:
         """Add the gradients of one micro batch; return its part of the step's loss. `share`: one over all labels."""
 
         def backward(loss: Tensor) -> None:
@@ -238,18 +239,18 @@ class Training:
 
         if self.config.row.estimator == "rloo":
             assert self._routing is not None
-            return backward_over_draws(lambda: self._row_losses(part), backward, self._routing, share) * share
-        loss = self._row_losses(part).sum() * share
+            return backward_over_draws(lambda: self.row_losses(part), backward, self._routing, share) * share
+        loss = self.row_losses(part).sum() * share
         backward(loss)
         return loss.detach()
 
-    def _tell_routers(self, part: MicroBatch) -> None:
+    def tell_routers(self, part: MicroBatch) -> None:
         """Say which rows run: chance in the adapters is a function of their keys, whatever the split."""
         if self._routing is not None:
             self._routing.rows, self._routing.lengths = part.keys, tuple(len(row.ids) for row in part.rows)
             self._routing.places = part.places
 
-    def _row_losses(self, part: MicroBatch) -> Tensor:
+    def row_losses(self, part: MicroBatch) -> Tensor:
         """Return the summed loss of each row."""
         batch = {name: tensor.to(self.processes.device) for name, tensor in part.collated(self.pad).items()}
         is_scaled = self.progress.loss_scale is not None
@@ -300,16 +301,17 @@ class Training:
         if not is_too_bad(self.progress):
             return
         part = next(self._micro_batches(rows, 0))
-        self._tell_routers(part)
+        self.tell_routers(part)
         with torch.no_grad():
-            where = blame(self.model, self.parameters, lambda: self._row_losses(part))
+            where = blame(self.model, self.parameters, lambda: self.row_losses(part))
         in_a_row = f"{self.progress.bad_in_a_row} bad steps in a row, {self.progress.bad_steps} in all"
         raise NotFinite(
             f"step {self.progress.step}: loss {loss}, gradient norm {norm}, {in_a_row}; first not finite: {where}; "
             "continue with a lower train.learning_rate, --resume and --allow-changed train.learning_rate"
         )
 
-    def _halve_micro_batch(self) -> None:
+    def halve_micro_batch(self) -> None:
+        """Go on with smaller micro batches, and say so. Raises WillNotFit where there are none."""
         if self.micro_batch == 1:
             raise WillNotFit(
                 f"memory: step {self.progress.step + 1} does not fit the device with one row at a time; lower "

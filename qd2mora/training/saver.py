@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from qd2mora.errors import StopError
+from qd2mora.host_memory import available_bytes
 from qd2mora.training import checkpoint
 from qd2mora.training.disk import as_trouble
 from qd2mora.training.state import Progress, State, StateSource
@@ -71,12 +72,7 @@ class Saver:
 def _has_room_for(state: State) -> bool:
     """Tell whether the copy leaves as much memory again to the rest of the machine."""
     size = sum(tensor.nbytes for tensor in (*state.adapter.values(), *state.moments.values()))
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return False
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
-    return free > size
+    return (available_bytes() or 0) > size
 
 
 __all__ = ["Saver"]
