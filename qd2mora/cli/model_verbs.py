@@ -33,7 +33,9 @@ def merge(
             help="hf: float16, bfloat16, float32; exact: these or nf4; gguf: float16, q8_0; LoRAs: float32, float16."
         ),
     ] = None,
-    max_shard: Annotated[str, typer.Option(help="Size of one file of weights.")] = "5GB",
+    max_shard: Annotated[
+        str | None, typer.Option(help="hf and exact: size of one file of weights; 5GB where not given.")
+    ] = None,
     no_vocabulary: Annotated[
         bool, typer.Option("--no-vocabulary", help="GGUF for token ids alone, where llama.cpp lacks the tokenizer.")
     ] = False,

@@ -5,7 +5,7 @@ are replaced by the static updates of a strategy, and the loss of fidelity is me
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Export:
             "to": self.form.to,
             "base": self.form.base,
             "dtype": self.form.dtype,
+            "measured": "as written" if self.form.dtype == "nf4" else f"before rounding to {self.form.dtype}",
             "strategy": self.strategy,
             "exact": self.exact,
             "task": self.made.task,
@@ -81,7 +82,7 @@ def merge(
     to: str = "hf",
     base: str = "dequantized",
     dtype: str | None = None,
-    max_shard: str = "5GB",
+    max_shard: str | None = None,
     with_vocabulary: bool = True,
     allow_changed: Collection[str] = (),
 ) -> Export:
@@ -116,10 +117,15 @@ def merge(
 
 
 def merge_tasks(run: str | Path, out: str | Path, **options: Any) -> dict[str, Export]:
-    """Export a run once for each of its tasks, into `out`/TASK; options as for `merge`. Raises as `merge` does."""
+    """Export a run once for each of its tasks, into `out`/TASK; options as for `merge`. Raises as `merge` does.
+
+    `out` appears when all are there; after a kill the same command begins again.
+    """
     refuse_taken(Path(out), "--out")
     names = [each.name for each in read_recipe(run).data.tasks]
-    return {name: merge(run, Path(out) / name, task=name, **options) for name in names}
+    with staged_folder(Path(out)) as stage:
+        exports = {name: merge(run, stage / name, task=name, **options) for name in names}
+    return {name: replace(export, folder=Path(out) / name) for name, export in exports.items()}
 
 
 def _check_placement(run: str | Path) -> None:

@@ -78,7 +78,8 @@ def write_gguf(
         _add_vocabulary(writer, vocabulary, tokenizer)
     # Float32 until here, so that an 8-bit number is rounded once.
     narrow = torch.float16 if dtype == "float16" else torch.float32
-    tensors = [_Tensor(each, source.config, dtype) for each in entries_of(source, folds, narrow, written)]
+    read_back = _dequantized if dtype == "q8_0" else None
+    tensors = [_Tensor(each, source.config, dtype) for each in entries_of(source, folds, narrow, written, read_back)]
     if _rope(source.config)["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", _llama3_factors(source.config))
     for tensor in tensors:
@@ -107,7 +108,7 @@ class _Tensor:
             raise InputRefused(f"--to gguf: llama.cpp's llama has no place for {entry.name}")
         self.entry, self.name, self.config = entry, found, config
         is_matrix = len(entry.shape) == 2
-        self.is_q8 = dtype == "q8_0" and is_matrix and entry.shape[-1] % BLOCK == 0
+        self.is_q8 = dtype == "q8_0" and _takes_q8(entry.shape)
         self.kind = "uint8" if self.is_q8 else "float16" if is_matrix else "float32"
         self.raw_kind = gguf.GGMLQuantizationType.Q8_0 if self.is_q8 else None
         width = entry.shape[-1] // BLOCK * (BLOCK + 2) if self.is_q8 else entry.shape[-1]
@@ -122,11 +123,25 @@ class _Tensor:
         return whole if heads is None else np.ascontiguousarray(rotated_in_pairs(whole, heads))
 
     def _narrow(self, block: Tensor) -> NDArray[Any]:
-        if self.is_q8:
-            gguf = package()
-            quantized: NDArray[Any] = gguf.quants.quantize(block.numpy(), gguf.GGMLQuantizationType.Q8_0)
-            return quantized
-        return block.float().numpy().astype(self.kind)
+        return _quantized(block) if self.is_q8 else block.float().numpy().astype(self.kind)
+
+
+def _takes_q8(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and shape[-1] % BLOCK == 0
+
+
+def _quantized(block: Tensor) -> NDArray[Any]:
+    gguf = package()
+    quantized: NDArray[Any] = gguf.quants.quantize(block.numpy(), gguf.GGMLQuantizationType.Q8_0)
+    return quantized
+
+
+def _dequantized(block: Tensor) -> Tensor:
+    """Return the numbers of a weight's rows as a Q8_0 file gives them back: matrices that do not divide are float16."""
+    if not _takes_q8(tuple(block.shape)):
+        return block.half()
+    gguf = package()
+    return torch.from_numpy(gguf.quants.dequantize(_quantized(block), gguf.GGMLQuantizationType.Q8_0))
 
 
 def heads_of(linear: str, config: LlamaConfig) -> int | None:

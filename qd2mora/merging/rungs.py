@@ -13,7 +13,7 @@ from qd2mora.merging.lora import write_lora
 from qd2mora.merging.shards import shard_bytes
 from qd2mora.merging.source import Source
 from qd2mora.merging.static import Statics
-from qd2mora.merging.writer import DTYPES, Written, write_model
+from qd2mora.merging.writer import DTYPES, SHARD_BYTES, Written, write_model
 from qd2mora.recipe import Base
 from qd2mora.run_folder import OpenRun
 from qd2mora.sealed import MANIFEST, seal_folder
@@ -31,7 +31,7 @@ class Form:
     to: str = "hf"
     base: str = "dequantized"
     dtype: str = "float16"
-    limit: int = 5 * 10**9
+    limit: int = SHARD_BYTES
     with_vocabulary: bool = True
 
     @property
@@ -58,13 +58,14 @@ class Rung:
     dtypes: tuple[str, ...]
     is_routed: bool = False
     holds_no_base: bool = False
+    has_shards: bool = False
 
 
 def form_of(
     to: str,
     base: str = "dequantized",
     dtype: str | None = None,
-    max_shard: str = "5GB",
+    max_shard: str | None = None,
     with_vocabulary: bool = True,
 ) -> Form:
     """Return a checked form. Raises InputRefused."""
@@ -81,7 +82,10 @@ def form_of(
         raise InputRefused(f"--dtype: '{dtype}' will not do for --to {to}; there are {', '.join(dtypes)}")
     if not with_vocabulary and to != "gguf":
         raise InputRefused(f"--no-vocabulary: --to {to} keeps the tokenizer as it is; it goes with --to gguf")
-    return Form(to, base, dtype or dtypes[0], shard_bytes(max_shard), with_vocabulary)
+    if max_shard is not None and not RUNGS[to].has_shards:
+        raise InputRefused(f"--max-shard: --to {to} writes one file of weights; it goes with --to hf and --to exact")
+    limit = SHARD_BYTES if max_shard is None else shard_bytes(max_shard)
+    return Form(to, base, dtype or dtypes[0], limit, with_vocabulary)
 
 
 def open_source(opened: OpenRun, form: Form) -> Source:
@@ -144,11 +148,11 @@ def _gguf_lora(opened: OpenRun, source: Source, statics: Statics, form: Form) ->
 
 
 RUNGS = {
-    "hf": Rung(_hf, ("float16", "bfloat16", "float32")),
+    "hf": Rung(_hf, ("float16", "bfloat16", "float32"), has_shards=True),
     "lora": Rung(_lora, ("float32", "float16", "bfloat16"), holds_no_base=True),
     "gguf": Rung(_gguf, ("float16", "q8_0")),
     "gguf_lora": Rung(_gguf_lora, ("float32", "float16"), holds_no_base=True),
-    "exact": Rung(_exact, ("float16", "bfloat16", "float32", "nf4"), is_routed=True),
+    "exact": Rung(_exact, ("float16", "bfloat16", "float32", "nf4"), is_routed=True, has_shards=True),
 }
 
 __all__ = ["BASES", "RUNGS", "Form", "Rung", "form_of", "open_source", "prepare_rung", "seal"]

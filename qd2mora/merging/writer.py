@@ -6,7 +6,7 @@ rows at a time, straight into the file: the peak is one weight in float32 and wh
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,8 +58,17 @@ def write_model(
     return written
 
 
-def entries_of(source: Source, folds: Mapping[str, Fold], dtype: torch.dtype, written: Written) -> list[Entry]:
-    """Return every weight of the base as an entry, those of `folds` changed, with rounding noted in `written`."""
+def entries_of(
+    source: Source,
+    folds: Mapping[str, Fold],
+    dtype: torch.dtype,
+    written: Written,
+    read_back: Callable[[Tensor], Tensor] | None = None,
+) -> list[Entry]:
+    """Return every weight of the base as an entry, those of `folds` changed, with rounding noted in `written`.
+
+    `read_back`: what is read of a block again, where the file holds it more narrowly than in the dtype.
+    """
     changed, names = _changed(folds), list(source.names)
     if OUTPUT in changed and OUTPUT not in names:
         names.append(OUTPUT)
@@ -73,14 +82,20 @@ def entries_of(source: Source, folds: Mapping[str, Fold], dtype: torch.dtype, wr
             name,
             dtype,
             source.shape(stored),
-            lambda: _rounded_blocks(source, name, stored, changed.get(name), dtype, written),
+            lambda: _rounded_blocks(source, name, stored, changed.get(name), dtype, written, read_back),
         )
 
     return [one(name) for name in names]
 
 
 def _rounded_blocks(
-    source: Source, name: str, stored: str, fold: Fold | None, dtype: torch.dtype, written: Written
+    source: Source,
+    name: str,
+    stored: str,
+    fold: Fold | None,
+    dtype: torch.dtype,
+    written: Written,
+    read_back: Callable[[Tensor], Tensor] | None,
 ) -> Iterator[Tensor]:
     """Yield blocks of one weight in the dtype. Raises NotFinite."""
     error, size = 0.0, 0.0
@@ -92,7 +107,8 @@ def _rounded_blocks(
                 f"{name}: a weight of {float(exact.abs().max()):g} does not fit {_word(dtype)}{_hint(dtype)}"
             )
         if fold is not None:
-            error += float((narrow.float() - exact).square().sum())
+            read = narrow if read_back is None else read_back(narrow)
+            error += float((read.float() - exact).square().sum())
             size += float((exact - rows).square().sum())
         yield narrow
     if fold is not None:

@@ -233,3 +233,14 @@ def test_another_reader_of_the_format_makes_the_same_model_of_it(folder: Path, d
     ours = AutoTokenizer.from_pretrained(folder / "hf")
     for text in ("red moon", "Say the first word.", "three  suns é"):
         assert theirs(text, add_special_tokens=False)["input_ids"] == ours(text, add_special_tokens=False)["input_ids"]
+
+
+def test_the_report_says_what_eight_bits_take_from_an_update_and_that_it_was_measured_before(folder: Path) -> None:
+    report = json.loads((folder / "q8_0" / "export_report.json").read_text(encoding="utf-8"))
+    assert report["measured"] == "before rounding to q8_0"
+    name, lora = "model.layers.1.self_attn.v_proj", load_file(folder / "lora" / "adapter_model.safetensors")
+    down, up = (lora[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+    wanted = load_file(folder / "hf" / "model.safetensors")[f"{name}.weight"]
+    found = read(folder / "q8_0")[0]["blk.1.attn_v.weight"].reshape(wanted.shape)
+    lost = float((found - wanted).norm() / (up @ down).norm())
+    assert report["modules"][name]["rounding"] == pytest.approx(lost, rel=1e-3) and lost > 0

@@ -103,6 +103,7 @@ def test_what_no_lora_can_carry_is_refused(tmp_path: Path) -> None:
         ({"to": "lora", "base": "original"}, "a LoRA holds no base"),
         ({"to": "exact", "base": "original"}, "saw the dequantized base"),
         ({"max_shard": "lots"}, "--max-shard: 'lots'"),
+        ({"max_shard": "1GB", "to": "gguf"}, "--max-shard: --to gguf writes one file of weights; it goes with --to hf"),
         ({"with_vocabulary": False}, "--no-vocabulary: --to hf keeps the tokenizer"),
     ],
 )
