@@ -52,7 +52,9 @@ def folder_of(model: str, patterns: list[str], needs: str = "config.json") -> Pa
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise InputRefused(f"base.model: '{model}' is no folder here and cannot be got from the hub: {first_line(error)}") from error
+        raise InputRefused(
+            f"base.model: '{model}' is no folder here and cannot be got from the hub: {first_line(error)}"
+        ) from error
 
 
 def _refuse_missing(model: str, needs: str = "config.json") -> None:
