@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from qd2mora.base import enable_checkpointing
+from qd2mora.memory.pinned import host_buffer
 
 
 class Boundaries:
@@ -82,7 +83,7 @@ class Boundaries:
         kept = self._free[(tensor.shape, tensor.dtype)]
         if kept:
             return kept.pop()
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._stream is not None)
+        return host_buffer(tensor.shape, tensor.dtype, self._stream is not None)
 
 
 class _Left:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qd2mora.memory.pinned import pinned
+
 
 def keep_embedding_on_host(model: PreTrainedModel, device: torch.device) -> None:
     """Keep the input embedding in host memory; its output comes on `device`.
@@ -23,7 +25,7 @@ def keep_embedding_on_host(model: PreTrainedModel, device: torch.device) -> None
         if device.type != "cuda":
             return output.to(device)
         # Pinned, the copy runs beside the host; the allocator keeps the pages until the copy is made.
-        return output.pin_memory().to(device, non_blocking=True)
+        return pinned(output).to(device, non_blocking=True)
 
     embedding.register_forward_pre_hook(before)
     embedding.register_forward_hook(after)

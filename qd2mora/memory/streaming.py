@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qd2mora.memory.pinned import host_buffer
+
 SLOTS = 2
 ALIGNMENT = 256
 """Bytes that each tensor in a buffer starts at a multiple of, as the device's own allocator has it."""
@@ -82,7 +84,7 @@ class LayerStream:
 
     def _taken(self, index: int, layer: nn.Module, size: int) -> Tensor:
         """Return a layer's host buffer; its tensors become views of its slot."""
-        host = torch.empty(size, dtype=torch.uint8, pin_memory=self._on_gpu)
+        host = host_buffer((size,), torch.uint8, self._on_gpu)
         slot, start = self.slots[index % len(self.slots)], 0
         for owner, name, tensor in list(frozen_tensors(layer)):
             stop = start + tensor.nbytes
