@@ -152,6 +152,21 @@ def test_a_step_that_one_process_has_no_memory_for_is_done_again_by_both(
     _assert_close(recipe, plain)
 
 
+def test_a_rehearsal_that_one_process_has_no_memory_for_makes_both_smaller_before_step_1(
+    made: Path, tmp_path: Path
+) -> None:
+    short, log = ("train.steps=2", "train.eval_every=2"), tmp_path / "log"
+    one = _recipe(made, tmp_path / "one", *short, "train.micro_batch=1")
+    recipe = _recipe(made, tmp_path / "run", *short, "memory.rehearsal=on")
+    pair = pairs.start_pair(pairs.bad_run, recipe, 1, "memory", log=log)
+    assert pairs.outcome(pairs.train_pair, one) == [0, 0]
+    assert pairs.ended(pair) == [0, 0], log.read_text()
+    text = log.read_text()
+    assert text.count("from step 1 on micro batches of 1") == text.count("out of memory") == 1
+    assert text.index("out of memory") < text.index("rehearsed: training 1 x")
+    assert runs.result_of(tmp_path / "run") == runs.result_of(tmp_path / "one")
+
+
 def test_a_full_disk_of_the_one_that_writes_ends_both_with_code_5_before_the_next_save(
     made: Path, tmp_path: Path
 ) -> None:
