@@ -279,7 +279,7 @@ def random_base(
     dtype = dtype or compute_dtype(base, device)
     config = shape.config()
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(dtype)
+        model = LlamaForCausalLM(config)
     generator = torch.Generator(device=device).manual_seed(seed)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head" and base.quantization == "nf4":

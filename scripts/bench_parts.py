@@ -206,6 +206,7 @@ __all__ = [
     "REPEATS",
     "WARM_UP",
     "ExpertLoop",
+    "LiveBytes",
     "context",
     "peak_bytes",
     "ratio",
