@@ -17,7 +17,8 @@ class Offload(Section):
     optimizer: Literal["none", "cpu"] = "none"
     """`cpu`: moments and update on the host, with `engine: deepspeed`; `train.optimizer: paged_adamw_8bit` without."""
     weights: Literal["auto", "none", "stream"] = "auto"
-    """`stream`: frozen linears live in pinned host memory, and two decoder layers at a time on the device."""
+    """`stream`: frozen linears live in pinned host memory, and two decoder layers at a time on the device; with
+    `zero_stage: 3` DeepSpeed's own offload of parameters."""
 
 
 class Memory(Section):
@@ -36,17 +37,15 @@ class Memory(Section):
     engine: Literal["none", "deepspeed"] = "none"
     """`deepspeed`: moments are shared out over the processes of a run (ZeRO)."""
     zero_stage: Literal[2, 3] = 2
-    """What is shared out: 2, the moments; 3, frozen weights too, is refused for now."""
+    """What is shared out: 2, the moments; 3, frozen weights too, which visit linear by linear. A pass that runs out
+    of memory then ends the run, to be resumed with a smaller `train.micro_batch`."""
 
     @model_validator(mode="after")
     def _engine_moves_moments(self) -> "Memory":
         if self.offload.optimizer == "cpu" and self.engine == "none":
             raise ValueError("offload.optimizer: cpu needs engine: deepspeed, which keeps moments on the host")
-        if self.zero_stage == 3:
-            raise ValueError(
-                "zero_stage: 3 will not do: between passes ZeRO-3 leaves empty the adapters that a step adds up its "
-                "gradients in; 2"
-            )
+        if self.zero_stage == 3 and self.engine == "none":
+            raise ValueError("zero_stage: 3 needs engine: deepspeed")
         return self
 
 

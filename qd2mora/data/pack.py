@@ -20,14 +20,19 @@ SEEN = 64
 """Rows among which those that fill a line are looked for."""
 
 
+Part = tuple[list[int], tuple[int, ...]]
+"""Rows of a micro batch by number, and how many rows each of its lines takes."""
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Rows that run together. `keys`: one for each row's random numbers; `packs`: how many rows each line takes, in
-    order, where rows are packed."""
+    order, where rows are packed; `weight` 0: they run where they must and count for nothing."""
 
     rows: list[Row]
     keys: tuple[int, ...]
     packs: tuple[int, ...] = ()
+    weight: float = 1.0
 
     @property
     def num_tokens(self) -> int:
@@ -55,9 +60,7 @@ class MicroBatch:
         return collate_packed(self, pad) if self.packs else collate(self.rows, pad, MULTIPLE)
 
 
-def lines_together(
-    lengths: Sequence[int], at_once: int, capacity: int | None
-) -> list[tuple[list[int], tuple[int, ...]]]:
+def lines_together(lengths: Sequence[int], at_once: int, capacity: int | None) -> list[Part]:
     """Return the rows of each micro batch of `at_once` lines by number, and how many rows each line takes.
 
     Without `capacity` a line is a row, and nothing is said of how many it takes. Lines of like length go together.
@@ -71,6 +74,17 @@ def lines_together(
         ([number for line in part for number in line], () if capacity is None else tuple(map(len, part)))
         for part in parts
     ]
+
+
+def dealt(parts: Sequence[Part], index: int, count: int, in_step: bool) -> list[tuple[Part, float]]:
+    """Return the micro batches of one of `count` processes, each with its weight.
+
+    `in_step`: all have as many, as where they gather weights together; who has one less runs the first for nothing.
+    """
+    weighted = [(part, 1.0) for part in parts]
+    if in_step and parts:
+        weighted += [(parts[0], 0.0)] * (-len(parts) % count)
+    return weighted[index::count]
 
 
 def packed(lengths: Sequence[int], capacity: int, at_once: int = 1) -> list[list[int]]:
@@ -169,4 +183,4 @@ def collate_packed(batch: MicroBatch, pad: int) -> dict[str, Tensor]:
     return batch_of | {"task_index": torch.tensor([row.task for row in batch.rows])}
 
 
-__all__ = ["MULTIPLE", "MicroBatch", "collate_packed", "lines_together", "packed"]
+__all__ = ["MULTIPLE", "MicroBatch", "collate_packed", "dealt", "lines_together", "packed"]

@@ -163,7 +163,8 @@ def refuse_unfit(recipe: Recipe, shapes: Shapes) -> None:
             "memory.offload.embeddings: cpu will not do: the output head of this base is tied to the embedding and "
             "needs it on the device; use none"
         )
-    if recipe.memory.engine != "none" and (offload.weights == "stream" or offload.embeddings == "cpu"):
+    streams = offload.weights == "stream" and recipe.memory.zero_stage == 2  # ZeRO-3 does it in its own way
+    if recipe.memory.engine != "none" and (streams or offload.embeddings == "cpu"):
         raise InputRefused(
             f"memory.engine: {recipe.memory.engine} puts the whole base on the device; use "
             "memory.offload.weights=none memory.offload.embeddings=none, or memory.engine=none"

@@ -1,4 +1,4 @@
-"""DeepSpeed's settings, generated from the recipe: ZeRO-2, with what may move to host memory.
+"""DeepSpeed's settings, generated from the recipe: ZeRO-2 and ZeRO-3, with what may move to host memory.
 
 What DeepSpeed would decide by default and must not: it clips at 1.0 (the loop clips), it averages over processes and
 accumulation (the loop has summed already), it casts every floating tensor of the model in its 16-bit modes, packed
@@ -34,6 +34,12 @@ def check_engine(recipe: Recipe, config: MixtureConfig) -> None:
         raise InputRefused(
             f"train.optimizer: {recipe.train.optimizer} keeps moments in blocks that cross DeepSpeed's shards; adamw"
         )
+    judged = [task.name for task in recipe.data.tasks if task.metric not in (None, "loss")]
+    if recipe.memory.zero_stage == 3 and judged:
+        raise InputRefused(
+            f"memory.zero_stage: 3 cannot score '{judged[0]}' while training: its processes write answers of their own "
+            "lengths, and gather weights together; metric: loss, or zero_stage: 2"
+        )
     if config.row.stages:
         raise InputRefused(f"memory.engine: deepspeed flattens the moments that {config.method} resets; none")
 
@@ -44,6 +50,8 @@ def engine_settings(recipe: Recipe) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": memory.zero_stage, "overlap_comm": False, "reduce_bucket_size": BUCKET}
     if memory.offload.optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if memory.offload.weights == "stream":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -59,6 +67,12 @@ def unshared(recipe: Recipe) -> str:
     if recipe.memory.engine == "none":
         return ""
     place = "in host memory, " if recipe.memory.offload.optimizer == "cpu" else ""
+    if recipe.memory.zero_stage == 3:
+        return (
+            f"DeepSpeed ZeRO-3 shares out the moments ({place}1/P on each of P processes) and all frozen weights that "
+            "are larger than an adapter's largest tensor, once every process has loaded them whole; there stay whole "
+            "the quantisation state, small weights, adapters and a step's gradients. It is not in the plan's numbers"
+        )
     return (
         f"DeepSpeed ZeRO-2 shares out the moments ({place}1/P on each of P processes); whole on every process stay the "
         "4-bit weights and their quantisation state, embeddings, head, norms, adapters and a step's gradients"

@@ -28,7 +28,7 @@ class Routing:
     each row begins. hidden: (B, T, H), the states of a first pass. share: this micro batch's share of the step's tokens
     and rows, which a routing penalty counts by; loss_scale: what the loss is multiplied with before the backward pass.
     advantage: (B,), how much worse than its rivals a sampled routing did, loss scale included. stage: the expert
-    trained now, where a method grows.
+    trained now, where a method grows. is_counted: False where the rows run for the company of other processes alone.
     """
 
     task_index: Tensor | None = None
@@ -42,6 +42,7 @@ class Routing:
     places: tuple[tuple[int, int], ...] | None = None
     hidden: Tensor | None = None
     share: tuple[float, float] = (1.0, 1.0)
+    is_counted: bool = True
     loss_scale: float = 1.0
     stage: int | None = None
     advantage: Tensor | None = None
@@ -92,6 +93,8 @@ class Routing:
 
     def counted(self, like: Tensor) -> Tensor:
         """Return (B, T) of ones at the tokens that count, for `like` (B, T, ...)."""
+        if not self.is_counted:
+            return torch.zeros(like.shape[:2], device=like.device)
         if self.attended is None or self.attended.shape != like.shape[:2]:
             return torch.ones(like.shape[:2], device=like.device)
         return self.attended.to(like.device)

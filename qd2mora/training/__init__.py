@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -247,6 +247,8 @@ def _adapted_model(
     recipe: Recipe, config: MixtureConfig, planned: Plan, processes: Processes, folder: RunFolder
 ) -> PeftModel:
     setting, device = planned.setting, processes.device
+    if recipe.memory.engine != "none":
+        setting = replace(setting, stream=False)  # the engine moves weights itself, once it has them whole
     # A streamed base must not be on the device as a whole, not even once.
     place = torch.device("cpu") if setting.stream else device
     least = WORTH_KEEPING if recipe.base.cache == "auto" else 0

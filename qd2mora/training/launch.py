@@ -4,6 +4,7 @@ import importlib.util
 
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs, set_seed
+from transformers.integrations import unset_hf_deepspeed_config
 
 from qd2mora.base import default_device
 from qd2mora.errors import InputRefused
@@ -29,6 +30,10 @@ def launched(recipe: Recipe, folder: RunFolder) -> Accelerator:
         log_with=list(recipe.train.trackers) or None,
         project_dir=str(folder.path),
     )
+    if is_sharded:
+        # Weights are loaded whole and shared out afterwards: transformers, which would go by the settings that
+        # accelerate shows it, cannot load 4-bit ones in shards.
+        unset_hf_deepspeed_config()
     if is_sharded != (accelerator.distributed_type == DistributedType.DEEPSPEED):
         raise InputRefused(
             f"memory.engine: {recipe.memory.engine}, but accelerate was set up otherwise in this process before; start "
@@ -43,7 +48,6 @@ def launched(recipe: Recipe, folder: RunFolder) -> Accelerator:
 
 def _engine(recipe: Recipe) -> DeepSpeedPlugin:
     prepare_host()
-    # Weights are loaded whole and shared out afterwards: transformers cannot load 4-bit ones in shards.
     return DeepSpeedPlugin(hf_ds_config=engine_settings(recipe), zero3_init_flag=False)
 
 

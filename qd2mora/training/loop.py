@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from qd2mora.data import MicroBatch, Mixture, Row, TaskRows, lines_together
+from qd2mora.data import MicroBatch, Mixture, Row, TaskRows, dealt, lines_together
 from qd2mora.errors import NotFinite, SignalStop, WillNotFit
 from qd2mora.evaluation import Score
 from qd2mora.memory.loss import CHUNK, IGNORE, RowLoss, labelled_states
@@ -122,7 +122,7 @@ class Training:
             self.tell_routers(part)
             with torch.no_grad():
                 loss = self.row_losses(part).sum().double().cpu()
-            sums += torch.stack([loss, torch.tensor(float(part.num_labels))])
+            sums += torch.stack([loss, torch.tensor(float(part.num_labels))]) * part.weight
             self.watchdog.beat()
         return self.processes.sum_numbers([*sums])
 
@@ -203,6 +203,8 @@ class Training:
         loss, is_short = tried(lambda: self._accumulate(rows))
         if loss is not None:
             return loss, is_short
+        if isinstance(self.optimizer, ZeroOptimizer):
+            self.optimizer.refuse_again()
         self.let_go()
         return 0.0, is_short
 
@@ -223,9 +225,10 @@ class Training:
         for part in self._micro_batches(rows, self.progress.step * self.train.global_batch, self.capacity):
             self.tell_routers(part)
             if self._routing is not None:
-                self._routing.share = (part.num_tokens / tokens, len(part.rows) / len(rows))
+                parts = (part.num_tokens / tokens, len(part.rows) / len(rows))
+                self._routing.share = (part.weight * parts[0], part.weight * parts[1])
                 self._routing.loss_scale = self.progress.loss_scale or 1.0
-            total += self.backward(part, share)
+            total += self.backward(part, share * part.weight)
             self.watchdog.beat()
         return total
 
@@ -248,7 +251,7 @@ class Training:
         """Say which rows run: chance in the adapters is a function of their keys, whatever the split."""
         if self._routing is not None:
             self._routing.rows, self._routing.lengths = part.keys, tuple(len(row.ids) for row in part.rows)
-            self._routing.places = part.places
+            self._routing.places, self._routing.is_counted = part.places, part.weight > 0
 
     def row_losses(self, part: MicroBatch) -> Tensor:
         """Return the summed loss of each row."""
@@ -344,13 +347,13 @@ class Training:
     def _micro_batches(self, rows: Sequence[Row], first: int, capacity: int | None = None) -> Iterator[MicroBatch]:
         """Yield this process's micro batches, lines of like length together; keys number the rows from `first` on.
 
-        A line is a row, or with `capacity` what fits that many tokens. Whole micro batches are dealt out: what a
-        router's penalty sees does not depend on the number of processes.
+        A line is a row, or with `capacity` what fits that many tokens. Whole ones are dealt out: routers see the same.
         """
         whole = lines_together([len(row.ids) for row in rows], self.micro_batch, capacity)
-        for numbers, packs in whole[self.processes.index :: self.processes.count]:
+        in_step = isinstance(self.optimizer, ZeroOptimizer) and self.optimizer.shares_weights
+        for (numbers, packs), weight in dealt(whole, self.processes.index, self.processes.count, in_step):
             keys = tuple(key_of(self.train.seed, "row", first + number) for number in numbers)
-            yield MicroBatch([rows[number] for number in numbers], keys, packs)
+            yield MicroBatch([rows[number] for number in numbers], keys, packs, weight)
 
     def _evaluate_and_log(self) -> dict[str, float]:
         losses, scores = self.evaluate(), self._scores()

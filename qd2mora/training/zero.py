@@ -7,12 +7,13 @@ which are pickles, are never written: the small trainable state is gathered into
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from qd2mora.errors import WillNotFit
 from qd2mora.tensor_file import Inventory, inventory_of
 from qd2mora.training.state import State
 
@@ -30,8 +31,33 @@ class ZeroOptimizer:
         plain: torch.optim.Optimizer,
     ) -> None:
         self.accelerator, self.parameters = accelerator, parameters
+        plugin: Any = accelerator.state.deepspeed_plugin
+        zero = plugin.deepspeed_config["zero_optimization"]
+        self.shares_weights: bool = zero["stage"] == 3
+        if self.shares_weights:
+            # A step adds up gradients in what is trained, so that stays whole; the rest visits layer by layer.
+            zero["stage3_param_persistence_threshold"] = max(tensor.numel() for tensor in parameters.values())
         self.engine, wrapped = accelerator.prepare(model, plain)
         self.sharded: Any = wrapped.optimizer
+        if self.shares_weights:
+            self._keep_whole(model)
+
+    def _keep_whole(self, model: nn.Module) -> None:
+        """Gather what is trained, for good; let every pass begin where the engine would see it begin."""
+        tensors: list[Any] = list(self.parameters.values())
+        tensors[0].all_gather(tensors)
+        coordinator, wrapped = self.sharded.parameter_offload.get_param_coordinator(), cast(Any, model)
+        # The loop calls the decoder, and not the model that the engine watches.
+        decoder: nn.Module = wrapped.base_model.model.get_decoder()
+        decoder.register_forward_pre_hook(lambda module, inputs: coordinator.reset_step())
+
+    def refuse_again(self) -> None:
+        """Refuse to do a step again where other processes wait in the midst of it. Raises WillNotFit."""
+        if self.shares_weights:
+            raise WillNotFit(
+                "memory: a pass ran out of memory, and under ZeRO-3 the other processes cannot go back with this one; "
+                "lower train.micro_batch and --resume"
+            )
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -80,20 +106,17 @@ class ZeroState:
 
     def restore(self, state: State) -> None:
         """See StateSource."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         with torch.no_grad():
             for name, tensor in (self.optimizer.parameters | self.moved).items():
                 tensor.copy_(state.adapter[name])
         for name, tensor in self.optimizer.parameters.items():
-            safe_set_full_fp32_param(tensor, state.adapter[name].to(tensor.device))
+            self._set(tensor, state.adapter[name])
         if not state.moments:
             return
         self._make_moments()
         for name, tensor in self.optimizer.parameters.items():
             for moment in MOMENTS:
-                value = state.moments[f"{name}::{moment}"].to(tensor.device)
-                safe_set_full_optimizer_state(tensor, value, moment)
+                self._set(tensor, state.moments[f"{name}::{moment}"], moment)
         first = next(iter(self.optimizer.parameters))
         for entry in self.optimizer.state.values():
             entry["step"] = state.moments[f"{first}::step"].to(entry["step"].device)
@@ -104,6 +127,34 @@ class ZeroState:
         moments = {f"{name}::{moment}": tensor for name, tensor in trained.items() for moment in MOMENTS}
         moments |= {f"{name}::step": torch.zeros(()) for name in trained}
         return inventory_of({**trained, **self.moved}), inventory_of(moments)
+
+    def _set(self, tensor: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
+        """Put a whole parameter, or a moment of it, into this process's shard."""
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+
+        value = value.to(tensor.device)
+        if not self.optimizer.shares_weights:
+            if moment is None:
+                safe_set_full_fp32_param(tensor, value)
+            else:
+                safe_set_full_optimizer_state(tensor, value, moment)
+            return
+        # Shards are of one size, the last one filled up with zeros, which DeepSpeed 0.19 forgets where it cuts.
+        sharded: Any = tensor
+        size, place = sharded.ds_tensor.numel(), self.optimizer.accelerator.process_index
+        filled = nn.functional.pad(
+            value.flatten(), (0, size * self.optimizer.accelerator.num_processes - len(value.flatten()))
+        )
+        part = filled[size * place : size * (place + 1)]
+        if moment is None:
+            safe_set_local_fp32_param(tensor, part)
+        else:
+            safe_set_local_optimizer_state(tensor, part, moment)
 
     def _make_moments(self) -> None:
         """Do an update that changes nothing, which gives every shard its moments."""

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "reliability"))
 import forked_runs as runs
 import paired_runs as pairs
 
+from qd2mora.data import dealt, lines_together
 from qd2mora.errors import InputRefused
 from qd2mora.memory.engine import check_engine, engine_settings, refuse_storage, unshared
 from qd2mora.mixture import MixtureConfig
@@ -24,6 +25,7 @@ needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="the extra is not installed: pip install -e .[deepspeed]"
 )
 ENGINE = ("memory.engine=deepspeed",)
+SHARED = (*ENGINE, "memory.zero_stage=3", "memory.offload.optimizer=cpu", "memory.offload.weights=stream")
 OFFLOAD = (*ENGINE, "memory.offload.optimizer=cpu")
 
 
@@ -69,12 +71,33 @@ def test_checkpoints_of_the_engine_and_of_the_plain_loop_resume_each_other(
 
 
 @needs_deepspeed
+def test_two_processes_that_share_weights_go_on_from_a_plain_run_and_hand_over_to_one(
+    made: Path, plain: Path, tmp_path: Path
+) -> None:
+    """Plain for two steps, two processes under ZeRO-3 with weights and moments on the host for two, plain for two."""
+    recipe, log = _recipe(made, tmp_path / "run"), tmp_path / "log"
+    assert runs.outcome(_until, recipe, 2, log=log) == 75
+    assert pairs.outcome(_until, recipe, 4, True, SHARED, ("engine", "processes"), log=log) == [75, 75], log.read_text()
+    assert runs.outcome(_until, recipe, 99, True, (), ("engine", "processes"), log=log) == 0, log.read_text()
+    _assert_close(recipe, plain)
+
+
+def test_processes_that_gather_weights_together_have_as_many_micro_batches() -> None:
+    parts = lines_together([3, 1, 2, 5, 4], 1, None)
+    first, second = (dealt(parts, index, 2, in_step=True) for index in range(2))
+    assert [weight for _, weight in first] == [1.0, 1.0, 1.0]
+    assert [weight for _, weight in second] == [1.0, 1.0, 0.0]
+    assert len(dealt(parts, 1, 2, in_step=False)) == 2
+
+
+@needs_deepspeed
 def test_what_the_engine_cannot_do_is_refused(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for change, words in (
         ("train.optimizer=adamw_8bit", r"train\.optimizer: adamw_8bit .*adamw"),
+        ("data.tasks.0.metric=exact", r"zero_stage: 3 .*metric: loss"),
         ("adapter.method=scalezero", r"memory\.engine: .*scalezero"),
     ):
-        recipe = load_recipe(_recipe(made, tmp_path / "run"), [*ENGINE, change])
+        recipe = load_recipe(_recipe(made, tmp_path / "run"), [*ENGINE, "memory.zero_stage=3", change])
         with pytest.raises(InputRefused, match=words):
             check_engine(recipe, MixtureConfig.from_recipe(recipe.adapter, 2))
     recipe = load_recipe(_recipe(made, tmp_path / "run"))
@@ -83,11 +106,11 @@ def test_what_the_engine_cannot_do_is_refused(made: Path, tmp_path: Path, monkey
         check_engine(recipe, MixtureConfig.from_recipe(recipe.adapter, 2))
 
 
-def test_moments_on_the_host_need_the_engine_and_stage_three_is_refused(made: Path, tmp_path: Path) -> None:
+def test_moments_on_the_host_and_stage_three_need_the_engine(made: Path, tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match=r"offload\.optimizer.*engine"):
         load_recipe(_recipe(made, tmp_path / "run"), ["memory.offload.optimizer=cpu"])
-    with pytest.raises(InputRefused, match=r"zero_stage: 3 .* leaves empty the adapters"):
-        load_recipe(_recipe(made, tmp_path / "run"), [*ENGINE, "memory.zero_stage=3"])
+    with pytest.raises(InputRefused, match=r"zero_stage: 3 needs engine"):
+        load_recipe(_recipe(made, tmp_path / "run"), ["memory.zero_stage=3"])
 
 
 def test_the_plan_says_what_is_not_shared_out(made: Path, tmp_path: Path) -> None:
@@ -133,6 +156,8 @@ def _until(
     after = Training._after_step
 
     def stopping(self: Training) -> dict[str, float]:
+        if SHARED[1] in changes:  # between passes a process holds nothing of the frozen weights
+            assert any(not tensor.requires_grad and tensor.numel() == 0 for tensor in self.model.parameters())
         if self.progress.step == step - 1 and os.environ.get("RANK", "0") == "0":
             signal.raise_signal(signal.SIGTERM)
         return after(self)
