@@ -1,6 +1,7 @@
 """Verbs on a recipe: train, plan, preview."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -38,6 +39,7 @@ def plan(
     overrides: Overrides = None,
     budget: Annotated[str | None, typer.Option(help="Memory to fit, for example 8GiB.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    png: Annotated[Path | None, typer.Option(help="Draw the items as bars. Needs the extra figures.")] = None,
 ) -> None:
     """Say what a run will need, item by item, without reading weights."""
     from qd2mora.recipe import load_recipe
@@ -54,6 +56,12 @@ def plan(
         Console().print(render(planned))
         if unshared(loaded):
             Console().print(unshared(loaded))
+        if loaded.data.packing:
+            Console().print("data.packing: a line of packed rows is planned for as one row of data.max_length tokens")
+    if png is not None:
+        from qd2mora.report import draw_plan
+
+        draw_plan(planned, png)
     if not planned.fits:
         raise typer.Exit(3)
 

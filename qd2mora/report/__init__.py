@@ -6,12 +6,14 @@ from qd2mora.report.exports import show_export, verdict
 from qd2mora.report.inspection import show_inspection
 from qd2mora.report.methods import method_text, parameters_on_7b, show_methods
 from qd2mora.report.picture import draw_run
+from qd2mora.report.plan_picture import draw_plan
 from qd2mora.report.rows import show_rows
 from qd2mora.report.run_files import look_at, read_run
 from qd2mora.report.run_page import write_page
 from qd2mora.report.scores import show_harness, show_scores
 
 __all__ = [
+    "draw_plan",
     "draw_run",
     "finish",
     "look_at",

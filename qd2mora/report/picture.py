@@ -9,15 +9,20 @@ from qd2mora.report.charts import smoothed
 from qd2mora.report.run_files import RunFiles
 
 
-def draw_run(files: RunFiles, out: Path) -> None:
-    """Write the picture. Raises InputRefused where matplotlib or the folder is missing."""
+def figure_for(out: Path, size: tuple[float, float]) -> Any:
+    """Return an empty figure, inches, that may be written there. Raises InputRefused."""
     if importlib.util.find_spec("matplotlib") is None:
         raise InputRefused("--png: matplotlib is not installed; pip install 'qd2mora[figures]'")
     if out.suffix != ".png" or out.is_dir() or not out.parent.is_dir():
         raise InputRefused(f"--png: '{out}' will not do: name a .png file in a folder that is there")
     from matplotlib.figure import Figure  # not pyplot: no screen, no state
 
-    figure = Figure(figsize=(13, 8), layout="constrained")
+    return Figure(figsize=size, layout="constrained")
+
+
+def draw_run(files: RunFiles, out: Path) -> None:
+    """Write the picture. Raises InputRefused where matplotlib or the folder is missing."""
+    figure = figure_for(out, (13, 8))
     axes = figure.subplots(2, 2)
     figure.suptitle(f"{_plain(files.name)}: {files.recipe.adapter.method}")
     _losses(axes[0][0], files)
@@ -87,4 +92,4 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-__all__ = ["draw_run"]
+__all__ = ["draw_run", "figure_for"]

@@ -1,5 +1,7 @@
 """The plan against known totals of a 7B and against the bytes of a model that is really there."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from qd2mora.base import is_nf4, load_base
 from qd2mora.errors import InputRefused
 from qd2mora.memory import parse_size, plan
 from qd2mora.recipe import Recipe, parse_recipe
+from qd2mora.report import draw_plan
 
 GIB = 1 << 30
 
@@ -57,3 +60,12 @@ def test_what_the_recipe_says_stays() -> None:
     assert parse_size("1.5 GiB") == 1.5 * GIB
     with pytest.raises(InputRefused, match="8 apples"):
         parse_size("8 apples")
+
+
+def test_a_plan_is_drawn_and_another_kind_of_file_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    planned = plan(recipe("tiny"), budget="8GiB")
+    draw_plan(planned, tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputRefused, match=r"--png: .*name a \.png file"):
+        draw_plan(planned, tmp_path / "plan.jpg")
