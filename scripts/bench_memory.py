@@ -3,8 +3,9 @@
     python scripts/bench_memory.py [--shapes llama2-7b ...] [--tokens 512 2048 ...] [--modes ...] [--out FILE]
 
 Modes, all on NF4 with double quantisation, bfloat16 products, every layer recomputed, dropout 0.05:
-  peft          HF + PEFT QLoRA as its documentation writes it: LoRA r 64 on all linears, prepare_model_for_kbit_training
-                (float32 norms, embeddings, head and residual), autocast, the model's own loss, 32-bit AdamW
+  peft          HF + PEFT QLoRA as its documentation writes it: LoRA r 64 on all linears,
+                prepare_model_for_kbit_training (float32 norms, embeddings, head and residual), autocast, the model's
+                own loss, 32-bit AdamW
   peft qkvud    the same on the targets that ours has: q, k, v, up, down
   loop          D2MoRA M3 N8 r8 on q, k, v, up, down as the authors' loop over experts (bench_parts), 16-bit residual
   default       the same as this project runs it: 8-bit moments, loss in chunks of 1,024 tokens
@@ -33,7 +34,7 @@ from bench_fake import Counted, empty_model, fill
 from bench_parts import ExpertLoop, context
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qd2mora.mixture.draws as draws
@@ -111,7 +112,7 @@ def micro_batch(model: Any, mode: Mode, tokens: int, device: torch.device) -> Ca
     """Return the forward and backward pass of one row, every token labelled."""
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
     if mode.chunk:
-        routing = routing_of(model)
+        routing: Any = routing_of(model)
         routing.rows, routing.lengths, routing.places = (1,), (tokens,), None
         # By position and not by a mask, whose number of ones nobody knows before it is looked at.
         labelled: Any = (torch.zeros(tokens - 1, dtype=torch.long, device=device), ids.new_zeros(tokens - 1))
@@ -166,7 +167,8 @@ def counted(shape: Shape, mode: Mode, lengths: list[int]) -> dict[str, Any]:
             live.leave(stream.hosts)
         if mode.offloads:
             live.leave([decoder.embed_tokens.weight])
-            for layer in decoder_layers(decoder):
+            layers: list[Any] = list(decoder_layers(decoder))
+            for layer in layers:
                 live.keep_out(layer._gradient_checkpointing_func.args[0])
         found: dict[str, Any] = {"between": live.now, "trained": sum(sizes), "moments": moments.nbytes}
         if mode.adapter == "mixture":
@@ -185,53 +187,33 @@ def all_layers(shape: Shape, mode: Mode, lengths: list[int], is_whole: bool) -> 
     return {name: more[name] + (shape.layers - few - 1) * (more[name] - less[name]) for name in more}
 
 
-def fake_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return a row for each shape, mode and number of tokens."""
+def fake_rows(options: argparse.Namespace, shape: str, name: str) -> list[dict[str, Any]]:
+    """Return a row for each number of tokens."""
     draws._BLOCK.clear()  # random masks in the blocks of a GPU
+    found = all_layers(SHAPES[shape], MODES[name], options.tokens, options.whole)
     rows = []
-    for shape in options.shapes:
-        for name in options.modes:
-            found = all_layers(SHAPES[shape], MODES[name], options.tokens, options.whole)
-            for tokens in options.tokens:
-                beyond = max(found[str(tokens)], found.get("penalty", 0))
-                rows.append(
-                    {
-                        "shape": shape,
-                        "mode": name,
-                        "tokens": tokens,
-                        "peak_bytes": found["between"] + beyond,
-                        "between_micro_batches_bytes": found["between"],
-                        "trained": found["trained"],
-                    }
-                )
-            print(
-                shape,
-                name,
-                {row["tokens"]: _gib(row["peak_bytes"]) for row in rows[-len(options.tokens) :]},
-                flush=True,
-            )
+    for tokens in options.tokens:
+        peak = found["between"] + max(found[str(tokens)], found.get("penalty", 0))
+        row = {"shape": shape, "mode": name, "tokens": tokens, "peak_bytes": peak}
+        rows.append({**row, "between_micro_batches_bytes": found["between"], "trained": found["trained"]})
+    print(shape, name, {row["tokens"]: _gib(row["peak_bytes"]) for row in rows}, flush=True)
     return rows
 
 
-def gpu_rows(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def gpu_rows(options: argparse.Namespace, shape: str, name: str, device: torch.device) -> list[dict[str, Any]]:
     """Return the measured rows, and for each cap the longest row of a micro batch that still ran under it."""
-    rows = []
-    for shape in options.shapes:
-        for name in options.modes:
-            step = _real_step(SHAPES[shape], MODES[name], device)
-            for tokens in options.tokens:
-                rows.append({"shape": shape, "mode": name, "tokens": tokens, **_measured(step, tokens, device)})
-            total = torch.cuda.get_device_properties(device).total_memory
-            for cap in CAPS_GIB:
-                torch.cuda.empty_cache()
-                torch.cuda.set_per_process_memory_fraction(min(1.0, cap * GIB / total), device)
-                fitting = [
-                    tokens for tokens in options.tokens if "out_of_memory" not in _measured(step, tokens, device)
-                ]
-                rows.append({"shape": shape, "mode": name, "cap_gib": cap, "longest": max(fitting, default=0)})
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
-            del step
-            torch.cuda.empty_cache()
+    step = _real_step(SHAPES[shape], MODES[name], device)
+    mode = {"shape": shape, "mode": name}
+    rows = [{**mode, "tokens": tokens, **_measured(step, tokens, device)} for tokens in options.tokens]
+    total = torch.cuda.get_device_properties(device).total_memory
+    for cap in CAPS_GIB:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap * GIB / total), device)
+        fitting = [tokens for tokens in options.tokens if "out_of_memory" not in _measured(step, tokens, device)]
+        rows.append({**mode, "cap_gib": cap, "longest": max(fitting, default=0)})
+    torch.cuda.set_per_process_memory_fraction(1.0, device)
+    del step
+    torch.cuda.empty_cache()
     return rows
 
 
@@ -338,7 +320,7 @@ def _gib(size: int) -> str:
 def main() -> None:
     """Count or measure, print a table and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=["llama2-7b", "llama2-13b", "llama3-8b"])
+    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=["llama2-7b", "llama3-8b", "llama2-13b"])
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--whole", action="store_true", help="every layer, not a few of them")
@@ -347,7 +329,23 @@ def main() -> None:
     options = parser.parse_args()
     is_real = torch.cuda.is_available() and not options.fake
     device = torch.device("cuda" if is_real else "cpu")
-    rows = gpu_rows(options, device) if is_real else fake_rows(options)
+    rows: list[dict[str, Any]] = []
+    for shape in options.shapes:
+        for name in options.modes:
+            rows += gpu_rows(options, shape, name, device) if is_real else fake_rows(options, shape, name)
+            result = outcome(options, rows, is_real)
+            if options.out:  # after every mode: a run of hours leaves what it has
+                Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+                Path(options.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    show(rows, options.tokens)
+    for key, value in (result["ratios"] | result["goals"]).items():
+        print(f"{key}: {value}")
+    print(json.dumps(result))
+
+
+def outcome(options: argparse.Namespace, rows: list[dict[str, Any]], is_real: bool) -> dict[str, Any]:
+    """Return what is written: the rows so far and what follows of them."""
+    device = torch.device("cuda" if is_real else "cpu")
     found = ratios(rows)
     result = {
         "bench": "memory",
@@ -359,13 +357,7 @@ def main() -> None:
     }
     if not is_real:
         result["device"] = "none: FakeTensors"
-    show(rows, options.tokens)
-    for name, value in (found | result["goals"]).items():
-        print(f"{name}: {value}")
-    if options.out:
-        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    return result
 
 
 if __name__ == "__main__":
