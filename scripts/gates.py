@@ -2,6 +2,7 @@
 
     python scripts/gates.py                          # every gate, long: about an hour on one core
     python scripts/gates.py --only K1,B1 --scale 0.1 # some, in a tenth of the size
+    GATE_SECONDS=1800 python scripts/gates.py --only K1  # as many of its kills as there is time for
     python scripts/gates.py --mutations              # each guard removed in a copy: its gate has to fail
     python scripts/gates.py --quick                  # the sizes of every change, on two cores: at most 6 minutes
 
@@ -189,6 +190,8 @@ def _add(file: str, name: str, found: dict[str, Any]) -> None:
     how = "--quick" if name == "quick set" else f"--only {json.dumps(name)}"
     command = f"python scripts/gates.py {how}" + (" --mutations" if "mutants" in found else "")
     command += f" --scale {found['scale']}" if found.get("scale", 1.0) != 1.0 else ""
+    if "GATE_SECONDS" in os.environ:
+        command = f"GATE_SECONDS={os.environ['GATE_SECONDS']} {command}"
     results[name] = found | {
         "command": command,
         "commit": _commit(),

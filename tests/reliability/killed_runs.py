@@ -7,6 +7,7 @@ time; they come early, since a run that goes on where the last was killed gets t
 
 import importlib
 import json
+import math
 import os
 import random
 import signal
@@ -23,15 +24,17 @@ FARTHEST_CALL = 140
 READ_ONCE = ("load_tokenizer", "prepare", "_fitting_plan", "load_base")
 
 
-def kill_until(recipe: Path, kills: int, seed: int, report: Path) -> None:
-    """Kill runs until so many kills; write how many came, how many inside a save, of how many runs, and what is wrong.
+def kill_until(recipe: Path, kills: int, seed: int, report: Path, seconds: float = math.inf) -> None:
+    """Kill runs until so many kills, or for so long; write how many came, how many inside a save, of how many runs, and
+    what is wrong.
 
     A run that is done is compared with one that nothing happened to, and the next begins.
     """
     read = _read_once(recipe)
     length, wanted = _undisturbed(recipe.parent / f"whole{seed}", read)
     draw, seen = random.Random(seed), {"kills": 0, "inside_a_save": 0, "runs": 0, "wrong": ""}
-    while int(seen["kills"]) < kills and not seen["wrong"]:
+    last = time.monotonic() + seconds
+    while int(seen["kills"]) < kills and not seen["wrong"] and time.monotonic() < last:
         run = recipe.parent / f"chain{seed}-{seen['runs']}"
         seen["runs"] += 1
         newest, reach = 0, 0.3
