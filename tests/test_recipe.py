@@ -163,10 +163,10 @@ def _mutate(node: object, chance: random.Random) -> None:
 
 def test_two_thousand_mangled_recipes_are_accepted_or_refused_in_one_line() -> None:
     chance = random.Random(0)
-    refused = 0
+    refused, whole = 0, yaml.safe_load(EXAMPLE)
+    whole["train"]["learning_rate"] = 3e-4
     for _ in range(2000):
-        content = yaml.safe_load(EXAMPLE)
-        content["train"]["learning_rate"] = 3e-4
+        content = copy.deepcopy(whole)
         for _ in range(chance.randrange(1, 4)):
             _mutate(content, chance)
         try:

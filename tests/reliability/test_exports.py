@@ -5,8 +5,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,16 +61,9 @@ def logits_of(model: nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=TOKENS).logits
 
 
-FRESH = """
-import sys, torch
-from safetensors.torch import save_file
-from qd2mora.run_folder import open_run
-torch.set_num_threads(1)
-model = open_run(sys.argv[1]).model
-tokens = torch.randint(4, 400, (2, 17), generator=torch.Generator().manual_seed(0))
-with torch.no_grad():
-    save_file({"logits": model(input_ids=tokens).logits}, sys.argv[2])
-"""
+def answering(run: Path, out: Path) -> None:
+    """Open a run and save its logits, in a fork of a server that has seen no adapter of this process."""
+    save_file({"logits": logits_of(open_run(run).model)}, out)
 
 
 def test_an_adapter_gives_the_same_logits_in_a_fresh_process(made: Path, tmp_path: Path) -> None:
@@ -82,7 +73,7 @@ def test_an_adapter_gives_the_same_logits_in_a_fresh_process(made: Path, tmp_pat
     torch.set_num_threads(1)
     model = add_adapter(load_base(recipe.base), MixtureConfig.from_recipe(recipe.adapter, 2), 0)
     assert not logits_of(model).equal(wanted := (randomize(model, 0), logits_of(model))[1])
-    subprocess.run([sys.executable, "-c", FRESH, str(run), str(tmp_path / "there")], check=True, capture_output=True)
+    assert runs.outcome(answering, run, tmp_path / "there", log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
     assert load_file(tmp_path / "there")["logits"].equal(wanted)
 
 

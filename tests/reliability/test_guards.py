@@ -38,7 +38,7 @@ ERRNOS += [
     "ENOMEDIUM",
 ]
 ERRNOS = ERRNOS[: int(os.environ.get("GATE_ERRNOS", "3"))]
-PAIRS = int(os.environ.get("GATE_PAIRS", "40"))
+PAIRS = int(os.environ.get("GATE_PAIRS", "15"))
 
 
 def hold(path: Path) -> None:

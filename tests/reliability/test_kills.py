@@ -24,6 +24,8 @@ ZERO_KILLS = int(os.environ.get("GATE_ZERO_KILLS", "10"))
 SHORT = ("adapter.dropout=0.1", "adapter.targets=[q_proj]", "train.global_batch=2", "train.steps=20")
 SHORT += ("train.eval_every=1000",)
 """Steps that take as long as their saves."""
+SIGNALLED = ("adapter.dropout=0.1", "adapter.targets=[q_proj]", "train.eval_every=4", "train.steps=5")
+"""Loading takes as long as steps, evaluations and saves."""
 SIGNALS = int(os.environ.get("GATE_SIGNALS", "30"))
 
 
@@ -38,14 +40,16 @@ def at(process: BaseProcess, seconds: float, number: int) -> bool:
     return True
 
 
-def time_of_a_run(made: Path, folder: Path) -> float:
-    times = []
+@pytest.fixture(scope="module")
+def timed(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[float, dict[str, bytes]]:
+    """Return the seconds that a run takes which is not signalled, the median of three, and what it ends with."""
+    folder, times = tmp_path_factory.mktemp("timed"), []
     for number in range(3):
-        recipe = runs.write_recipe(made, folder / f"timed{number}", "adapter.dropout=0.1")
+        recipe = runs.write_recipe(made, folder / f"run{number}", *SIGNALLED)
         began = time.monotonic()
         assert runs.outcome(runs.train_run, recipe) == 0
         times.append(time.monotonic() - began)
-    return sorted(times)[1]
+    return sorted(times)[1], runs.result_of(recipe.with_suffix(""))
 
 
 def test_runs_killed_at_any_moment_end_with_the_same_bytes(made: Path, tmp_path: Path) -> None:
@@ -97,13 +101,12 @@ def test_a_run_killed_before_its_first_checkpoint_ends_with_the_same_bytes(
 
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_at_any_moment_stops_a_run_that_resumes_to_the_same_bytes(
-    which: int, made: Path, whole: Path, tmp_path: Path
+    which: int, made: Path, timed: tuple[float, dict[str, bytes]], tmp_path: Path
 ) -> None:
     """T1: exit 75 or 0 wherever the signal lands, loading and saving included."""
-    wanted = runs.result_of(whole.with_suffix(""))
-    length, draw = time_of_a_run(made, tmp_path), random.Random(which)
+    (length, wanted), draw = timed, random.Random(which)
     for number in range(SIGNALS // 3):
-        recipe = runs.write_recipe(made, tmp_path / f"run{number}", "adapter.dropout=0.1")
+        recipe = runs.write_recipe(made, tmp_path / f"run{number}", *SIGNALLED)
         process = runs.start(runs.listening_run, recipe, log=recipe.with_suffix(".log"))
         _wait_for(recipe.with_suffix(".listening"))
         at(process, draw.uniform(0, 1) * length, which)

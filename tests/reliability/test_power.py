@@ -18,7 +18,7 @@ from qd2mora.errors import DamagedFile
 from qd2mora.sealed import seal_folder, verify_folder
 from qd2mora.training import checkpoint
 
-MOST = int(os.environ.get("GATE_CRASHES", "40"))
+MOST = int(os.environ.get("GATE_CRASHES", "24"))
 """States that are tried after each call."""
 INVENTORIES = small.source_at(0).expected()
 

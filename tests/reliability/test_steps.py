@@ -22,7 +22,7 @@ from qd2mora.recipe import load_recipe
 from qd2mora.training import numbers, train
 from qd2mora.training.state import Progress
 
-EVERY = int(os.environ.get("GATE_EVERY", "4"))
+EVERY = int(os.environ.get("GATE_EVERY", "6"))
 """Resume from each so many-th step."""
 FIRST = range(1, 1 + int(os.environ["GATE_STEPS"])) if "GATE_STEPS" in os.environ else (2, 3, 7)
 """The first bad steps."""
@@ -78,13 +78,19 @@ def test_the_split_into_micro_batches_changes_a_step_by_rounding_only(
     assert distance(tmp_path / "run2", tmp_path / "run4") <= 1e-5
 
 
+@pytest.fixture(scope="module")
+def three(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("three") / "run"
+    train(load_recipe(runs.write_recipe(made, run, "train.steps=3")))
+    return run
+
+
 @pytest.mark.parametrize("call", [1, 2, 5, 8])
 @pytest.mark.parametrize("is_backward", [False, True])
 def test_a_step_that_ran_out_of_memory_is_done_again_on_smaller_micro_batches(
-    call: int, is_backward: bool, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: int, is_backward: bool, made: Path, three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """H1: the fault strikes once, at a forward or a backward; batch and result stay, and a resume keeps the size."""
-    train(load_recipe(runs.write_recipe(made, tmp_path / "whole", "train.steps=3")))
     forward, calls = RowLoss.forward, []
 
     def fail() -> None:
@@ -102,7 +108,7 @@ def test_a_step_that_ran_out_of_memory_is_done_again_on_smaller_micro_batches(
 
     monkeypatch.setattr(RowLoss, "forward", faulty)
     train(load_recipe(runs.write_recipe(made, tmp_path / "faulty", "train.steps=3")))
-    assert distance(tmp_path / "whole", tmp_path / "faulty") <= 1e-4  # three updates of Adam amplify rounding
+    assert distance(three, tmp_path / "faulty") <= 1e-4  # three updates of Adam amplify rounding
     from qd2mora.sealed import open_manifest
 
     assert open_manifest(tmp_path / "faulty/checkpoints/step-3")["progress"]["micro_batch"] == 1
@@ -211,13 +217,13 @@ def test_an_overflow_of_float16_lowers_the_loss_scale_and_the_step_is_done_again
     made: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qd2mora.training.compute_dtype", lambda base, device: torch.float16)
-    monkeypatch.setattr("qd2mora.training.FIRST_LOSS_SCALE", 2.0**126)
+    monkeypatch.setattr("qd2mora.training.FIRST_LOSS_SCALE", 2.0**40)
     trained = train(load_recipe(runs.write_recipe(made, tmp_path / "run", "adapter.dropout=0.1")))
     from qd2mora.sealed import open_manifest
 
     progress = open_manifest(tmp_path / "run/checkpoints/step-8")["progress"]
     assert trained.bad_steps == 0 and progress["applied"] == 8
-    assert 1 <= progress["loss_scale"] < 2.0**126
+    assert 1 <= progress["loss_scale"] < 2.0**40
 
 
 def test_frozen_bytes_are_the_same_at_the_end(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

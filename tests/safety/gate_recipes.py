@@ -1,9 +1,11 @@
 """R1: mangled recipes end in acceptance or one refusing line that names the file and the place or key."""
 
+import copy
 import random
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 from forked import Result
@@ -25,6 +27,7 @@ train: {steps: 1000, global_batch: 16, learning_rate: 3.0e-4, schedule: linear, 
 memory: {budget: 8GiB, checkpointing: auto, offload: {activations: auto}}
 output: runs/x
 """
+_WHOLE: Any = yaml.safe_load(VALID) | {"train": yaml.safe_load(VALID)["train"] | {"learning_rate": 3e-4}}
 _ODD = [
     *(None, True, -1, 0, 1.5, 1e308, 10**400, float("inf"), float("nan"), "", " ", "\u202e", "\ud7ff", "a" * 5000),
     *("hf_" + "a" * 30, "https://me:pass@host/x", "../../etc/passwd", "\x00", "é" * 99, "!!python/object:os.system"),
@@ -69,8 +72,7 @@ _NAMED: list[tuple[bytes, str]] = [
 def _mangled(chance: random.Random) -> bytes:
     kind = chance.random()
     if kind < 0.45:
-        content = yaml.safe_load(VALID)
-        content["train"]["learning_rate"] = 3e-4
+        content = copy.deepcopy(_WHOLE)
         for _ in range(chance.randrange(1, 4)):
             _mangle_tree(content, chance)
         return yaml.safe_dump(content, allow_unicode=chance.random() < 0.5).encode("utf-8", "surrogatepass")
