@@ -12,6 +12,7 @@ already in FOLDER is used again; other cases in `--out` stay.
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import time
@@ -29,7 +30,7 @@ from qd2mora.merging.fidelity import Fidelity, measure
 from qd2mora.merging.making import setting_of
 from qd2mora.merging.sample import PaddedBatches, batches_of, sample_rows
 from qd2mora.merging.static import Statics, of_cores
-from qd2mora.merging.statistics import collect, decode
+from qd2mora.merging.statistics import balanced, collect, decode
 from qd2mora.merging.strategies import STRATEGIES
 from qd2mora.mixture import mixture_layers
 from qd2mora.run_folder import OpenRun, open_run
@@ -83,6 +84,7 @@ def _seed(case: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     if seed < given.tasks_of:
         found["per_task"] = {each: _by_task(opened, each) for each in ("core_lsq", "auto")}
     found["lora"] = measure(open_run(plain).model, {}, held_out).routed
+    path.parent.mkdir(exist_ok=True)
     write_json(path, found)
     return found
 
@@ -132,7 +134,7 @@ def _closed_form_cost(opened: OpenRun) -> float:
 
 
 def _static(opened: OpenRun, batches: list[dict[str, torch.Tensor]]) -> Statics:
-    moments = collect(opened.model, batches, with_mixing=False)
+    moments = collect(opened.model, batches, with_mixing=False, weigh=balanced)
     return of_cores(opened.model, {name: core_lsq.mixing(each) for name, each in moments.items()})
 
 
@@ -180,6 +182,9 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     for name in (*WHOLE, "sequential", "distill"):
         if all(name in run for run in runs):
             found[f"{name}: gain kept"] = interval([run[name]["kept"] for run in runs])
+    by_task = [run["per_task"] for run in runs if "per_task" in run]
+    for name in ("core_lsq", "auto") if by_task else ():
+        found[f"per task, {name}: gain kept"] = interval([each[name]["kept"] for each in by_task])
     found["auto: time / training"] = interval([run["auto"]["time / training"] for run in runs])
     found["closed form / plain forward"] = interval([run["closed form / plain forward"] for run in runs])
     found["loss: routed"] = interval([run["auto"]["routed"] for run in runs])
@@ -201,7 +206,9 @@ def interval(values: list[float]) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     names = ("torch", "transformers", "peft", "bitsandbytes")
     versions = {name: importlib.metadata.version(name) for name in names}
-    return versions | {"device": f"cpu {platform.machine()}, one thread", "date": datetime.now(UTC).date().isoformat()}
+    load = f"{os.getloadavg()[1]:.1f} on {os.cpu_count()} cores"
+    device = {"device": f"cpu {platform.machine()}, one thread", "load": load}
+    return versions | device | {"date": datetime.now(UTC).date().isoformat()}
 
 
 if __name__ == "__main__":
