@@ -114,6 +114,11 @@ def model_mark(path: str | Path) -> str:
     """Return a hash that two runs or model folders share only if they answer alike."""
     if is_run(path):
         return hashlib.sha256((RunFolder(Path(path)).adapter / MANIFEST).read_bytes()).hexdigest()
+    if (Path(path) / "adapter_config.json").is_file():
+        base = _lora_base(Path(path))
+        files = [Path(path) / "adapter_config.json", *sorted(Path(path).glob("*.safetensors"))]
+        hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        return hashlib.sha256("\n".join([base.model_dump_json(), fingerprint(base), *hashes]).encode()).hexdigest()
     return fingerprint(Base(model=str(path), quantization="none"))
 
 
@@ -144,13 +149,18 @@ def _routed_export(folder: Path) -> Any:
 
 def _lora_export(folder: Path) -> Subject:
     """Put a LoRA on its base, in the quantisation that its manifest tells, else in none."""
-    check_adapter(folder)
-    content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    settings = open_manifest(folder).get("base") if (folder / MANIFEST).is_file() else None
-    base = Base(**(settings or {"model": str(content.get("base_model_name_or_path")), "quantization": "none"}))
+    base = _lora_base(folder)
     model = PeftModel.from_pretrained(load_base(base), str(folder))
     where = str(folder) if (folder / "tokenizer_config.json").is_file() else base.model
     return Subject(model.eval(), load_tokenizer(where))
+
+
+def _lora_base(folder: Path) -> Base:
+    """Return the base that a LoRA belongs to. Raises InputRefused."""
+    check_adapter(folder)
+    content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = open_manifest(folder).get("base") if (folder / MANIFEST).is_file() else None
+    return Base(**(settings or {"model": str(content.get("base_model_name_or_path")), "quantization": "none"}))
 
 
 def until(tokens: list[int], end: int) -> list[int]:

@@ -1,6 +1,7 @@
 """Talking: what is written is transformers' own text, comes in pieces, and goes by the template that was trained."""
 
 import io
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,12 +9,14 @@ import pytest
 import tiny
 import torch
 from exported import make_run
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qd2mora.cli import main
 from qd2mora.data.instruction import split
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation import Sampling, chat, generate
+from qd2mora.evaluation.subject import model_mark
 from qd2mora.merging import merge
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}[assistant]"
@@ -80,6 +83,16 @@ def test_exports_of_the_routed_model_and_loras_answer_like_the_run_and_the_merge
     assert generate(folder / "nf4", "red sun", max_new_tokens=12) == run
     merged = generate(folder / "hf", "red sun", max_new_tokens=12)
     assert generate(folder / "lora", "red sun", max_new_tokens=12) == merged
+
+
+def test_the_mark_of_a_lora_is_its_own_and_changes_with_its_weights(folder: Path, tmp_path: Path) -> None:
+    lora = shutil.copytree(folder / "lora", tmp_path / "lora")
+    mark = model_mark(lora)
+    assert mark == model_mark(folder / "lora")
+    assert mark not in {model_mark(folder / name) for name in ("run-d2mora-nf4", "hf", "exact", "talker")}
+    weights = lora / "adapter_model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    assert model_mark(lora) != mark
 
 
 def test_a_routed_export_with_other_code_is_refused(folder: Path, tmp_path: Path) -> None:
