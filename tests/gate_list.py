@@ -246,6 +246,7 @@ GATES: dict[str, Gate] = {
                 "test_exports.py",
                 "test_an_adapter_gives_the_same_logits_in_a_fresh_process",
                 "test_an_adapter_whose_tensors_are_not_those_of_its_config_is_refused_in_one_line",
+                "test_an_inventory_that_lists_other_tensors_is_refused_in_one_line",
             ),
         ),
         {},

@@ -120,6 +120,21 @@ def test_an_adapter_whose_tensors_are_not_those_of_its_config_is_refused_in_one_
         assert "\n" not in str(refused.value)
 
 
+def test_an_inventory_that_lists_other_tensors_is_refused_in_one_line(made: Path, tmp_path: Path) -> None:
+    """S1: where tensors and config fit each other, and only what was declared of them does not."""
+    run = make_run(made, tmp_path)
+    weights, name = run / "adapter" / WEIGHTS, "base_model.model.model.layers.0.self_attn.q_proj.mixture_A"
+    whole = weights.read_bytes()
+    tensors = load_file(weights)
+    save_file({**tensors, name: tensors.pop(name).half()}, weights)
+    reseal(run / "adapter")
+    weights.write_bytes(whole)
+    reseal(run / "adapter", is_declared=False)
+    with pytest.raises(DamagedFile, match=WEIGHTS) as refused:
+        open_run(run)
+    assert "\n" not in str(refused.value)
+
+
 def test_a_config_that_asks_for_another_rank_is_refused_in_one_line(made: Path, tmp_path: Path) -> None:
     run = make_run(made, tmp_path)
     path = run / "adapter" / CONFIG
