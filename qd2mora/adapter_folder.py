@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from torch import nn
 
 from qd2mora.base import fingerprint
-from qd2mora.durable import staged_folder
+from qd2mora.durable import save_pretrained, staged_folder
 from qd2mora.errors import DamagedFile, InputRefused, NotFinite
 from qd2mora.recipe import Base
 from qd2mora.sealed import open_manifest, read_listed, seal_folder
@@ -40,7 +40,7 @@ def save_adapter(model: PeftModel, folder: Path, identity: dict[str, Any]) -> No
     if bad:
         raise NotFinite(f"the adapter is not saved: {bad[0]} is not finite")
     with staged_folder(folder) as stage:
-        model.save_pretrained(str(stage))
+        save_pretrained(model, stage)
         files = {name: _size_and_hash((stage / name).read_bytes()) for name in (CONFIG, WEIGHTS)}
         for name in files:
             (stage / name).chmod(0o666 & ~_umask())  # safetensors 0.8 makes files that others cannot read

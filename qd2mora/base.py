@@ -32,6 +32,7 @@ from transformers import logging as transformers_logging
 
 from qd2mora.base_cache import Entry
 from qd2mora.base_files import RANDOM, fingerprint, first_line, folder_of, local_folder
+from qd2mora.durable import save_pretrained
 from qd2mora.errors import DamagedFile, InputRefused, nearest
 from qd2mora.host_memory import give_back_large_blocks
 from qd2mora.recipe import Base
@@ -240,9 +241,9 @@ def _keep(entry: Entry, model: PreTrainedModel, least: int, quantization: BitsAn
     config.quantization_config = quantization  # random weights were quantised by hand
 
     def configs(folder: Path) -> None:
-        config.save_pretrained(folder)
+        save_pretrained(config, folder)
         if model.generation_config is not None:
-            model.generation_config.save_pretrained(folder)
+            save_pretrained(model.generation_config, folder)
 
     entry.write(tensors, configs)
 

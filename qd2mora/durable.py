@@ -7,6 +7,7 @@ changes the disk is a plain `os` call, so that a test can record them and build 
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -44,6 +45,20 @@ def write_atomically(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically, indented."""
     write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def save_pretrained(what: Any, folder: Path) -> None:
+    """Let a library write its files. Raises OSError also where it writes in Rust, whose errors are of other types.
+
+    safetensors has a type of its own for them, tokenizers raises bare ones; both quote the number that the system gave.
+    """
+    try:
+        what.save_pretrained(str(folder))
+    except BaseException as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
 
 
 @contextmanager
@@ -107,4 +122,13 @@ def _sync(path: Path, flags: int) -> None:
         os.close(handle)
 
 
-__all__ = ["remove_folder", "stage_of", "staged_folder", "sync_folder", "write_atomically", "write_file", "write_json"]
+__all__ = [
+    "remove_folder",
+    "save_pretrained",
+    "stage_of",
+    "staged_folder",
+    "sync_folder",
+    "write_atomically",
+    "write_file",
+    "write_json",
+]

@@ -12,6 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "redact": 0,
     "errors": 0,
+    "faults": 0,
     "untrusted": 0,
     "stopping": 0,
     "durable": 0,
@@ -43,6 +44,7 @@ FLOORS = {
 }
 SAME_FLOOR = {
     ("errors", "redact"),
+    ("faults", "errors"),
     ("durable", "redact"),
     ("recipe", "errors"),
     ("recipe", "recipe_adapter"),

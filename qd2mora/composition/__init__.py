@@ -18,6 +18,7 @@ from qd2mora.composition.extract import extract
 from qd2mora.composition.inputs import PREFIX, base_of, read_loras, read_mixture, read_weights, trained_on
 from qd2mora.composition.learned import learn
 from qd2mora.composition.upcycle import upcycle
+from qd2mora.durable import save_pretrained
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.merging.lora import write_lora
 from qd2mora.merging.shards import File, entry, write_tensors
@@ -128,7 +129,7 @@ def write_mixture(
     """
     config.base_model_name_or_path, config.inference_mode = base, True
     with staged_folder(out) as stage:
-        config.save_pretrained(str(stage))
+        save_pretrained(config, stage)
         entries = [entry(PREFIX + name, tensor.contiguous()) for name, tensor in tensors.items()]
         _seal(stage, [write_tensors(stage / "adapter_model.safetensors", entries)], settings)
 

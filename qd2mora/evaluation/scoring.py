@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 
+import torch
+
 from qd2mora.data import Row
+from qd2mora.errors import WillNotFit
 from qd2mora.evaluation.answering import answer_losses, weigh_choices, write_answers
 from qd2mora.evaluation.asked import AskedTask
 from qd2mora.evaluation.rouge import rouge_l
 from qd2mora.evaluation.score import Record, Score
 from qd2mora.evaluation.subject import Subject
 from qd2mora.evaluation.suites import extracted
+from qd2mora.faults import tried
 
 ROWS_AT_ONCE = 32
 
@@ -47,7 +51,23 @@ def batches_of(task: AskedTask, known: Collection[int], rows_at_once: int) -> It
 
 
 def score_batch(subject: Subject, task: AskedTask, numbers: list[int], beams: int = 1) -> list[Record]:
-    """Score the rows of one batch."""
+    """Score the rows of one batch; where memory runs out, one half after the other. Raises WillNotFit for a row."""
+    records, _ = tried(lambda: _score(subject, task, numbers, beams))
+    if records is not None:
+        return records
+    if len(numbers) == 1:
+        raise WillNotFit(
+            f"memory: row {numbers[0] + 1} of task {task.name} cannot be scored on this device, not even alone; "
+            "fewer --beams, a lower data.max_length, or a larger device"
+        )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(numbers) // 2
+    parts = (numbers[:half], numbers[half:])
+    return [record for part in parts for record in score_batch(subject, task, part, beams)]
+
+
+def _score(subject: Subject, task: AskedTask, numbers: list[int], beams: int) -> list[Record]:
     rows = [task.rows[number] for number in numbers]
     if task.metric == "choice":
         return _weigh(subject, task, numbers, rows)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from qd2mora import modeling_mixture
+from qd2mora.durable import save_pretrained
 from qd2mora.errors import InputRefused
 from qd2mora.merging.shards import Entry, entry, write_shards
 from qd2mora.merging.source import Source
@@ -97,7 +98,7 @@ def write_exact(
     ]
     written.files = write_shards(folder, base + added, limit)
     _write_code(source, folder, dtype, routed.specs)
-    tokenizer.save_pretrained(folder)
+    save_pretrained(tokenizer, folder)
     return written
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
+from qd2mora.durable import save_pretrained
 from qd2mora.errors import InputRefused
 from qd2mora.merging.folds import Fold
 from qd2mora.merging.gguf_vocab import Vocabulary, vocabulary_of
@@ -73,7 +74,7 @@ def write_gguf(
     _add_settings(writer, source.config, name, dtype)
     if vocabulary is None:
         writer.add_tokenizer_model("none")
-        tokenizer.save_pretrained(folder)
+        save_pretrained(tokenizer, folder)
     else:
         _add_vocabulary(writer, vocabulary, tokenizer)
     # Float32 until here, so that an 8-bit number is rounded once.

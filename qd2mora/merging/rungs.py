@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qd2mora.durable import save_pretrained
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.merging import exact, gguf_file, gguf_lora
 from qd2mora.merging.folds import folds_of
@@ -130,7 +131,7 @@ def _lora(opened: OpenRun, source: Source, statics: Statics, form: Form) -> Writ
 
     def write(folder: Path) -> Written:
         files = write_lora(parts, source.base.model, source.linears, folder, dtype=DTYPES[form.dtype])
-        tokenizer.save_pretrained(folder)
+        save_pretrained(tokenizer, folder)
         return Written(files)
 
     return write

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from qd2mora.durable import save_pretrained
 from qd2mora.errors import InputRefused, NotFinite
 from qd2mora.merging.folds import Fold
 from qd2mora.merging.shards import Entry, File, write_shards
@@ -54,7 +55,7 @@ def write_model(
     written.files = write_shards(folder, entries_of(source, folds, DTYPES[dtype], written), limit)
     # An output matrix with an update of its own is no longer the embedding.
     write_config(source, folder, dtype, tied=None if f"{OUTPUT}" not in _changed(folds) else False)
-    tokenizer.save_pretrained(folder)
+    save_pretrained(tokenizer, folder)
     return written
 
 

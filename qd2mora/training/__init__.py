@@ -22,9 +22,11 @@ from qd2mora.base import (
     load_tokenizer,
 )
 from qd2mora.data import Mixture, TaskRows, collate, prepare, share_lines
+from qd2mora.durable import save_pretrained
 from qd2mora.errors import InputRefused, WillNotFit
 from qd2mora.evaluation import AskedTask, Subject, ask_held_out
 from qd2mora.evaluation.rouge import rouge_l
+from qd2mora.faults import as_lost
 from qd2mora.inspection.content import write_routing
 from qd2mora.memory.engine import check_engine, refuse_storage
 from qd2mora.memory.loss import check_isolation
@@ -36,7 +38,6 @@ from qd2mora.run_folder import RunFolder
 from qd2mora.stopping import StopRequest, listening
 from qd2mora.training.best import BestKeeper
 from qd2mora.training.disk import as_trouble, checkpoint_bytes, refuse_full
-from qd2mora.training.faults import as_lost
 from qd2mora.training.identity import identity_of_inputs, refuse_changed
 from qd2mora.training.journal import Journal
 from qd2mora.training.launch import launched
@@ -271,7 +272,7 @@ def _save_result(
 ) -> None:
     with as_trouble("the adapter", folder.path):
         save_adapter(training.model, folder.adapter, identity)
-        tokenizer.save_pretrained(folder.path)
+        save_pretrained(tokenizer, folder.path)
     if final == "best":
         _take_best(training, folder)
     else:

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from qd2mora.data import MicroBatch, Mixture, Row, TaskRows, dealt, lines_together
 from qd2mora.errors import NotFinite, SignalStop, WillNotFit
 from qd2mora.evaluation import Score
-from qd2mora.memory.loss import CHUNK, IGNORE, RowLoss, labelled_states
+from qd2mora.faults import as_lost, tried
+from qd2mora.memory.loss import CHUNK, RowLoss
 from qd2mora.mixture import MixtureConfig, after_step, orthogonality, routing_of, weight_penalty
 from qd2mora.recipe import Train
 from qd2mora.stopping import StopRequest
 from qd2mora.training.best import BestKeeper
 from qd2mora.training.disk import as_trouble
 from qd2mora.training.estimator import backward_over_draws
-from qd2mora.training.faults import as_lost, tried
+from qd2mora.training.held_out import held_out_losses
 from qd2mora.training.journal import Journal
 from qd2mora.training.live_routing import LiveRouting
 from qd2mora.training.numbers import blame, is_too_bad, lower_scale, prove_flow, raise_scale
@@ -101,40 +102,6 @@ class Training:
         """Whether so many evaluations in a row were no better that training ends."""
         return self.train.early_stopping is not None and self.progress.stale >= self.train.early_stopping
 
-    def evaluate(self) -> dict[str, float]:
-        """Return the held-out loss per labelled token of each task, in nats; routers are watched on the way."""
-        self.model.eval()
-        losses = {}
-        with self.live.watching():
-            for task in self.tasks:
-                if task.validation:
-                    total, labels = self._loss_of(task.validation)
-                    losses[task.task.name] = total / labels
-                elif self.progress.step > 0:  # a step has shown that micro batches of this size fit
-                    self._run_through(self.live.stand_ins(task))
-        self.model.train()
-        return losses
-
-    def _loss_of(self, rows: Sequence[Row]) -> list[float]:
-        """Return the summed loss of rows in evaluation, over all processes, and the number of their labels."""
-        sums = torch.zeros(2, dtype=torch.float64)
-        for part in self._micro_batches(rows, 0):
-            self.tell_routers(part)
-            with torch.no_grad():
-                loss = self.row_losses(part).sum().double().cpu()
-            sums += torch.stack([loss, torch.tensor(float(part.num_labels))]) * part.weight
-            self.watchdog.beat()
-        return self.processes.sum_numbers([*sums])
-
-    def _run_through(self, rows: list[Row]) -> None:
-        """Let rows pass the routers, without a loss."""
-        for part in self._micro_batches(rows, 0):
-            self.tell_routers(part)
-            batch = {name: tensor.to(self.processes.device) for name, tensor in part.collated(self.pad).items()}
-            with torch.no_grad():
-                labelled_states(self.model, batch, batch["labels"][:, 1:] != IGNORE)
-            self.watchdog.beat()
-
     def _step(self) -> dict[str, float]:
         began, update = time.perf_counter(), self.progress.step
         rows = self.mixture.rows(update * self.train.global_batch, self.train.global_batch)
@@ -203,10 +170,14 @@ class Training:
         loss, is_short = tried(lambda: self._accumulate(rows))
         if loss is not None:
             return loss, is_short
+        self.abandon()
+        return 0.0, is_short
+
+    def abandon(self) -> None:
+        """Give up a try that ran out of memory. Raises WillNotFit where other processes cannot do theirs again."""
         if isinstance(self.optimizer, ZeroOptimizer):
             self.optimizer.refuse_again()
         self.let_go()
-        return 0.0, is_short
 
     def let_go(self) -> None:
         """Drop what an abandoned try has left on the device."""
@@ -222,7 +193,7 @@ class Training:
         total = torch.zeros((), device=self.processes.device)
         if self._routing is not None:
             self._routing.forget()
-        for part in self._micro_batches(rows, self.progress.step * self.train.global_batch, self.capacity):
+        for part in self.micro_batches(rows, self.progress.step * self.train.global_batch, self.capacity):
             self.tell_routers(part)
             if self._routing is not None:
                 parts = (part.num_tokens / tokens, len(part.rows) / len(rows))
@@ -303,7 +274,7 @@ class Training:
         self.progress.bad_in_a_row += 1
         if not is_too_bad(self.progress):
             return
-        part = next(self._micro_batches(rows, 0))
+        part = next(self.micro_batches(rows, 0))
         self.tell_routers(part)
         with torch.no_grad():
             where = blame(self.model, self.parameters, lambda: self.row_losses(part))
@@ -313,11 +284,12 @@ class Training:
             "continue with a lower train.learning_rate, --resume and --allow-changed train.learning_rate"
         )
 
-    def halve_micro_batch(self) -> None:
-        """Go on with smaller micro batches, and say so. Raises WillNotFit where there are none."""
+    def halve_micro_batch(self, doing: str = "") -> None:
+        """Go on with smaller micro batches, and say so. Raises WillNotFit where there are none, for what was done."""
         if self.micro_batch == 1:
+            doing = doing or f"step {self.progress.step + 1}"
             raise WillNotFit(
-                f"memory: step {self.progress.step + 1} does not fit the device with one row at a time; lower "
+                f"memory: {doing} does not fit the device with one row at a time; lower "
                 "data.max_length, or see `qd2mora plan` for what takes the memory"
             )
         self.micro_batch = self.progress.micro_batch = self.micro_batch // 2
@@ -344,7 +316,7 @@ class Training:
             raise SignalStop(f"stopped by {self._why_stop} after step {done}; continue with --resume")
         return losses
 
-    def _micro_batches(self, rows: Sequence[Row], first: int, capacity: int | None = None) -> Iterator[MicroBatch]:
+    def micro_batches(self, rows: Sequence[Row], first: int, capacity: int | None = None) -> Iterator[MicroBatch]:
         """Yield this process's micro batches, lines of like length together; keys number the rows from `first` on.
 
         A line is a row, or with `capacity` what fits that many tokens. Whole ones are dealt out: routers see the same.
@@ -356,7 +328,7 @@ class Training:
             yield MicroBatch([rows[number] for number in numbers], keys, packs, weight)
 
     def _evaluate_and_log(self) -> dict[str, float]:
-        losses, scores = self.evaluate(), self._scores()
+        losses, scores = held_out_losses(self), self._scores()
         step = self.progress.step
         numbers, alarm = self.live.take(step, self.processes.sum_tensor, self.processes.device)
         self.journal.evaluation(step, losses, {task: score.mean for task, score in scores.items()}, numbers, alarm)

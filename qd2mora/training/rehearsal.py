@@ -13,15 +13,14 @@ from collections.abc import Sequence
 import torch
 
 from qd2mora.data import MULTIPLE, MicroBatch, Row, lengths_of, lines_together
+from qd2mora.faults import tried
 from qd2mora.host_memory import available_bytes
 from qd2mora.memory.plan import Plan
 from qd2mora.mixture import routing_of
 from qd2mora.recipe import Recipe
 from qd2mora.training.disk import as_trouble, checkpoint_bytes, take_and_give_back
-from qd2mora.training.faults import tried
 from qd2mora.training.loop import Training
 from qd2mora.training.randomness import key_of
-from qd2mora.training.zero import ZeroOptimizer
 
 MOST_ROWS = 200_000
 """Rows that are looked through for the longest micro batch, from the step on that comes next."""
@@ -129,10 +128,8 @@ def _made(rows: Sequence[Row], part: Part, seed: int, first: int) -> MicroBatch:
 
 def _runs_out(training: Training, step: MicroBatch, evaluation: MicroBatch | None, moments: int) -> bool:
     _, is_short = tried(lambda: _run(training, step, evaluation, moments))
-    if is_short and isinstance(training.optimizer, ZeroOptimizer):
-        training.optimizer.refuse_again()
     training.model.train()
-    training.let_go()
+    training.abandon() if is_short else training.let_go()
     return is_short
 
 

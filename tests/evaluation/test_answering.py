@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qd2mora.data import Row, prepare
+from qd2mora.errors import WillNotFit
 from qd2mora.evaluation import Subject, ask_suite, open_subject
 from qd2mora.evaluation.answering import answer_losses, weigh_choices, write_answers
 from qd2mora.evaluation.scoring import score_task
@@ -62,6 +63,31 @@ def test_weighed_choices_and_losses_equal_whole_passes_one_by_one(granularity: s
             assert each.loss == pytest.approx(slow_loss(subject, row, ids), rel=2e-5)
     wanted = [slow_loss(subject, row, row.ids[row.masked :].tolist()) for row in rows]
     assert answer_losses(subject, rows) == pytest.approx(wanted, rel=2e-5)
+
+
+@pytest.mark.parametrize("scoring", ["generate", "likelihood"])
+def test_a_batch_that_has_no_room_is_scored_in_halves_and_a_row_that_has_none_is_told(
+    scoring: str, subject: Subject, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (task,) = ask_suite("commonsense", made / "suite", subject.tokenizer, scoring=scoring, only=["boolq"])
+    whole, route, sizes = score_task(subject, task), Subject.route, []
+
+    def short(self: Subject, batch: dict[str, torch.Tensor], copies: int = 1) -> None:
+        sizes.append(len(batch["input_ids"]))
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        route(self, batch, copies)
+
+    monkeypatch.setattr(Subject, "route", short)
+    most = 2
+    halved = score_task(subject, task)
+    assert max(sizes) == len(task.rows) > most
+    assert [record.row for record in halved.records] == list(range(len(task.rows)))
+    assert halved.values == whole.values
+    assert [record.loss for record in halved.records] == pytest.approx([one.loss for one in whole.records], rel=1e-5)
+    most = 0
+    with pytest.raises(WillNotFit, match=r"row \d of task boolq"):
+        score_task(subject, task)
 
 
 @pytest.mark.parametrize("scoring", ["generate", "likelihood"])

@@ -1,6 +1,7 @@
 """DeepSpeed on a CPU: one process and two train the plain loop's adapter, and either resumes the other's checkpoint."""
 
 import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
@@ -142,7 +143,9 @@ def test_packed_weights_that_could_be_taken_for_numbers_are_refused(dtype: torch
 
 
 def _recipe(made: Path, output: Path, *overrides: str) -> Path:
-    return runs.write_recipe(made, output, "adapter.dropout=0.1", "train.steps=6", "train.save_every=2", *overrides)
+    changes = ("adapter.dropout=0.1", "train.steps=6", "train.save_every=2", "train.eval_every=2")
+    held_out = ("data.tasks.0.validation=3", "data.tasks.1.validation=2")
+    return runs.write_recipe(made, output, *changes, *held_out, *overrides)
 
 
 def _until(
@@ -171,3 +174,13 @@ def _assert_close(one: Path, two: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.allclose(ours[name], tensor, rtol=1e-5, atol=1e-6), name
+    told = [_held_out(recipe) for recipe in (one, two)]
+    assert told[0].keys() == told[1].keys() == {(step, task) for step in (0, 2, 4, 6) for task in ("first", "last")}
+    for key, loss in told[1].items():
+        assert told[0][key] == pytest.approx(loss, rel=1e-5), key
+
+
+def _held_out(recipe: Path) -> dict[tuple[int, str], float]:
+    """Return the held-out losses that a run has told, by step and task."""
+    lines = [json.loads(line) for line in (recipe.with_suffix("") / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return {(line["step"], task): loss for line in lines for task, loss in line.get("eval_loss", {}).items()}

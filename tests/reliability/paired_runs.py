@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -116,13 +117,35 @@ def watched_pair(recipe: Path) -> None:
     slow_pair(recipe)
 
 
-def limited_pair(recipe: Path, size: int) -> None:
-    """Train where the process that writes may let no file grow beyond so many bytes."""
+def limited_pair(recipe: Path, size: int, is_late: bool = False) -> None:
+    """Train where the process that writes may let no file grow beyond so many bytes.
+
+    `is_late`: a save begins to write when it is waited for, so that no step on the way can hear of its end.
+    """
     import resource
 
     if not is_second():
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    if is_late:
+        _write_late()
     train_pair(recipe)
+
+
+def _write_late() -> None:
+    from qd2mora.training.saver import Saver
+
+    write, finish, is_awaited = Saver._write, Saver.finish, threading.Event()
+
+    def late(self: Saver, state: Any) -> None:
+        is_awaited.wait()
+        write(self, state)
+
+    def waiting(self: Saver) -> None:
+        if self._job is not None:
+            is_awaited.set()
+        finish(self)
+
+    Saver._write, Saver.finish = late, waiting  # type: ignore[method-assign]
 
 
 def dying_pair(recipe: Path, phase: str, victim: int) -> None:

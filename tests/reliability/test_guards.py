@@ -160,6 +160,41 @@ def test_a_full_disk_ends_a_run_with_code_5_and_the_resume_gives_the_same_bytes(
     assert runs.result_of(tmp_path / "run") == runs.result_of(whole.with_suffix(""))
 
 
+def test_a_result_that_does_not_fit_ends_with_code_5_and_leaves_the_old_one(
+    made: Path, whole: Path, tmp_path: Path
+) -> None:
+    """F1: adapter and tokenizer are written by libraries, whose errors of the disk are of types of their own."""
+    recipe, log = runs.write_recipe(made, tmp_path / "run", "adapter.dropout=0.1"), tmp_path / "log"
+    assert runs.outcome(runs.train_run, recipe) == 0
+    names = ["adapter/adapter_model.safetensors", "tokenizer.json"]
+    sizes = [(tmp_path / "run" / name).stat().st_size for name in names]
+    for size in (sizes[0] // 2, sizes[0] - 1, sizes[1] // 2, 64):
+        assert runs.outcome(limited_result, recipe, size, log=log) == 5, log.read_text()
+        assert "could not be written" in log.read_text() and "Traceback" not in log.read_text()
+        assert runs.result_of(tmp_path / "run") == runs.result_of(whole.with_suffix(""))
+        log.unlink()
+    assert runs.outcome(limited_result, recipe, max(sizes) + 1, log=log) == 0, log.read_text()
+
+
+def limited_result(recipe: Path, size: int) -> None:
+    """Go on with a run that is over, where no file of its result may grow beyond so many bytes."""
+    import resource
+
+    from qd2mora import training
+
+    save = training._save_result
+
+    def limited(*args: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        try:
+            save(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    training._save_result = limited
+    runs.train_run(recipe, True)
+
+
 def test_a_log_that_cannot_be_written_stops_nothing(
     made: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """R0, G1, H1, N1, C1: a step is a function of its number, and nothing that is not finite gets past it."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -112,6 +113,41 @@ def test_a_step_that_ran_out_of_memory_is_done_again_on_smaller_micro_batches(
     from qd2mora.sealed import open_manifest
 
     assert open_manifest(tmp_path / "faulty/checkpoints/step-3")["progress"]["micro_batch"] == 1
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_an_evaluation_that_ran_out_of_memory_is_done_again_on_smaller_micro_batches(
+    step: int, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """H1: the steps before it keep the larger micro batches, what is held out is counted once, the run goes on."""
+    changes = ("train.steps=4", "train.eval_every=2", "data.tasks.0.validation=5")
+    plain, faulty = tmp_path / "plain", tmp_path / "faulty"
+    train(load_recipe(runs.write_recipe(made, plain, *changes)))
+    forward, asked = RowLoss.forward, []
+
+    def failing(self: RowLoss, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        asked.append((torch.is_grad_enabled(), len(batch["input_ids"])))
+        is_due = sum(is_training for is_training, _ in asked) >= 2 * step
+        if is_due and not torch.is_grad_enabled() and len(batch["input_ids"]) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, batch)
+
+    monkeypatch.setattr(RowLoss, "forward", failing)
+    train(load_recipe(runs.write_recipe(made, faulty, *changes)))
+    trained = [size for is_training, size in asked if is_training]
+    assert trained == [2] * 2 * step + [1] * 4 * (4 - step)
+    assert distance(plain, faulty) <= 1e-4
+    told = [
+        [
+            json.loads(line)["eval_loss"]
+            for line in (run / "metrics.jsonl").read_text().splitlines()
+            if "eval_loss" in line
+        ]
+        for run in (plain, faulty)
+    ]
+    assert len(told[0]) == 3
+    for ours, theirs in zip(*told, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_one_row_that_does_not_fit_stops_with_a_way_out(

@@ -152,30 +152,34 @@ def test_a_step_that_one_process_has_no_memory_for_is_done_again_by_both(
     _assert_close(recipe, plain)
 
 
-def test_a_rehearsal_that_one_process_has_no_memory_for_makes_both_smaller_before_step_1(
-    made: Path, tmp_path: Path
+@pytest.mark.parametrize("rehearsal", ["on", "off"])
+def test_a_rehearsal_or_evaluation_that_one_process_has_no_memory_for_makes_both_smaller_before_step_1(
+    rehearsal: str, made: Path, tmp_path: Path
 ) -> None:
     short, log = ("train.steps=2", "train.eval_every=2"), tmp_path / "log"
     one = _recipe(made, tmp_path / "one", *short, "train.micro_batch=1")
-    recipe = _recipe(made, tmp_path / "run", *short, "memory.rehearsal=on")
+    recipe = _recipe(made, tmp_path / "run", *short, f"memory.rehearsal={rehearsal}")
     pair = pairs.start_pair(pairs.bad_run, recipe, 1, "memory", log=log)
     assert pairs.outcome(pairs.train_pair, one) == [0, 0]
     assert pairs.ended(pair) == [0, 0], log.read_text()
     text = log.read_text()
     assert text.count("from step 1 on micro batches of 1") == text.count("out of memory") == 1
-    assert text.index("out of memory") < text.index("rehearsed: training 1 x")
+    if rehearsal == "on":
+        assert text.index("out of memory") < text.index("rehearsed: training 1 x")
     assert runs.result_of(tmp_path / "run") == runs.result_of(tmp_path / "one")
 
 
+@pytest.mark.parametrize("is_late", [False, True])
 def test_a_full_disk_of_the_one_that_writes_ends_both_with_code_5_before_the_next_save(
-    made: Path, tmp_path: Path
+    is_late: bool, made: Path, tmp_path: Path
 ) -> None:
+    """The first step after the failure hears of it; where there is none, the next save does."""
     changes = ("train.steps=12", "train.eval_every=12", "train.log_every=1")
     whole = _recipe(made, tmp_path / "whole", *changes)
     recipe, log = _recipe(made, tmp_path / "run", *changes, "train.save_every=6"), tmp_path / "log"
-    assert pairs.outcome(pairs.limited_pair, recipe, 60_000, log=log) == [5, 5], log.read_text()
+    assert pairs.outcome(pairs.limited_pair, recipe, 60_000, is_late, log=log) == [5, 5], log.read_text()
     assert log.read_text().count("earlier checkpoints are whole") == 2
-    assert "step 6/12" in log.read_text() and "step 12/12" not in log.read_text()
+    assert "step 6/12" in log.read_text() and ("step 12/12" in log.read_text()) == is_late
     assert pairs.outcome(pairs.train_pair, recipe, True, log=log) == [0, 0], log.read_text()
     assert runs.outcome(runs.train_run, whole) == 0
     assert runs.result_of(tmp_path / "run") == runs.result_of(tmp_path / "whole")
