@@ -121,11 +121,14 @@ def test_a_second_signal_ends_the_process_at_once(made: Path, tmp_path: Path) ->
     process = runs.start(runs.stubborn_run, recipe)
     _wait_for(recipe.with_suffix(".listening"))
     assert process.pid is not None
-    for _ in range(2):
-        os.kill(process.pid, signal.SIGTERM)
-        process.join(0.3)
-    process.join(5)
-    assert process.exitcode == -signal.SIGTERM
+    try:
+        for _ in range(2):
+            os.kill(process.pid, signal.SIGTERM)
+            process.join(0.3)
+        process.join(5)
+        assert process.exitcode == -signal.SIGTERM
+    finally:
+        process.kill()
 
 
 def test_a_run_stops_before_its_time_limit_and_resumes_to_the_same_bytes(
