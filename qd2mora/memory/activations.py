@@ -100,19 +100,21 @@ def evaluation_bytes(layer: LayerShapes, vocab: int, done: Pass, chunk: int, deq
     mask = done.tokens * done.length * (1 + done.item)
     wide = layer.slots * done.item * 3 * layer.intermediate
     mlp = done.tokens * (done.item * 3 * layer.hidden + wide) + dequantised + mask
-    logits = min(done.tokens, chunk) * vocab * 2 * FLOAT
-    return max(mlp, logits + done.tokens * 2 * done.item * layer.hidden)
+    return max(mlp, _logits_bytes(vocab, done, chunk) + done.tokens * 2 * done.item * layer.hidden)
 
 
 def loss_bytes(hidden: int, vocab: int, done: Pass, chunk: int) -> int:
     """Return what the loss takes where every token is labelled, at its worst, in the backward pass.
 
-    For a chunk of tokens the log-softmax and two gradients, all float32; for all tokens what the last norm keeps, and
-    where there are several chunks the hidden states, which they are made from again, and their gradient.
+    One chunk of logits; for all tokens what the last norm keeps, their states, and the gradient of these.
     """
-    logits = min(done.tokens, chunk) * 3 * FLOAT * vocab
-    states = 2 * done.item if done.tokens > chunk else 0
-    return logits + done.tokens * hidden * (FLOAT + states)
+    states = done.tokens * hidden * (FLOAT + 2 * done.item) + min(done.tokens, chunk) * hidden * done.item
+    return _logits_bytes(vocab, done, chunk) + states
+
+
+def _logits_bytes(vocab: int, done: Pass, chunk: int) -> int:
+    """Return the bytes of a chunk of logits in float32, and beside them in 16 bits where products are."""
+    return min(done.tokens, chunk) * vocab * (FLOAT + (done.item if done.item < FLOAT else 0))
 
 
 def _norm(layer: LayerShapes) -> int:

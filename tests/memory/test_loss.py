@@ -1,5 +1,7 @@
 """The loss over labelled tokens, in chunks: the whole cross-entropy, for less memory."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from live_bytes import peak_bytes
@@ -45,11 +47,60 @@ def test_chunks_change_neither_loss_nor_gradient(num_tokens: int) -> None:
     assert torch.allclose(gradient, wanted_gradient, rtol=1e-5, atol=1e-6)
 
 
-def test_the_loss_of_many_tokens_takes_the_memory_of_one_chunk() -> None:
-    vocab = 1000
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_losses_are_float32_and_exact_up_to_the_rounding_of_logits(
+    dtype: torch.dtype, rounding: float, scale: float
+) -> None:
+    states, targets, head = inputs(50, 33)
+    head = head.to(dtype)
+    given = (scale * states.detach()).to(dtype).requires_grad_()
+    losses = token_losses(given, targets, head, 16)
+    weights = torch.linspace(-1, 2, 50)
+    (gradient,) = torch.autograd.grad((weights * losses).sum(), given)
+    exact = given.detach().double().requires_grad_()
+    wanted = F.cross_entropy(F.linear(exact, head.weight.double()), targets, reduction="none")
+    (wanted_gradient,) = torch.autograd.grad((weights * wanted).sum(), exact)
+    assert losses.dtype is torch.float32 and gradient.dtype is dtype
+    size = max(1.0, float(F.linear(exact.detach(), head.weight.double()).abs().max()))
+    assert (losses - wanted).abs().max() <= 3 * rounding * size
+    if scale == 1.0:  # where logits are large, their rounding decides which of two is the likelier
+        assert (gradient - wanted_gradient).norm() <= 8 * rounding * wanted_gradient.norm()
 
-    def run(num_tokens: int) -> int:
-        states, targets, head = inputs(num_tokens, vocab)
-        return peak_bytes(lambda: token_losses(states, targets, head).sum().backward())
 
-    assert run(4 * CHUNK) < 1.1 * run(CHUNK)
+@pytest.mark.parametrize("wrap", [lambda head: head.requires_grad_(), lambda head: nn.Sequential(head)])
+def test_a_head_that_is_trained_or_wrapped_gets_the_same_loss_and_its_own_gradient(
+    wrap: Callable[[nn.Linear], nn.Module],
+) -> None:
+    states, targets, plain = inputs(40, 33)
+    wanted = token_losses(states, targets, plain, 16)
+    (wanted_gradient,) = torch.autograd.grad(wanted.sum(), states)
+    head = wrap(plain)
+    losses = token_losses(states, targets, head, 16)
+    losses.sum().backward()
+    torch.testing.assert_close(losses, wanted)
+    torch.testing.assert_close(states.grad, wanted_gradient)
+    if plain.weight.requires_grad:
+        (direct,) = torch.autograd.grad(F.cross_entropy(plain(states), targets, reduction="sum"), plain.weight)
+        torch.testing.assert_close(plain.weight.grad, direct)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_takes_one_chunk_of_logits_and_their_16_bit_form(dtype: torch.dtype) -> None:
+    vocab, width, chunk = 4000, 8, 128
+    head = nn.Linear(width, vocab, bias=False).to(dtype).requires_grad_(False)
+
+    def run(num_tokens: int, is_training: bool) -> float:
+        states = torch.zeros(num_tokens, width, dtype=dtype, requires_grad=is_training)
+        targets = torch.zeros(num_tokens, dtype=torch.long)
+
+        def both() -> None:
+            losses = token_losses(states, targets, head, chunk)
+            if is_training:
+                losses.sum().backward()
+
+        return peak_bytes(both)
+
+    logits = chunk * vocab * (4 if dtype is torch.float32 else 6)
+    for is_training in (True, False):
+        assert logits <= run(4 * chunk, is_training) < 1.05 * logits
