@@ -33,6 +33,7 @@ KILLED = "test_runs_killed_at_any_moment_end_with_the_same_bytes"
 UNDER_ZERO = "test_runs_under_zero_killed_at_any_moment_end_with_the_same_bytes"
 SIGNALLED = (
     "test_a_signal_at_any_moment_stops_a_run_that_resumes_to_the_same_bytes",
+    "test_a_signal_saves_where_no_save_is_due",
     "test_a_second_signal_ends_the_process_at_once",
     "test_a_run_stops_before_its_time_limit_and_resumes_to_the_same_bytes",
     "test_a_signal_that_a_library_takes_for_an_error_of_its_own_is_still_a_signal",
@@ -53,10 +54,12 @@ DISK = (
 WATCHED = (
     "test_a_hung_step_ends_with_code_3_and_a_stack",
     "test_a_process_that_was_stopped_and_goes_on_is_not_taken_for_hung",
+    "test_silence_beyond_the_limit_is_told_once",
     "test_nothing_is_saved_after_a_device_error",
 )
 NUMBERS = (
     "test_a_bad_step_costs_one_step_and_three_in_a_row_stop_the_run",
+    "test_bad_steps_that_are_not_three_in_a_row_do_not_stop_the_run",
     "test_a_moment_that_is_not_finite_is_never_saved_and_the_resume_gives_the_same_bytes",
     "test_one_bad_step_in_a_hundred_is_too_many_once_there_are_ten",
     "test_an_overflow_of_float16_lowers_the_loss_scale_and_the_step_is_done_again",
@@ -176,6 +179,7 @@ GATES: dict[str, Gate] = {
         _in(
             "test_steps.py",
             "test_a_resume_from_every_step_gives_the_same_bytes",
+            "test_no_two_rows_of_a_run_get_the_same_random_numbers",
             "test_recomputing_and_saving_change_no_byte_with_dropout",
         ),
         {"GATE_EVERY": 1},

@@ -179,6 +179,37 @@ def stubborn_run(recipe: Path) -> None:
     train_run(recipe)
 
 
+def interrupted_run(recipe: Path, step: int) -> None:
+    """Train; a signal comes in a step at whose end no save is due."""
+    import signal
+
+    from qd2mora.training.progress import StepDisplay
+
+    def raising(self: StepDisplay, shown: int, metrics: dict[str, float]) -> None:
+        if shown == step - 1:  # shown before the next step begins
+            signal.raise_signal(signal.SIGUSR1)
+
+    StepDisplay.step = raising  # type: ignore[method-assign]
+    train_run(recipe)
+
+
+def resting(beaten: Path) -> None:
+    """Give signs of life, say so, then none for half a second, which is no reason to give up."""
+    import time
+
+    from qd2mora.training.watchdog import Watchdog
+
+    with Watchdog(1.0) as watchdog:
+        for _ in range(10):
+            watchdog.beat()
+            time.sleep(0.01)
+        watchdog.beat()
+        beaten.touch()
+        for _ in range(10):
+            time.sleep(0.05)
+        watchdog.beat()
+
+
 def limited_run(recipe: Path, size: int) -> None:
     """Train where no file may grow beyond so many bytes."""
     import resource

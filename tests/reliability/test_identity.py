@@ -80,6 +80,17 @@ def test_changed_data_is_refused_by_task(edit: str, copied: Path) -> None:
         path.write_text(text, encoding="utf-8")
 
 
+def test_a_changed_tokenizer_is_refused_though_it_makes_the_same_rows(copied: Path) -> None:
+    path = copied.parent / "base" / "tokenizer_config.json"
+    before = path.read_text(encoding="utf-8")
+    path.write_text(json.dumps({**json.loads(before), "chat_template": "{{ messages }}"}), encoding="utf-8")
+    try:
+        with pytest.raises(InputRefused, match="tokenizer changed"):
+            train(load_recipe(copied), resume=True)
+    finally:
+        path.write_text(before, encoding="utf-8")
+
+
 @pytest.mark.parametrize("field", FIELDS)
 def test_every_field_of_the_world_is_compared_and_can_be_allowed(field: str, copied: Path) -> None:
     path = copied.with_suffix("") / "manifest.json"

@@ -116,6 +116,15 @@ def test_a_signal_at_any_moment_stops_a_run_that_resumes_to_the_same_bytes(
         assert runs.result_of(recipe.with_suffix("")) == wanted
 
 
+def test_a_signal_saves_where_no_save_is_due(made: Path, whole: Path, tmp_path: Path) -> None:
+    recipe, log = runs.write_recipe(made, tmp_path / "run", "adapter.dropout=0.1"), tmp_path / "log"
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("save_every: 1", "save_every: 1000"), encoding="utf-8")
+    assert runs.outcome(runs.interrupted_run, recipe, 3, log=log) == 75, log.read_text()
+    assert runs.newest_valid(tmp_path / "run") == 3
+    assert runs.outcome(runs.train_run, recipe, True, log=log) == 0, log.read_text()
+    assert runs.result_of(tmp_path / "run") == runs.result_of(whole.with_suffix(""))
+
+
 def test_a_second_signal_ends_the_process_at_once(made: Path, tmp_path: Path) -> None:
     recipe = runs.write_recipe(made, tmp_path / "run", "train.steps=100000", "train.save_every=100000")
     process = runs.start(runs.stubborn_run, recipe)

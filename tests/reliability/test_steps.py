@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from qd2mora.base import load_base
+from qd2mora.data import MicroBatch
 from qd2mora.errors import NotFinite, WillNotFit
 from qd2mora.memory.loss import RowLoss
 from qd2mora.mixture.ops import RankStep
 from qd2mora.recipe import load_recipe
 from qd2mora.training import numbers, train
+from qd2mora.training.loop import Training
 from qd2mora.training.state import Progress
 
 EVERY = int(os.environ.get("GATE_EVERY", "6"))
@@ -40,6 +42,20 @@ def distance(one: Path, two: Path) -> float:
     assert first.keys() == second.keys()
     apart = sum(float((first[name] - second[name]).square().sum()) for name in first)
     return (apart / sum(float(tensor.square().sum()) for tensor in first.values())) ** 0.5
+
+
+def test_no_two_rows_of_a_run_get_the_same_random_numbers(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tell, keys = Training.tell_routers, []
+
+    def telling(self: Training, part: MicroBatch) -> None:
+        keys.extend(part.keys)
+        tell(self, part)
+
+    monkeypatch.setattr(Training, "tell_routers", telling)
+    train(load_recipe(runs.write_recipe(made, tmp_path / "run", "adapter.method=lora", "train.eval_every=1000")))
+    assert len(set(keys)) == len(keys) == 8 * 4
 
 
 def test_a_resume_from_every_step_gives_the_same_bytes(made: Path, tmp_path: Path) -> None:
@@ -181,6 +197,13 @@ def test_a_bad_step_costs_one_step_and_three_in_a_row_stop_the_run(
     assert_finite(tmp_path / "run/checkpoints")
 
 
+def test_bad_steps_that_are_not_three_in_a_row_do_not_stop_the_run(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, "loss", float("nan"), (1, 2, 4, 5, 7, 8))
+    assert train(load_recipe(runs.write_recipe(made, tmp_path / "run", *BRIEF))).bad_steps == 6
+
+
 @pytest.mark.parametrize("first", FIRST)
 def test_a_moment_that_is_not_finite_is_never_saved_and_the_resume_gives_the_same_bytes(
     first: int, made: Path, brief: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -213,7 +236,7 @@ def brief(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, where: str, value: float, steps: range) -> None:
+def poison(monkeypatch: pytest.MonkeyPatch, where: str, value: float, steps: Collection[int]) -> None:
     """Let a value that is not finite arise at one place in each micro batch of some steps."""
     forward, scores, layer, calls = RowLoss.forward, RankStep._scores, LlamaDecoderLayer.forward, []
 
