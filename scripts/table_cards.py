@@ -32,7 +32,7 @@ def cell(shape: str, card: int) -> str:
     if not chosen.fits:
         return f"no ({chosen.peak_bytes / GIB:.1f} GiB)"
     number = chosen.setting.recomputed
-    layers = f"{number} layers recomputed" if number else "kept"
+    layers = f"{number} layer{'s' * (number > 1)} recomputed" if number else "kept"
     layers += ", streamed" if chosen.setting.stream else ""
     return f"{chosen.peak_bytes / GIB:.1f} GiB, {chosen.micro_batch} row{'s' * (chosen.micro_batch > 1)}, {layers}"
 
