@@ -83,9 +83,10 @@ def token_losses(hidden: Tensor, targets: Tensor, head: nn.Module, chunk: int = 
     """Return the cross-entropy of each token, (tokens,) float32, holding logits of at most `chunk` tokens at a time.
 
     `hidden` (tokens, width), `targets` (tokens,) int64. A head that is trained, or not a plain linear, goes through
-    autograd, which holds twice as much.
+    autograd, which holds twice as much; so does one that ZeRO-3 gathers when, and only when, its module is called.
     """
-    if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad:
+    is_frozen = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+    if is_frozen and not hasattr(head.weight, "ds_id"):
         losses: Tensor = _FrozenHeadLoss.apply(hidden, targets, head.weight, chunk)
         return losses
     chunks = zip(hidden.split(chunk), targets.split(chunk), strict=True)

@@ -18,6 +18,7 @@ _LONG_BLOCK = 1 << 22
 """Numbers of a mask drawn at once: what a CPU's cache holds; elsewhere what few launches need, 8 MiB."""
 
 Fill = Callable[[Tensor, torch.Generator], Tensor]
+"""Fills a contiguous part of the result in place, and returns it."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,12 @@ class Draws:
                 torch.empty_like(like, memory_format=torch.contiguous_format),
                 self._generator(like, self.keys[0], purpose),
             )
-        out = torch.ones_like(like)
+        out = torch.ones_like(like, memory_format=torch.contiguous_format)
         places = self.places or tuple((row, 0) for row in range(len(self.keys)))
         for (line, start), key, length in zip(places, self.keys, self.lengths, strict=True):
             # A gate of a whole row has one entry along the tokens.
             entries = min(length, like.shape[1] - start)
-            part = torch.empty((entries, *like.shape[2:]), dtype=like.dtype, device=like.device)
-            out[line, start : start + entries] = draw(part, self._generator(like, key, purpose))
+            draw(out[line, start : start + entries], self._generator(like, key, purpose))
         return out
 
     @staticmethod

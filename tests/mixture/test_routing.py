@@ -270,7 +270,8 @@ def test_the_split_into_micro_batches_changes_no_gradient_and_no_count(name: str
     whole, counts = results[0]
     for gradients, counted in results[1:]:
         for key, gradient in whole.items():
-            assert (gradients[key] - gradient).norm() <= 1e-5 * gradient.norm(), key
+            # Sums in another order, of terms that nearly cancel in a router; another mask would be off by its size.
+            assert (gradients[key] - gradient).norm() <= 1e-4 * gradient.norm(), key
         assert all(torch.equal(counts[key], counted[key]) for key in counts)
 
 
