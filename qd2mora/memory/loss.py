@@ -90,6 +90,8 @@ def token_losses(hidden: Tensor, targets: Tensor, head: nn.Module, chunk: int = 
         losses: Tensor = _FrozenHeadLoss.apply(hidden, targets, head.weight, chunk)
         return losses
     chunks = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    if not torch.is_grad_enabled() or len(hidden) <= chunk:
+        return torch.cat([_chunk(states, target, head) for states, target in chunks])
     return torch.cat([checkpoint(_chunk, states, target, head, use_reentrant=False) for states, target in chunks])
 
 
