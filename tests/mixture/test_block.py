@@ -1,154 +1,35 @@
-"""Mixtures of whole MLPs against a float64 loop over tokens and experts, and what they cost."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""Mixtures of whole MLPs against a float64 loop over tokens and experts."""
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from checked_mlps import (
+    HIDDEN,
+    LINEARS,
+    NO_BALANCE,
+    SHAPE,
+    WIDE,
+    Decoder,
+    Mlp,
+    check_against_loop,
+    config,
+    expert_linear,
+    gates_of,
+    inputs,
+    layer,
+    looped,
+    make,
+    mixed_by_linear,
+    tensors,
+    wake,
+)
 from peft import PeftModel, get_peft_model
 from reference import softmax
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from qd2mora.base import dense_weight
 from qd2mora.errors import InputRefused
-from qd2mora.mixture import MixtureConfig, mixture_layers
-
-HIDDEN, WIDE, RANK, ALPHA = 12, 20, 3, 5.0
-LINEARS = ("gate_proj", "up_proj", "down_proj")
-SHAPE = (2, 5)
-NO_BALANCE = {"lb_mixtral": 0.0}
-
-
-class Mlp(nn.Module):
-    """LLaMA's MLP in small."""
-
-    def __init__(self, bias: bool = False, wide: int = WIDE) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj = (nn.Linear(HIDDEN, wide, bias=bias) for _ in range(2))
-        self.down_proj = nn.Linear(wide, HIDDEN, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Decoder(nn.Module):
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        self.mlp = mlp
-
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return self.mlp(x)
-
-
-def config(experts: int = 4, top_k: int = 2, method: str = "mixlora", **changes: object) -> MixtureConfig:
-    count = {"experts": experts}
-    settings: dict[str, object] = {"rank": RANK, "alpha": ALPHA, "down": count, "up": count}
-    settings["target_modules"] = list(LINEARS)
-    if method == "mixlora":
-        settings["gates"] = {"down": {"top_k": top_k}}
-    return MixtureConfig(method=method, **(settings | changes))
-
-
-def wake(model: nn.Module, std: float = 0.5) -> None:
-    torch.manual_seed(1)
-    for name, tensor in model.named_parameters():
-        if "mixture_" in name:
-            nn.init.normal_(tensor, std=std)
-
-
-def make(mixture: MixtureConfig, mlp: nn.Module | None = None, dtype: torch.dtype = torch.float64) -> PeftModel:
-    """A model whose every tensor is random, so that routing matters."""
-    torch.manual_seed(0)
-    model = get_peft_model(Decoder(mlp or Mlp()), mixture)
-    wake(model)
-    return model.to(dtype).eval()
-
-
-def layer(model: nn.Module, linear: str):
-    return mixture_layers(model)[f"mlp.{linear}"]
-
-
-def tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {f"{linear}.{name}": t for linear in LINEARS for name, t in layer(model, linear).tensors("default").items()}
-
-
-def inputs(dtype: torch.dtype = torch.float64) -> Tensor:
-    torch.manual_seed(2)
-    return torch.randn(*SHAPE, HIDDEN, dtype=dtype, requires_grad=True)
-
-
-def gates_of(logits: Tensor, top_k: int, weight: str) -> Tensor:
-    """The gates of one token, by the words of the method table."""
-    p = softmax(logits)
-    chosen = torch.zeros_like(p)
-    chosen[logits.argsort(descending=True)[:top_k]] = 1
-    return {
-        "renorm": p * chosen / (p * chosen).sum(),
-        "softmax": p * chosen,
-        "one": chosen,
-        "sigmoid": logits.sigmoid() * chosen,
-        "uniform": chosen,
-        "straight_through": chosen.detach() + p - p.detach(),
-    }[weight]
-
-
-def expert_linear(model: nn.Module, copies: dict[str, Tensor], linear: str, expert: int, x: Tensor) -> Tensor:
-    """W_e x = W x + b + s B_e A_e x."""
-    base = layer(model, linear).get_base_layer()
-    bias = 0 if base.bias is None else base.bias.double()
-    down, up = (copies[f"{linear}.mixture_{bank}"][expert] for bank in "AB")
-    return dense_weight(base).double() @ x + bias + ALPHA / RANK * (up @ (down @ x))
-
-
-def looped(model: nn.Module, x: Tensor, copies: dict[str, Tensor], top_k: int, weight: str = "renorm") -> Tensor:
-    """y = sum_e g_e W2_e (silu(W1_e x) * W3_e x), over every expert of every token."""
-    rows = []
-    for token in x.reshape(-1, HIDDEN):
-        gates = gates_of(copies["gate_proj.mixture_router_down"] @ token, top_k, weight)
-        total = 0
-        for expert, gate in enumerate(gates):
-            first, second = (expert_linear(model, copies, name, expert, token) for name in LINEARS[:2])
-            total = total + gate * expert_linear(model, copies, "down_proj", expert, F.silu(first) * second)
-        rows.append(total)
-    return torch.stack(rows).view(x.shape)
-
-
-def mixed_by_linear(model: nn.Module, x: Tensor, copies: dict[str, Tensor], top_k: int) -> Tensor:
-    """The same gates, applied to each linear's update instead."""
-    rows = []
-    for token in x.reshape(-1, HIDDEN):
-        gates = gates_of(copies["gate_proj.mixture_router_down"] @ token, top_k, "renorm")
-
-        def mixed(linear: str, value: Tensor, gates: Tensor = gates) -> Tensor:
-            return sum(gate * expert_linear(model, copies, linear, e, value) for e, gate in enumerate(gates))
-
-        rows.append(mixed("down_proj", F.silu(mixed("gate_proj", token)) * mixed("up_proj", token)))
-    return torch.stack(rows).view(x.shape)
-
-
-def check_against_loop(model: nn.Module, top_k: int, weight: str = "renorm", tolerance: float = 1e-12) -> None:
-    """Output and the gradient of every tensor and of x."""
-    named, x = tensors(model), inputs(next(iter(tensors(model).values())).dtype)
-    y = model(x)
-    dy = torch.randn(y.shape, dtype=torch.float64)
-    x64 = x.detach().double().requires_grad_()
-    copies = {name: tensor.detach().double().requires_grad_() for name, tensor in named.items()}
-    wanted = looped(model, x64, copies, top_k, weight)
-    assert (y.double() - wanted).norm() <= tolerance * wanted.norm()
-    ours = torch.autograd.grad(y, [*named.values(), x], dy.to(y.dtype), allow_unused=True)
-    theirs = torch.autograd.grad(wanted, [*copies.values(), x64], dy, allow_unused=True)
-    for name, mine, other in zip([*named, "x"], ours, theirs, strict=True):
-        if name.endswith("router_down") and weight in ("one", "uniform"):
-            assert other is None and (mine is None or not mine.any())
-            continue
-        if top_k == 1 and name.endswith("router_down") and weight == "renorm":
-            assert mine.norm() <= tolerance and other.norm() <= tolerance
-            continue
-        assert other.norm() > 0, name
-        assert (mine.double() - other).norm() <= 10 * tolerance * other.norm(), name
+from qd2mora.mixture import mixture_layers
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(4, 2), (4, 1), (5, 3), (2, 2)])
@@ -248,92 +129,6 @@ def test_zero_up_experts_are_the_base_to_the_bit_for_any_router(dtype: torch.dty
     with model.disable_adapter():
         base = model(x)
     assert torch.equal(model(x), base)
-
-
-@contextmanager
-def counted_products(model: nn.Module) -> Iterator[dict[str, list[int]]]:
-    """The tokens that each call of a base linear multiplied."""
-    seen: dict[str, list[int]] = {name: [] for name in LINEARS}
-    handles = []
-    for name in LINEARS:
-        base = layer(model, name).get_base_layer()
-        handles.append(
-            base.register_forward_hook(
-                lambda _, args, __, name=name: seen[name].append(args[0].flatten(0, -2).shape[0])
-            )
-        )
-    yield seen
-    for handle in handles:
-        handle.remove()
-
-
-@pytest.mark.parametrize(("experts", "top_k"), [(2, 1), (4, 2), (8, 2), (8, 8)])
-def test_each_base_weight_is_multiplied_once_with_each_token_whatever_the_experts(experts: int, top_k: int) -> None:
-    model = make(config(experts, top_k))
-    with counted_products(model) as seen:
-        model(inputs())
-    assert seen == {name: [SHAPE[0] * SHAPE[1]] for name in LINEARS}
-
-
-class _Count(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls += 1
-        return func(*args, **(kwargs or {}))
-
-
-def test_the_number_of_operations_does_not_depend_on_the_number_of_experts() -> None:
-    calls = []
-    for experts in (3, 8):
-        model = make(config(experts, 2), dtype=torch.float32).train()
-        with _Count() as count:
-            model(inputs(torch.float32)).sum().backward()
-        calls.append(count.calls)
-    assert calls[0] == calls[1] > 50
-
-
-def test_no_tensor_is_as_wide_as_the_mlp_for_every_expert() -> None:
-    """Two slots of sixteen experts: the widest tensor has two entries of the intermediate width a token."""
-
-    class Largest(TorchDispatchMode):
-        entries = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor):
-                Largest.entries = max(Largest.entries, out.untyped_storage().size() // out.element_size())
-            return out
-
-    model = make(config(16, 2, rank=1), dtype=torch.float32).train()
-    x = torch.randn(4, 50, HIDDEN, requires_grad=True)
-    with Largest():
-        model(x).sum().backward()
-    assert Largest.entries == 2 * 4 * 50 * WIDE
-
-
-def kept_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes kept for the backward pass, beside parameters and x."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not tensor.is_leaf:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x)
-    return sum(kept.values())
-
-
-def test_what_is_kept_is_four_entries_of_the_width_for_each_slot_and_a_little_rank_space() -> None:
-    x = torch.randn(4, 64, HIDDEN, requires_grad=True)
-    for top_k in (1, 2):
-        model = make(config(8, top_k, rank=1), dtype=torch.float32)
-        per_token = kept_bytes(model, x) / (4 * 64 * 4)
-        assert 0 < per_token - 4 * top_k * WIDE < 3 * (3 + 4 * top_k) * 8
 
 
 @pytest.mark.parametrize("per_expert", [False, True])

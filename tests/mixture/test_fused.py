@@ -5,7 +5,7 @@ from collections.abc import Callable
 import bitsandbytes as bnb
 import pytest
 import torch
-from test_layer import gradients, make_layer
+from checked_layers import gradients, make_layer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint

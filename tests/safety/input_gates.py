@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import gate_bombs
 import gate_canaries
 import gate_files
 import gate_recipes
@@ -36,7 +37,7 @@ GATES: dict[str, Callable[[Path, Path, bool], Result]] = {
     "V1": lambda made, folder, quick: gate_files.gate_names(made, folder, 5 if quick else 1),
     "Y1": lambda made, folder, quick: gate_files.gate_tricks(made, folder),
     "J1": lambda made, folder, quick: gate_templates.gate(7 if quick else 1),
-    "BM1": lambda made, folder, quick: gate_files.gate_bombs(made, folder, 60 if quick else 1000),
+    "BM1": lambda made, folder, quick: gate_bombs.gate_bombs(made, folder, 60 if quick else 1000),
     "X1": lambda made, folder, quick: gate_canaries.gate(made, folder, 5 if quick else 1),
 }
 
