@@ -12,6 +12,7 @@ import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qd2mora.base import load_base, load_tokenizer
 from qd2mora.data import Mixture, collate, prepare
@@ -107,7 +108,21 @@ def test_the_loss_of_a_step_is_the_mean_over_its_labelled_tokens(made: Path, tmp
     assert losses_of(tmp_path / "run")[0] == pytest.approx(wanted, rel=1e-4)
 
 
-def test_the_loss_of_rows_equals_the_library_and_asks_the_head_for_labelled_tokens_only(
+class _Logits(TorchDispatchMode):
+    """Counts the tokens whose logits are computed, by the width of the products."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.tokens = width, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default and out.shape[-1] == self.width:
+            self.tokens += out.shape[0]
+        return out
+
+
+def test_the_loss_of_rows_equals_the_library_and_computes_logits_of_labelled_tokens_only(
     made: Path, tmp_path: Path
 ) -> None:
     settings = recipe(made, tmp_path / "run")
@@ -116,13 +131,14 @@ def test_the_loss_of_rows_equals_the_library_and_asks_the_head_for_labelled_toke
     batch = collate(rows, tokenizer.pad_token_id)
     base = load_base(settings.base)
     model = add_adapter(base, MixtureConfig.from_recipe(settings.adapter, 2), 0)
-    asked: list[int] = []
-    base.lm_head.register_forward_hook(lambda module, inputs, output: asked.append(inputs[0].shape[0]))
-    wanted = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss
-    asked.clear()
+    width = base.lm_head.out_features
+    with _Logits(width) as every:
+        wanted = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss
+    assert every.tokens == batch["labels"].numel()
     num_labels = sum(row.num_labels for row in rows)
-    whole = RowLoss(model)(batch).sum()
-    assert asked == [num_labels]
+    with _Logits(width) as labelled:
+        whole = RowLoss(model)(batch).sum()
+    assert labelled.tokens == num_labels < every.tokens
     torch.testing.assert_close(whole / num_labels, wanted)
     chunked = RowLoss(model, chunk=3)(batch).sum()
     torch.testing.assert_close(chunked, whole)
