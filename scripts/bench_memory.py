@@ -45,7 +45,7 @@ from qd2mora.memory.loss import CHUNK, labelled_states, output_head, token_losse
 from qd2mora.memory.prepared import prepare_base
 from qd2mora.memory.sizes import optimizer_bytes
 from qd2mora.memory.streaming import LayerStream
-from qd2mora.mixture import MixtureConfig, MixtureLinear, add_adapter, orthogonality, routing_of
+from qd2mora.mixture import MixtureConfig, MixtureLinear, add_adapter, penalty_terms, routing_of
 from qd2mora.recipe import Base
 
 GIB = 1 << 30
@@ -137,9 +137,8 @@ def penalty(model: Any) -> Callable[[], None]:
     """Return the penalty's gradient, once a step, as the loop adds it."""
 
     def run() -> None:
-        down, up = orthogonality(model)
-        trained = [tensor for tensor in model.parameters() if tensor.requires_grad]
-        torch.autograd.grad(PENALTY * (down + up), trained, allow_unused=True)
+        for _, value, banks in penalty_terms(model, "diversity_cos"):
+            torch.autograd.grad(PENALTY * value, banks)
 
     return run
 
@@ -184,7 +183,9 @@ def all_layers(shape: Shape, mode: Mode, lengths: list[int], is_whole: bool) -> 
         return counted(shape, mode, lengths)
     few = 3 if mode.offloads else 2
     less, more = (counted(replace(shape, layers=number), mode, lengths) for number in (few, few + 1))
-    return {name: more[name] + (shape.layers - few - 1) * (more[name] - less[name]) for name in more}
+    found = {name: more[name] + (shape.layers - few - 1) * (more[name] - less[name]) for name in more}
+    # The penalty takes groups of layers.
+    return found | ({"penalty": counted(shape, mode, [])["penalty"]} if "penalty" in found else {})
 
 
 def fake_rows(options: argparse.Namespace, shape: str, name: str) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from bench_parts import (
 from torch import Tensor, nn
 
 from qd2mora.base import SHAPES, is_nf4, random_base
-from qd2mora.mixture import MixtureConfig, MixtureLinear, orthogonality
+from qd2mora.mixture import MixtureConfig, MixtureLinear, penalty_terms
 from qd2mora.recipe import Base
 
 TARGETS = {
@@ -95,16 +95,10 @@ def stepper(model: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
 
 def penalty_step(model: nn.Module) -> Callable[[], None]:
     """Return what the loop does for the penalty once an optimiser step: value, and gradient to every expert."""
-    banks = [
-        tensor
-        for layer in mixtures(model).values()
-        for name, tensor in layer.tensors("default").items()
-        if name in ("mixture_A", "mixture_B")
-    ]
 
     def run() -> None:
-        down, up = orthogonality(model)
-        torch.autograd.grad(PENALTY * (down + up), banks)
+        for _, value, banks in penalty_terms(model, "diversity_cos"):
+            torch.autograd.grad(PENALTY * value, banks)
 
     return run
 

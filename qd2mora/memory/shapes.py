@@ -5,7 +5,6 @@ trainable tensors are right by construction; no weight is read.
 """
 
 import re
-from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +15,7 @@ from qd2mora.memory.activations import LayerShapes
 from qd2mora.mixture import MixtureConfig, MixtureLinear, add_adapter, mixture_layers
 from qd2mora.mixture.block import has_slots, num_slots
 from qd2mora.mixture.ops import RankStep
+from qd2mora.mixture.penalties import groups_of
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Shapes:
     other_entries: int
     trainable: tuple[int, ...]
     """Entries of each trainable tensor."""
-    penalised: tuple[int, ...]
-    """Entries of the banks that the orthogonality penalty reads: those of more than one expert, summed by shape."""
+    penalised: int
+    """Entries of the largest group of banks that the orthogonality penalty stacks."""
     penalty_weight: float
     normed: int = 0
     """Entries of the largest weight whose row norms DoRA takes in every pass."""
@@ -89,6 +89,7 @@ def read_shapes(config: PretrainedConfig, adapter: MixtureConfig) -> Shapes:
         layers = mixture_layers(add_adapter(model, replace(adapter, method="lora") if by_peft else adapter, seed=0))
     tensors = [pair for layer in layers.values() for pair in layer.tensors("default").items() if pair[1].requires_grad]
     steps = [layer.mixture_spec["default"].step for layer in layers.values()]
+    banks = [tensor for name, tensor in tensors if name in ("mixture_A", "mixture_B")]
     return Shapes(
         linears=linears,
         layer=_layer_shapes(config, linears, _inputs(layers), steps, max(map(_slots, layers.values()))),
@@ -101,16 +102,8 @@ def read_shapes(config: PretrainedConfig, adapter: MixtureConfig) -> Shapes:
         + tuple(layer.out_features for layer in layers.values() if by_peft),
         normed=max(layer.in_features * layer.out_features for layer in layers.values()) if by_peft else 0,
         penalty_weight=sum(part.weight for part in adapter.weight_penalties if part.kind.startswith("diversity")),
-        penalised=_penalised([tensor for name, tensor in tensors if name in ("mixture_A", "mixture_B")]),
+        penalised=max((sum(bank.numel() for bank in group) for group in groups_of(banks)), default=0),
     )
-
-
-def _penalised(banks: list[torch.Tensor]) -> tuple[int, ...]:
-    groups: Counter[torch.Size] = Counter()
-    for bank in banks:
-        if bank.dim() == 3 and bank.shape[0] > 1:
-            groups[bank.shape] += bank.numel()
-    return tuple(groups.values())
 
 
 def _layer_shapes(

@@ -49,14 +49,12 @@ def optimizer_bytes(tensors: tuple[int, ...], optimizer: str) -> int:
     return 2 * sum(large) + 8 * blocks + (MOMENT_TABLES if large else 0) + 8 * small
 
 
-def penalty_bytes(groups: tuple[int, ...], weight: float) -> int:
-    """Return the bytes of the penalty and its gradient; `groups` are entries of the banks of one shape.
+def penalty_bytes(at_once: int, weight: float) -> int:
+    """Return the bytes of the penalty and its gradient; `at_once` are the entries of its largest group of banks.
 
-    Each group is stacked and kept; its gradient comes as two halves that are added. Without a weight the penalty is
-    only read, one group after the other.
+    Each group is stacked; its gradient comes as two halves that are added. Without a weight it is only read.
     """
-    largest = max(groups, default=0)
-    return FLOAT * (sum(groups) + 2 * largest if weight > 0 else largest)
+    return FLOAT * (3 * at_once if weight > 0 else at_once)
 
 
 __all__ = ["dequantised_bytes", "nf4_bytes", "optimizer_bytes", "penalty_bytes", "trainable_bytes"]

@@ -14,11 +14,11 @@ from qd2mora.mixture.tuner import (
     after_step,
     mixture_layers,
     orthogonality,
+    penalty_terms,
     read_rows,
     reads_first_pass,
     routing_of,
     selection_biases,
-    weight_penalty,
 )
 
 register(MixtureConfig, MixtureModel)
@@ -33,9 +33,9 @@ __all__ = [
     "after_step",
     "mixture_layers",
     "orthogonality",
+    "penalty_terms",
     "read_rows",
     "reads_first_pass",
     "routing_of",
     "selection_biases",
-    "weight_penalty",
 ]

@@ -4,8 +4,8 @@ L = weight * sum over modules of [ sum_{i<j} |cos(A_i, A_j)| + sum_{i<j} |cos(B_
 cos(P, Q) = <P, Q> / ((|P| + eps)(|Q| + eps)), eps = 1e-6 (D2MoRA; iLearn-Lab/AAAI26-D2MoRA). At B = 0 the value and
 the gradient are zero, never NaN: the norm's gradient at zero is taken as zero.
 
-The banks of all modules of one shape are stacked and go through one batched Gram product, so the number of operations
-grows with the number of distinct shapes alone, not with experts or modules.
+Banks of one shape are stacked, `AT_ONCE` entries or one bank at a time, and go through one batched Gram product: few
+operations, which grow with neither experts nor small modules, and memory for a few stacks whatever the model.
 
 Shapes: L modules of one shape, E experts, X entries of one expert.
 """
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 EPS = 1e-6
+AT_ONCE = 1 << 23
+"""Entries that are stacked at once, 32 MiB in float32."""
 
 
 def pairwise_overlap(banks: Iterable[Tensor]) -> Tensor:
@@ -25,11 +27,19 @@ def pairwise_overlap(banks: Iterable[Tensor]) -> Tensor:
     `banks`: tensors (E, ...) of any shapes; banks of one expert, or of ranks that differ, count nothing.
     Accumulates in float32.
     """
+    totals = [_overlap_of_one_shape(torch.stack(group)) for group in groups_of(banks)]
+    return torch.stack(totals).sum() if totals else torch.zeros(())
+
+
+def groups_of(banks: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Return the banks that count, those of one shape together, at most `AT_ONCE` entries or one bank in a group."""
     several = sorted((bank for bank in banks if bank.dim() == 3 and bank.shape[0] > 1), key=_shape)
-    if not several:
-        return torch.zeros(())
-    totals = [_overlap_of_one_shape(torch.stack(list(group))) for _, group in groupby(several, key=_shape)]
-    return torch.stack(totals).sum()
+    groups = []
+    for _, group in groupby(several, key=_shape):
+        alike = list(group)
+        number = max(1, AT_ONCE // alike[0].numel())
+        groups += [alike[start : start + number] for start in range(0, len(alike), number)]
+    return groups
 
 
 def _shape(bank: Tensor) -> tuple[int, ...]:
@@ -81,4 +91,4 @@ def task_contrast(tables: Iterable[Tensor], temperature: float = 0.1) -> Tensor:
 
 WEIGHT_PENALTIES = ("diversity_cos", "diversity_subspace", "task_contrast")
 
-__all__ = ["EPS", "WEIGHT_PENALTIES", "pairwise_overlap", "subspace_overlap", "task_contrast"]
+__all__ = ["AT_ONCE", "EPS", "WEIGHT_PENALTIES", "groups_of", "pairwise_overlap", "subspace_overlap", "task_contrast"]

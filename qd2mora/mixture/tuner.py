@@ -1,7 +1,7 @@
 """MixtureModel: puts mixtures into a model for PEFT, and answers questions about those that are there."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from qd2mora.mixture.config import MixtureConfig
 from qd2mora.mixture.hooks import wants_hidden, watch_passes
 from qd2mora.mixture.layer import MixtureLinear, merge_refusal
 from qd2mora.mixture.method import STATIC
-from qd2mora.mixture.penalties import pairwise_overlap, subspace_overlap, task_contrast
+from qd2mora.mixture.penalties import groups_of, pairwise_overlap, subspace_overlap, task_contrast
 from qd2mora.mixture.registration import PREFIX
 from qd2mora.mixture.routing import Routing, prompt_of
 from qd2mora.mixture.spec import Place
@@ -226,14 +226,21 @@ def orthogonality(model: nn.Module, adapter_name: str = "default") -> tuple[Tens
     return halves[0], halves[1]
 
 
-def weight_penalty(model: nn.Module, kind: str, adapter_name: str = "default") -> Tensor:
-    """Return one penalty that reads weights, unweighted, a float32 scalar."""
+def penalty_terms(
+    model: nn.Module, kind: str, adapter_name: str = "default"
+) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
+    """Yield the terms of one penalty that reads weights: whose tensors, the unweighted float32 scalar, the tensors.
+
+    Terms share no tensor, so each may be differentiated before the next is made: their sum never holds memory.
+    """
     if kind == "task_contrast":
-        return task_contrast(_tensors(model, adapter_name, "mixture_task_embedding"))
-    if kind == "diversity_subspace":
-        down, up = (_tensors(model, adapter_name, name) for name in ("mixture_A", "mixture_B"))
-        return subspace_overlap(down, 0) + subspace_overlap(up, 1)
-    return sum(orthogonality(model, adapter_name), torch.zeros(()))
+        tables = _tensors(model, adapter_name, "mixture_task_embedding")
+        yield "mixture_task_embedding", task_contrast(tables), tables
+        return
+    for axis, name in enumerate(("mixture_A", "mixture_B")):
+        for group in groups_of(_tensors(model, adapter_name, name)):
+            value = subspace_overlap(group, axis) if kind == "diversity_subspace" else pairwise_overlap(group)
+            yield name, value, group
 
 
 def _tensors(model: nn.Module, adapter_name: str, name: str) -> list[Tensor]:
@@ -249,9 +256,9 @@ __all__ = [
     "after_step",
     "mixture_layers",
     "orthogonality",
+    "penalty_terms",
     "read_rows",
     "reads_first_pass",
     "routing_of",
     "selection_biases",
-    "weight_penalty",
 ]

@@ -8,7 +8,7 @@ out, at a smaller loss scale where float16 overflowed.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from qd2mora.errors import NotFinite, SignalStop, WillNotFit
 from qd2mora.evaluation import Score
 from qd2mora.faults import as_lost, tried
 from qd2mora.memory.loss import CHUNK, RowLoss
-from qd2mora.mixture import MixtureConfig, after_step, orthogonality, routing_of, weight_penalty
+from qd2mora.mixture import MixtureConfig, after_step, penalty_terms, routing_of
 from qd2mora.recipe import Train
 from qd2mora.stopping import StopRequest
 from qd2mora.training.best import BestKeeper
@@ -209,7 +209,9 @@ class Training:
         def backward(loss: Tensor) -> None:
             scaled = loss * (self.progress.loss_scale or 1.0)
             # An engine would take a backward pass for a step of its own.
-            self._add_gradient(scaled) if isinstance(self.optimizer, ZeroOptimizer) else scaled.backward()
+            self._add_gradient(scaled, self.parameters.values()) if isinstance(
+                self.optimizer, ZeroOptimizer
+            ) else scaled.backward()
 
         if self.config.row.estimator == "rloo":
             assert self._routing is not None
@@ -246,24 +248,25 @@ class Training:
         """
         routed = sum(self._routing.take_values().values()) if self._routing is not None else 0.0
         (total,) = self.processes.sum_numbers([routed])
+        added = torch.zeros((), device=self.processes.device)
+        halves = {"mixture_A": added.clone(), "mixture_B": added.clone()}
         weights = {penalty.kind: penalty.weight for penalty in self.config.weight_penalties}
-        diversity = weights.pop("diversity_cos", 0.0)
-        with torch.set_grad_enabled(diversity > 0):
-            halves = orthogonality(self.model)
-        terms: list[Tensor] = [diversity * (halves[0] + halves[1])]
-        terms += [weight * weight_penalty(self.model, kind) for kind, weight in weights.items()]
-        for term in terms:
-            total += float(term.detach())
-            if term.requires_grad:
-                self._add_gradient(term)
-        return total, [float(half.detach()) for half in halves]
+        for kind, weight in ({"diversity_cos": 0.0} | weights).items():
+            with torch.set_grad_enabled(weight > 0):
+                for name, value, tensors in penalty_terms(self.model, kind):
+                    added += weight * value.detach()
+                    if kind == "diversity_cos":
+                        halves[name] += value.detach()
+                    if value.requires_grad:
+                        self._add_gradient(weight * value, tensors)
+        return total + float(added), [float(half) for half in halves.values()]
 
-    def _add_gradient(self, value: Tensor) -> None:
-        trained = list(self.parameters.values())
+    def _add_gradient(self, value: Tensor, of: Iterable[Tensor]) -> None:
+        trained = [tensor for tensor in of if tensor.requires_grad]
         gradients = torch.autograd.grad(value, trained, allow_unused=True)
         for tensor, gradient in zip(trained, gradients, strict=True):
             if gradient is not None:
-                tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
+                tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)
 
     def _clip(self) -> float:
         limit = self.train.max_grad_norm or math.inf

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qd2mora.mixture.penalties import pairwise_overlap
+from qd2mora.mixture import penalties
+from qd2mora.mixture.penalties import groups_of, pairwise_overlap
 
 
 def banks(num_modules: int, num_experts: int, scale: float = 1.0) -> list[nn.Parameter]:
@@ -34,6 +35,21 @@ def test_zero_experts_give_zero_and_never_nan() -> None:
         value.backward()
         torch.testing.assert_close(value.detach().double(), reference.overlap([bank.detach().double()]))
         assert torch.isfinite(bank.grad).all()
+
+
+def test_it_is_taken_in_groups_of_one_shape_that_hold_a_limit_of_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = [*banks(7, 3), nn.Parameter(torch.randn(2, 9, 50)), *banks(2, 2), nn.Parameter(torch.randn(1, 5, 5))]
+    whole = pairwise_overlap(mixed)
+    wanted = torch.autograd.grad(whole, mixed[:-1])
+    monkeypatch.setattr(penalties, "AT_ONCE", 300)
+    groups = groups_of(mixed)
+    assert [[tuple(bank.shape) for bank in group] for group in groups] == [
+        [(2, 3, 11)] * 2, [(2, 9, 50)], *([(3, 3, 11)] * number for number in (3, 3, 1))
+    ]  # fmt: skip
+    torch.testing.assert_close(sum(pairwise_overlap(group) for group in groups), whole)
+    found = {id(bank): torch.autograd.grad(pairwise_overlap(group), group)[0] for group in groups for bank in group[:1]}
+    for bank, gradient in zip(mixed, wanted, strict=False):
+        torch.testing.assert_close(found.get(id(bank), gradient), gradient)
 
 
 class _Count(TorchDispatchMode):
