@@ -40,6 +40,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import qd2mora.mixture.draws as draws
 from qd2mora.base import SHAPES, Shape, random_base
 from qd2mora.memory.boundaries import decoder_layers, recompute_layers
+from qd2mora.memory.lean import make_lean
 from qd2mora.memory.ledger import Setting
 from qd2mora.memory.loss import CHUNK, labelled_states, output_head, token_losses
 from qd2mora.memory.prepared import prepare_base
@@ -153,6 +154,8 @@ def counted(shape: Shape, mode: Mode, lengths: list[int]) -> dict[str, Any]:
     model: Any = empty_model(shape)
     if not mode.adapter.startswith("peft"):
         recompute_layers(model, shape.layers, mode.offloads, CPU)
+    if mode.adapter == "mixture":
+        make_lean(model)
     model = adapted(model, mode)
     decoder = model.base_model.model.get_decoder()
     with FakeTensorMode(), Counted() as live:
@@ -222,8 +225,10 @@ def _real_step(shape: Shape, mode: Mode, device: torch.device) -> Callable[[int]
     """Build a real model; return a step of two micro batches and an update."""
     base = Base.model_validate({"model": "random:llama2-7b", "compute_dtype": "bfloat16"})
     model: Any = random_base(shape, base, torch.device("cpu") if mode.streams else device, dtype=torch.bfloat16)
-    if not mode.adapter.startswith("peft"):
+    if mode.adapter == "mixture":
         prepare_base(model, mode.setting(shape.layers), device)
+    elif mode.adapter == "loop":
+        recompute_layers(model, shape.layers, False, device)
     model = adapted(model, mode).to(device) if mode.adapter == "loop" else adapted(model, mode)
     optimizer: Any
     if mode.optimizer == "adamw":

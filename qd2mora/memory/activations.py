@@ -1,8 +1,9 @@
 """Activations: what a step keeps for its backward pass, and what the backward pass takes besides, in bytes.
 
 Counted from what autograd saves in a LLaMA decoder layer with a frozen base: 4-bit and frozen linears save nothing, a
-norm saves a float32 copy of its input, attention its rotated q, k, v and its output, the MLP its gate, the activated
-gate and up. An adapter saves its input, which linears that read one tensor share, and its features in rank space.
+norm saves its input (in float32 where the layer is not `lean`), attention its rotated q, k, v and its output, the MLP
+its gate and up (and the activated gate, not `lean`). An adapter saves its input, which linears that read one tensor
+share, and its features in rank space.
 Everything is linear in tokens but the mask of padded rows, which every batch has: widths are rounded up.
 """
 
@@ -26,6 +27,7 @@ class LayerShapes:
     rank_space: int
     """Floats a token while one adapter's step in rank space runs backward."""
     adapts_down: bool
+    is_lean: bool = True
     slots: int = 1
     """Copies of a token between an MLP's linears: the experts it chose, where whole MLPs are mixed."""
 
@@ -49,9 +51,9 @@ def layer_bytes(layer: LayerShapes, done: Pass) -> int:
     """Return what one decoder layer keeps for its backward pass."""
     # Padding brings a mask; with one, keys and values are repeated for each head, and it is cast to the compute dtype.
     attention = done.item * (4 * layer.heads_width + done.length) + FLOAT * layer.heads
-    mlp = done.item * 3 * layer.slots * layer.intermediate
+    mlp = done.item * (2 if layer.is_lean else 3) * layer.slots * layer.intermediate
     adapters = done.item * (layer.adapter_inputs + layer.adapter_features)
-    return done.tokens * (2 * _norm(layer) + attention + mlp + adapters)
+    return done.tokens * (2 * _norm(layer, done) + attention + mlp + adapters)
 
 
 def kept_bytes(layer: LayerShapes, done: Pass, num_kept: int, is_whole: bool) -> int:
@@ -61,7 +63,7 @@ def kept_bytes(layer: LayerShapes, done: Pass, num_kept: int, is_whole: bool) ->
     nothing, and the rotary tables are counted with it.
     """
     size = num_kept * layer_bytes(layer, done)
-    return size - done.tokens * _norm(layer) + _rotary(layer, done) if is_whole else size
+    return size - done.tokens * _norm(layer, done) + _rotary(layer, done) if is_whole else size
 
 
 def layer_inputs_bytes(layer: LayerShapes, done: Pass, num_layers: int) -> int:
@@ -71,8 +73,8 @@ def layer_inputs_bytes(layer: LayerShapes, done: Pass, num_layers: int) -> int:
 
 
 def recomputed_bytes(layer: LayerShapes, done: Pass) -> int:
-    """Return what one recomputed layer keeps besides its input, which a float32 norm need not copy."""
-    shared = FLOAT * layer.hidden if done.item == FLOAT else 0
+    """Return what one recomputed layer keeps besides its input, which its first norm need not copy."""
+    shared = done.item * layer.hidden if layer.is_lean or done.item == FLOAT else 0
     return layer_bytes(layer, done) - done.tokens * shared
 
 
@@ -103,13 +105,13 @@ def evaluation_bytes(layer: LayerShapes, vocab: int, done: Pass, chunk: int, deq
     return max(mlp, _logits_bytes(vocab, done, chunk) + done.tokens * 2 * done.item * layer.hidden)
 
 
-def loss_bytes(hidden: int, vocab: int, done: Pass, chunk: int) -> int:
+def loss_bytes(layer: LayerShapes, vocab: int, done: Pass, chunk: int) -> int:
     """Return what the loss takes where every token is labelled, at its worst, in the backward pass.
 
     One chunk of logits; for all tokens what the last norm keeps, their states, and the gradient of these.
     """
-    states = done.tokens * hidden * (FLOAT + 2 * done.item) + min(done.tokens, chunk) * hidden * done.item
-    return _logits_bytes(vocab, done, chunk) + states
+    states = done.tokens * (_norm(layer, done) + 2 * done.item * layer.hidden)
+    return _logits_bytes(vocab, done, chunk) + states + min(done.tokens, chunk) * layer.hidden * done.item
 
 
 def _logits_bytes(vocab: int, done: Pass, chunk: int) -> int:
@@ -117,9 +119,9 @@ def _logits_bytes(vocab: int, done: Pass, chunk: int) -> int:
     return min(done.tokens, chunk) * vocab * (FLOAT + (done.item if done.item < FLOAT else 0))
 
 
-def _norm(layer: LayerShapes) -> int:
-    """Bytes a token that a norm keeps: its input and one factor, float32."""
-    return FLOAT * (layer.hidden + 1)
+def _norm(layer: LayerShapes, done: Pass) -> int:
+    """Bytes a token that a norm keeps: its input and one float32 factor."""
+    return (done.item if layer.is_lean else FLOAT) * layer.hidden + FLOAT
 
 
 def _rotary(layer: LayerShapes, done: Pass) -> int:

@@ -112,7 +112,7 @@ def _moments(shapes: Shapes, recipe: Recipe, setting: Setting, done: Pass) -> di
     norms = {"row norms of weights": 4 * shapes.normed * done.item} if shapes.normed else {}
     gradients = norms | backward_bytes(layer, done, dequantised)
     moments: dict[Moment, dict[str, int]] = {
-        "loss": inputs | kept | {"logits and loss": loss_bytes(layer.hidden, shapes.vocab, done, chunk)},
+        "loss": inputs | kept | {"logits and loss": loss_bytes(layer, shapes.vocab, done, chunk)},
         "penalty": {"orthogonality penalty": penalty_bytes(shapes.penalised, shapes.penalty_weight)},
         "evaluation": {"evaluation": evaluation_bytes(layer, shapes.vocab, done, chunk, dequantised)},
     }

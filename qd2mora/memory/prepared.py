@@ -1,10 +1,11 @@
-"""A base prepared as planned: what leaves the device, what is recomputed."""
+"""A base prepared as planned: what is kept, what leaves the device, what is recomputed."""
 
 import torch
 from transformers import PreTrainedModel
 
 from qd2mora.memory.boundaries import decoder_layers, recompute_layers
 from qd2mora.memory.embedding import keep_embedding_on_host
+from qd2mora.memory.lean import make_lean
 from qd2mora.memory.ledger import Setting
 from qd2mora.memory.streaming import LayerStream, move_unstreamed
 
@@ -14,6 +15,7 @@ def prepare_base(base: PreTrainedModel, setting: Setting, device: torch.device) 
 
     A base to be streamed comes in host memory, any other on the device.
     """
+    make_lean(base)
     stream = None
     if setting.stream:
         stream = LayerStream(list(decoder_layers(base)), device)

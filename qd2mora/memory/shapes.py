@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from qd2mora.memory.activations import LayerShapes
+from qd2mora.memory.lean import is_lean
 from qd2mora.mixture import MixtureConfig, MixtureLinear, add_adapter, mixture_layers
 from qd2mora.mixture.block import has_slots, num_slots
 from qd2mora.mixture.ops import RankStep
@@ -92,7 +93,7 @@ def read_shapes(config: PretrainedConfig, adapter: MixtureConfig) -> Shapes:
     banks = [tensor for name, tensor in tensors if name in ("mixture_A", "mixture_B")]
     return Shapes(
         linears=linears,
-        layer=_layer_shapes(config, linears, _inputs(layers), steps, max(map(_slots, layers.values()))),
+        layer=_layer_shapes(config, linears, _inputs(layers), steps, max(map(_slots, layers.values())), is_lean(model)),
         num_layers=config.num_hidden_layers,
         vocab=config.vocab_size,
         embedding_entries=embedding.numel(),
@@ -107,7 +108,12 @@ def read_shapes(config: PretrainedConfig, adapter: MixtureConfig) -> Shapes:
 
 
 def _layer_shapes(
-    config: PretrainedConfig, linears: tuple[Linear, ...], adapted: dict[str, int], steps: list[RankStep], slots: int
+    config: PretrainedConfig,
+    linears: tuple[Linear, ...],
+    adapted: dict[str, int],
+    steps: list[RankStep],
+    slots: int,
+    is_lean: bool,
 ) -> LayerShapes:
     """Take one decoder layer's widths; what adapters read is averaged over the layers."""
     kinds = {linear.name.rpartition(".")[2]: linear for linear in linears}
@@ -123,6 +129,7 @@ def _layer_shapes(
         # The code, its gradient and its gated parts; then what goes to the up product, and its gradient.
         rank_space=max(3 * step.features + 2 * step.width_up for step in steps),
         adapts_down=any(name.endswith(".down_proj") for name in adapted),
+        is_lean=is_lean,
         slots=slots,
     )
 

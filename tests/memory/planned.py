@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from qd2mora.base import Shape, base_config, random_base
 from qd2mora.memory.boundaries import recompute_layers
+from qd2mora.memory.lean import make_lean
 from qd2mora.memory.ledger import Ledger, Setting, ledger
 from qd2mora.memory.shapes import Shapes, read_shapes
 from qd2mora.mixture import MixtureConfig, add_adapter
@@ -61,6 +62,7 @@ def adapted(
     """Return a real model of random weights with the recipe's adapter, ready to train; `prepare` is given its base."""
     base = random_base(shape, Base(model="random:tiny", compute_dtype=dtype), CPU)
     prepare(base)
+    make_lean(base)
     recompute_layers(base, recomputed * shape.layers if isinstance(recomputed, bool) else recomputed, False, CPU)
     model = add_adapter(base, adapter_of(recipe), seed=0)
     model.train()

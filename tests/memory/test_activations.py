@@ -60,7 +60,7 @@ def test_kept_activations_are_what_autograd_saves(shape: Shape, targets: list[st
     item = getattr(torch, dtype)
     planned = every_item(cpu_ledger(shape, recipe, 4, False, item))["activations"]
     # The last norm's input belongs to the loss in the ledger.
-    last_norm = 4 * 96 * 4 * (shape.hidden + 1)
+    last_norm = 4 * 96 * (item.itemsize * shape.hidden + 4)
     assert planned + last_norm == pytest.approx(saved, rel=0.005)
 
 
@@ -104,13 +104,13 @@ def test_the_planned_peak_of_a_step_is_the_measured_one(
 def test_recomputing_layers_keeps_less() -> None:
     recipe = recipe_of("random:llama2-7b", max_length=1024)
     kept, recomputed = (cpu_ledger(SHAPES["llama2-7b"], recipe, 1, on, torch.bfloat16) for on in (False, True))
-    assert recomputed.peak_bytes < kept.peak_bytes - (3 << 30)
+    assert recomputed.peak_bytes < kept.peak_bytes - (5 << 29)
 
 
 def test_a_layer_of_a_7b_takes_what_was_measured_at_full_size() -> None:
     # MiB of one recomputed layer in bfloat16, the dequantised weight included, without a mask: op by op at 7B shapes.
     adapter = {"rank": 8, "targets": QKVUD, "down": {"experts": 3}, "up": {"experts": 8}}
-    for tokens, mib in ((512, 189), (1024, 291), (2048, 496), (4096, 905)):
+    for tokens, mib in ((512, 167), (1024, 246), (2048, 405), (4096, 723)):
         recipe = recipe_of("random:llama2-7b", max_length=tokens, adapter=adapter)
         items = every_item(cpu_ledger(SHAPES["llama2-7b"], recipe, 1, True, torch.bfloat16))
         mask = tokens * tokens * 2

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from qd2mora.base import SHAPES
+from qd2mora.memory.lean import make_lean
 from qd2mora.mixture import MixtureConfig, MixtureLinear, Routing
 from qd2mora.mixture.penalties import groups_of, pairwise_overlap
 
@@ -186,12 +187,14 @@ def addmm_flop(self_shape: Any, a_shape: Any, b_shape: Any, **_: Any) -> int:
     return mm_flop(a_shape, b_shape)
 
 
-def decoder_layer(targets: str) -> tuple[LlamaDecoderLayer, list[MixtureLinear]]:
+def decoder_layer(targets: str, lean: bool = False) -> tuple[LlamaDecoderLayer, list[MixtureLinear]]:
     config = SHAPES["llama-7b"].config()
     config._attn_implementation = "sdpa"
     torch.set_default_dtype(torch.bfloat16)
     layer = LlamaDecoderLayer(config, 0).requires_grad_(False).train()
     torch.set_default_dtype(torch.float32)
+    if lean:
+        make_lean(layer)
     found = []
     for name, module in list(layer.named_modules()):
         if isinstance(module, nn.Linear):
@@ -204,10 +207,12 @@ def decoder_layer(targets: str) -> tuple[LlamaDecoderLayer, list[MixtureLinear]]
     return layer, found
 
 
-def run_decoder_layer(targets: str, tokens: int, backward: bool) -> tuple[int, dict[torch.dtype, int]]:
+def run_decoder_layer(
+    targets: str, tokens: int, backward: bool, lean: bool = False
+) -> tuple[int, dict[torch.dtype, int]]:
     """Return peak bytes, or without backward saved bytes by dtype beyond the layer's input and its frozen weights."""
     with FakeTensorMode():
-        layer, _ = decoder_layer(targets)
+        layer, _ = decoder_layer(targets, lean)
         x = torch.empty(1, tokens, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
         places = torch.arange(tokens).unsqueeze(0)
         rotary = LlamaRotaryEmbedding(SHAPES["llama-7b"].config())(x.detach(), places)
@@ -232,6 +237,21 @@ def test_a_decoder_layer_keeps_so_many_bytes_and_float32_only_where_norms_do(tar
     # Each of the two norms keeps a float32 copy of its input; adapters add none.
     assert by_dtype[torch.float32] == run_decoder_layer("none", TOKENS, backward=False)[1][torch.float32]
     assert mib - 0.2 <= sum(by_dtype.values()) / MIB <= mib
+
+
+@pytest.mark.parametrize(("targets", "mib"), [("none", 83.2), ("qkv", 91.3), ("qkvud", 120.9), ("all", 121.1)])
+def test_a_lean_decoder_layer_keeps_a_quarter_less_and_a_float32_factor_a_token(targets: str, mib: float) -> None:
+    _, by_dtype = run_decoder_layer(targets, TOKENS, backward=False, lean=True)
+    assert by_dtype[torch.float32] == pytest.approx(TOKENS * 4 * (2 + 32), rel=0.01)  # norms, and attention's heads
+    assert mib - 0.2 <= sum(by_dtype.values()) / MIB <= mib
+    _, plain = run_decoder_layer(targets, TOKENS, backward=False)
+    assert sum(by_dtype.values()) < 0.74 * sum(plain.values())
+
+
+@pytest.mark.parametrize(("targets", "tokens", "mib"), [("qkv", 1024, 215), ("qkvud", 1024, 247), ("all", 4096, 724)])
+def test_a_lean_decoder_layer_takes_so_many_bytes_at_its_peak(targets: str, tokens: int, mib: int) -> None:
+    peak, _ = run_decoder_layer(targets, tokens, backward=True, lean=True)
+    assert mib - 2 <= peak / MIB <= mib
 
 
 @pytest.mark.parametrize(
