@@ -1,9 +1,10 @@
-"""How much faster is a step that recomputes no layer? Decoder layers of true 7B shapes, in one process.
+"""How much faster is a step that recomputes no layer, and what do lean norms and products cost? True 7B shapes.
 
     python scripts/bench_recompute.py [--layers 2] [--tokens 128] [--device cuda] [--repeats 7] [--out FILE]
 
 The same D2MoRA (M3 N8 r8 on q, k, v, up, down) on the same NF4 weights, forward and backward, AdamW on the adapters:
-once with every layer recomputed in the backward pass, once with none. Seconds are the processor's on a CPU, on one
+once with every layer recomputed in the backward pass, once with none, and once so with transformers' own norms and
+MLPs, which keep more. Seconds are the processor's on a CPU, on one
 thread, so that a busy machine does not count; on a GPU they are those of the clock. A CPU's ratio is no GPU's.
 """
 
@@ -16,8 +17,15 @@ from bench_parts import context, peak_bytes, ratio, report, round_robin, size, s
 from bench_step import TARGETS, stepper
 
 from qd2mora.base import SHAPES, random_base
+from qd2mora.memory.lean import make_lean
 from qd2mora.mixture import MixtureConfig, add_adapter
 from qd2mora.recipe import Base
+
+
+def become(kinds: dict[Any, type]) -> None:
+    """Give modules their classes."""
+    for module, kind in kinds.items():
+        module.__class__ = kind
 
 
 def main() -> None:
@@ -52,7 +60,16 @@ def main() -> None:
             layer.gradient_checkpointing = False
         step()
 
-    runs = {"every layer recomputed": recomputing, "none": keeping}
+    plain = {module: type(module) for module in whole.modules()}
+    make_lean(whole)
+    lean = {module: type(module) for module in plain}
+
+    def keeping_more() -> None:
+        become(plain)
+        keeping()
+        become(lean)
+
+    runs = {"every layer recomputed": recomputing, "none": keeping, "none, as transformers keeps": keeping_more}
     times = (
         worked(runs, device, options.repeats) if device.type == "cpu" else round_robin(runs, device, options.repeats)
     )
@@ -64,7 +81,10 @@ def main() -> None:
         "seconds": "of the processor, one thread" if device.type == "cpu" else "of the clock",
         "times": found,
         "peak_bytes": peaks,
-        "ratios": {"recomputed_per_kept": ratio(times, "every layer recomputed", "none")},
+        "ratios": {
+            "recomputed_per_kept": ratio(times, "every layer recomputed", "none"),
+            "lean_per_transformers": ratio(times, "none", "none, as transformers keeps"),
+        },
     }
     columns = time_columns(found, "none") | {"peak MiB": {name: size(value, "MiB") for name, value in peaks.items()}}
     report(result, columns, options.out)

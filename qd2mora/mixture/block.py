@@ -14,8 +14,8 @@ are the plain layer, exactly. Rank space and the mean over slots accumulate in f
 
 Saved for the backward pass in an MLP, an entry of the intermediate width a token: 4 k in the dtype of x (what the
 activation, the product, its second factor and down_proj read) beside 4 for one LoRA, or 3 k beside 3 where a run keeps
-no activated gate (memory.lean); a dropped input once more where there is dropout, masks never. In rank space, a rank of a bank a token, in all three linears together: 24 k + 2 bytes in
-16 bits, 28 k + 4 in float32 (measured).
+no activated gate (memory.lean); a dropped input once more where there is dropout, masks never. In rank space, a rank of
+a bank a token, in all three linears together: 24 k + 2 bytes in 16 bits, 28 k + 4 in float32 (measured).
 
 Deviations: one dropout mask a linear by default, one for each slot with `dropout_per_expert`, where each published
 expert draws its own; every router is balanced by itself (see `balance`).
