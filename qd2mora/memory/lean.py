@@ -86,20 +86,21 @@ class _Norm(torch.autograd.Function):
         for part in _parts(rows):
             wide = rows[part].to(torch.float32)
             factor[part] = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-            out[part] = weight * (wide * factor[part]).to(x.dtype)
-        ctx.save_for_backward(x, weight, factor)
+            torch.mul(weight, (wide * factor[part]).to(x.dtype), out=out[part])
+        ctx.save_for_backward(x, factor)
+        ctx.weight = weight  # frozen: hooks that move saved tensors away would move it
         return out.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        x, weight, factor = ctx.saved_tensors
+        x, factor = ctx.saved_tensors
         rows, dy = (tensor.reshape(-1, x.shape[-1]) for tensor in (x, gradients[0]))
         dx = torch.empty_like(rows)
         for part in _parts(rows):
-            dnormed = dy[part].float() * weight
+            dnormed = dy[part].float() * ctx.weight
             normed = rows[part] * factor[part]
             along = (dnormed * normed).mean(-1, keepdim=True)
-            dx[part] = dnormed.sub_(normed.mul_(along)).mul_(factor[part])
+            torch.mul(dnormed.sub_(normed.mul_(along)), factor[part], out=dx[part])
         return dx.view(x.shape), None, None
 
 
