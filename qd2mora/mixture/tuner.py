@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qd2mora.errors import InputRefused
 from qd2mora.mixture.block import refuse_open_blocks, refuse_unfit
@@ -158,7 +159,10 @@ def add_adapter(model: nn.Module, config: MixtureConfig, seed: int) -> PeftModel
             raise InputRefused(f"adapter.targets: '{target}' matches no linear; there are {', '.join(there)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, _on_backend(config))
+        adapted = get_peft_model(model, _on_backend(config))
+    if getattr(model, "is_gradient_checkpointing", False) and isinstance(model, PreTrainedModel):
+        model.disable_input_require_grads()  # PEFT asks for them as transformers does: see enable_checkpointing
+    return adapted
 
 
 def _on_backend(config: MixtureConfig) -> PeftConfig:

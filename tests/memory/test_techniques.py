@@ -1,5 +1,6 @@
 """What saves memory changes no bit of loss and gradients, and takes the bytes that the ledger says."""
 
+import weakref
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -93,6 +94,16 @@ def test_layers_are_copied_one_ahead_in_both_directions_and_no_more_often_than_n
     forward, backward = list(range(5)), list(range(4 - num_slots, -1, -1))
     left = list(range(num_slots))  # the backward pass ends with the first layers in their slots
     assert stream.copied == [*forward, *backward, *forward[len(left) :], *backward]
+
+
+def test_what_the_embedding_makes_does_not_stay_where_layer_inputs_leave() -> None:
+    model, _ = prepared(replace(PLAIN, recomputed=5, offload_activations=True))
+    made: list[weakref.ref[Tensor]] = []
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, inputs, output: made.append(weakref.ref(output)))
+    losses = RowLoss(model)(padded_batch(2, 48, FIVE.vocab))
+    assert made[0]() is None  # it would be a leaf that waits for a gradient nobody reads
+    losses.sum().backward()
 
 
 def test_an_evaluation_in_between_and_a_broken_pass_do_no_harm() -> None:
