@@ -15,10 +15,10 @@ from safetensors.torch import load as load_tensors
 from torch import nn
 
 from qd2mora.base import fingerprint
-from qd2mora.durable import save_pretrained, staged_folder
+from qd2mora.disk.durable import save_pretrained, staged_folder
+from qd2mora.disk.sealed import open_manifest, read_listed, seal_folder
 from qd2mora.errors import DamagedFile, InputRefused, NotFinite
 from qd2mora.recipe import Base
-from qd2mora.sealed import open_manifest, read_listed, seal_folder
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

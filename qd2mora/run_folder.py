@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from qd2mora.adapter_folder import load_adapter
 from qd2mora.base import load_base, load_tokenizer
-from qd2mora.durable import staged_folder, write_atomically, write_json
+from qd2mora.disk.durable import staged_folder, write_atomically, write_json
+from qd2mora.disk.untrusted import check_adapter
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.method import STATIC
 from qd2mora.recipe import Base, Recipe, load_recipe
-from qd2mora.untrusted import check_adapter
 
 MAY_CHANGE = ("base", "base.quantization")
 """What of a run may differ from its training, where it is asked for by name."""

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from export_cases import CASES, trained
 
-from qd2mora.durable import write_json
+from qd2mora.disk.durable import write_json
 from qd2mora.merging import core_lsq
 from qd2mora.merging.fidelity import Fidelity, measure
 from qd2mora.merging.making import setting_of

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from table1_small import TASKS, result, write_rows
 
-from qd2mora.durable import write_atomically, write_json
-from qd2mora.recipe_file import dump_yaml
+from qd2mora.disk.durable import write_atomically, write_json
+from qd2mora.recipe.yaml_file import dump_yaml
 
 REASONING = ("creak", "ecqa", "qasc", "sensemaking", "strategyqa")
 FITTING = ("siqa", "winogrande", "obqa", "arc_e")

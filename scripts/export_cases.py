@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qd2mora.durable import write_atomically
+from qd2mora.disk.durable import write_atomically
 from qd2mora.recipe import Recipe, load_recipe
 from qd2mora.training import train
 

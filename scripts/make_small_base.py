@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qd2mora.data.instruction import split
-from qd2mora.durable import write_json
+from qd2mora.disk.durable import write_json
 from qd2mora.training import checkpoint
 from qd2mora.training.state import LocalState, Progress, State
 

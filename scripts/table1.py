@@ -17,7 +17,7 @@ from typing import Any
 
 from table1_rows import MODELS, NAMES, ROWS, TableRow, find_rows, recipe_of, yaml_of
 
-from qd2mora.durable import write_atomically, write_json
+from qd2mora.disk.durable import write_atomically, write_json
 from qd2mora.evaluation import evaluate
 from qd2mora.memory import plan
 from qd2mora.memory.plan import GIB

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qd2mora.recipe import Recipe, parse_recipe
-from qd2mora.recipe_file import dump_yaml
+from qd2mora.recipe.yaml_file import dump_yaml
 
 MODELS = {"llama-7b": "huggyllama/llama-7b", "llama2-7b": "meta-llama/Llama-2-7b-hf"}
 FILES = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qd2mora.durable import write_atomically, write_json
-from qd2mora.recipe_file import dump_yaml
+from qd2mora.disk.durable import write_atomically, write_json
+from qd2mora.recipe.yaml_file import dump_yaml
 
 TASKS = {
     "boolq": "boolq",

@@ -119,20 +119,20 @@ GATES: dict[str, Gate] = {
         {"GATE_CRASHES": 400, "GATE_TEARS": 30},
         {},
         (
-            ("durable.py", "CLOEXEC)\n    try:\n        os.fsync(handle)\n", "CLOEXEC)\n    try:\n        pass\n"),
-            ("durable.py", "CLOEXEC, 0o666)\n", "CLOEXEC, 0o666)\n    os.fsync = lambda handle: None\n"),
+            ("disk/durable.py", "CLOEXEC)\n    try:\n        os.fsync(handle)\n", "CLOEXEC)\n    try:\n        pass\n"),
+            ("disk/durable.py", "CLOEXEC, 0o666)\n", "CLOEXEC, 0o666)\n    os.fsync = lambda handle: None\n"),
             (
-                "durable.py",
+                "disk/durable.py",
                 "    os.rename(folder, dead)\n    sync_folder(folder.parent)\n",
                 "    os.rename(folder, dead)\n",
             ),
             (
-                "durable.py",
+                "disk/durable.py",
                 "    os.rename(stage, target)\n    sync_folder(target.parent)\n",
                 "    os.rename(stage, target)\n",
             ),
             (
-                "durable.py",
+                "disk/durable.py",
                 "    os.replace(partial, path)\n    sync_folder(path.parent)\n",
                 "    os.replace(partial, path)\n",
             ),
@@ -144,9 +144,9 @@ GATES: dict[str, Gate] = {
         {"GATE_SIZES": 80, "GATE_ERRNOS": 40},
         {},
         (
-            ("durable.py", "isinstance(error, OSError) or number is None:", "True:"),
+            ("disk/durable.py", "isinstance(error, OSError) or number is None:", "True:"),
             (
-                "durable.py",
+                "disk/durable.py",
                 "        _publish(stage, target)\n    finally:\n        shutil.rmtree(stage, ignore_errors=True)\n",
                 "        _publish(stage, target)\n    finally:\n        pass\n",
             ),
@@ -163,10 +163,10 @@ GATES: dict[str, Gate] = {
         {"GATE_FLIPS": 10_000, "GATE_CUTS": 1_000},
         {"GATE_FLIPS": 300, "GATE_CUTS": 50},
         (
-            ("sealed.py", "    if not is_whole:", "    if False:"),
-            ("sealed.py", "hashlib.sha256(content).hexdigest() != entry[_HASH]:", "False:"),
-            ("sealed.py", "        if is_foreign(name):", "        if False:"),
-            ("sealed.py", " | os.O_NOFOLLOW | os.O_NONBLOCK", " | os.O_NONBLOCK"),
+            ("disk/sealed.py", "    if not is_whole:", "    if False:"),
+            ("disk/sealed.py", "hashlib.sha256(content).hexdigest() != entry[_HASH]:", "False:"),
+            ("disk/sealed.py", "        if is_foreign(name):", "        if False:"),
+            ("disk/sealed.py", " | os.O_NOFOLLOW | os.O_NONBLOCK", " | os.O_NONBLOCK"),
             (
                 "training/checkpoint.py",
                 '    if progress.step != int(folder.name.removeprefix("step-")):',
@@ -340,7 +340,7 @@ GATES: dict[str, Gate] = {
         {},
         (
             ("training/watchdog.py", "                self._last += now - before\n", "                pass\n"),
-            ("faults.py", "    return not is_out_of_memory(error) and any", "    return False and any"),
+            ("memory/faults.py", "    return not is_out_of_memory(error) and any", "    return False and any"),
         ),
     ),
     "LG1": Gate(

@@ -12,17 +12,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from qd2mora.base import (
-    SHAPES,
-    dense_weight,
-    enable_checkpointing,
-    fingerprint,
-    is_nf4,
-    load_base,
-    load_tokenizer,
-    random_base,
-)
+from qd2mora.base import SHAPES, dense_weight, fingerprint, is_nf4, load_base, load_tokenizer, random_base
 from qd2mora.errors import DamagedFile, InputRefused
+from qd2mora.memory.checkpointing import enable_checkpointing
 from qd2mora.recipe import Base
 
 IDS = torch.arange(3, 27).view(2, 12)

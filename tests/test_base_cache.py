@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from qd2mora.base import load_base
-from qd2mora.base_cache import Entry
+from qd2mora.base.cache import Entry
+from qd2mora.disk.sealed import open_manifest, seal_text, unseal_text, verify_folder
+from qd2mora.disk.tensor_file import tensors_on_disk
 from qd2mora.recipe import Base, load_recipe
-from qd2mora.sealed import open_manifest, seal_text, unseal_text, verify_folder
-from qd2mora.tensor_file import tensors_on_disk
 from qd2mora.training import train
 
 IDS = torch.arange(3, 27).view(2, 12)

@@ -10,7 +10,7 @@ import tiny
 
 from qd2mora.cli import main
 from qd2mora.recipe import load_recipe
-from qd2mora.recipe_file import shipped_recipes
+from qd2mora.recipe.shipped import shipped_recipes
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import yaml
 
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Recipe, load_recipe, parse_recipe
-from qd2mora.recipe_file import MAX_BYTES, parse_yaml, shipped_recipes
+from qd2mora.recipe.shipped import shipped_recipes
+from qd2mora.recipe.yaml_file import MAX_BYTES, parse_yaml
 
 EXAMPLE = """
 base:     {model: meta-llama/Llama-2-7b-hf, quantization: nf4, double_quant: true, compute_dtype: auto}

@@ -44,7 +44,7 @@ def compare(
         from qd2mora.comparison import Wishes
         from qd2mora.comparison import compare as run_comparison
         from qd2mora.comparison.show import draw, markdown, show
-        from qd2mora.durable import write_atomically
+        from qd2mora.disk.durable import write_atomically
 
         wishes = Wishes(
             methods=_words(methods),

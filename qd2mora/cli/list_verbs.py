@@ -20,7 +20,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method in full.
 @app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None) -> None:
     """List the recipes that come along; with a name, print one: `qd2mora recipes quickstart > my.yaml`."""
-    from qd2mora.recipe_file import copied_recipe, shipped_recipes
+    from qd2mora.recipe.shipped import copied_recipe, shipped_recipes
 
     found = shipped_recipes()
     if name is None:

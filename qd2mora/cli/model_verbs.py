@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 
 from qd2mora.cli.app import AllowChanged, ModelPath, RunPath, app, numbers
+from qd2mora.disk.sealed import MANIFEST, sealed_in, verify_folder
 from qd2mora.errors import InputRefused
-from qd2mora.sealed import MANIFEST, sealed_in, verify_folder
 from qd2mora.stopping import listening
 
 

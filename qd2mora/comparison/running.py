@@ -20,7 +20,7 @@ from qd2mora.comparison.match import Arm, matched_arms
 from qd2mora.comparison.outcome import Comparison, outcome
 from qd2mora.comparison.split import split_tasks, testing
 from qd2mora.data import prepare
-from qd2mora.durable import write_json
+from qd2mora.disk.durable import write_json
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation import ask_suite, suite_task_names
 from qd2mora.merging.strategies import find_strategy

@@ -18,7 +18,8 @@ from qd2mora.composition.extract import extract
 from qd2mora.composition.inputs import PREFIX, base_of, read_loras, read_mixture, read_weights, trained_on
 from qd2mora.composition.learned import learn
 from qd2mora.composition.upcycle import upcycle
-from qd2mora.durable import save_pretrained
+from qd2mora.disk.durable import save_pretrained
+from qd2mora.disk.sealed import seal_folder
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.merging.lora import write_lora
 from qd2mora.merging.shards import File, entry, write_tensors
@@ -27,7 +28,6 @@ from qd2mora.mixture.given import GivenLora
 from qd2mora.mixture.low_rank import LowRank
 from qd2mora.recipe import load_recipe
 from qd2mora.run_folder import is_run, refuse_taken, staged_folder
-from qd2mora.sealed import seal_folder
 
 OPERATIONS = {"cat": "weights learn steps", "linear": "weights", "lego": "weights rank", "sub": "experts rank"}
 OPERATIONS |= {"upcycle": "experts", "extract": "rank"}

@@ -9,12 +9,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qd2mora.disk.sealed import MANIFEST, open_manifest
+from qd2mora.disk.untrusted import check_adapter
 from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.given import GivenLora, read_given
 from qd2mora.run_folder import is_run, read_recipe
-from qd2mora.sealed import MANIFEST, open_manifest
-from qd2mora.untrusted import check_adapter
 
 PREFIX = "base_model.model."
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from qd2mora.base import enable_checkpointing, load_base, load_tokenizer
+from qd2mora.base import load_base, load_tokenizer
 from qd2mora.composition.inputs import all_linears
 from qd2mora.data import IGNORE, Row, collate, prepare
 from qd2mora.errors import InputRefused
+from qd2mora.memory.checkpointing import enable_checkpointing
 from qd2mora.memory.loss import token_losses
 from qd2mora.mixture.given import GivenLora
 from qd2mora.recipe import Recipe

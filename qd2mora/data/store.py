@@ -28,8 +28,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from qd2mora.data.cache import PARTIAL, kept_tokens, limit_bytes, mark_used, prune
 from qd2mora.data.read import Pair, Skipped
 from qd2mora.data.tokenise import Tokeniser, Tokens, tokenised
+from qd2mora.disk.sealed import open_manifest, seal_folder, verify_folder
 from qd2mora.errors import DamagedFile
-from qd2mora.sealed import open_manifest, seal_folder, verify_folder
 
 VERSION = 1
 """Counted up when the same file would be stored otherwise."""

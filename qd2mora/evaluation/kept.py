@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qd2mora.durable import write_file, write_json
+from qd2mora.disk.durable import write_file, write_json
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.score import Record
 

@@ -12,7 +12,7 @@ from qd2mora.evaluation.rouge import rouge_l
 from qd2mora.evaluation.score import Record, Score
 from qd2mora.evaluation.subject import Subject
 from qd2mora.evaluation.suites import extracted
-from qd2mora.faults import tried
+from qd2mora.memory.faults import tried
 
 ROWS_AT_ONCE = 32
 

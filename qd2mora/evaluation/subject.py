@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qd2mora.base import compute_dtype, default_device, fingerprint, load_base, load_tokenizer
+from qd2mora.disk.sealed import MANIFEST, open_manifest
+from qd2mora.disk.untrusted import check_adapter, check_config, check_weights
 from qd2mora.errors import InputRefused
 from qd2mora.mixture import MixtureConfig, read_rows, reads_first_pass
 from qd2mora.modeling_mixture import AUTO_MAP, MixtureLlamaConfig, MixtureLlamaForCausalLM
 from qd2mora.recipe import Base
 from qd2mora.run_folder import OpenRun, RunFolder, is_run, open_run
-from qd2mora.sealed import MANIFEST, open_manifest
-from qd2mora.untrusted import check_adapter, check_config, check_weights
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qd2mora.durable import write_json
+from qd2mora.disk.durable import write_json
 from qd2mora.errors import DamagedFile
 from qd2mora.inspection.alarm import Measured, collapse_line, collapsed
 from qd2mora.inspection.counting import RoutingWatch

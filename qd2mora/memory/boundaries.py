@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from qd2mora.base import enable_checkpointing
+from qd2mora.memory.checkpointing import enable_checkpointing
 from qd2mora.memory.pinned import host_buffer
 
 

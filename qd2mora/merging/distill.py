@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
-from qd2mora.base import enable_checkpointing
+from qd2mora.memory.checkpointing import enable_checkpointing
 from qd2mora.memory.loss import IGNORE, output_head
 from qd2mora.merging.setting import Batches, Setting
 from qd2mora.merging.static import replaced

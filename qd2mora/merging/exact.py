@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from qd2mora import modeling_mixture
-from qd2mora.durable import save_pretrained
+from qd2mora.disk.durable import save_pretrained
 from qd2mora.errors import InputRefused
 from qd2mora.merging.shards import Entry, entry, write_shards
 from qd2mora.merging.source import Source

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-from qd2mora.durable import save_pretrained
+from qd2mora.disk.durable import save_pretrained
 from qd2mora.errors import InputRefused
 from qd2mora.merging.folds import Fold
 from qd2mora.merging.gguf_vocab import Vocabulary, vocabulary_of

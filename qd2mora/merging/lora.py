@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from qd2mora.durable import write_file
+from qd2mora.disk.durable import write_file
 from qd2mora.errors import InputRefused, NotFinite
 from qd2mora.merging.shards import File, entry, write_tensors
 from qd2mora.mixture.low_rank import LowRank

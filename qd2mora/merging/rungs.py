@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qd2mora.durable import save_pretrained
+from qd2mora.disk.durable import save_pretrained
+from qd2mora.disk.sealed import MANIFEST, seal_folder
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.merging import exact, gguf_file, gguf_lora
 from qd2mora.merging.folds import folds_of
@@ -17,7 +18,6 @@ from qd2mora.merging.static import Statics
 from qd2mora.merging.writer import DTYPES, SHARD_BYTES, Written, write_model
 from qd2mora.recipe import Base
 from qd2mora.run_folder import OpenRun
-from qd2mora.sealed import MANIFEST, seal_folder
 
 BASES = ("dequantized", "original")
 

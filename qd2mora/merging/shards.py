@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qd2mora.durable import write_file
+from qd2mora.disk.durable import write_file
 from qd2mora.errors import InputRefused
 
 INDEX = "model.safetensors.index.json"

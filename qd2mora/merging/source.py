@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qd2mora.base import base_config, compute_dtype, default_device, dense_weight, local_folder
+from qd2mora.disk.untrusted import check_weights
 from qd2mora.errors import InputRefused
 from qd2mora.merging.shards import INDEX, KINDS
 from qd2mora.recipe import Base
-from qd2mora.untrusted import check_weights
 
 BLOCK_BYTES = 8 << 20
 """Rows handled at once, in float32."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qd2mora.durable import save_pretrained
+from qd2mora.disk.durable import save_pretrained
 from qd2mora.errors import InputRefused, NotFinite
 from qd2mora.merging.folds import Fold
 from qd2mora.merging.shards import Entry, File, write_shards

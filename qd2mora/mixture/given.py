@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qd2mora.disk.untrusted import check_adapter
 from qd2mora.errors import InputRefused
-from qd2mora.untrusted import check_adapter
 
 if TYPE_CHECKING:
     from qd2mora.mixture.layer import MixtureLinear

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qd2mora import __version__
-from qd2mora.durable import write_atomically
+from qd2mora.disk.durable import write_atomically
 from qd2mora.errors import InputRefused
 from qd2mora.memory.table import show_bytes
 from qd2mora.report.charts import Series, line_chart, smoothed

@@ -22,13 +22,13 @@ from qd2mora.base import (
     load_tokenizer,
 )
 from qd2mora.data import Mixture, TaskRows, collate, prepare, share_lines
-from qd2mora.durable import save_pretrained
+from qd2mora.disk.durable import save_pretrained
 from qd2mora.errors import InputRefused, WillNotFit
 from qd2mora.evaluation import AskedTask, Subject, ask_held_out
 from qd2mora.evaluation.rouge import rouge_l
-from qd2mora.faults import as_lost
 from qd2mora.inspection.content import write_routing
 from qd2mora.memory.engine import check_engine, refuse_storage
+from qd2mora.memory.faults import as_lost
 from qd2mora.memory.loss import check_isolation
 from qd2mora.memory.plan import Plan, plan
 from qd2mora.memory.prepared import prepare_base

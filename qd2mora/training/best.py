@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qd2mora.durable import remove_folder, staged_folder, write_json
+from qd2mora.disk.durable import remove_folder, staged_folder, write_json
+from qd2mora.disk.sealed import MANIFEST, open_manifest, read_listed
 from qd2mora.errors import DamagedFile
 from qd2mora.evaluation import Score
-from qd2mora.sealed import MANIFEST, open_manifest, read_listed
 from qd2mora.training.state import Progress
 
 OVERALL = "*"  # no task can be called so

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from qd2mora.durable import remove_folder, staged_folder, write_file
+from qd2mora.disk.durable import remove_folder, staged_folder, write_file
+from qd2mora.disk.sealed import open_manifest, read_listed, seal_folder, verify_folder
+from qd2mora.disk.tensor_file import Inventory, encoded, inventory_of
 from qd2mora.errors import DamagedFile, NotFinite
-from qd2mora.sealed import open_manifest, read_listed, seal_folder, verify_folder
-from qd2mora.tensor_file import Inventory, encoded, inventory_of
 from qd2mora.training.state import Progress, State, owner_of
 
 ADAPTER, OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"

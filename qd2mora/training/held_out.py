@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qd2mora.data import Row
-from qd2mora.faults import tried
+from qd2mora.memory.faults import tried
 from qd2mora.memory.loss import IGNORE, labelled_states
 
 if TYPE_CHECKING:  # the loop evaluates

@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from qd2mora.durable import write_atomically
+from qd2mora.disk.durable import write_atomically
 from qd2mora.training.progress import StepDisplay
 
 

@@ -9,11 +9,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from qd2mora.durable import sync_folder, write_atomically
+from qd2mora.disk.durable import sync_folder, write_atomically
+from qd2mora.disk.sealed import seal_text, unseal_text
 from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.recipe import Recipe
 from qd2mora.run_folder import RunFolder, is_run, refuse_taken
-from qd2mora.sealed import seal_text, unseal_text
 from qd2mora.training import checkpoint
 from qd2mora.training.disk import as_trouble
 from qd2mora.training.identity import Identity

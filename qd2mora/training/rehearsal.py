@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
+from qd2mora.base.host_memory import available_bytes
 from qd2mora.data import MULTIPLE, MicroBatch, Row, lengths_of, lines_together
-from qd2mora.faults import tried
-from qd2mora.host_memory import available_bytes
+from qd2mora.memory.faults import tried
 from qd2mora.memory.plan import Plan
 from qd2mora.mixture import routing_of
 from qd2mora.recipe import Recipe

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from qd2mora.base.host_memory import available_bytes
 from qd2mora.errors import StopError
-from qd2mora.host_memory import available_bytes
 from qd2mora.training import checkpoint
 from qd2mora.training.disk import as_trouble
 from qd2mora.training.state import Progress, State, StateSource

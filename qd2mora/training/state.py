@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qd2mora.tensor_file import Inventory, inventory_of
+from qd2mora.disk.tensor_file import Inventory, inventory_of
 
 
 @dataclass

@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from qd2mora.disk.tensor_file import Inventory, inventory_of
 from qd2mora.errors import WillNotFit
-from qd2mora.tensor_file import Inventory, inventory_of
 from qd2mora.training.state import State
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -18,10 +18,10 @@ from qd2mora.cli import main
 from qd2mora.composition import compose, lego, sub
 from qd2mora.composition.extract import truncated
 from qd2mora.composition.inputs import read_mixture
+from qd2mora.disk.sealed import open_manifest, verify_folder
 from qd2mora.errors import InputRefused
 from qd2mora.mixture.low_rank import LowRank
 from qd2mora.recipe import Base, load_recipe
-from qd2mora.sealed import open_manifest, verify_folder
 
 IDS = torch.arange(4, 24).view(2, 10)
 

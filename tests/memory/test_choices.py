@@ -17,7 +17,7 @@ from qd2mora.memory import Plan, parse_size, plan, render
 from qd2mora.memory.choosing import Search, predicted_cost
 from qd2mora.memory.ledger import Setting
 from qd2mora.recipe import Recipe, parse_recipe
-from qd2mora.recipe_file import apply_override
+from qd2mora.recipe.yaml_file import apply_override
 
 GIB = 1 << 30
 STAYING = {"activations": "none", "embeddings": "none", "weights": "none"}

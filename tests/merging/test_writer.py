@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qd2mora.base import dense_weight, load_base, load_tokenizer
+from qd2mora.disk.sealed import verify_folder
 from qd2mora.errors import InputRefused, NotFinite
 from qd2mora.merging import merge
 from qd2mora.merging.folds import Fold
@@ -23,7 +24,6 @@ from qd2mora.merging.shards import Entry, shard_bytes, write_shards
 from qd2mora.merging.source import Source
 from qd2mora.merging.writer import write_model
 from qd2mora.recipe import Base
-from qd2mora.sealed import verify_folder
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

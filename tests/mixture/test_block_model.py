@@ -10,7 +10,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qd2mora.base import SHAPES, enable_checkpointing, load_base
+from qd2mora.base import SHAPES, load_base
+from qd2mora.memory.checkpointing import enable_checkpointing
 from qd2mora.merging import core_lsq, mean_gate
 from qd2mora.merging.fidelity import measure, unexplained
 from qd2mora.merging.static import of_cores

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qd2mora.base import SHAPES, enable_checkpointing, load_base, random_base
+from qd2mora.base import SHAPES, load_base, random_base
 from qd2mora.errors import InputRefused
+from qd2mora.memory.checkpointing import enable_checkpointing
 from qd2mora.mixture import MixtureConfig, add_adapter, mixture_layers
 from qd2mora.recipe import Base
 

@@ -99,8 +99,8 @@ def result_of(run: Path) -> dict[str, bytes]:
 
 def newest_valid(run: Path) -> int:
     """Return the step of the newest checkpoint that is whole, 0 where there is none."""
+    from qd2mora.disk.sealed import verify_folder
     from qd2mora.errors import DamagedFile
-    from qd2mora.sealed import verify_folder
     from qd2mora.training.checkpoint import steps_on_disk
 
     for step in reversed(steps_on_disk(run / "checkpoints")):

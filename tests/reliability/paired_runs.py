@@ -150,7 +150,7 @@ def _write_late() -> None:
 
 def dying_pair(recipe: Path, phase: str, victim: int) -> None:
     """Train; as the second save of the first process comes to a phase, that one or the other is killed."""
-    from qd2mora import durable
+    from qd2mora.disk import durable
     from qd2mora.training import checkpoint
 
     place = durable if phase == "rename" else checkpoint

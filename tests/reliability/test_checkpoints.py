@@ -14,9 +14,9 @@ import small
 import torch
 from safetensors.torch import load_file, save_file
 
+from qd2mora.disk.sealed import MANIFEST, seal_text, unseal_text
+from qd2mora.disk.tensor_file import encoded
 from qd2mora.errors import DamagedFile, NotFinite
-from qd2mora.sealed import MANIFEST, seal_text, unseal_text
-from qd2mora.tensor_file import encoded
 from qd2mora.training import checkpoint
 from qd2mora.training.state import Progress, State
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from qd2mora.adapter_folder import CONFIG, WEIGHTS, base_identity, save_adapter
 from qd2mora.base import dense_weight, load_base, load_tokenizer
+from qd2mora.disk.sealed import MANIFEST, seal_folder, unseal_text
 from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.merging import constant_mixing
 from qd2mora.merging.folds import folds_of
@@ -28,7 +29,6 @@ from qd2mora.merging.writer import write_model
 from qd2mora.mixture import MixtureConfig, add_adapter, mixture_layers
 from qd2mora.recipe import load_recipe
 from qd2mora.run_folder import open_run
-from qd2mora.sealed import MANIFEST, seal_folder, unseal_text
 
 MERGES = int(os.environ.get("GATE_MERGES", "4"))
 SIGNALS = max(3, int(os.environ.get("GATE_SIGNALS", "30")) // 5)

@@ -8,10 +8,10 @@ import forked_runs as runs
 import pytest
 
 from qd2mora.base import load_base
+from qd2mora.disk.sealed import seal_text, unseal_text
 from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.recipe import load_recipe
 from qd2mora.run_folder import open_run
-from qd2mora.sealed import seal_text, unseal_text
 from qd2mora.training import train
 
 CHANGES = [

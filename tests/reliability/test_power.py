@@ -13,9 +13,9 @@ import pytest
 import small
 from power_cut import Call
 
-from qd2mora.durable import staged_folder, write_file, write_json
+from qd2mora.disk.durable import staged_folder, write_file, write_json
+from qd2mora.disk.sealed import seal_folder, verify_folder
 from qd2mora.errors import DamagedFile
-from qd2mora.sealed import seal_folder, verify_folder
 from qd2mora.training import checkpoint
 
 MOST = int(os.environ.get("GATE_CRASHES", "24"))

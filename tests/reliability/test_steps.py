@@ -126,7 +126,7 @@ def test_a_step_that_ran_out_of_memory_is_done_again_on_smaller_micro_batches(
     monkeypatch.setattr(RowLoss, "forward", faulty)
     train(load_recipe(runs.write_recipe(made, tmp_path / "faulty", "train.steps=3")))
     assert distance(three, tmp_path / "faulty") <= 1e-4  # three updates of Adam amplify rounding
-    from qd2mora.sealed import open_manifest
+    from qd2mora.disk.sealed import open_manifest
 
     assert open_manifest(tmp_path / "faulty/checkpoints/step-3")["progress"]["micro_batch"] == 1
 
@@ -278,7 +278,7 @@ def test_an_overflow_of_float16_lowers_the_loss_scale_and_the_step_is_done_again
     monkeypatch.setattr("qd2mora.training.compute_dtype", lambda base, device: torch.float16)
     monkeypatch.setattr("qd2mora.training.FIRST_LOSS_SCALE", 2.0**40)
     trained = train(load_recipe(runs.write_recipe(made, tmp_path / "run", "adapter.dropout=0.1")))
-    from qd2mora.sealed import open_manifest
+    from qd2mora.disk.sealed import open_manifest
 
     progress = open_manifest(tmp_path / "run/checkpoints/step-8")["progress"]
     assert trained.bad_steps == 0 and progress["applied"] == 8

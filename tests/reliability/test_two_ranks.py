@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qd2mora.sealed import unseal_text
+from qd2mora.disk.sealed import unseal_text
 
 KILLS = int(os.environ.get("GATE_RANK_KILLS", "2"))
 ALLOW = ("processes",)

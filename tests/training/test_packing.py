@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from qd2mora.base import enable_checkpointing, load_base
+from qd2mora.base import load_base
 from qd2mora.data import MicroBatch, Pair, Row, packed
 from qd2mora.errors import InputRefused
+from qd2mora.memory.checkpointing import enable_checkpointing
 from qd2mora.memory.loss import RowLoss
 from qd2mora.mixture import MixtureConfig, add_adapter, routing_of
 from qd2mora.recipe import Base, Recipe, load_recipe

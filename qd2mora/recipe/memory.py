@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from qd2mora.recipe_adapter import Count, Section
+from qd2mora.recipe.section import Count, Section
 
 
 class Offload(Section):

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from qd2mora.durable import write_file
+from qd2mora.disk.durable import write_file
 from qd2mora.errors import DamagedFile
 
 MANIFEST = "manifest.json"

@@ -140,22 +140,6 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         node[keys[-1]] = value
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """Return the recipes that come with the package, by name."""
-    # Inside the package where it is installed, beside it in a source tree.
-    package = Path(__file__).parent
-    folder = next(place for place in (package / "recipes", package.parent / "recipes") if place.is_dir())
-    return {path.stem: path for path in folder.glob("*.yaml")}
-
-
-def copied_recipe(path: Path) -> str:
-    """Return the text of a recipe that comes along, with the files that come along named so that it runs anywhere."""
-    text = path.read_text(encoding="utf-8")
-    for name in (each.name for each in path.parent.iterdir() if each.is_dir() and any(each.glob("*/*.json*"))):
-        text = re.sub(rf"(?<=: ){re.escape(name)}/", f"{path.parent.resolve()}/{name}/", text)
-    return text
-
-
 def _descend(node: Any, key: str, override: str) -> Any:
     if isinstance(node, list):
         child = node[_list_index(node, key, override)]
@@ -175,4 +159,4 @@ def _list_index(node: list[Any], key: str, override: str) -> int:
     return int(key)
 
 
-__all__ = ["apply_override", "copied_recipe", "dump_yaml", "parse_yaml", "read_mapping", "shipped_recipes"]
+__all__ = ["apply_override", "dump_yaml", "parse_yaml", "read_mapping"]

@@ -2,18 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-# Errors name places in one line.
-Place = Annotated[str, Field(min_length=1, pattern=r"^[^\p{Cc}\p{Zl}\p{Zp}]*$")]
-
-
-class Section(BaseModel):
-    """A part of the recipe: frozen, strict types, no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from qd2mora.recipe.section import Count, Fraction, Place, Section
 
 
 class Experts(Section):
@@ -95,4 +86,4 @@ class Adapter(Section):
     """Width of the task embedding where a method routes by task."""
 
 
-__all__ = ["Adapter", "Count", "Experts", "Fraction", "GateFields", "Place", "Section", "Shared"]
+__all__ = ["Adapter", "Experts", "GateFields", "Shared"]

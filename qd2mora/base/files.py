@@ -7,12 +7,25 @@ from functools import lru_cache
 from pathlib import Path
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from safetensors import SafetensorError
 
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Base
 
 RANDOM = "random:"
+
+# What transformers 5 raises on a config or tokenizer file that is not as it should be: it checks little of them itself.
+UNLOADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
 def fingerprint(base: Base) -> str:
@@ -87,4 +100,4 @@ def _hashed(path: Path, *state: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-__all__ = ["RANDOM", "fingerprint", "first_line", "folder_of", "local_folder"]
+__all__ = ["RANDOM", "UNLOADABLE", "fingerprint", "first_line", "folder_of", "local_folder"]

@@ -20,10 +20,10 @@ from typing import Any
 
 from torch import Tensor
 
-from qd2mora.durable import staged_folder, write_file
+from qd2mora.disk.durable import staged_folder, write_file
+from qd2mora.disk.sealed import open_manifest, seal_folder, verify_folder
+from qd2mora.disk.tensor_file import encoded
 from qd2mora.errors import DamagedFile
-from qd2mora.sealed import open_manifest, seal_folder, verify_folder
-from qd2mora.tensor_file import encoded
 
 SHARD_BYTES = 256 << 20
 """Few enough to be copied from a device one shard at a time, and many enough files to be checked side by side."""

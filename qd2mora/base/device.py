@@ -1,0 +1,26 @@
+"""Where a model runs, and in which dtype."""
+
+import os
+
+import torch
+
+from qd2mora.recipe import Base
+
+
+def default_device() -> torch.device:
+    """Return this process's CUDA device where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
+    """Return the dtype that products run in: bfloat16 or float16 on a GPU, float32 on a CPU (16-bit is slow there)."""
+    if base.compute_dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[base.compute_dtype]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+__all__ = ["compute_dtype", "default_device"]

@@ -1,0 +1,187 @@
+"""The frozen model: a LLaMA-family folder or hub id in NF4, or random weights of a named shape.
+
+Norms, embeddings and the residual stream stay in the compute dtype: PEFT's k-bit preparation would lift them to
+float32, which costs memory and time and buys nothing for a frozen base.
+"""
+
+import copy
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedModel,
+)
+
+from qd2mora.base.cache import Entry
+from qd2mora.base.device import compute_dtype, default_device
+from qd2mora.base.files import RANDOM, UNLOADABLE, fingerprint, first_line, folder_of
+from qd2mora.base.host_memory import give_back_large_blocks
+from qd2mora.base.nf4 import is_nf4, nf4_config, settled
+from qd2mora.base.random_weights import random_base
+from qd2mora.base.shapes import shape_of
+from qd2mora.disk.durable import save_pretrained
+from qd2mora.disk.tensor_file import tensors_on_disk
+from qd2mora.disk.untrusted import check_config, check_safetensors, check_weights
+from qd2mora.errors import DamagedFile, InputRefused
+from qd2mora.recipe import Base
+
+_MODEL_PATTERNS = ["*config.json", "*.safetensors", "model.safetensors.index.json"]
+
+
+def base_config(base: Base) -> LlamaConfig:
+    """Return the model's configuration without reading weights. Raises InputRefused."""
+    if base.model.startswith(RANDOM):
+        return shape_of(base.model).config()
+    folder = folder_of(base.model, ["*config.json"])
+    check_config(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except UNLOADABLE as error:
+        raise InputRefused(f"base.model: '{base.model}' cannot be loaded: {first_line(error)}") from error
+    return config
+
+
+def load_base(
+    base: Base, device: torch.device | None = None, dtype: torch.dtype | None = None, *, keep_from: int | None = None
+) -> PreTrainedModel:
+    """Load the frozen model, linears in NF4 where the recipe says so, in evaluation mode on one device.
+
+    `dtype` is that of products where they will not run on this device. 4-bit weights are read from `base.cache` where
+    they are there, and kept there, where `keep_from` is given, if they take as many bytes at least.
+
+    Raises InputRefused where the model is not there, not whole, or not loadable without running its own code.
+    """
+    device = device or default_device()
+    dtype = dtype or compute_dtype(base, device)
+    if device.type == "cpu":
+        give_back_large_blocks()
+    if not base.model.startswith(RANDOM):
+        base_config(base)
+        check_weights(folder_of(base.model, _MODEL_PATTERNS))  # there and plain files: an entry's hash is taken of them
+    entry = _cache_entry(base, device, dtype)
+    model = _kept(entry, base, device, dtype)
+    if model is None:
+        model = _made(base, device, dtype)
+        if entry is not None and keep_from is not None:
+            _keep(entry, model, keep_from, nf4_config(base, dtype))
+    # What an adapter is said to belong to; PEFT would look for a folder of random weights.
+    name = "" if base.model.startswith(RANDOM) else base.model
+    model.name_or_path = model.config._name_or_path = name
+    return settled(model)
+
+
+def _made(base: Base, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Build a model from the files of its base, or from random numbers."""
+    if base.model.startswith(RANDOM):
+        return random_base(shape_of(base.model), base, device, dtype=dtype)
+    folder = folder_of(base.model, _MODEL_PATTERNS)
+    return _read(folder, check_weights(folder), base.model, device, dtype, nf4_config(base, dtype))
+
+
+def _read(
+    folder: Path,
+    files: list[Path],
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: BitsAndBytesConfig | None,
+) -> PreTrainedModel:
+    """Load a model from files that were checked, tensor by tensor: no more than one is in memory unquantised."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputRefused(f"base.model: '{name}' is a {config.model_type}, which does not continue texts")
+    try:
+        model, loading = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors_on_disk(files),
+            quantization_config=quantization,
+            dtype=dtype,
+            device_map={"": device},
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # named below, where transformers points to a report that is not shown
+            output_loading_info=True,
+        )
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except (*UNLOADABLE, RuntimeError, ImportError) as error:  # a config may ask for packages
+        raise InputRefused(f"base.model: '{name}' cannot be loaded: {first_line(error)}") from error
+    _refuse_partial(model, loading, name)
+    return model
+
+
+def _cache_entry(base: Base, device: torch.device, dtype: torch.dtype) -> Entry | None:
+    """Return where 4-bit weights of a base are kept; None where they are not."""
+    if base.cache in ("auto", "none") or base.quantization != "nf4":
+        return None
+    place = os.path.abspath(base.model) if os.path.isdir(base.model) else base.model
+    settings = {"double_quant": base.double_quant, "compute_dtype": str(dtype), "device": device.type}
+    versions = {package: version(package) for package in ("bitsandbytes", "torch", "transformers")}
+    return Entry.of(Path(base.cache), place, settings, {"base": fingerprint(base), **versions})
+
+
+def _kept(entry: Entry | None, base: Base, device: torch.device, dtype: torch.dtype) -> PreTrainedModel | None:
+    """Return the model of a cache entry; None where there is none that is whole."""
+    if entry is None:
+        return None
+    with entry.opened() as is_whole:
+        if not is_whole:
+            return None
+        try:
+            check_config(entry.folder)
+            files = sorted(entry.folder.glob("*.safetensors"))
+            for path in files:
+                check_safetensors(path)
+            return _read(entry.folder, files, base.model, device, dtype, None)
+        except (InputRefused, DamagedFile) as error:  # somebody else's, sealed as ours are
+            entry.say_made_anew(str(error))
+            return None
+
+
+def _keep(entry: Entry, model: PreTrainedModel, least: int, quantization: BitsAndBytesConfig | None) -> None:
+    """Write the weights of a model that was quantised just now, if they are large enough."""
+    tensors: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:  # a head that is the embedding is written once
+            tensors[name] = tensor
+            seen.add(tensor.data_ptr())
+    if sum(tensor.nbytes for tensor in tensors.values()) < least:
+        return
+    config = copy.deepcopy(model.config)
+    config.quantization_config = quantization  # random weights were quantised by hand
+
+    def configs(folder: Path) -> None:
+        save_pretrained(config, folder)
+        if model.generation_config is not None:
+            save_pretrained(model.generation_config, folder)
+
+    entry.write(tensors, configs)
+
+
+def _refuse_partial(model: PreTrainedModel, loading: dict[str, Any], name: str) -> None:
+    """Refuse a model whose files lack a tensor or hold one of another size: transformers would make one up."""
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise InputRefused(f"base.model: '{name}' is not whole: no weights for {missing[0]} ({len(missing)} missing)")
+    # Of 4-bit weights only the quantisation state remembers the shape, and transformers 5.23 does not compare it.
+    packed: list[tuple[str, Any]] = [pair for pair in model.named_modules() if is_nf4(pair[1])]
+    wrong = sorted(key for key, *_ in loading["mismatched_keys"]) + [
+        f"{key}.weight"
+        for key, linear in packed
+        if tuple(linear.weight.quant_state.shape) != (linear.out_features, linear.in_features)
+    ]
+    if wrong:
+        raise InputRefused(f"base.model: '{name}': the size of {wrong[0]} is not the one its config.json gives")
+
+
+__all__ = ["base_config", "load_base"]

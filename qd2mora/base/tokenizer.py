@@ -1,0 +1,37 @@
+"""A base's tokenizer, with a pad token that is never mistaken for the end of a text."""
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qd2mora.base.files import RANDOM, UNLOADABLE, first_line, folder_of
+from qd2mora.disk.untrusted import check_tokenizer
+from qd2mora.errors import InputRefused
+
+_TOKENIZER_PATTERNS = ["*token*.json", "tokenizer.model", "*config.json", "vocab.*", "merges.txt", "*.jinja"]
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer with a pad token that is never mistaken for the end of a text.
+
+    Where none is declared: the unknown token, else an existing reserved token, else the end token; padding is masked
+    by position in any case, so that a real end token in a row keeps its label. Raises InputRefused.
+    """
+    if model.startswith(RANDOM):
+        raise InputRefused(f"base.model: '{model}' has random weights and no tokenizer; it can be planned and timed")
+    folder = folder_of(model, _TOKENIZER_PATTERNS, needs="tokenizer_config.json")
+    check_tokenizer(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except UNLOADABLE as error:
+        raise InputRefused(f"base.model: no tokenizer in '{model}': {first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputRefused(f"base.model: the tokenizer of '{model}' has no end token; set eos_token in its config")
+    if tokenizer.pad_token_id is None:
+        known = tokenizer.get_vocab()
+        names = ("<pad>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
+        reserved = [name for name in names if name in known]
+        tokenizer.pad_token = reserved[0] if reserved else tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+__all__ = ["load_tokenizer"]

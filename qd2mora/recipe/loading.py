@@ -1,0 +1,73 @@
+"""From a file to a recipe: read, overridden, checked, its paths anchored."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from qd2mora.errors import InputRefused
+from qd2mora.recipe.problems import dotted, first_problem
+from qd2mora.recipe.schema import Recipe
+from qd2mora.recipe.yaml_file import apply_override, read_mapping
+from qd2mora.redact import secret_in
+
+MAX_TEXT = 4096
+
+
+def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """Load a recipe file and apply dotted `key=value` overrides.
+
+    Relative paths of base and data are taken beside the recipe where they exist there, else from the working folder.
+
+    Raises InputRefused (one line: file, key, value, what would do).
+    """
+    path = Path(path)
+    content = read_mapping(path)
+    for override in overrides:
+        apply_override(content, override)
+    return _anchored(parse_recipe(content, str(path)), path.parent)
+
+
+def parse_recipe(content: Any, where: str = "recipe") -> Recipe:
+    """Check a plain mapping. Raises InputRefused."""
+    _refuse_texts(content, where, ())
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InputRefused(f"{where}: {first_problem(error, Recipe)}") from None
+
+
+def _anchored(recipe: Recipe, folder: Path) -> Recipe:
+    def anchor(text: str) -> str:
+        beside = folder / text
+        # os.path: an impossible name (too long, say) is not there, where Path.exists raises.
+        return str(beside.resolve()) if not Path(text).is_absolute() and os.path.exists(beside) else text
+
+    tasks = []
+    for task in recipe.data.tasks:
+        held_out = anchor(task.validation) if isinstance(task.validation, str) else task.validation
+        tasks.append(task.model_copy(update={"path": anchor(task.path), "validation": held_out}))
+    base = recipe.base.model_copy(update={"model": anchor(recipe.base.model)})
+    return recipe.model_copy(update={"base": base, "data": recipe.data.model_copy(update={"tasks": tasks})})
+
+
+def _refuse_texts(node: Any, where: str, location: tuple[str | int, ...]) -> None:
+    """Refuse a text that holds a secret, in a value or a key, or that is too long to be anything here."""
+    if isinstance(node, dict | list):
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+            if isinstance(key, str):
+                _refuse_texts(key, where, (*location, "a key"))
+            _refuse_texts(child, where, (*location, key))
+    elif isinstance(node, str):
+        if len(node) > MAX_TEXT:
+            raise InputRefused(f"{where}: {dotted(location)}: {len(node)} characters (limit {MAX_TEXT})")
+        kind = secret_in(node)
+        if kind:
+            raise InputRefused(
+                f"{where}: {dotted(location)} holds {kind}; a recipe holds no secrets, they come from the "
+                "environment (HF_TOKEN, WANDB_API_KEY)"
+            )
+
+
+__all__ = ["load_recipe", "parse_recipe"]

@@ -1,0 +1,113 @@
+"""What is wrong with a recipe, in one line: key, value, and what would do; a neighbour's name is answered by ours."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+# Names that users of neighbouring tools will type, and what they are called here.
+NEIGHBOURS = {
+    "base_model": "base.model",
+    "model_name_or_path": "base.model",
+    "load_in_4bit": "base.quantization: nf4",
+    "lora_r": "adapter.rank",
+    "r": "adapter.rank",
+    "lora_rank": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target_modules": "adapter.targets",
+    "target_modules": "adapter.targets",
+    "num_experts": "adapter.up.experts",
+    "datasets": "data.tasks",
+    "dataset": "data.tasks",
+    "data_path": "data.tasks[].path",
+    "cutoff_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "sequence_len": "data.max_length",
+    "train_on_inputs": "data.mask_prompt (its opposite)",
+    "val_set_size": "data.tasks[].validation",
+    "micro_batch_size": "train.micro_batch",
+    "per_device_train_batch_size": "train.micro_batch",
+    "batch_size": "train.global_batch",
+    "gradient_accumulation_steps": "train.global_batch (accumulation = global_batch / micro_batch)",
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "lr": "train.learning_rate",
+    "lr_scheduler": "train.schedule",
+    "lr_scheduler_type": "train.schedule",
+    "optim": "train.optimizer",
+    "warmup_ratio": "train.warmup_steps",
+    "save_steps": "train.save_every",
+    "eval_steps": "train.eval_every",
+    "gradient_checkpointing": "memory.checkpointing",
+    "output_dir": "output",
+}
+
+
+def first_problem(error: ValidationError, schema: type[BaseModel]) -> str:
+    """One line for the most telling of pydantic's complaints: an unknown key explains what is missing."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]
+    if problem["type"] == "extra_forbidden":
+        return _unknown_key(problem["loc"], schema)
+    # Literal and type tags in the location belong to unions, not to the recipe.
+    tag = re.compile(r"[\[(]|^(int|str|float|bool)$|^constrained")
+    key = dotted([part for part in problem["loc"] if not tag.search(str(part))])
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    shown = problem["input"]
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {_short(shown)} will not do: {message}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def dotted(location: Sequence[str | int]) -> str:
+    """Return a place in a recipe as people write it: data.tasks.0.path."""
+    parts = [str(part) for part in location]
+    return ".".join(part if part.isprintable() and len(part) <= 60 else _short(part) for part in parts)
+
+
+def _unknown_key(location: Sequence[str | int], schema: type[BaseModel]) -> str:
+    key, name = dotted(location), str(location[-1])
+    if name in NEIGHBOURS:
+        return f"unknown key {key}; here it is {NEIGHBOURS[name]}"
+    known = sorted(set(_key_names(schema)))
+    if "." in name and name in known:
+        return f"unknown key {key}; in a file '{name.rpartition('.')[2]}' stands inside '{name.rpartition('.')[0]}'"
+    section = ".".join(part for part in location[:-1] if isinstance(part, str))
+    here = [full for full in known if full.rpartition(".")[0] == section]
+    for candidates, cutoff in ((here, 0.5), (known, 0.7)):
+        last_parts = [full.rpartition(".")[2] for full in candidates]
+        near = difflib.get_close_matches(name, last_parts, 1, cutoff)
+        if near:
+            return f"unknown key {key}; did you mean {candidates[last_parts.index(near[0])]}?"
+    return f"unknown key {key}; the keys here are {', '.join(full.rpartition('.')[2] for full in here)}"
+
+
+def _key_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        for part in _nested(field.annotation):
+            names += _key_names(part, f"{prefix}{name}.")
+    return names
+
+
+def _nested(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    arguments = getattr(annotation, "__args__", ())
+    return [part for argument in arguments for part in _nested(argument)]
+
+
+__all__ = ["NEIGHBOURS", "dotted", "first_problem"]

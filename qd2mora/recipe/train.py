@@ -1,0 +1,69 @@
+"""The recipe's train and finish sections: how it is learned, and what happens then."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from qd2mora.recipe.section import Count, Section
+
+# Keys of `train` that leave the trained weights as they are.
+HARMLESS = (
+    *("save_every", "eval_every", "keep_checkpoints", "keep_best"),
+    *("log_every", "trackers", "micro_batch", "time_limit"),
+)
+
+
+class Train(Section):
+    """How it is learned."""
+
+    steps: Count | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    micro_batch: Count | Literal["auto"] = "auto"
+    """Rows in one forward pass; the result does not depend on it."""
+    global_batch: Count = 16
+    """Rows in one optimiser step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """`auto`: adamw where the budget allows it, else adamw_8bit; decided before step 1 and then part of the run."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """The gradient of a step is scaled down to this norm; null: never."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    save_every: Count = 100
+    eval_every: Count = 100
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """At least two, so that there is a way back where the newest is damaged."""
+    time_limit: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(s|min|h)$")] | None = None
+    """Save and stop (exit 75) before so much time is over, for example 11.5h."""
+    early_stopping: Count | None = None
+    """Stop after so many evaluations in a row without a better one overall; null: never."""
+    keep_best: Literal["none", "overall", "tasks"] = "overall"
+    """Which best adapters `best/` keeps a copy of: of the whole, or of every task too."""
+    final: Literal["last", "best"] = "last"
+    """What `adapter/` holds at the end: the adapter of the last step, or the best overall."""
+    log_every: Count = 1
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim"]] = Field(default=[])
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Train":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give either steps or epochs")
+        if isinstance(self.micro_batch, int) and self.global_batch % self.micro_batch:
+            raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
+        if self.final == "best" and self.keep_best == "none":
+            raise ValueError("final: best needs keep_best: overall or tasks")
+        return self
+
+
+class Finish(Section):
+    """What happens after the last step."""
+
+    export: bool = False
+    """Merge into an fp16 folder `export/` in the run folder."""
+    score: bool = False
+    """Answer the held-out rows with the base, the adapter and the export, and print the accuracy per task."""
+
+
+__all__ = ["HARMLESS", "Finish", "Train"]
