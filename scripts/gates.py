@@ -117,12 +117,11 @@ def run_mutants(name: str) -> dict[str, bool]:
         for part in ("qd2mora", "tests", "scripts", "recipes"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
-        for file, before, after in gate.mutants:
-            path = copy / "qd2mora" / file
+        for mutant in gate.mutants:
+            path = copy / "qd2mora" / mutant.file
             whole = path.read_text(encoding="utf-8")
-            assert whole.count(before) == 1, f"{file} holds {before!r} {whole.count(before)} times"
-            path.write_text(whole.replace(before, after), encoding="utf-8")
-            label = f"{file}: {before.strip()} -> {after.strip() or 'nothing'}"
+            path.write_text(mutant.applied(whole), encoding="utf-8")
+            label = str(mutant)
             found = _run_tests(copy, gate, {name: str(value) for name, value in gate.quick.items()}, "-x")
             noticed[label] = bool(found["failures"])
             print("killed" if noticed[label] else "ALIVE ", name, label, found["failures"][:1], flush=True)

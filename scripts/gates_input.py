@@ -88,14 +88,13 @@ def run_mutants(names: list[str]) -> dict[str, bool]:
         copy = Path(folder) / "copy"
         for part in ("qd2mora", "tests", "scripts", "recipes"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-        for gate, file, before, after in mutants.MUTANTS:
+        for gate, mutant in mutants.MUTANTS:
             if gate not in names:
                 continue
-            path = copy / "qd2mora" / file
+            path = copy / "qd2mora" / mutant.file
             whole = path.read_text(encoding="utf-8")
-            assert whole.count(before) == 1, f"{file} holds {before!r} {whole.count(before)} times"
-            path.write_text(whole.replace(before, after), encoding="utf-8")
-            label = f"{gate}: {file}: {before.strip()} -> {after.strip() or 'nothing'}"
+            path.write_text(mutant.applied(whole), encoding="utf-8")
+            label = f"{gate}: {mutant}"
             noticed[label] = not _holds(copy, gate)
             print("killed" if noticed[label] else "ALIVE ", label, flush=True)
             path.write_text(whole, encoding="utf-8")

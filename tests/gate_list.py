@@ -4,13 +4,11 @@ A gate on input is a function of `tests/safety/input_gates.py`; the others are t
 environment.
 """
 
-# ruff: noqa: E501 - lines of the package are quoted whole
-
 from dataclasses import dataclass, field
 
+from mutation import Mutant, always, doing, ignoring, instead, never, uncaught, unfinished, without
+
 RELIABILITY = "tests/reliability"
-Mutant = tuple[str, str, str]
-"""A file of the package, what stands there once, and what is put in its place."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +71,9 @@ GATES: dict[str, Gate] = {
         {"GATE_KILLS": 2000, "GATE_WORKERS": 1, "GATE_ZERO_KILLS": 50},
         {"GATE_KILLS": 60, "GATE_ZERO_KILLS": 5},
         (
-            ("training/opening.py", "    source.restore(state)\n", ""),
-            ("training/state.py", "        self.optimizer.state.clear()\n", ""),
-            ("training/checkpoint.py", "steps_on_disk(folder)[:-keep]:", "steps_on_disk(folder):"),
+            without("training/opening.py:restore", "restore"),
+            without("training/state.py:LocalState.expected", "clear"),
+            instead("training/checkpoint.py:save", "steps_on_disk", "keep", by="steps_on_disk(folder)"),
         ),
     ),
     "Z1": Gate(
@@ -84,19 +82,10 @@ GATES: dict[str, Gate] = {
         {"GATE_RANK_KILLS": 20},
         {},
         (
-            ("training/processes.py", "            all_reduce(flat)\n", ""),
-            ("training/processes.py", "        if disagreeing:\n", "        if False:\n"),
-            ("training/loop.py", "            if failed:\n", "            if False:\n"),
-            (
-                "training/loop.py",
-                "self.processes.from_main(self.saver.finish)\n                self.saver.save(",
-                "self.saver.save(",
-            ),
-            (
-                "training/loop.py",
-                '        if signals:\n            return "a signal',
-                '        if False:\n            return "a signal',
-            ),
+            without("training/processes.py:Processes.sum_gradients", "all_reduce"),
+            never("training/processes.py:Processes.refuse_other", "disagreeing"),
+            never("training/loop.py:Training._gradients", "failed"),
+            never("training/loop.py:Training._reason", "signals"),
         ),
     ),
     "T1": Gate(
@@ -108,9 +97,8 @@ GATES: dict[str, Gate] = {
         {"GATE_SIGNALS": 100},
         {"GATE_SIGNALS": 9},
         (
-            ("stopping.py", "            signal.signal(number, signal.SIG_DFL)\n", "            return\n"),
-            ("stopping.py", "        if request.was_raised:\n", "        if False:\n"),
-            ("training/loop.py", "or is_last or self._why_stop:", "or is_last:"),
+            doing("stopping.py:StopRequest.note", "SIG_DFL", by="return"),
+            never("stopping.py:listening", "was_raised"),
         ),
     ),
     "PW1": Gate(
@@ -119,23 +107,11 @@ GATES: dict[str, Gate] = {
         {"GATE_CRASHES": 400, "GATE_TEARS": 30},
         {},
         (
-            ("disk/durable.py", "CLOEXEC)\n    try:\n        os.fsync(handle)\n", "CLOEXEC)\n    try:\n        pass\n"),
-            ("disk/durable.py", "CLOEXEC, 0o666)\n", "CLOEXEC, 0o666)\n    os.fsync = lambda handle: None\n"),
-            (
-                "disk/durable.py",
-                "    os.rename(folder, dead)\n    sync_folder(folder.parent)\n",
-                "    os.rename(folder, dead)\n",
-            ),
-            (
-                "disk/durable.py",
-                "    os.rename(stage, target)\n    sync_folder(target.parent)\n",
-                "    os.rename(stage, target)\n",
-            ),
-            (
-                "disk/durable.py",
-                "    os.replace(partial, path)\n    sync_folder(path.parent)\n",
-                "    os.replace(partial, path)\n",
-            ),
+            without("disk/durable.py:_sync", "fsync"),
+            doing("disk/durable.py:write_file", "fsync", by="os.fsync = lambda handle: None"),
+            without("disk/durable.py:remove_folder", "sync_folder"),
+            without("disk/durable.py:_publish", "sync_folder"),
+            without("disk/durable.py:write_atomically", "sync_folder"),
         ),
     ),
     "F1": Gate(
@@ -144,17 +120,9 @@ GATES: dict[str, Gate] = {
         {"GATE_SIZES": 80, "GATE_ERRNOS": 40},
         {},
         (
-            ("disk/durable.py", "isinstance(error, OSError) or number is None:", "True:"),
-            (
-                "disk/durable.py",
-                "        _publish(stage, target)\n    finally:\n        shutil.rmtree(stage, ignore_errors=True)\n",
-                "        _publish(stage, target)\n    finally:\n        pass\n",
-            ),
-            (
-                "training/disk.py",
-                "    except OSError as error:\n        why",
-                "    except ZeroDivisionError as error:\n        why",
-            ),
+            always("disk/durable.py:save_pretrained", "isinstance"),
+            unfinished("disk/durable.py:staged_folder", "rmtree"),
+            uncaught("training/disk.py:as_trouble", "OSError"),
         ),
     ),
     "B1": Gate(
@@ -163,15 +131,11 @@ GATES: dict[str, Gate] = {
         {"GATE_FLIPS": 10_000, "GATE_CUTS": 1_000},
         {"GATE_FLIPS": 300, "GATE_CUTS": 50},
         (
-            ("disk/sealed.py", "    if not is_whole:", "    if False:"),
-            ("disk/sealed.py", "hashlib.sha256(content).hexdigest() != entry[_HASH]:", "False:"),
-            ("disk/sealed.py", "        if is_foreign(name):", "        if False:"),
-            ("disk/sealed.py", " | os.O_NOFOLLOW | os.O_NONBLOCK", " | os.O_NONBLOCK"),
-            (
-                "training/checkpoint.py",
-                '    if progress.step != int(folder.name.removeprefix("step-")):',
-                "    if False:",
-            ),
+            never("disk/sealed.py:unseal_text", "not"),
+            ignoring("disk/sealed.py:read_listed", "hexdigest"),
+            never("disk/sealed.py:open_manifest", "is_foreign"),
+            instead("disk/sealed.py:_read", "O_NOFOLLOW", "O_RDONLY", by="os.O_RDONLY | os.O_CLOEXEC"),
+            never("training/checkpoint.py:read", "step"),
         ),
     ),
     "R0": Gate(
@@ -185,11 +149,9 @@ GATES: dict[str, Gate] = {
         {"GATE_EVERY": 1},
         {},
         (
-            ("training/loop.py", "self.progress.step * self.train.global_batch, self.capacity):", "0, self.capacity):"),
-            (
-                "training/loop.py",
-                "        rows = self.mixture.rows(update *",
-                "        rows = self.mixture.rows(id(self) % 7 *",
+            instead("training/loop.py:Training._accumulate", "step", "global_batch", by="0"),
+            instead(
+                "training/loop.py:Training._step", "update", "global_batch", by="id(self) % 7 * self.train.global_batch"
             ),
         ),
     ),
@@ -199,15 +161,11 @@ GATES: dict[str, Gate] = {
         {},
         {},
         (
-            (
-                "training/identity.py",
-                "    for name in changed:\n        if name not in allowed:",
-                "    for name in changed:\n        if False:",
-            ),
-            ("training/identity.py", "hash_of_rows(task) for task in tasks}", '"" for task in tasks}'),
-            ("training/identity.py", "content_hash(task.path) for", '"" for'),
-            ("training/identity.py", '"tokenizer": tokenizer_hash(tokenizer)', '"tokenizer": ""'),
-            ("adapter_folder.py", "if before[name] != value and name not in allowed:", "if False:"),
+            never("training/identity.py:refuse_changed", "not in"),
+            instead("training/identity.py:identity_of_inputs", "_hash_of_rows", "task", by="''"),
+            instead("training/identity.py:identity_of_inputs", "content_hash", "path", by="''"),
+            instead("training/identity.py:identity_of_inputs", "tokenizer_hash", "tokenizer", by="''"),
+            never("adapter_folder.py:refuse_another_base", "!="),
         ),
     ),
     "N1": Gate(
@@ -216,14 +174,10 @@ GATES: dict[str, Gate] = {
         {"GATE_STEPS": 30},
         {},
         (
-            (
-                "training/loop.py",
-                "if math.isfinite(loss) and math.isfinite(norm):\n            self.optimizer.step()",
-                "if True:\n            self.optimizer.step()",
-            ),
-            ("training/numbers.py", "progress.bad_in_a_row >= MAX_BAD_IN_A_ROW or is_often", "is_often"),
-            ("training/checkpoint.py", "    _refuse_not_finite(state)\n", ""),
-            ("training/loop.py", "            self.progress.bad_in_a_row = 0\n", ""),
+            always("training/loop.py:Training._step", "isfinite"),
+            instead("training/numbers.py:is_too_bad", "is_often", "bad_in_a_row", by="is_often"),
+            without("training/checkpoint.py:save", "_refuse_not_finite"),
+            without("training/loop.py:Training._step", "bad_in_a_row"),
         ),
     ),
     "G1": Gate(
@@ -232,20 +186,17 @@ GATES: dict[str, Gate] = {
         {},
         {},
         (
-            (
-                "training/loop.py",
-                "share, tokens = 1 / sum(row.num_labels for row in rows)",
-                "share, tokens = 1 / sum(row.num_labels for row in rows[: self.micro_batch])",
+            instead(
+                "training/loop.py:Training._accumulate",
+                "num_labels",
+                "rows",
+                by="(row.num_labels for row in rows[: self.micro_batch])",
             ),
-            (
-                "training/loop.py",
-                "self._routing.rows, self._routing.lengths = part.keys,",
-                "self._routing.rows, self._routing.lengths = part.keys[::-1],",
-            ),
+            instead("training/loop.py:Training.tell_routers", "keys", by="part.keys[::-1]"),
         ),
     ),
     "S1": Gate(
-        "a checkpoint or adapter whose tensors are not the declared ones is refused; logits of a fresh process are equal",
+        "a checkpoint or adapter of other tensors than the declared ones is refused; fresh logits are equal",
         (
             *_in("test_checkpoints.py", INVENTORY),
             *_in(
@@ -258,15 +209,16 @@ GATES: dict[str, Gate] = {
         {},
         {},
         (
-            (
-                "training/checkpoint.py",
-                "            if entries.get(name) != there[file].get(name):",
-                "            if False:",
+            never("training/checkpoint.py:_compare", "!="),
+            without("training/checkpoint.py:read", "_compare", "wanted"),
+            instead(
+                "adapter_folder.py:load_adapter",
+                "manifest",
+                "_inventory",
+                by="there != _inventory(get_peft_model_state_dict(adapted))",
             ),
-            ("training/checkpoint.py", "    _compare(folder, {ADAPTER: adapter, OPTIMIZER: wanted}, declared)\n", ""),
-            ("adapter_folder.py", '    if there != manifest["inventory"] or', "    if"),
-            ("adapter_folder.py", " or there != _inventory(get_peft_model_state_dict(adapted)):", ":"),
-            ("adapter_folder.py", '        if "size mismatch" not in str(error):', "        if True:"),
+            instead("adapter_folder.py:load_adapter", "manifest", "_inventory", by="there != manifest['inventory']"),
+            always("adapter_folder.py:load_adapter", "not in"),
         ),
     ),
     "M1": Gate(
@@ -275,8 +227,8 @@ GATES: dict[str, Gate] = {
         {"GATE_MERGES": 200},
         {},
         (
-            ("merging/folds.py", "alpha=static.scaling)", "alpha=0.97 * static.scaling)"),
-            ("merging/writer.py", "narrow = exact.to(dtype)", "narrow = exact.to(torch.bfloat16).to(dtype)"),
+            instead("merging/folds.py:_low_rank.fold", "scaling", by="0.97 * static.scaling"),
+            instead("merging/writer.py:_rounded_blocks", "to", by="exact.to(torch.bfloat16).to"),
         ),
     ),
     "W1": Gate(
@@ -284,13 +236,7 @@ GATES: dict[str, Gate] = {
         _in("test_guards.py", "test_of_two_at_once_one_runs_and_a_killed_holder_leaves_no_lock"),
         {"GATE_PAIRS": 100},
         {"GATE_PAIRS": 5},
-        (
-            (
-                "training/lock.py",
-                "            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
-                "            pass\n",
-            ),
-        ),
+        (without("training/lock.py:_acquire", "flock"),),
     ),
     "H1": Gate(
         "a step or an evaluation that ran out of memory is done again on smaller micro batches",
@@ -303,18 +249,15 @@ GATES: dict[str, Gate] = {
         {},
         {},
         (
-            (
-                "training/loop.py",
-                "                self.halve_micro_batch()\n                continue\n",
-                "                self.halve_micro_batch()\n",
+            without("training/loop.py:Training._gradients", "continue"),
+            doing(
+                "training/loop.py:Training.halve_micro_batch",
+                "progress",
+                "2",
+                by="self.micro_batch = self.micro_batch // 2",
             ),
-            (
-                "training/loop.py",
-                "self.micro_batch = self.progress.micro_batch = self.micro_batch // 2",
-                "self.micro_batch = self.micro_batch // 2",
-            ),
-            ("training/loop.py", "        if self.micro_batch == 1:", "        if self.micro_batch == 0:"),
-            ("training/held_out.py", "tried(lambda: _sums(training))", "(_sums(training), False)"),
+            never("training/loop.py:Training.halve_micro_batch", "micro_batch"),
+            instead("training/held_out.py:held_out_losses", "tried", "_sums", by="(_sums(training), False)"),
         ),
     ),
     "C1": Gate(
@@ -325,11 +268,11 @@ GATES: dict[str, Gate] = {
         {},
         {},
         (
-            ("training/numbers.py", "        if tensor.grad is None or is_still:", "        if False:"),
-            (
-                "training/loop.py",
-                "            after_step(self.model)\n",
-                "            after_step(self.model)\n            next(self.model.parameters()).data.flatten()[0] += 1\n",
+            never("training/numbers.py:prove_flow", "is_still"),
+            doing(
+                "training/loop.py:Training._step",
+                "after_step",
+                by="after_step(self.model); next(self.model.parameters()).data.flatten()[0] += 1",
             ),
         ),
     ),
@@ -339,8 +282,8 @@ GATES: dict[str, Gate] = {
         {},
         {},
         (
-            ("training/watchdog.py", "                self._last += now - before\n", "                pass\n"),
-            ("memory/faults.py", "    return not is_out_of_memory(error) and any", "    return False and any"),
+            without("training/watchdog.py:Watchdog._watch", "_last", "before"),
+            ignoring("memory/faults.py:is_lost", "not"),
         ),
     ),
     "LG1": Gate(
@@ -348,12 +291,6 @@ GATES: dict[str, Gate] = {
         _in("test_guards.py", "test_a_log_that_cannot_be_written_stops_nothing"),
         {},
         {},
-        (
-            (
-                "training/journal.py",
-                "        except (OSError, ValueError, RuntimeError) as error:",
-                "        except ZeroDivisionError as error:",
-            ),
-        ),
+        (uncaught("training/journal.py:Journal._try", "OSError"),),
     ),
 }
