@@ -65,6 +65,10 @@ class RunFolder:
         return self.path / "routing.json"
 
     @property
+    def scores(self) -> Path:
+        return self.path / "scores.json"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples.json"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from qd2mora.evaluation import SUITES, ask_suite, open_subject, score_all
+from qd2mora.evaluation import SUITES, Exam, ask_suite, open_subject, score_all
 
 
 def main() -> None:
@@ -34,9 +34,8 @@ def main() -> None:
     by_task = {}
     for task in SUITES["commonsense"].tasks:
         began, used = time.perf_counter(), time.process_time()
-        (asked,) = ask_suite(
-            "commonsense", wishes.tests, subject.tokenizer, scoring="likelihood", only=[task.name], limit=wishes.limit
-        )
+        exam = Exam(None, "commonsense", wishes.tests, (task.name,), wishes.limit, "likelihood")
+        (asked,) = ask_suite(exam, subject.tokenizer)
         score = score_all(subject, [asked])[task.name]
         by_task[task.name] = {
             "rows": score.rows,

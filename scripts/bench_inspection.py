@@ -16,8 +16,8 @@ from contextlib import nullcontext
 import torch
 
 from qd2mora.data import collate, prepare
-from qd2mora.inspection import RoutingWatch, routing_content
-from qd2mora.inspection.run import rows_to_watch
+from qd2mora.inspection import RoutingWatch, routing_report
+from qd2mora.inspection.finished_run import rows_to_watch
 from qd2mora.memory.loss import IGNORE, labelled_states
 from qd2mora.run_folder import open_run
 
@@ -50,7 +50,7 @@ def main() -> None:
     pairs = [(seconds(False), seconds(True)) for _ in range(arguments.rounds)]
     plain, watched = (statistics.median(column) for column in zip(*pairs, strict=True))
     began = time.perf_counter()
-    routing_content(watch, opened.model, [task.task.name for task in tasks], {}, None)
+    routing_report(watch, opened.model, [task.task.name for task in tasks], {}, None)
     report = time.perf_counter() - began
     device = torch.cuda.get_device_name() if opened.model.device.type == "cuda" else platform.processor() or "cpu"
     print(f"{len(watch.routers)} routers, {len(rows)} rows, on {device}, torch {torch.__version__}")

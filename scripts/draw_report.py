@@ -2,7 +2,7 @@
 
 python scripts/draw_report.py runs/quickstart
 
-Needs Chromium or Chrome and matplotlib's Pillow (`pip install '.[figures]'`). Shown are the main numbers, two curves,
+Needs Chromium or Chrome and Pillow (`pip install pillow`). Shown are the main numbers, two curves,
 the routing and the experts of the first linears; what else the page holds is hidden here.
 """
 
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from PIL import Image, ImageChops
 
-from qd2mora.report import look_at
+from qd2mora.inspection import inspect_where_due
+from qd2mora.report import read_run
 from qd2mora.report.run_page import run_page
 
 FIGURE = Path(__file__).parent / "figures" / "report.png"
@@ -33,7 +34,9 @@ h2 { margin-top: 14px; }
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
-    page = run_page(look_at(parser.parse_args().run)).replace("</style>", HIDDEN + "</style>", 1)
+    run = parser.parse_args().run
+    inspect_where_due(run)
+    page = run_page(read_run(run)).replace("</style>", HIDDEN + "</style>", 1)
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         raise SystemExit("no Chromium or Chrome on the path")

@@ -23,6 +23,7 @@ AllowChanged = Annotated[
     list[str] | None,
     typer.Option("--allow-changed", help="Go on though this field is not as it was.", metavar="FIELD"),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RunPath = Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN", show_default=False)]
 
 
@@ -42,12 +43,19 @@ def root(
     """
 
 
-def numbers(text: str) -> list[float]:
-    """Read the numbers of --vector. Raises InputRefused."""
+def words(text: str | None) -> tuple[str, ...]:
+    """Return what an option lists with commas."""
+    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
+
+
+def numbers(text: str | None) -> list[float] | None:
+    """Read the numbers of --vector, None where it was left out. Raises InputRefused."""
+    if text is None:
+        return None
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise InputRefused(f"--vector: '{text}' will not do: numbers with commas, for example 0.1,-2,0.5") from None
 
 
-__all__ = ["AllowChanged", "ModelPath", "Overrides", "RecipePath", "RunPath", "app", "numbers"]
+__all__ = ["AllowChanged", "AsJson", "ModelPath", "Overrides", "RecipePath", "RunPath", "app", "numbers", "words"]

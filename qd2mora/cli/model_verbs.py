@@ -7,10 +7,22 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from qd2mora.cli.app import AllowChanged, ModelPath, RunPath, app, numbers
+from qd2mora.cli.app import AllowChanged, AsJson, ModelPath, RunPath, app, numbers, words
 from qd2mora.disk.sealed import MANIFEST, sealed_in, verify_folder
 from qd2mora.errors import InputRefused
 from qd2mora.stopping import listening
+
+ExamRecipe = Annotated[Path | None, typer.Option(help="Recipe whose held-out rows are asked.")]
+Suite = Annotated[str | None, typer.Option(help="Published tests to ask instead: commonsense.")]
+ExamData = Annotated[Path | None, typer.Option(help="Folder of the suite's test files or of harness tasks.")]
+ExamTasks = Annotated[str | None, typer.Option(help="Only these tasks, with commas between.")]
+Scoring = Annotated[str, typer.Option(help="Of a suite: generate, or likelihood of the choices.")]
+SuitePrompt = Annotated[str, typer.Option(help="Of a suite: published, or training's own.")]
+Beams = Annotated[int, typer.Option(help="1 is greedy; the commonsense tables use 4.", min=1)]
+HarnessTasks = Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")]
+Limit = Annotated[int | None, typer.Option(help="Rows of each task.", min=1)]
+RowsAtOnce = Annotated[int, typer.Option(help="Rows of a batch; no score depends on it.", min=1)]
+ScoresFile = Annotated[Path | None, typer.Option(help="JSON file for the scores; the same command goes on.")]
 
 
 @app.command()
@@ -48,7 +60,7 @@ def merge(
 
     options: dict[str, Any] = {
         "strategy": strategy,
-        "vector": None if vector is None else numbers(vector),
+        "vector": numbers(vector),
         "to": to,
         "base": base,
         "dtype": dtype,
@@ -68,50 +80,47 @@ def merge(
 @app.command(name="eval")
 def evaluate(
     model: ModelPath,
-    recipe: Annotated[Path | None, typer.Option(help="Recipe whose held-out rows are asked.")] = None,
-    suite: Annotated[str | None, typer.Option(help="Published tests to ask instead: commonsense.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of the suite's test files or of harness tasks.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Only these tasks, with commas between.")] = None,
-    scoring: Annotated[str, typer.Option(help="Of a suite: generate, or likelihood of the choices.")] = "generate",
-    prompt: Annotated[str, typer.Option(help="Of a suite: published, or training's own.")] = "published",
-    beams: Annotated[int, typer.Option(help="1 is greedy; the commonsense tables use 4.", min=1)] = 1,
-    harness: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Rows of each task.", min=1)] = None,
-    rows_at_once: Annotated[int, typer.Option(help="Rows of a batch; no score depends on it.", min=1)] = 32,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the scores; the same command goes on.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    recipe: ExamRecipe = None,
+    suite: Suite = None,
+    data: ExamData = None,
+    tasks: ExamTasks = None,
+    scoring: Scoring = "generate",
+    prompt: SuitePrompt = "published",
+    beams: Beams = 1,
+    harness: HarnessTasks = None,
+    limit: Limit = None,
+    rows_at_once: RowsAtOnce = 32,
+    out: ScoresFile = None,
+    as_json: AsJson = False,
     allow_changed: AllowChanged = None,
 ) -> None:
     """Score tasks: held-out rows by their own metric, a published suite, or the harness's tasks."""
     from qd2mora.report import show_harness, show_scores
 
-    chosen = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if harness is not None:
         from qd2mora.evaluation.harness import run_harness
 
         results = run_harness(
             model,
-            [name.strip() for name in harness.split(",") if name.strip()],
+            words(harness),
             folder=data,
             limit=limit,
             rows_at_once=rows_at_once,
             out=out,
             allow_changed=allow_changed or (),
         )
-        typer.echo(json.dumps(results, indent=1)) if as_json else show_harness(results, Console())
+        if as_json:
+            typer.echo(json.dumps(results, indent=1))
+        else:
+            show_harness(results, Console())
         return
+    from qd2mora.evaluation import Exam
     from qd2mora.evaluation import evaluate as run_evaluation
 
     scores = run_evaluation(
         model,
-        recipe=recipe,
-        suite=suite,
-        data=data,
-        scoring=scoring,
-        prompt=prompt,
+        Exam(recipe, suite, data, words(tasks), limit, scoring, prompt),
         beams=beams,
-        tasks=chosen,
-        limit=limit,
         rows_at_once=rows_at_once,
         out=out,
         allow_changed=allow_changed or (),

@@ -1,13 +1,14 @@
 """Verbs on a recipe: train, plan, preview."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from qd2mora.cli.app import AllowChanged, Overrides, RecipePath, app
+from qd2mora.cli.app import AllowChanged, AsJson, Overrides, RecipePath, app
 from qd2mora.stopping import listening
 
 
@@ -25,7 +26,7 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     # A signal counts from here on: the imports alone take seconds.
     with listening():
-        from qd2mora.report import finish
+        from qd2mora.cli.training_end import finish
         from qd2mora.training import train as run_training
 
         trained = run_training(loaded, resume=resume, overwrite=overwrite, allow_changed=allow_changed or ())
@@ -38,7 +39,7 @@ def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     budget: Annotated[str | None, typer.Option(help="Memory to fit, for example 8GiB.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     png: Annotated[Path | None, typer.Option(help="Draw the items as bars. Needs the extra figures.")] = None,
 ) -> None:
     """Say what a run will need, item by item, without reading weights."""
@@ -86,17 +87,23 @@ def suggest_experts(
     recipe: RecipePath,
     overrides: Overrides = None,
     most: Annotated[int, typer.Option(help="Most clusters to try.", min=2, max=64)] = 12,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Cluster the prompts of a recipe and suggest a number of experts; reads no weights."""
     from qd2mora.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
+    from qd2mora.base import load_tokenizer
+    from qd2mora.data import prepare
+    from qd2mora.data.expert_suggestion import suggest_experts as suggest
     from qd2mora.report import show_suggestion
-    from qd2mora.report import suggest_experts as suggest
 
-    found = suggest(loaded, most)
-    typer.echo(json.dumps(found, indent=1)) if as_json else show_suggestion(found, Console())
+    tasks = prepare(loaded.data, load_tokenizer(loaded.base.model), loaded.train.seed)
+    found = suggest(tasks, most, loaded.train.seed)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=1))
+    else:
+        show_suggestion(found, Console())
 
 
 __all__ = ["plan", "preview", "suggest_experts", "train"]

@@ -34,22 +34,13 @@ def generate(
     allow_changed: AllowChanged = None,
 ) -> None:
     """Write the answer to a prompt as it comes, routed adapter included."""
-    from qd2mora.evaluation import Sampling
+    from qd2mora.evaluation import TalkOptions
     from qd2mora.evaluation import generate as run_generation
 
-    sampling = Sampling(temperature, top_p, seed)
-    run_generation(
-        model,
-        sys.stdin.read() if prompt == "-" else prompt,
-        raw=raw,
-        task=task,
-        vector=None if vector is None else numbers(vector),
-        max_new_tokens=max_new_tokens,
-        template=template,
-        sampling=sampling,
-        write=_show,
-        allow_changed=allow_changed or (),
-    )
+    options = TalkOptions(task, numbers(vector), template, max_new_tokens, temperature, top_p, seed)
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    run_generation(model, prompt, options, raw=raw, write=_show, allow_changed=allow_changed or ())
     typer.echo()
 
 
@@ -69,20 +60,11 @@ def chat(
 
     Where no chat template words the conversation, each line is an instruction of its own, as in training.
     """
-    from qd2mora.evaluation import Sampling
+    from qd2mora.evaluation import TalkOptions
     from qd2mora.evaluation import chat as run_chat
 
-    run_chat(
-        model,
-        _lines(),
-        _show,
-        task=task,
-        vector=None if vector is None else numbers(vector),
-        max_new_tokens=max_new_tokens,
-        template=template,
-        sampling=Sampling(temperature, top_p, seed),
-        allow_changed=allow_changed or (),
-    )
+    options = TalkOptions(task, numbers(vector), template, max_new_tokens, temperature, top_p, seed)
+    run_chat(model, _lines(), _show, options, allow_changed=allow_changed or ())
 
 
 def _lines() -> Iterator[str]:

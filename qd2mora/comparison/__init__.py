@@ -4,7 +4,6 @@ Every arm trains as many parameters as the recipe's adapter, chooses its learnin
 and is scored twice there: as trained, and as its best static export.
 """
 
-from qd2mora.comparison.match import Arm, matched_arms
-from qd2mora.comparison.running import Comparison, Wishes, compare
+from qd2mora.comparison.settings import ComparisonSettings
 
-__all__ = ["Arm", "Comparison", "Wishes", "compare", "matched_arms"]
+__all__ = ["ComparisonSettings"]

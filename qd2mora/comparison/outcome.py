@@ -1,116 +1,199 @@
 """What a comparison found: each arm's score and loss, as trained and as exported, and its difference from the first."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from qd2mora.comparison.arm_scores import ArmScores, ByTask, RowScores
 from qd2mora.comparison.intervals import Values, difference, interval, macro
+from qd2mora.comparison.matched_arms import Arm
 from qd2mora.recipe import Recipe
 
 STAGES = ("trained", "export")
+Json = dict[str, object]
+
+
+@dataclass(frozen=True)
+class SweptRate:
+    """The learning rate that was chosen, the loss of every one tried, and whether a wider sweep might help."""
+
+    rate: float
+    losses: dict[str, float]
+    at_edge: bool
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over tasks, seeds and rows, its 95% interval, and the mean of each task."""
+
+    mean: float
+    interval: tuple[float, float]
+    by_task: dict[str, float]
+
+    def to_json(self, name: str) -> Json:
+        """Return the numbers under keys that begin with `name`."""
+        return {name: self.mean, f"{name}_interval": self.interval, f"{name}_by_task": self.by_task}
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """One stage of an arm; the differences are from the first arm, None where that has no such stage.
+
+    strategies: of an export, by task, a seed each.
+    """
+
+    score: Estimate
+    loss: Estimate
+    score_difference: Estimate | None
+    loss_difference: Estimate | None
+    strategies: list[dict[str, str]] | None = None
+
+    def to_json(self) -> Json:
+        content = self.score.to_json("score")
+        if self.score_difference is not None:
+            content |= self.score_difference.to_json("score_difference")
+        content |= self.loss.to_json("loss")
+        if self.loss_difference is not None:
+            content |= self.loss_difference.to_json("loss_difference")
+        if self.strategies is not None:
+            content["strategies"] = self.strategies
+        return content
+
+
+@dataclass(frozen=True)
+class ArmOutcome:
+    """One arm, its rate, and what it reached: `stages` is empty where the sweep was all, None for one it has not."""
+
+    arm: Arm
+    rate: SweptRate
+    stages: dict[str, StageOutcome | None]
+
+    @property
+    def name(self) -> str:
+        return self.arm.name
+
+    def to_json(self) -> Json:
+        content: Json = {
+            "name": self.name,
+            "adapter": self.arm.adapter.model_dump(exclude_none=True),
+            "parameters": self.arm.parameters,
+            "rate": self.rate.rate,
+            "sweep": self.rate.losses,
+            "at_edge": self.rate.at_edge,
+        }
+        for name, stage in self.stages.items():
+            content[name] = None if stage is None else stage.to_json()
+        return content
 
 
 @dataclass(frozen=True)
 class Comparison:
     """The content of `compare.json`; `arms` in the order of the methods, the first is the reference."""
 
-    arms: list[dict[str, Any]]
+    arms: list[ArmOutcome]
     steps: int | None
     seeds: int
     metric: str
     rows: dict[str, int]
-    recipe: dict[str, Any]
+    recipe: Recipe
 
     @property
     def is_share(self) -> bool:
         """Whether the score is a share of right rows."""
         return self.metric != "loss"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Return the numbers."""
         return {
-            "arms": self.arms,
+            "arms": [arm.to_json() for arm in self.arms],
             "steps": self.steps,
             "seeds": self.seeds,
             "metric": self.metric,
             "test_rows": self.rows,
-            "recipe": self.recipe,
+            "recipe": self.recipe.model_dump(mode="json"),
             "verdicts": verdicts(self),
         }
 
 
 def outcome(
     recipe: Recipe,
-    arms: list[dict[str, Any]],
-    rates: dict[str, dict[str, Any]],
-    results: dict[str, list[dict[str, Any]]],
+    arms: list[Arm],
+    rates: dict[str, SweptRate],
+    results: dict[str, list[ArmScores]],
     num_steps: int | None,
 ) -> Comparison:
-    """Sum up the results of every arm and seed."""
-    first = arms[0]["name"]
+    """Sum up the results of every arm and seed; none where the sweep was all."""
+    reference = results.get(arms[0].name, [])
     summed = []
     for arm in arms:
-        entry = dict(arm) | {"rate": rates[arm["name"]]["rate"], "sweep": rates[arm["name"]]["losses"]}
-        entry["at_edge"] = rates[arm["name"]].get("at_edge", False)
-        for stage in STAGES if results else ():
-            entry[stage] = _stage(results[arm["name"]], results[first], stage)
-        summed.append(entry)
-    tasks = results[first][0]["trained"] if results else {}
-    metrics = {each["metric"] for each in tasks.values()}
+        stages = {stage: _stage(results[arm.name], reference, stage) for stage in STAGES if results}
+        summed.append(ArmOutcome(arm, rates[arm.name], stages))
+    tasks = reference[0].trained if reference else {}
+    metrics = {each.metric for each in tasks.values()}
     return Comparison(
         arms=summed,
         steps=num_steps,
-        seeds=len(results[first]) if results else 0,
+        seeds=len(reference),
         metric=metrics.pop() if len(metrics) == 1 else "score",
-        rows={name: len(each["values"]) for name, each in tasks.items()},
-        recipe=recipe.model_dump(mode="json"),
+        rows={name: len(each.values) for name, each in tasks.items()},
+        recipe=recipe,
     )
 
 
 def verdicts(found: Comparison) -> list[str]:
     """Say in a line for each other arm who is ahead on the test rows' loss, and whether the interval tells."""
     lines = []
-    reference = found.arms[0]
-    for stage in STAGES if found.seeds else ():
+    for stage, how in zip(STAGES, ("as trained", "as exported"), strict=True):
         for arm in found.arms[1:]:
-            if arm[stage] is None or reference[stage] is None:
-                continue
-            low, high = arm[stage]["loss_difference_interval"]
-            mean = arm[stage]["loss_difference"]
-            numbers = f"{mean:+.4f} nats a token, 95% {low:+.4f} to {high:+.4f}"
-            how = "as trained" if stage == "trained" else "as exported"
-            if low <= 0 <= high:
-                lines.append(f"{how}: no telling {arm['name']} from {reference['name']} ({numbers})")
-            else:
-                word = "worse" if mean > 0 else "better"
-                lines.append(f"{how}: {arm['name']} is {word} than {reference['name']} ({numbers})")
+            own = arm.stages.get(stage)
+            if own is not None and own.loss_difference is not None:
+                lines.append(f"{how}: {_verdict(arm.name, found.arms[0].name, own.loss_difference)}")
     return lines
 
 
-def _stage(own: list[dict[str, Any]], first: list[dict[str, Any]], stage: str) -> dict[str, Any] | None:
+def _verdict(name: str, reference: str, loss: Estimate) -> str:
+    low, high = loss.interval
+    numbers = f"{loss.mean:+.4f} nats a token, 95% {low:+.4f} to {high:+.4f}"
+    if low <= 0 <= high:
+        return f"no telling {name} from {reference} ({numbers})"
+    word = "worse" if loss.mean > 0 else "better"
+    return f"{name} is {word} than {reference} ({numbers})"
+
+
+def _stage(own: list[ArmScores], reference: list[ArmScores], stage: str) -> StageOutcome | None:
     """Sum up one stage of an arm; None where it has no export."""
-    if any(each.get(stage) is None for each in own):
+    rows, first = _rows(own, stage), _rows(reference, stage)
+    if rows is None:
         return None
-    content: dict[str, Any] = {}
-    values = {what: _stacked(own, stage, what) for what in ("values", "losses")}
-    for what, name in (("values", "score"), ("losses", "loss")):
-        content[name] = macro(values[what])
-        content[f"{name}_interval"] = interval(values[what])
-        content[f"{name}_by_task"] = {task: float(each.mean()) for task, each in values[what].items()}
-        if all(each.get(stage) is not None for each in first):
-            differences = difference(values[what], _stacked(first, stage, what))
-            content[f"{name}_difference"] = macro(differences)
-            content[f"{name}_difference_interval"] = interval(differences)
-            content[f"{name}_difference_by_task"] = {task: float(each.mean()) for task, each in differences.items()}
+    scores, losses = _stacked(rows, lambda each: each.values), _stacked(rows, lambda each: each.losses)
+    score_difference = loss_difference = None
+    if first is not None:
+        score_difference = _estimate(difference(scores, _stacked(first, lambda each: each.values)))
+        loss_difference = _estimate(difference(losses, _stacked(first, lambda each: each.losses)))
+    strategies = None
     if stage == "export":
-        content["strategies"] = [each[stage]["strategies"] for each in own]
-    return content
+        strategies = [each.export.strategies for each in own if each.export is not None]
+    return StageOutcome(_estimate(scores), _estimate(losses), score_difference, loss_difference, strategies)
 
 
-def _stacked(results: list[dict[str, Any]], stage: str, what: str) -> Values:
-    tasks = [each[stage] if stage == "trained" else each[stage]["tasks"] for each in results]
-    return {name: np.asarray([each[name][what] for each in tasks], dtype=np.float64) for name in tasks[0]}
+def _rows(results: list[ArmScores], stage: str) -> list[ByTask] | None:
+    """Return the scores of every seed at a stage, None where one has none."""
+    if stage == "trained":
+        return [each.trained for each in results]
+    exports = [each.export.tasks for each in results if each.export is not None]
+    if len(exports) < len(results):
+        return None
+    return exports
 
 
-__all__ = ["STAGES", "Comparison", "outcome", "verdicts"]
+def _stacked(seeds: list[ByTask], numbers: Callable[[RowScores], list[float]]) -> Values:
+    return {name: np.asarray([numbers(each[name]) for each in seeds], dtype=np.float64) for name in seeds[0]}
+
+
+def _estimate(values: Values) -> Estimate:
+    by_task = {task: float(each.mean()) for task, each in values.items()}
+    return Estimate(macro(values), interval(values), by_task)
+
+
+__all__ = ["STAGES", "ArmOutcome", "Comparison", "Estimate", "StageOutcome", "SweptRate", "outcome", "verdicts"]

@@ -1,123 +1,122 @@
-"""Running a comparison: split, match, sweep, train every arm with every seed, score, and go on after a kill.
-
-Everything is a file in the comparison's folder: `plan.json` says what is compared, `split/` holds the rows, `runs/` the
-runs, `results/` one file for each that is done, and `compare.json` the outcome. What is there is not done again.
-"""
+"""Running a comparison: split, match, sweep, train every arm with every seed, score, and go on after a kill."""
 
 import json
 import shutil
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from pydantic import TypeAdapter
 from transformers import PreTrainedTokenizerBase
 
 from qd2mora.base import load_tokenizer
-from qd2mora.comparison.arm import Exam, best_export, last_losses, score_run
-from qd2mora.comparison.match import Arm, matched_arms
-from qd2mora.comparison.outcome import Comparison, outcome
+from qd2mora.comparison.arm_scores import ArmScores, last_losses, score_best_export, score_trained
+from qd2mora.comparison.comparison_folder import ComparisonFolder, read_result, write_result
+from qd2mora.comparison.matched_arms import Arm, matched_arms
+from qd2mora.comparison.outcome import Comparison, SweptRate, outcome
+from qd2mora.comparison.settings import ComparisonSettings
 from qd2mora.comparison.split import split_tasks, testing
 from qd2mora.data import prepare
 from qd2mora.disk.durable import write_json
 from qd2mora.errors import InputRefused
-from qd2mora.evaluation import ask_suite, suite_task_names
+from qd2mora.evaluation import Exam, ask_suite, suite_task_names
 from qd2mora.merging.strategies import find_strategy
 from qd2mora.mixture import MixtureConfig
 from qd2mora.recipe import Recipe
-from qd2mora.run_folder import RunFolder, is_run, refuse_taken
+from qd2mora.run_folder import RunFolder, is_run
 from qd2mora.training import train
 
 SWEEP_SEED = 1000
 TIMING_STEPS = 4
 
+_SCORES = TypeAdapter(ArmScores)
+_LOSSES = TypeAdapter(dict[str, dict[str, float]])
+
 
 @dataclass(frozen=True)
-class Wishes:
-    """What is asked of a comparison.
+class Trials:
+    """A comparison under way: `recipe` learns from its split; `num_steps` of a run, the recipe's epochs where None."""
 
-    methods: the first is what the others are compared with. seeds: runs of each; 0 stops after the sweep. rates: the
-    learning rates that every arm tries; the recipe's alone: no sweep. sweep_steps: of a run of the sweep, as many as of
-    the others where None. minutes: time for all training that is left to do; steps follow from it, equal for all arms.
-    choose_rows: rows of each task apart from training and test, to choose rate and export by. strategies: exports
-    tried. export: score each run's best static export too. suite: test on its files in the folder `data`, of `tasks` or
-    of all, not on the recipe's held-out rows. limit: test rows of each task.
-    """
-
-    methods: tuple[str, ...]
-    seeds: int = 3
-    rates: tuple[float, ...] = ()
-    sweep_steps: int | None = None
-    minutes: float | None = None
-    choose_rows: int = 100
-    strategies: tuple[str, ...] = ()
-    export: bool = True
-    limit: int | None = None
-    suite: str | None = None
-    data: str | None = None
-    tasks: tuple[str, ...] = ()
-    scoring: str = "generate"
+    recipe: Recipe
+    settings: ComparisonSettings
+    folder: ComparisonFolder
+    say: Callable[[str], None]
+    num_steps: int | None = None
 
 
 def compare(
     recipe: Recipe,
-    wishes: Wishes,
+    settings: ComparisonSettings,
     out: Path,
     *,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
-    """Compare methods as the module says; return what `compare.json` holds.
+    """Compare methods as the part says; return what `compare.json` holds.
 
     Raises InputRefused, also where `out` holds another comparison (unless `overwrite`), and what training raises; a
     comparison stopped on the way goes on when it is started again.
     """
-    if len(set(wishes.methods)) < len(wishes.methods) or not wishes.methods:
-        raise InputRefused(f"--methods: {', '.join(wishes.methods) or 'none'} will not do: different ones, with commas")
-    for name in wishes.strategies:
+    if len(set(settings.methods)) < len(settings.methods) or not settings.methods:
+        given = ", ".join(settings.methods) or "none"
+        raise InputRefused(f"--methods: {given} will not do: different ones, with commas")
+    for name in settings.strategies:
         find_strategy(name)
-    arms = matched_arms(recipe, list(wishes.methods))
-    tokenizer = load_tokenizer(recipe.base.model)
-    _check_suite(recipe, wishes, arms, tokenizer)
-    plan = {"recipe": recipe.deciding() | {"output": None}, "wishes": _lasting(wishes)}
-    is_new = _open(out, plan, overwrite)
-    try:
-        prepare(recipe.data, tokenizer, recipe.train.seed)  # names a bad row by the file it is in, not by the split's
-        learning = split_tasks(recipe, out / "split", wishes.choose_rows, has_test=wishes.suite is None)
-    except InputRefused:
-        if is_new:  # what was refused is not begun: other wishes may take the folder
-            shutil.rmtree(out)
-        raise
+    arms = matched_arms(recipe, list(settings.methods))
+    trials = _begin(recipe, settings, arms, ComparisonFolder(out), overwrite, say)
     for arm in arms:
         say(f"{arm.name}: {arm.parameters:,} trainable parameters (rank {_rank(arm)})")
-    num_steps = _steps(learning, wishes, arms, out, say)
-    rates = {arm.name: _best_rate(learning, wishes, arm, num_steps, out, say) for arm in arms}
-    results: dict[str, list[dict[str, Any]]] = {}
-    for seed in range(wishes.seeds):
+    trials = replace(trials, num_steps=_steps(trials, arms))
+    rates = {arm.name: _best_rate(trials, arm) for arm in arms}
+    results: dict[str, list[ArmScores]] = {}
+    for seed in range(settings.seeds):
         for arm in arms:
-            say(f"{arm.name}, seed {seed}, rate {rates[arm.name]['rate']:g}")
-            done = _seed_result(learning, wishes, arm, seed, rates[arm.name]["rate"], num_steps, out)
-            results.setdefault(arm.name, []).append(done)
-    described = [asdict(arm) | {"adapter": arm.adapter.model_dump(exclude_none=True)} for arm in arms]
-    found = outcome(recipe, described, rates, results, num_steps)
-    write_json(out / "compare.json", found.to_json())
+            say(f"{arm.name}, seed {seed}, rate {rates[arm.name].rate:g}")
+            results.setdefault(arm.name, []).append(_scored(trials, arm, seed, rates[arm.name].rate))
+    found = outcome(recipe, arms, rates, results, trials.num_steps)
+    write_json(trials.folder.outcome, found.to_json())
     return found
 
 
-def _check_suite(recipe: Recipe, wishes: Wishes, arms: list[Arm], tokenizer: PreTrainedTokenizerBase) -> None:
+def _begin(
+    recipe: Recipe,
+    settings: ComparisonSettings,
+    arms: list[Arm],
+    folder: ComparisonFolder,
+    overwrite: bool,
+    say: Callable[[str], None],
+) -> Trials:
+    """Refuse what cannot be compared, and split the rows. Raises InputRefused."""
+    tokenizer = load_tokenizer(recipe.base.model)
+    _check_suite(recipe, settings, arms, tokenizer)
+    plan = {"recipe": recipe.deciding() | {"output": None}, "wishes": settings.lasting()}
+    is_new = folder.begin(plan, overwrite)
+    try:
+        prepare(recipe.data, tokenizer, recipe.train.seed)  # names a bad row by the file it is in, not by the split's
+        learning = split_tasks(recipe, folder.split, settings.choose_rows, has_test=settings.suite is None)
+    except InputRefused:
+        if is_new:  # what was refused is not begun: other settings may take the folder
+            shutil.rmtree(folder.path)
+        raise
+    return Trials(learning, settings, folder, say)
+
+
+def _check_suite(
+    recipe: Recipe, settings: ComparisonSettings, arms: list[Arm], tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Refuse a suite that cannot be asked, before anything is trained. Raises InputRefused."""
-    if wishes.suite is None:
-        if wishes.data is not None or wishes.tasks:
+    if settings.suite is None:
+        if settings.data is not None or settings.tasks:
             raise InputRefused("--data and --tasks: they are a suite's; name it with --suite")
         return
-    names = suite_task_names(wishes.suite, wishes.tasks)
-    if wishes.data is None:
-        raise InputRefused(f"--data: say in which folder the test files of {wishes.suite} are")
-    ask_suite(wishes.suite, Path(wishes.data), tokenizer, scoring=wishes.scoring, only=names, limit=wishes.limit)
+    names = suite_task_names(settings.suite, settings.tasks)
+    if settings.data is None:
+        raise InputRefused(f"--data: say in which folder the test files of {settings.suite} are")
+    ask_suite(_suite_exam(settings), tokenizer)
     known = [task.name for task in recipe.data.tasks]
+    unknown = [name for name in names if name not in known]
     for arm in arms:
-        unknown = [name for name in names if name not in known]
         if unknown and MixtureConfig.from_recipe(arm.adapter, len(known)).reads_task and len(known) > 1:
             raise InputRefused(
                 f"--suite: {arm.name} routes by task and would not be trained on '{unknown[0]}'; the recipe's tasks "
@@ -125,101 +124,90 @@ def _check_suite(recipe: Recipe, wishes: Wishes, arms: list[Arm], tokenizer: Pre
             )
 
 
-def _lasting(wishes: Wishes) -> dict[str, Any]:
-    """What must stay the same for a comparison to go on; more seeds and more arms may be added."""
-    content = json.loads(json.dumps(asdict(wishes)))
-    for name in ("methods", "seeds", "minutes"):
-        del content[name]
-    return dict(content)
+def _suite_exam(settings: ComparisonSettings) -> Exam:
+    return Exam(None, settings.suite, settings.data, settings.tasks, settings.limit, settings.scoring)
 
 
-def _open(out: Path, plan: dict[str, Any], overwrite: bool) -> bool:
-    """Begin a comparison's folder, or see that it is of this one; tell which."""
-    file = out / "plan.json"
-    if overwrite and file.is_file():
-        shutil.rmtree(out)
-    if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        changed = [key for key in ("recipe", "wishes") if before[key] != json.loads(json.dumps(plan[key]))]
-        if changed:
-            raise InputRefused(
-                f"--out: '{out}' holds another comparison ({' and '.join(changed)} changed); name another folder, or "
-                "start anew with --overwrite"
-            )
-        return False
-    refuse_taken(out, "--out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(file, plan)
-    return True
-
-
-def _steps(recipe: Recipe, wishes: Wishes, arms: list[Arm], out: Path, say: Callable[[str], None]) -> int | None:
+def _steps(trials: Trials, arms: list[Arm]) -> int | None:
     """Return the steps of every run: the recipe's (None: by its epochs), or what fits the minutes."""
-    if wishes.minutes is None:
-        return recipe.train.steps
-    file = out / "steps.json"
+    settings = trials.settings
+    if settings.minutes is None:
+        return trials.recipe.train.steps
+    file = trials.folder.steps
     if not file.is_file():
-        seconds = {}
-        for arm in arms:
-            say(f"{arm.name}: timing {TIMING_STEPS} steps")
-            folder = out / "runs" / arm.name / "timing"
-            train(_recipe_of(recipe, arm, SWEEP_SEED, recipe.train.learning_rate, TIMING_STEPS, folder), overwrite=True)
-            lines = [json.loads(line) for line in RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()]
-            taken = [line["tokens"] / line["tokens_per_s"] for line in lines if "tokens_per_s" in line]
-            seconds[arm.name] = statistics.median(taken)
-        sweep = len(wishes.rates) if len(wishes.rates) > 1 else 0
-        num_steps = int(wishes.minutes * 60 / (sum(seconds.values()) * (sweep + wishes.seeds)))
+        seconds = {arm.name: _seconds_of_a_step(trials, arm) for arm in arms}
+        num_runs = settings.seeds
+        if len(settings.rates) > 1:
+            num_runs += len(settings.rates)
+        num_steps = int(settings.minutes * 60 / (sum(seconds.values()) * num_runs))
         if num_steps < 2:
-            raise InputRefused(f"--minutes: {wishes.minutes:g} are too few for {len(arms)} arms; more, or fewer seeds")
+            raise InputRefused(
+                f"--minutes: {settings.minutes:g} are too few for {len(arms)} arms; more, or fewer seeds"
+            )
         write_json(file, {"steps": num_steps, "seconds_a_step": seconds})
     return int(json.loads(file.read_text(encoding="utf-8"))["steps"])
 
 
-def _best_rate(
-    recipe: Recipe, wishes: Wishes, arm: Arm, num_steps: int | None, out: Path, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _seconds_of_a_step(trials: Trials, arm: Arm) -> float:
+    trials.say(f"{arm.name}: timing {TIMING_STEPS} steps")
+    folder = trials.folder.run(arm.name, "timing")
+    timed = replace(trials, num_steps=TIMING_STEPS)
+    train(_recipe_of(timed, arm, SWEEP_SEED, trials.recipe.train.learning_rate, folder), overwrite=True)
+    lines = [json.loads(line) for line in RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()]
+    return statistics.median(line["tokens"] / line["tokens_per_s"] for line in lines if "tokens_per_s" in line)
+
+
+def _best_rate(trials: Trials, arm: Arm) -> SweptRate:
     """Return the rate whose run has the smallest mean loss on the rows to choose by, and every rate's loss."""
-    rates = wishes.rates or (recipe.train.learning_rate,)
+    rates = trials.settings.rates or (trials.recipe.train.learning_rate,)
     if len(rates) == 1:
-        return {"rate": rates[0], "losses": {}}
+        return SweptRate(rates[0], {}, False)
     losses = {}
     for rate in rates:
-        file = out / "results" / arm.name / f"sweep-{rate:g}.json"
-        if not file.is_file():
-            say(f"{arm.name}: trying rate {rate:g}")
-            folder = out / "runs" / arm.name / f"sweep-{rate:g}"
-            steps = wishes.sweep_steps or num_steps
-            _train_through(_recipe_of(recipe, arm, SWEEP_SEED, rate, steps, folder))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, {"losses": last_losses(folder)})
-            shutil.rmtree(folder)
-        by_task = json.loads(file.read_text(encoding="utf-8"))["losses"]
+        by_task = _swept(trials, arm, rate)
         losses[f"{rate:g}"] = sum(by_task.values()) / len(by_task)
     best = min(losses, key=lambda name: losses[name])
-    at_edge = float(best) in (min(rates), max(rates)) and len(rates) > 1
-    say(f"{arm.name}: rate {best}" + (" (at the edge of the sweep: a wider one may help)" if at_edge else ""))
-    return {"rate": float(best), "losses": losses, "at_edge": at_edge}
+    at_edge = float(best) in (min(rates), max(rates))
+    told = f"{arm.name}: rate {best}"
+    if at_edge:
+        told += " (at the edge of the sweep: a wider one may help)"
+    trials.say(told)
+    return SweptRate(float(best), losses, at_edge)
 
 
-def _seed_result(
-    recipe: Recipe, wishes: Wishes, arm: Arm, seed: int, rate: float, num_steps: int | None, out: Path
-) -> dict[str, Any]:
+def _swept(trials: Trials, arm: Arm, rate: float) -> dict[str, float]:
+    """Train an arm at a rate of the sweep; return its losses on the rows to choose by."""
+    name = f"sweep-{rate:g}"
+    file, folder = trials.folder.result(arm.name, name), trials.folder.run(arm.name, name)
+    known = read_result(file, _LOSSES)
+    if known is not None:
+        return known["losses"]
+    trials.say(f"{arm.name}: trying rate {rate:g}")
+    shorter = replace(trials, num_steps=trials.settings.sweep_steps or trials.num_steps)
+    _train_through(_recipe_of(shorter, arm, SWEEP_SEED, rate, folder))
+    losses = last_losses(folder)
+    write_result(file, {"losses": losses})
+    shutil.rmtree(folder)
+    return losses
+
+
+def _scored(trials: Trials, arm: Arm, seed: int, rate: float) -> ArmScores:
     """Train an arm with a seed and score it on the test rows, as trained and as its best static export."""
-    file = out / "results" / arm.name / f"seed-{seed}.json"
-    if file.is_file():
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    folder = out / "runs" / arm.name / f"seed-{seed}"
-    trained = _recipe_of(recipe, arm, seed, rate, num_steps, folder)
+    file, folder = trials.folder.result(arm.name, f"seed-{seed}"), trials.folder.run(arm.name, f"seed-{seed}")
+    known = read_result(file, _SCORES)
+    if known is not None:
+        return known
+    trained = _recipe_of(trials, arm, seed, rate, folder)
     _train_through(trained)
-    whole = trained.model_copy(update={"data": recipe.data})
-    asked = whole if wishes.suite else testing(whole, out / "split")
-    exam = Exam(asked, wishes.limit, wishes.suite, wishes.data, wishes.tasks, wishes.scoring)
-    result: dict[str, Any] = {"rate": rate, "seed": seed, "trained": score_run(folder, exam)}
-    if wishes.export:
-        result["export"] = best_export(folder, exam, wishes.strategies)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, result)
-    return result
+    exam = _suite_exam(trials.settings)
+    if exam.suite is None:
+        whole = trained.model_copy(update={"data": trials.recipe.data})
+        exam = replace(exam, recipe=testing(whole, trials.folder.split))
+    scores = ArmScores(rate, seed, score_trained(folder, exam))
+    if trials.settings.export:
+        scores = replace(scores, export=score_best_export(folder, exam, trials.settings.strategies))
+    write_result(file, asdict(scores))
+    return scores
 
 
 def _train_through(recipe: Recipe) -> None:
@@ -229,13 +217,15 @@ def _train_through(recipe: Recipe) -> None:
         train(recipe, resume=is_run(folder.path))
 
 
-def _recipe_of(recipe: Recipe, arm: Arm, seed: int, rate: float, num_steps: int | None, folder: Path) -> Recipe:
-    changes: dict[str, Any] = {"seed": seed, "learning_rate": rate}
-    if num_steps is not None:
-        changes |= {"steps": num_steps, "epochs": None}
-        changes["warmup_steps"] = min(recipe.train.warmup_steps, num_steps // 10)
+def _recipe_of(trials: Trials, arm: Arm, seed: int, rate: float, folder: Path) -> Recipe:
+    """Return the recipe of one run."""
+    recipe = trials.recipe
+    changes: dict[str, object] = {"seed": seed, "learning_rate": rate}
+    if trials.num_steps is not None:
+        changes |= {"steps": trials.num_steps, "epochs": None}
+        changes["warmup_steps"] = min(recipe.train.warmup_steps, trials.num_steps // 10)
     settings = recipe.train.model_copy(update=changes)
-    content: dict[str, Any] = {"adapter": arm.adapter, "train": settings, "output": str(folder)}
+    content: dict[str, object] = {"adapter": arm.adapter, "train": settings, "output": str(folder)}
     if settings.early_stopping is None and settings.final == "last":
         # The rows to choose by are judged by their loss: scoring them too would only cost time.
         tasks = [task.model_copy(update={"metric": None}) for task in recipe.data.tasks]
@@ -244,8 +234,11 @@ def _recipe_of(recipe: Recipe, arm: Arm, seed: int, rate: float, num_steps: int 
 
 
 def _rank(arm: Arm) -> str:
-    experts = {side: bank.experts for side in ("down", "up") if (bank := getattr(arm.adapter, side)) is not None}
-    return ", ".join([str(arm.adapter.rank or "its own"), *(f"{side} {number}" for side, number in experts.items())])
+    words = [str(arm.adapter.rank or "its own")]
+    for side, bank in (("down", arm.adapter.down), ("up", arm.adapter.up)):
+        if bank is not None:
+            words.append(f"{side} {bank.experts}")
+    return ", ".join(words)
 
 
-__all__ = ["Comparison", "Wishes", "compare"]
+__all__ = ["compare"]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qd2mora.evaluation.asked import AskedTask
+from qd2mora.evaluation.questions import AskedTask
 from qd2mora.evaluation.score import Record
 
 

@@ -16,8 +16,9 @@ import torch
 from qd2mora.data import Row
 from qd2mora.data.read import Pair
 from qd2mora.errors import InputRefused
+from qd2mora.evaluation.answer_file import HarnessFile, TaskNumbers, digest
 from qd2mora.evaluation.answering import batch_of
-from qd2mora.evaluation.kept import KeptTasks, digest
+from qd2mora.evaluation.scoring import ROWS_AT_ONCE
 from qd2mora.evaluation.subject import Subject, model_mark, open_subject
 from qd2mora.run_folder import write_json
 
@@ -41,45 +42,55 @@ def run_harness(
     *,
     folder: str | Path | None = None,
     limit: int | None = None,
-    rows_at_once: int = 32,
+    rows_at_once: int = ROWS_AT_ONCE,
     out: str | Path | None = None,
     allow_changed: Collection[str] = (),
-) -> dict[str, dict[str, Any]]:
+) -> TaskNumbers:
     """Return the harness's numbers by task; `folder` holds task files (YAML) of one's own, `out` takes the JSON.
 
-    Tasks are asked one after another; beside `out`, `*.tasks.json` keeps the numbers of those that are done, and a
+    Tasks are asked one after another; beside `out`, `*.tasks.json` holds the numbers of those that are done, and a
     start that finds it goes on with the others.
 
     Raises InputRefused where a task is not known or the adapter reads more of a row than its text.
     """
-    # Its own list of thousands takes seconds to read.
-    own = None if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
-    if own is not None and all(name in own.all_tasks for name in tasks):
-        manager = own
-    else:
+    manager = _manager(tasks, folder)
+    subject = open_subject(model, allow_changed)
+    _refuse_rows_with_more(subject)
+    question = {"model": model_mark(model), "limit": limit, "lm_eval": version("lm_eval")}
+    question["folder"] = digest(_own_files(folder))
+    done = HarnessFile(None if out is None else Path(out).with_suffix(".tasks.json"), question)
+    asked = HarnessModel(subject, rows_at_once)
+    for name in tasks:
+        if name not in done.results:
+            found = lm_eval.simple_evaluate(
+                model=asked, tasks=[name], limit=limit, task_manager=manager, bootstrap_iters=1000, log_samples=False
+            )
+            done.add(name, {each: _plain(numbers) for each, numbers in found["results"].items()})
+    results = {each: numbers for name in tasks for each, numbers in done.results[name].items()}
+    if out is not None:
+        write_json(Path(out), results)
+    return results
+
+
+def _manager(tasks: Sequence[str], folder: str | Path | None) -> TaskManager:
+    """Return who knows the tasks. Raises InputRefused where nobody does."""
+    manager = None
+    if folder is not None:
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+    # Its own list of thousands takes seconds to read: only where one's own files do not do.
+    if manager is None or not all(name in manager.all_tasks for name in tasks):
         manager = TaskManager(include_path=None if folder is None else str(folder))
     unknown = [name for name in tasks if name not in manager.all_tasks]
     if unknown or not tasks:
         raise InputRefused(f"--harness: no task '{unknown[0] if unknown else ''}'; `lm-eval ls tasks` lists them")
-    subject = open_subject(model, allow_changed)
-    _refuse_rows_with_more(subject)
-    question = {"model": model_mark(model), "limit": limit, "lm_eval": version("lm_eval")}
-    question["folder"] = digest(
-        [path.read_text(encoding="utf-8") for path in sorted(Path(folder).rglob("*.yaml"))] if folder else []
-    )
-    kept = KeptTasks(None if out is None else Path(out).with_suffix(".tasks.json"), question)
-    asked = HarnessModel(subject, rows_at_once)
-    for name in tasks:
-        if name not in kept.results:
-            found = lm_eval.simple_evaluate(
-                model=asked, tasks=[name], limit=limit, task_manager=manager, bootstrap_iters=1000, log_samples=False
-            )
-            # A group brings the numbers of its tasks.
-            kept.add(name, {each: _plain(numbers) for each, numbers in found["results"].items()})
-    results = {each: numbers for name in tasks for each, numbers in kept.results[name].items()}
-    if out is not None:
-        write_json(Path(out), results)
-    return results
+    return manager
+
+
+def _own_files(folder: str | Path | None) -> list[str]:
+    """Return the contents of one's own task files."""
+    if folder is None:
+        return []
+    return [path.read_text(encoding="utf-8") for path in sorted(Path(folder).rglob("*.yaml"))]
 
 
 class HarnessModel(TemplateLM):
@@ -190,7 +201,7 @@ def _refuse_rows_with_more(subject: Subject) -> None:
         raise InputRefused(f"--harness: {method} reads the task or a vector of each row, its tasks bring none")
 
 
-def _plain(numbers: dict[str, Any]) -> dict[str, Any]:
+def _plain(numbers: dict[str, object]) -> dict[str, str | int | float]:
     """Keep what JSON can hold."""
     return {
         name: value

@@ -7,7 +7,7 @@ import torch
 from qd2mora.data import Row
 from qd2mora.errors import WillNotFit
 from qd2mora.evaluation.answering import answer_losses, weigh_choices, write_answers
-from qd2mora.evaluation.asked import AskedTask
+from qd2mora.evaluation.questions import AskedTask
 from qd2mora.evaluation.rouge import rouge_l
 from qd2mora.evaluation.score import Record, Score
 from qd2mora.evaluation.subject import Subject

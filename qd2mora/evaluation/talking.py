@@ -31,9 +31,18 @@ _HALF_LETTER = "�"
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: the likeliest at temperature 0, else drawn; the same seed draws the same."""
+class TalkOptions:
+    """How a model is talked with: what its routers are told of each message, how messages are worded, how it answers.
 
+    task, vector: where the adapter reads them. template: instruction, tokenizer (its own chat template), chatml or
+    plain; None as trained. The next token is the likeliest at temperature 0, else drawn among the likeliest tokens of
+    the summed probability `top_p`; the same seed draws the same.
+    """
+
+    task: str | None = None
+    vector: list[float] | None = None
+    template: str | None = None
+    max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
@@ -50,26 +59,20 @@ class Sampling:
 def generate(
     model: str | Path,
     prompt: str,
+    options: TalkOptions | None = None,
     *,
     raw: bool = False,
-    task: str | None = None,
-    vector: list[float] | None = None,
-    max_new_tokens: int = 128,
-    template: str | None = None,
-    sampling: Sampling | None = None,
     write: Write | None = None,
     allow_changed: Collection[str] = (),
 ) -> str:
-    """Answer an instruction or (`raw`) continue a text; `task` and `vector` where the adapter reads them.
+    """Answer an instruction or (`raw`) continue a text; `write` gets the text as it comes.
 
-    `template`: instruction, tokenizer (its own chat template), chatml or plain; None as trained. `write` gets the text
-    as it comes. Raises InputRefused, DamagedFile.
+    Raises InputRefused, DamagedFile.
     """
-    talk = open_talk(model, task=task, vector=vector, allow_changed=allow_changed)
-    talk.max_new_tokens, talk.sampling = max_new_tokens, sampling or Sampling()
+    talk = open_talk(model, options or TalkOptions(), allow_changed)
     if raw:
         return talk.continue_text(prompt, write)
-    with talk.worded(template):
+    with talk.worded():
         return talk.answer(prompt, write)
 
 
@@ -77,21 +80,16 @@ def chat(
     model: str | Path,
     lines: Iterable[str],
     write: Write,
+    options: TalkOptions | None = None,
     *,
-    task: str | None = None,
-    vector: list[float] | None = None,
-    max_new_tokens: int = 512,
-    template: str | None = None,
-    sampling: Sampling | None = None,
     allow_changed: Collection[str] = (),
 ) -> None:
     """Answer line after line, the conversation so far in mind where a chat template words it; `/new` forgets it.
 
     Raises InputRefused, DamagedFile.
     """
-    talk = open_talk(model, task=task, vector=vector, allow_changed=allow_changed)
-    talk.max_new_tokens, talk.sampling = max_new_tokens, sampling or Sampling()
-    with talk.worded(template):
+    talk = open_talk(model, options or TalkOptions(), allow_changed)
+    with talk.worded():
         for line in lines:
             message = line.strip()
             if message == FORGET:
@@ -104,17 +102,12 @@ def chat(
                 write("\n")
 
 
-def open_talk(
-    model: str | Path,
-    *,
-    task: str | None = None,
-    vector: list[float] | None = None,
-    allow_changed: Collection[str] = (),
-) -> "Talk":
+def open_talk(model: str | Path, options: TalkOptions, allow_changed: Collection[str] = ()) -> "Talk":
     """Open a run, an export or a base for talking. Raises InputRefused, DamagedFile."""
     subject = open_subject(model, allow_changed)
-    number = _task_number(subject, task)
-    return Talk(subject, task, number, vector if _checked_vector(subject, vector) else None)
+    number = _task_number(subject, options.task)
+    _check_vector(subject, options.vector)
+    return Talk(subject, options, number)
 
 
 @dataclass
@@ -122,22 +115,19 @@ class Talk:
     """A conversation with one model, and how it is worded."""
 
     subject: Subject
-    task: str | None
+    options: TalkOptions
     task_number: int
-    vector: list[float] | None
-    max_new_tokens: int = 128
-    sampling: Sampling = field(default_factory=Sampling)
     messages: list[dict[str, str]] = field(default_factory=list)
     _template: ChatTemplate | None = None
 
     @contextmanager
-    def worded(self, template: str | None) -> Iterator[None]:
-        """Word messages by a template while the block runs. Raises InputRefused."""
-        text, where = self._wording(template)
+    def worded(self) -> Iterator[None]:
+        """Word messages by the template asked for while the block runs. Raises InputRefused."""
+        text = self._chat_template()
         if text is None:
             yield
             return
-        with ChatTemplate(text, special_tokens(self.subject.tokenizer), where) as self._template:
+        with ChatTemplate(text, special_tokens(self.subject.tokenizer), "--template") as self._template:
             yield
         self._template = None
 
@@ -170,7 +160,7 @@ class Talk:
         self.subject.route(self._row(ids.device))
         streamer = _Streamer(tokenizer, write or (lambda piece: None))
         with torch.no_grad(), torch.random.fork_rng(devices=[plain.device] if plain.device.type == "cuda" else []):
-            torch.manual_seed(self.sampling.seed)
+            torch.manual_seed(self.options.seed)
             out = plain.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -181,41 +171,44 @@ class Talk:
         return streamer.finish(tokens)
 
     def _settings(self, room: int) -> GenerationConfig:
-        chosen: dict[str, Any] = {"do_sample": False}
-        if self.sampling.temperature > 0:
-            chosen = {"do_sample": True, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
-            chosen["top_k"] = 0
-        return GenerationConfig(
-            max_new_tokens=min(self.max_new_tokens, room),
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=min(self.options.max_new_tokens, room),
             pad_token_id=self.subject.tokenizer.pad_token_id,
             eos_token_id=self.subject.tokenizer.eos_token_id,
             use_cache=not (self.subject.is_adapted and reads_first_pass(self.subject.model)),
-            **chosen,
         )
+        if self.options.temperature > 0:
+            # transformers would draw among the 50 likeliest; here top_p alone decides.
+            settings.update(do_sample=True, temperature=self.options.temperature, top_p=self.options.top_p, top_k=0)
+        return settings
 
     def _row(self, device: torch.device) -> dict[str, torch.Tensor]:
         row = {"task_index": torch.tensor([self.task_number], device=device)}
-        return row | ({} if self.vector is None else {"external": torch.tensor([self.vector], device=device)})
+        if self.options.vector is not None:
+            row["external"] = torch.tensor([self.options.vector], device=device)
+        return row
 
-    def _wording(self, template: str | None) -> tuple[str | None, str]:
-        """Return a chat template's text and its name, or None where the instruction template words messages."""
+    def _chat_template(self) -> str | None:
+        """Return the text of a chat template, or None where the instruction template words messages."""
+        template, task = self.options.template, self.options.task
         known = (INSTRUCTION, OWN, *chat_format.TEMPLATES)
         if template is not None and template not in known:
             raise InputRefused(f"--template: unknown '{template}'; {nearest(template, known)}")
         own, chosen = self.subject.tokenizer.chat_template, template
         if chosen is None and self.subject.run is not None:
             tasks = self.subject.run.recipe.data.tasks
-            asked = [each for each in tasks if self.task in (None, each.name) and each.format == "chat"]
+            asked = [each for each in tasks if task in (None, each.name) and each.format == "chat"]
             chosen = asked[0].template if asked else INSTRUCTION
         if chosen is None:
             chosen = OWN if isinstance(own, str) else INSTRUCTION
         if chosen == INSTRUCTION:
-            return None, ""
+            return None
         text = chat_format.TEMPLATES.get(chosen, own)
         if not isinstance(text, str):
             there = ", ".join(name for name in known if name != OWN)
             raise InputRefused(f"--template: the tokenizer has no chat template; there are {there}")
-        return text, "--template"
+        return text
 
 
 class _Streamer(BaseStreamer):
@@ -266,17 +259,16 @@ def _task_number(subject: Subject, task: str | None) -> int:
     return names.index(task) if task else 0
 
 
-def _checked_vector(subject: Subject, vector: list[float] | None) -> bool:
-    """Tell whether the adapter reads a vector, and refuse a missing one, one too many, or one of another length."""
+def _check_vector(subject: Subject, vector: list[float] | None) -> None:
+    """Refuse a vector that is missing, one too many, or of another length than the adapter reads."""
     width = subject.run.vector_width if subject.run else None
     if width is None:
         if vector is not None:
             raise InputRefused("--vector: this model reads none")
-        return False
+        return
     if vector is None or len(vector) != width:
         given = "none" if vector is None else f"{len(vector)} numbers"
         raise InputRefused(f"--vector: this adapter reads {width} numbers of each row, {given} given")
-    return True
 
 
-__all__ = ["Sampling", "Talk", "chat", "generate", "open_talk"]
+__all__ = ["Talk", "TalkOptions", "chat", "generate", "open_talk"]

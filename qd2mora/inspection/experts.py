@@ -12,8 +12,7 @@ Shapes: Q all ranks of a bank, X the long side, E experts.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,9 +38,6 @@ class BankMeasures:
     mean_overlap: float | None
     mean_angle: float | None
     effective_rank: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def gram(rows_QX: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ Shapes: K tasks, E experts.
 """
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,9 +44,6 @@ class RouterMeasures:
     mutual_information: float
     mutual_information_of_weights: float
     top_share: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def width(num_experts: int) -> int:

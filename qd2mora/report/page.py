@@ -11,6 +11,12 @@ NUM_COLOURS = 8
 _LIGHT = ("#2457d6", "#c2620a", "#0b7f5c", "#c0266f", "#6f3fd6", "#0a7f9c", "#5f7d0c", "#c42b2b")
 _DARK = ("#7aa7ff", "#f5a94b", "#45cf9f", "#f583b4", "#b59bff", "#4fd0ea", "#b5d84a", "#ff8a80")
 
+DRAWING_STYLE = """
+svg text { fill: var(--soft); font: 13px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; }
+svg text.tiny { font-size: 10px; }
+svg text.mark { font-size: 10px; font-weight: 700; text-anchor: middle; fill: var(--card); }
+""".strip()
+
 _STYLE = """
 :root { color-scheme: light dark; --paper: #f6f7f9; --card: #ffffff; --ink: #1b1f27; --soft: #5b6472; --line: #dfe3e9;
   --grid: #e8ebf0; --hot: #d9480f; --cold: #2457d6; --warn-card: #fff4e5; --warn-ink: #7a3e00; --warn-line: #f0b268;
@@ -43,9 +49,7 @@ a { color: var(--c1); text-decoration: none; } a:hover { text-decoration: underl
   padding: 10px 14px; margin: 14px 0; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 svg { display: block; width: 100%; height: auto; } svg.fixed { width: auto; max-width: none; }
-svg text { fill: var(--soft); font: 13px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; }
-svg text.tiny { font-size: 10px; }
-svg text.mark { font-size: 10px; font-weight: 700; text-anchor: middle; fill: var(--card); }
+DRAWING
 .key { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 13px; margin: 8px 0 0; padding: 0; list-style: none; }
 .key i { display: inline-block; width: 14px; height: 3px; border-radius: 2px; margin-right: 6px;
   vertical-align: middle; }
@@ -152,7 +156,27 @@ def _style() -> str:
     light, dark = (
         " ".join(f"--c{number}: {value};" for number, value in enumerate(values, 1)) for values in (_LIGHT, _DARK)
     )
-    return _STYLE.replace("LIGHT", light).replace("DARK", dark)
+    return _STYLE.replace("DRAWING", DRAWING_STYLE).replace("LIGHT", light).replace("DARK", dark)
 
 
-__all__ = ["NUM_COLOURS", "card", "colour", "escape", "facts", "folded", "grid", "page", "paragraph", "table", "tiles"]
+def in_light(svg: str) -> str:
+    """Return a drawing with the colours of the light page in place of their names, for what knows no CSS variables."""
+    colours = dict(re.findall(r"--([a-z0-9-]+): ([^;]+);", _style().partition("@media")[0]))
+    return re.sub(r"var\(--([a-z0-9-]+)\)", lambda name: str(colours[name[1]]), svg)
+
+
+__all__ = [
+    "DRAWING_STYLE",
+    "NUM_COLOURS",
+    "card",
+    "colour",
+    "escape",
+    "facts",
+    "folded",
+    "grid",
+    "in_light",
+    "page",
+    "paragraph",
+    "table",
+    "tiles",
+]

@@ -1,11 +1,15 @@
 """The part of a run's page that is about routing and experts."""
 
 from collections.abc import Iterable
-from typing import Any
 
-from qd2mora.report.charts import Series, key, line_chart, scatter, usage_key, usage_map
+from qd2mora.inspection import RoutingReport
+from qd2mora.inspection.routing_report import BankReport, RouterReport
+from qd2mora.report.chart import Chart, KeyEntry, key_html
+from qd2mora.report.curves import Series, line_chart
+from qd2mora.report.maps import Dot, Usage, scatter, usage_key, usage_map
+from qd2mora.report.means import grouped, mean, written
 from qd2mora.report.page import card, escape, folded, grid, paragraph, table
-from qd2mora.report.run_files import RunFiles
+from qd2mora.report.run_contents import RunContents
 
 ROLES = {
     "down": "router over down experts (A)",
@@ -14,145 +18,183 @@ ROLES = {
     "rank": "gate over single ranks",
 }
 BANKS = {"down": "down experts (A)", "up": "up experts (B)"}
+SHORT_BANKS = {"down": "down (A)", "up": "up (B)"}
 MOST_TASKS = 24
 MOST_MAP_EXPERTS = 32
+MOST_KEY_EXPERTS = 16
+ENTROPY_NOTE = "entropy of single tokens' gates (1: all experts alike, 0: one alone)"
+INFORMATION_NOTE = "information between task and expert by the gates' weights, in nats (0: tasks are routed alike)"
 
 
-def routing_section(files: RunFiles) -> str:
+def routing_section(run: RunContents) -> str:
     """Return who routed where: heat maps, entropy and information by layer, all numbers."""
-    content = files.routing
-    if content is None:
+    routing = run.routing
+    if routing is None:
         return paragraph("No routing report yet: `qd2mora inspect` makes it once the run has finished.")
-    if content["note"]:
-        return paragraph(content["note"].capitalize() + ".")
-    routers = content["routers"]
+    if routing.note:
+        return paragraph(routing.note.capitalize() + ".")
     return (
-        paragraph(_seen(content))
+        paragraph(_seen(routing))
         + paragraph("Colours tell how far the mean gate of a task's tokens is from an equal share among experts:")
         + usage_key()
-        + grid(_maps(content), "maps")
-        + grid(_by_layer(routers))
-        + folded(f"numbers of all {len(routers)} routers, the least even first", _router_table(routers))
+        + grid(_maps(routing), "maps")
+        + grid(_by_layer(routing.routers))
+        + folded(f"numbers of all {len(routing.routers)} routers, the least even first", _router_table(routing.routers))
     )
 
 
-def experts_section(files: RunFiles) -> str:
+def experts_section(run: RunContents) -> str:
     """Return how alike experts are: over time, bank by bank, and on two axes."""
-    content = files.routing
-    if content is None or not content["banks"]:
+    routing = run.routing
+    if routing is None or not routing.banks:
         return paragraph("No bank of several experts to compare.")
-    return grid([*_likeness_over_time(files, content), _bank_card(content["banks"])]) + _pictures(content)
+    return grid([*_likeness_over_time(run), _bank_card(routing.banks)]) + _pictures(routing)
 
 
-def _seen(content: dict[str, Any]) -> str:
+def map_of(routing: RoutingReport, routers: list[RouterReport]) -> Chart:
+    """Return the heat map of routers of one kind and role, one a layer, over the first tasks."""
+    place = routers[0].place
+    usage = Usage(
+        [router.place.layer for router in routers],
+        routing.tasks[:MOST_TASKS],
+        [router.measures.usage[:MOST_TASKS] for router in routers],
+    )
+    return usage_map(f"{place.kind}, {ROLES[place.role]}", usage)
+
+
+def mapped_groups(routing: RoutingReport) -> list[list[RouterReport]]:
+    """Return the routers that share a heat map: of one kind, role and number of experts, if few enough to tell."""
+    groups = grouped(routing.routers, lambda each: (each.place.kind, each.place.role, each.place.experts))
+    return [routers for routers in groups.values() if 1 < routers[0].place.experts <= MOST_MAP_EXPERTS]
+
+
+def likeness_lines(run: RunContents) -> list[Series]:
+    """Return how alike experts of each bank were at every step."""
+    curves = [(number, bank, run.likeness(bank)) for number, bank in enumerate(BANKS)]
+    return [Series(BANKS[bank], points, number) for number, bank, points in curves if points]
+
+
+def entropy_chart(routers: list[RouterReport], role: str) -> Chart:
+    """Return the entropy of single tokens' gates by layer, a line a kind of linear."""
+    title = f"entropy by layer, {ROLES[role]}"
+    lines = [
+        Series(
+            kind,
+            [(each.place.layer, each.measures.entropy) for each in group if each.measures.entropy is not None],
+            number,
+            has_dots=True,
+        )
+        for number, (kind, group) in enumerate(_choosing(routers, role).items())
+    ]
+    return line_chart(title, lines, "layer", low=0.0, high=1.0)
+
+
+def _information_chart(routers: list[RouterReport], role: str) -> Chart:
+    title = f"information by layer, {ROLES[role]}"
+    lines = [
+        Series(
+            kind,
+            [(each.place.layer, each.measures.mutual_information_of_weights) for each in group],
+            number,
+            has_dots=True,
+        )
+        for number, (kind, group) in enumerate(_choosing(routers, role).items())
+    ]
+    return line_chart(title, lines, "layer", low=0.0)
+
+
+def _choosing(routers: list[RouterReport], role: str) -> dict[str, list[RouterReport]]:
+    """Return the routers of a role that have several experts, by kind of linear."""
+    chosen = [router for router in routers if router.place.role == role and router.place.experts > 1]
+    return grouped(chosen, lambda each: each.place.kind)
+
+
+def _seen(routing: RoutingReport) -> str:
     sources: dict[str, int] = {}
-    for counted in content["rows"].values():
+    for counted in routing.rows.values():
         for source, number in counted.items():
             sources[source] = sources.get(source, 0) + number
     rows = " and ".join(f"{number:,} {source.replace(' ', '-')} rows" for source, number in sources.items())
-    after = "" if content["step"] is None else f" after step {content['step']}"
+    after = ""
+    if routing.step is not None:
+        after = f" after step {routing.step}"
     return f"Measured on {rows}{after}, padding left out; every task counts alike."
 
 
-def _maps(content: dict[str, Any]) -> Iterable[str]:
-    tasks = content["tasks"][:MOST_TASKS]
-    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
-    for router in content["routers"]:
-        groups.setdefault((router["kind"], router["role"], router["experts"]), []).append(router)
-    for (kind, role, experts), routers in groups.items():
-        if not 1 < experts <= MOST_MAP_EXPERTS:
-            continue
-        title = f"{kind}, {ROLES[role]}"
-        dead = sum(len(router["dead"]) for router in routers)
-        fallen = sum(router["collapsed"] for router in routers)
-        notes = [f"{dead} dead experts"] if dead else []
-        notes += [f"{fallen} of {len(routers)} routers collapsed"] if fallen else []
-        if len(content["tasks"]) > len(tasks):
-            notes.append(f"the first {len(tasks)} of {len(content['tasks'])} tasks")
-        usage = [router["usage"][: len(tasks)] for router in routers]
-        picture = usage_map(title, [router["layer"] for router in routers], tasks, usage)
-        yield card(title, picture, "; ".join(notes))
+def _maps(routing: RoutingReport) -> Iterable[str]:
+    for routers in mapped_groups(routing):
+        dead = sum(len(router.measures.dead) for router in routers)
+        fallen = sum(router.place.collapsed for router in routers)
+        notes = []
+        if dead:
+            notes.append(f"{dead} dead experts")
+        if fallen:
+            notes.append(f"{fallen} of {len(routers)} routers collapsed")
+        if len(routing.tasks) > MOST_TASKS:
+            notes.append(f"the first {MOST_TASKS} of {len(routing.tasks)} tasks")
+        drawn = map_of(routing, routers)
+        yield card(drawn.title, drawn.html(), "; ".join(notes))
 
 
-def _by_layer(routers: list[dict[str, Any]]) -> Iterable[str]:
-    measures = (
-        ("entropy", "entropy of single tokens' gates (1: all experts alike, 0: one alone)", 1.0),
-        (
-            "mutual_information_of_weights",
-            "information between task and expert by the gates' weights, in nats (0: tasks are routed alike)",
-            None,
-        ),
-    )
-    for role in dict.fromkeys(router["role"] for router in routers):
-        chosen = [router for router in routers if router["role"] == role and router["experts"] > 1]
-        kinds = list(dict.fromkeys(router["kind"] for router in chosen))
-        for name, note, high in measures if chosen else ():
-            lines = [
-                Series(kind, _points(chosen, kind, name), number, has_dots=True) for number, kind in enumerate(kinds)
-            ]
-            title = f"{'entropy' if name == 'entropy' else 'information'} by layer, {ROLES[role]}"
-            yield card(title, line_chart(title, lines, "layer", low=0.0, high=high), note)
+def _by_layer(routers: list[RouterReport]) -> Iterable[str]:
+    for role in dict.fromkeys(router.place.role for router in routers):
+        if _choosing(routers, role):
+            entropy, information = entropy_chart(routers, role), _information_chart(routers, role)
+            yield card(entropy.title, entropy.html(), ENTROPY_NOTE)
+            yield card(information.title, information.html(), INFORMATION_NOTE)
 
 
-def _points(routers: list[dict[str, Any]], kind: str, name: str) -> list[tuple[float, float]]:
-    return [
-        (router["layer"], router[name]) for router in routers if router["kind"] == kind and router[name] is not None
-    ]
-
-
-def _router_table(routers: list[dict[str, Any]]) -> str:
+def _router_table(routers: list[RouterReport]) -> str:
     headings = (
         *("router", "gate", "tokens' entropy", "mean gate's", "effective experts", "most", "least", "dead"),
         *("information, chosen", "by weight"),
     )
-    order = sorted(routers, key=lambda router: router["effective_experts"] / router["experts"])
-    rows = [
-        [
-            escape(router["module"].removeprefix("model.layers.")),
-            escape(router["role"]),
-            _number(router["entropy"]),
-            _number(router["entropy_of_mean"]),
-            f"{router['effective_experts']:.2f} <small>of {router['experts']}</small>",
-            f"{router['max_load'] / router['experts']:.1%}",
-            f"{router['min_load'] / router['experts']:.1%}",
-            escape(", ".join(map(str, router["dead"])) or "none") + (" collapsed" if router["collapsed"] else ""),
-            _number(router["mutual_information"]),
-            _number(router["mutual_information_of_weights"]),
-        ]
-        for router in order
+    return table(headings, map(_router_row, sorted(routers, key=lambda router: router.evenness)))
+
+
+def _router_row(router: RouterReport) -> list[str]:
+    place, measures = router.place, router.measures
+    dead = escape(", ".join(map(str, measures.dead)) or "none")
+    if place.collapsed:
+        dead += " collapsed"
+    return [
+        escape(place.module.removeprefix("model.layers.")),
+        escape(place.role),
+        written(measures.entropy),
+        written(measures.entropy_of_mean),
+        f"{measures.effective_experts:.2f} <small>of {place.experts}</small>",
+        f"{measures.max_load / place.experts:.1%}",
+        f"{measures.min_load / place.experts:.1%}",
+        dead,
+        written(measures.mutual_information),
+        written(measures.mutual_information_of_weights),
     ]
-    return table(headings, rows)
 
 
-def _likeness_over_time(files: RunFiles, content: dict[str, Any]) -> Iterable[str]:
-    lines = []
-    for number, bank in enumerate(BANKS):
-        pairs = content["pairs"].get(bank)
-        points = [(step, half / pairs) for step, half in files.column(f"penalty_{bank}")] if pairs else []
-        if points:
-            lines.append(Series(BANKS[bank], points, number))
+def _likeness_over_time(run: RunContents) -> Iterable[str]:
+    lines = likeness_lines(run)
     if lines:
         title = "likeness of experts over time"
         chart = line_chart(title, lines, low=0.0, high=1.0)
-        yield card(
-            title, chart, "mean |cos| over all pairs of experts of a bank, flattened; what D2MoRA's penalty lowers"
+        note = "mean |cos| over all pairs of experts of a bank, flattened; what D2MoRA's penalty lowers"
+        yield card(title, chart.html(), note)
+
+
+def _bank_card(banks: list[BankReport]) -> str:
+    rows = []
+    for (kind, bank), group in grouped(banks, lambda each: (each.place.kind, each.place.bank)).items():
+        measures = [each.measures for each in group]
+        angle = mean(each.mean_angle for each in measures)
+        rows.append(
+            [
+                escape(kind),
+                SHORT_BANKS[bank],
+                written(mean(each.mean_cosine for each in measures)),
+                written(mean(each.mean_overlap for each in measures)),
+                "" if angle is None else f"{angle:.0f}\N{DEGREE SIGN}",
+                written(mean(each.effective_rank for each in measures), ".1f"),
+            ]
         )
-
-
-def _bank_card(banks: list[dict[str, Any]]) -> str:
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for bank in banks:
-        groups.setdefault((bank["kind"], bank["bank"]), []).append(bank)
-    rows = [
-        [
-            escape(kind),
-            {"down": "down (A)", "up": "up (B)"}[bank],
-            *(_number(_mean(each[name] for each in group)) for name in ("mean_cosine", "mean_overlap")),
-            _number(_mean(each["mean_angle"] for each in group), "{:.0f}\N{DEGREE SIGN}"),
-            _number(_mean(each["effective_rank"] for each in group), "{:.1f}"),
-        ]
-        for (kind, bank), group in groups.items()
-    ]
     note = (
         "means over layers. Overlap: mean squared cosine of the principal angles between two experts' subspaces, 1 "
         "where they span the same; effective rank: of a whole bank's stacked experts"
@@ -162,34 +204,34 @@ def _bank_card(banks: list[dict[str, Any]]) -> str:
     )
 
 
-def _pictures(content: dict[str, Any]) -> str:
-    cards, most = [], 0
-    for picture in content["projection"]:
-        points = [
-            (each["x"], each["y"], each["expert"], f"layer {each['layer']}, expert {each['expert']}")
-            for each in picture["points"]
-        ]
-        most = max(most, *(number + 1 for _, _, number, _ in points))
-        axes = [f"{word}: {share:.0%}" for word, share in zip(("across", "up"), picture["explained"], strict=False)]
-        title = f"{picture['kind']}, {BANKS[picture['bank']]}"
-        cards.append(card(title, scatter(title, points, [*axes, "", ""][:2])))
-    if not cards:
+def _pictures(routing: RoutingReport) -> str:
+    if not routing.projection:
         return ""
+    cards = []
+    for picture in routing.projection:
+        dots = [
+            Dot(each.x, each.y, each.expert, f"layer {each.layer}, expert {each.expert}") for each in picture.points
+        ]
+        axes = [f"{word}: {share:.0%}" for word, share in zip(("across", "up"), picture.explained, strict=False)]
+        title = f"{picture.kind}, {BANKS[picture.bank]}"
+        across, up = [*axes, "", ""][:2]
+        cards.append(card(title, scatter(title, dots, (across, up)).html()))
     lead = (
         "Experts of all layers on the two main axes of each bank (PCA of unit vectors; axes tell their share of the "
         "variance). Experts that learned the same lie on one another."
     )
-    names = key([(f"expert {number}", number, "") for number in range(min(most, 16))], as_boxes=True)
-    return paragraph(lead) + names + grid(cards, "small")
+    most = 1 + max(each.expert for picture in routing.projection for each in picture.points)
+    names = [KeyEntry(f"expert {number}", number) for number in range(min(most, MOST_KEY_EXPERTS))]
+    return paragraph(lead) + key_html(names, as_boxes=True) + grid(cards, "small")
 
 
-def _number(value: float | None, form: str = "{:.3f}") -> str:
-    return "" if value is None else form.format(value)
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
-
-
-__all__ = ["BANKS", "ROLES", "experts_section", "routing_section"]
+__all__ = [
+    "BANKS",
+    "ROLES",
+    "entropy_chart",
+    "experts_section",
+    "likeness_lines",
+    "map_of",
+    "mapped_groups",
+    "routing_section",
+]

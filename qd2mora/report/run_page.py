@@ -3,91 +3,106 @@
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from qd2mora import __version__
 from qd2mora.disk.durable import write_atomically
 from qd2mora.errors import InputRefused
 from qd2mora.memory.table import show_bytes
-from qd2mora.report.charts import Series, line_chart, smoothed
+from qd2mora.report.chart import Chart
+from qd2mora.report.curves import Point, Series, line_chart, smoothed
 from qd2mora.report.page import card, escape, facts, folded, grid, page, paragraph, table, tiles
 from qd2mora.report.routing_page import experts_section, routing_section
-from qd2mora.report.run_files import RunFiles
+from qd2mora.report.run_contents import ByTask, ExportReport, LoggedEvaluation, RunContents, TaskScore
 from qd2mora.report.scores import WORDS
 
+NATS = "nats a labelled token"
+MODELS = ("base", "adapter", "fp16 export")
+NUM_WORST = 10
 
-def write_page(files: RunFiles, out: Path | None = None) -> Path:
+
+def write_page(run: RunContents, out: Path | None = None) -> Path:
     """Write the page of a run to `out`, else into its folder; return where. Raises InputRefused."""
-    target = out or files.folder.report
+    target = out or run.folder.report
     if target.is_dir() or not target.parent.is_dir():
         raise InputRefused(f"--html: '{target}' will not do: name a file in a folder that is there")
-    write_atomically(target, run_page(files))
+    write_atomically(target, run_page(run))
     return target
 
 
-def run_page(files: RunFiles) -> str:
+def run_page(run: RunContents) -> str:
     """Return the page as HTML."""
-    adapter, base = files.recipe.adapter, files.recipe.base
-    lead = f"<p>{escape(adapter.method)} on {escape(_short(base.model))}, {len(files.recipe.data.tasks)} tasks</p>"
-    banner = f'<div class="warn" role="alert">{escape(files.alarm.capitalize())}</div>' if files.alarm else ""
-    if files.damaged:
-        banner += f'<div class="warn">Not shown, as it is damaged: {escape(", ".join(files.damaged))}</div>'
-    sections = [(name, _built(build, files)) for name, build in SECTIONS.items()]
-    return page(files.name, lead, sections, banner, f"qd2mora {escape(__version__)}")
+    adapter, base = run.recipe.adapter, run.recipe.base
+    lead = f"<p>{escape(adapter.method)} on {escape(_short(base.model))}, {len(run.recipe.data.tasks)} tasks</p>"
+    banner = ""
+    if run.alarm:
+        banner = f'<div class="warn" role="alert">{escape(run.alarm.capitalize())}</div>'
+    if run.damaged:
+        banner += f'<div class="warn">Not shown, as it is damaged: {escape(", ".join(run.damaged))}</div>'
+    sections = [(name, _built(build, run)) for name, build in SECTIONS.items()]
+    return page(run.name, lead, sections, banner, f"qd2mora {escape(__version__)}")
 
 
-def _built(build: Callable[[RunFiles], str], files: RunFiles) -> str:
-    """Return a section; a file that is JSON but not what a run writes costs its own section alone."""
+def _built(build: Callable[[RunContents], str], run: RunContents) -> str:
+    """Return a section; numbers and names that no run of ours writes cost their own section alone."""
     try:
-        return build(files)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        return build(run)
+    except (LookupError, ValueError, ArithmeticError) as error:
         return paragraph(f"Not shown: a file of the run is not as expected ({type(error).__name__}: {error}).")
 
 
-def _main_numbers(files: RunFiles) -> list[tuple[str, str]]:
+def _main_numbers(run: RunContents) -> str:
     found = []
-    first, last = _mean_loss(files, 0), _mean_loss(files, -1)
-    if last is not None:
-        found.append(("held-out loss, mean of tasks" + (f" (from {first:.3f})" if first else ""), f"{last:.3f}"))
-    for name in ("base", "adapter", "fp16 export"):
-        mean = _mean_score(files.scores, name)
-        if mean is not None and mean <= 1:
-            found.append((f"mean score, {name}", f"{mean:.1%}"))
-    plan = files.manifest.get("plan", {})
-    if isinstance(plan.get("trainable_parameters"), int):
-        found.append(("trained parameters", f"{plan['trainable_parameters']:,}"))
-    speeds, memory = files.column("tokens_per_s"), files.column("memory")
+    losses = run.mean_losses()
+    if losses:
+        found.append((f"held-out loss, mean of tasks (from {losses[0]:.3f})", f"{losses[-1]:.3f}"))
+    for name in MODELS:
+        by_task = run.scores.get(name)
+        if by_task and _mean_score(by_task) <= 1:
+            found.append((f"mean score, {name}", f"{_mean_score(by_task):.1%}"))
+    if run.manifest.plan.trainable_parameters is not None:
+        found.append(("trained parameters", f"{run.manifest.plan.trainable_parameters:,}"))
+    speeds = run.curve(lambda line: line.tokens_per_s)
     if speeds:
         found.append(("tokens a second, median", f"{statistics.median(value for _, value in speeds):,.0f}"))
-    if memory:
-        found.append(("measured peak memory", show_bytes(int(memory[-1][1]))))
-    return found
+    if _measured_peak(run):
+        found.append(("measured peak memory", show_bytes(_measured_peak(run))))
+    return tiles(found)
 
 
-def _facts(files: RunFiles) -> str:
-    recipe, identity = files.recipe, files.manifest.get("identity", {})
+def _measured_peak(run: RunContents) -> int:
+    """Return the most bytes that were in use, 0 where nobody measured."""
+    measured = [line.memory for line in run.steps if line.memory is not None]
+    return measured[-1] if measured else 0
+
+
+def _facts(run: RunContents) -> str:
+    recipe, manifest = run.recipe, run.manifest
     adapter = recipe.adapter
-    done = files.steps[-1]["step"] if files.steps else 0
-    bad = files.steps[-1].get("bad_steps", 0) if files.steps else 0
-    rows: list[tuple[str, object]] = [
+    quantisation, targets, done = str(recipe.base.quantization), str(adapter.targets), "0"
+    if recipe.base.double_quant:
+        quantisation += ", doubly"
+    if not isinstance(adapter.targets, str):
+        targets = ", ".join(adapter.targets or ())
+    if run.steps:
+        done = f"{run.steps[-1].step:,}"
+        if run.steps[-1].bad_steps:
+            done += f", of which {run.steps[-1].bad_steps} not finite and skipped"
+    trained = [
         ("base", _short(recipe.base.model)),
-        ("quantisation", f"{recipe.base.quantization}{', doubly' if recipe.base.double_quant else ''}"),
+        ("quantisation", quantisation),
         ("method", adapter.method),
         ("rank, alpha", f"{adapter.rank}, {adapter.alpha}"),
-        ("targets", adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets or ())),
-        ("steps done", f"{done:,}" + (f", of which {bad} not finite and skipped" if bad else "")),
+        ("targets", targets),
+        ("steps done", done),
         ("rows a step", recipe.train.global_batch),
         ("learning rate", f"{recipe.train.learning_rate:g}, {recipe.train.schedule}, {recipe.train.optimizer}"),
-        ("device", files.manifest.get("device", "unknown")),
+        ("device", manifest.device),
         ("seed", recipe.train.seed),
     ]
-    versions = [
-        (name.removeprefix("versions."), value) for name, value in identity.items() if name.startswith("versions.")
-    ]
-    changes = [
-        (f"from step {change['step']}", ", ".join(change["changed"])) for change in files.manifest.get("lineage", [])
-    ]
-    return grid([card("what was trained", facts(rows)), card("versions", facts([*versions, *changes]))]) + folded(
+    prefix = "versions."
+    versions = [(key.removeprefix(prefix), each) for key, each in manifest.identity.items() if key.startswith(prefix)]
+    changes = [(f"from step {change.step}", ", ".join(change.changed)) for change in manifest.lineage]
+    return grid([card("what was trained", facts(trained)), card("versions", facts([*versions, *changes]))]) + folded(
         "the whole recipe", f"<pre>{escape(recipe.dump_yaml())}</pre>"
     )
 
@@ -97,70 +112,63 @@ def _short(model: str) -> str:
     return "/".join(Path(model).parts[-2:])
 
 
-def _curves(files: RunFiles) -> str:
-    loss = files.column("loss")
-    tasks = [task.name for task in files.recipe.data.tasks]
-    held_out = [
-        Series(task, points, number, has_dots=len(points) < 40)
-        for number, task in enumerate(tasks)
-        if (points := files.evaluated("eval_loss", task))
-    ]
-    if not loss:
+def _curves(run: RunContents) -> str:
+    losses = loss_lines(run)
+    if not losses:
         return paragraph("No step has been logged yet.")
-    losses = [Series("each step", loss, 0, is_faint=True), Series("mean of neighbours", smoothed(loss), 0)]
-    scored = [
-        Series(task, points, number, has_dots=True)
-        for number, task in enumerate(tasks)
-        if (points := files.evaluated("eval_score", task))
-    ]
-    rate = Series("learning rate", files.column("learning_rate"), 0)
-    norms = files.column("grad_norm")
-    speed = files.column("tokens_per_s")
-    nats = "nats a labelled token"
+    held_out, scores = task_lines(run, lambda line: line.eval_loss), task_lines(run, lambda line: line.eval_score)
+    rate = Series("learning rate", run.curve(lambda line: line.learning_rate))
+    norms, speeds = run.curve(lambda line: line.grad_norm), run.curve(lambda line: line.tokens_per_s)
+    cards = [_chart_card(line_chart("training loss", losses, is_log=True), f"{NATS}; faint: each step")]
+    cards.append(_chart_card(line_chart("held-out loss by task", held_out, is_log=True), NATS))
+    if scores:
+        cards.append(_chart_card(line_chart("scores by task", scores, low=0.0), "of the task's own metric"))
+    cards.append(_chart_card(line_chart("learning rate", [rate], low=0.0)))
+    norm = line_chart("gradient norm", _with_mean("gradient norm", norms), is_log=True)
+    cards.append(_chart_card(norm, "before clipping; faint: each step"))
+    speed = line_chart("tokens a second", _with_mean("tokens a second", speeds), low=0.0)
+    cards.append(_chart_card(speed, "faint: each step"))
+    return grid(cards)
+
+
+def loss_lines(run: RunContents) -> list[Series]:
+    """Return the training loss, each step's faint behind the mean of its neighbours; nothing before the first step."""
+    points = run.curve(lambda line: line.loss)
+    if not points:
+        return []
+    return [Series("each step", points, is_faint=True), Series("mean of neighbours", smoothed(points))]
+
+
+def task_lines(run: RunContents, numbers: Callable[[LoggedEvaluation], ByTask]) -> list[Series]:
+    """Return a line for each task that has such numbers: held-out losses, or scores."""
     curves = [
-        ("training loss", line_chart("training loss", losses, is_log=True), f"{nats}; faint: each step"),
-        ("held-out loss by task", line_chart("held-out loss by task", held_out, is_log=True), nats),
-        ("learning rate", line_chart("learning rate", [rate], low=0.0), ""),
-        ("gradient norm", _single("gradient norm", norms, is_log=True), "before clipping; faint: each step"),
-        ("tokens a second", _single("tokens a second", speed), "faint: each step"),
+        (task.name, number, run.task_curve(numbers, task.name)) for number, task in enumerate(run.recipe.data.tasks)
     ]
-    if scored:
-        curves.insert(2, ("scores by task", line_chart("scores by task", scored, low=0.0), "of the task's own metric"))
-    return grid(card(title, chart, note) for title, chart, note in curves)
+    return [Series(task, points, number, has_dots=len(points) < 40) for task, number, points in curves if points]
 
 
-def _single(name: str, points: list[tuple[float, float]], *, is_log: bool = False) -> str:
-    """Return one number's curve: what was measured, faint, and its mean over neighbours."""
-    lines = [Series(name, points, 0, is_faint=True), Series(name, smoothed(points), 0)]
-    return line_chart(name, lines, is_log=True) if is_log else line_chart(name, lines, low=0.0)
+def _with_mean(name: str, points: list[Point]) -> list[Series]:
+    """Return one number's lines: what was measured, faint, and its mean over neighbours."""
+    return [Series(name, points, is_faint=True), Series(name, smoothed(points))]
 
 
-def _memory(files: RunFiles) -> str:
-    plan, measured = files.manifest.get("plan", {}), files.column("memory")
-    items = plan.get("items", {})
-    if not items:
+def _chart_card(chart: Chart, note: str = "") -> str:
+    return card(chart.title, chart.html(), note)
+
+
+def _memory(run: RunContents) -> str:
+    plan, measured = run.manifest.plan, _measured_peak(run)
+    if not plan.items:
         return paragraph("No plan in the run's manifest.")
-    peak, most = plan["peak_bytes"], int(measured[-1][1]) if measured else 0
-    whole = max(peak, most)
-
-    def row(name: str, size: int, kind: str = "") -> list[str]:
-        bar = f'<span class="bar {kind}" style="width:{100 * size / whole:.1f}%"></span>'
-        return [
-            escape(name),
-            escape(show_bytes(size)).replace(" ", "&nbsp;"),
-            f'<div style="min-width:72px">{bar}</div>',
-        ]
-
-    rows = [row(name, size) for name, size in sorted(items.items(), key=lambda item: -item[1])]
-    rows.append(row("planned peak", peak))
-    rows += [row("measured peak", most, "other")] if most else []
+    whole = max(plan.peak_bytes, measured)
+    rows = [_memory_row(name, size, whole) for name, size in sorted(plan.items.items(), key=lambda item: -item[1])]
+    rows.append(_memory_row("planned peak", plan.peak_bytes, whole))
+    if measured:
+        rows.append(_memory_row("measured peak", measured, whole, "other"))
     note = "the items are alive at the planned peak and sum up to it"
-    if files.manifest.get("device") == "cpu":
+    if run.manifest.device == "cpu":
         note += "; on a CPU what is measured is the whole process, with Python and its libraries"
-    chosen = [
-        [escape(name), escape(choice["value"]), escape(choice["reason"])]
-        for name, choice in plan.get("choices", {}).items()
-    ]
+    chosen = [[escape(name), escape(choice.value), escape(choice.reason)] for name, choice in plan.choices.items()]
     choices = (
         table(("chosen", "value", "why"), chosen)
         .replace("<td>", '<td class="left">')
@@ -171,88 +179,77 @@ def _memory(files: RunFiles) -> str:
     )
 
 
-def _scores(files: RunFiles) -> str:
-    models = [name for name in files.scores if _mean_score(files.scores, name) is not None]
+def _memory_row(name: str, size: int, whole: int, kind: str = "") -> list[str]:
+    bar = f'<span class="bar {kind}" style="width:{100 * size / whole:.1f}%"></span>'
+    return [escape(name), escape(show_bytes(size)).replace(" ", "&nbsp;"), f'<div style="min-width:72px">{bar}</div>']
+
+
+def _scores(run: RunContents) -> str:
+    models = {name: by_task for name, by_task in run.scores.items() if by_task}
     if not models:
         return paragraph("Not scored: `finish.score: true` in the recipe, or `qd2mora eval`.")
-    tasks = list(dict.fromkeys(task for model in models for task in files.scores[model]))
-    rows = [[escape(task), *(_score(files.scores[model].get(task)) for model in models)] for task in tasks]
-    metrics = {str(score.get("metric", "exact")) for model in models for score in files.scores[model].values()}
-    if len(metrics) == 1:
-        means = [_mean_score(files.scores, model) or 0.0 for model in models]
-        rows.append(["mean", *(f"{mean:.4f}" if "loss" in metrics else f"{mean:.1%}" for mean in means)])
+    tasks = list(dict.fromkeys(task for by_task in models.values() for task in by_task))
+    rows = [[escape(task), *(_score(by_task.get(task)) for by_task in models.values())] for task in tasks]
+    metrics = {score.metric for by_task in models.values() for score in by_task.values()}
+    # A mean of a loss and of shares says nothing.
+    has_mean = len(metrics) == 1
+    if has_mean:
+        form = ".4f" if "loss" in metrics else ".1%"
+        rows.append(["mean", *(format(_mean_score(by_task), form) for by_task in models.values())])
     note = f"{', '.join(sorted(WORDS.get(metric, metric) for metric in metrics))} on held-out rows, with 95% intervals"
-    return card("scores by task", table(("task", *models), rows, last_is_sum=len(metrics) == 1), note)
+    return card("scores by task", table(("task", *models), rows, last_is_sum=has_mean), note)
 
 
-def _score(score: dict[str, Any] | None) -> str:
+def _score(score: TaskScore | None) -> str:
     if score is None:
         return ""
-    low, high = score["interval"]
-    if score.get("metric") == "loss":
-        return f"{score['score']:.4f} <small>({low:.3f} to {high:.3f})</small>"
-    return f"{_value(score):.1%} <small>({low:.0%} to {high:.0%})</small>"
+    low, high = score.interval
+    if score.metric == "loss":
+        return f"{score.score:.4f} <small>({low:.3f} to {high:.3f})</small>"
+    return f"{score.score:.1%} <small>({low:.0%} to {high:.0%})</small>"
 
 
-def _value(score: dict[str, Any]) -> float:
-    return float(score["score"] if "score" in score else score["accuracy"])
+def _mean_score(by_task: dict[str, TaskScore]) -> float:
+    return sum(score.score for score in by_task.values()) / len(by_task)
 
 
-def _mean_score(scores: dict[str, Any], model: str) -> float | None:
-    """Return the mean over tasks; None where the file holds no such scores."""
-    by_task = scores.get(model)
-    if not isinstance(by_task, dict) or not by_task:
-        return None
-    try:
-        return sum(_value(score) for score in by_task.values()) / len(by_task)
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def _export(files: RunFiles) -> str:
-    report = files.export
-    if not report:
+def _export(run: RunContents) -> str:
+    report = run.export
+    if report is None:
         return paragraph("No export in the run folder; `qd2mora merge` makes one and measures it.")
-    rows: list[tuple[str, object]] = [
-        (
-            "strategy",
-            f"{report.get('strategy')}, {'exact up to rounding' if report.get('exact') else 'an approximation'}",
-        )
-    ]
-    if isinstance(report.get("loss"), dict):
-        rows += [(f"held-out loss, {name}", f"{value:.4f}") for name, value in report["loss"].items()]
-    if isinstance(report.get("gain_kept"), int | float):
-        rows.append(("share of the gain kept", f"{report['gain_kept']:.1%}"))
-    if isinstance(report.get("kl_per_token"), int | float):
-        rows.append(("KL from the routed adapter", f"{report['kl_per_token']:.4f} nats a token"))
-    cards = [card("what the export keeps", facts(rows))]
-    modules = report.get("modules", {})
-    if modules and not report.get("exact"):
-        worst = sorted(modules.items(), key=lambda item: -item[1]["unexplained"])[:10]
-        lines = [[escape(name.removeprefix("model.layers.")), f"{each['unexplained']:.2%}"] for name, each in worst]
-        note = "share of the adapter's output in a linear that no static weights of this strategy give"
-        cards.append(card("linears that lose most", table(("linear", "unexplained"), lines), note))
-    return grid(cards)
+    how = "exact up to rounding" if report.exact else "an approximation"
+    kept = [("strategy", f"{report.strategy}, {how}")]
+    if report.loss is not None:
+        kept += [(f"held-out loss, {name}", f"{value:.4f}") for name, value in report.loss.items()]
+    if report.gain_kept is not None:
+        kept.append(("share of the gain kept", f"{report.gain_kept:.1%}"))
+    if report.kl_per_token is not None:
+        kept.append(("KL from the routed adapter", f"{report.kl_per_token:.4f} nats a token"))
+    return grid([card("what the export keeps", facts(kept)), *_lossy_linears(report)])
 
 
-def _samples(files: RunFiles) -> str:
-    if not files.samples:
+def _lossy_linears(report: ExportReport) -> list[str]:
+    """Return a card of the linears that lose most; none where the export is exact."""
+    if report.exact or not report.modules:
+        return []
+    worst = sorted(report.modules.items(), key=lambda item: -item[1].unexplained)[:NUM_WORST]
+    lines = [[escape(name.removeprefix("model.layers.")), f"{each.unexplained:.2%}"] for name, each in worst]
+    note = "share of the adapter's output in a linear that no static weights of this strategy give"
+    return [card("linears that lose most", table(("linear", "unexplained"), lines), note)]
+
+
+def _samples(run: RunContents) -> str:
+    if not run.samples:
         return paragraph("No samples: a run that is scored at its end keeps some.")
     cards = []
-    for sample in files.samples:
-        answers = {"right": sample["right"], **sample["answers"]}
-        cards.append(card(str(sample["task"]), f"<pre>{escape(sample['prompt'])}</pre>{facts(answers.items())}"))
+    for sample in run.samples:
+        answers = {"right": sample.right, **sample.answers}
+        cards.append(card(sample.task, f"<pre>{escape(sample.prompt)}</pre>{facts(answers.items())}"))
     return grid(cards)
 
 
-def _mean_loss(files: RunFiles, place: int) -> float | None:
-    found = [line["eval_loss"] for line in files.evaluations if line.get("eval_loss")]
-    values = [value for value in found[place].values() if value is not None] if found else []
-    return sum(values) / len(values) if values else None
-
-
-SECTIONS: dict[str, Callable[[RunFiles], str]] = {
-    "Run": lambda files: tiles(_main_numbers(files)) + _facts(files),
+SECTIONS: dict[str, Callable[[RunContents], str]] = {
+    "Run": lambda run: _main_numbers(run) + _facts(run),
     "Training": _curves,
     "Memory": _memory,
     "Scores": _scores,
@@ -262,4 +259,4 @@ SECTIONS: dict[str, Callable[[RunFiles], str]] = {
     "Samples": _samples,
 }
 
-__all__ = ["run_page", "write_page"]
+__all__ = ["loss_lines", "run_page", "task_lines", "write_page"]

@@ -26,7 +26,7 @@ from qd2mora.disk.durable import save_pretrained
 from qd2mora.errors import InputRefused, WillNotFit
 from qd2mora.evaluation import AskedTask, Subject, ask_held_out
 from qd2mora.evaluation.rouge import rouge_l
-from qd2mora.inspection.content import write_routing
+from qd2mora.inspection import write_routing
 from qd2mora.memory.engine import check_engine, refuse_storage
 from qd2mora.memory.faults import as_lost
 from qd2mora.memory.loss import check_isolation
@@ -309,7 +309,7 @@ def _save_routing(folder: RunFolder, training: Training) -> None:
     """
     if training.live.step is not None or not training.live.watch.routers:
         with as_trouble("the routing report", folder.path):
-            write_routing(folder, training.live.content())
+            write_routing(folder, training.live.report())
 
 
 def _say_what_starts(training: Training, planned: Plan) -> None:

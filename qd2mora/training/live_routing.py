@@ -9,9 +9,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from qd2mora.data import Row, TaskRows
-from qd2mora.inspection import RoutingWatch, collapse_line, routing_content, summary
-from qd2mora.inspection.content import measured
-from qd2mora.inspection.run import TRAINING_ROWS, rows_seen, rows_to_watch
+from qd2mora.inspection import RoutingReport, RoutingWatch, collapse_line, routing_report, summary
+from qd2mora.inspection.finished_run import TRAINING_ROWS, rows_seen, rows_to_watch
+from qd2mora.inspection.routing_summary import measured
 
 
 class LiveRouting:
@@ -54,11 +54,11 @@ class LiveRouting:
         self._num_told = numbers["collapsed"] if is_new else self._num_told
         return is_new
 
-    def content(self) -> dict[str, Any]:
+    def report(self) -> RoutingReport:
         """Return the report of the last evaluation."""
         names = [task.task.name for task in self.tasks]
         chosen = [task.validation or self.stand_ins(task) for task in self.tasks]
-        return routing_content(self.watch, self.model, names, rows_seen(self.tasks, chosen), self.step)
+        return routing_report(self.watch, self.model, names, rows_seen(self.tasks, chosen), self.step)
 
 
 __all__ = ["LiveRouting"]

@@ -10,10 +10,11 @@ import tiny
 from test_cli import run as run_cli
 
 import qd2mora.comparison.running as comparing
-from qd2mora.comparison import Wishes, compare, matched_arms
+from qd2mora.comparison import ComparisonSettings
 from qd2mora.comparison.intervals import difference, interval, macro
-from qd2mora.comparison.match import LIMIT
+from qd2mora.comparison.matched_arms import LIMIT, matched_arms
 from qd2mora.comparison.outcome import verdicts
+from qd2mora.comparison.running import compare
 from qd2mora.comparison.split import split_tasks
 from qd2mora.errors import InputRefused
 from qd2mora.memory import plan
@@ -95,7 +96,7 @@ def test_an_interval_of_equal_arms_holds_zero_and_of_planted_ones_the_difference
 
 def test_a_comparison_that_was_killed_goes_on_to_the_same_outcome(made: Path, tmp_path: Path, monkeypatch) -> None:
     recipe = settings(made)
-    wishes = Wishes(("d2mora", "moelora"), 2, rates=(1e-3, 1e-2), choose_rows=4, strategies=("mean_gate",))
+    wishes = ComparisonSettings(("d2mora", "moelora"), 2, rates=(1e-3, 1e-2), choose_rows=4, strategies=("mean_gate",))
     whole = compare(recipe, wishes, tmp_path / "whole")
     trained = []
     once = comparing.train
@@ -120,7 +121,7 @@ def test_a_comparison_that_was_killed_goes_on_to_the_same_outcome(made: Path, tm
     assert tasked["export"]["strategies"] == [{"first": "exact", "last": "exact"}] * 2
     assert tasked["sweep"].keys() == {"0.001", "0.01"} and tasked["rate"] in (1e-3, 1e-2)
     with pytest.raises(InputRefused, match="wishes changed"):
-        compare(recipe, Wishes(wishes.methods, 2, rates=(1e-3,), choose_rows=4), tmp_path / "broken")
+        compare(recipe, ComparisonSettings(wishes.methods, 2, rates=(1e-3,), choose_rows=4), tmp_path / "broken")
 
 
 def test_the_command_line_compares_within_minutes_and_writes_table_and_picture(
@@ -145,13 +146,13 @@ def test_the_command_line_compares_within_minutes_and_writes_table_and_picture(
 def test_arms_may_be_tested_on_the_files_of_a_suite(made: Path, tmp_path: Path) -> None:
     rows = [{"instruction": f"Is {word} red? true or false", "answer": "true"} for word in ("sun", "sea", "grass")]
     (tmp_path / "boolq.json").write_text(json.dumps(rows), encoding="utf-8")
-    asked = Wishes(
+    asked = ComparisonSettings(
         ("d2mora", "lora"), 1, choose_rows=4, strategies=("mean_gate",), limit=2, suite="commonsense", tasks=("boolq",)
     )
     asked = replace(asked, data=str(tmp_path), scoring="likelihood")
     found = compare(settings(made, "data.tasks.0.validation=0"), asked, tmp_path / "out")
     assert found.rows == {"boolq": 2} and found.metric == "choice"
-    assert all(np.isfinite(arm[stage]["loss"]) for arm in found.arms for stage in ("trained", "export"))
+    assert all(np.isfinite(arm.stages[stage].loss.mean) for arm in found.arms for stage in ("trained", "export"))
     with pytest.raises(InputRefused, match="moelora routes by task and would not be trained on 'boolq'"):
         compare(settings(made), replace(asked, methods=("d2mora", "moelora")), tmp_path / "other")
 
@@ -185,4 +186,4 @@ def test_what_cannot_be_compared_is_one_line(
     assert run_cli(monkeypatch, "compare", made / "recipe.yaml", *arguments, *rows, "--out", tmp_path / "out") == 2
     err = capsys.readouterr().err
     assert words in err and err.startswith("error: ") and err.count("\n") == 1
-    assert not (tmp_path / "out").exists() or "--minutes" in arguments  # other wishes may take the folder
+    assert not (tmp_path / "out").exists() or "--minutes" in arguments  # other settings may take the folder

@@ -8,7 +8,7 @@ import torch
 
 from qd2mora.data import Row, prepare
 from qd2mora.errors import WillNotFit
-from qd2mora.evaluation import Subject, ask_suite, open_subject
+from qd2mora.evaluation import Exam, Subject, ask_suite, open_subject
 from qd2mora.evaluation.answering import answer_losses, weigh_choices, write_answers
 from qd2mora.evaluation.scoring import score_task
 
@@ -69,7 +69,9 @@ def test_weighed_choices_and_losses_equal_whole_passes_one_by_one(granularity: s
 def test_a_batch_that_has_no_room_is_scored_in_halves_and_a_row_that_has_none_is_told(
     scoring: str, subject: Subject, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (task,) = ask_suite("commonsense", made / "suite", subject.tokenizer, scoring=scoring, only=["boolq"])
+    (task,) = ask_suite(
+        Exam(suite="commonsense", data=made / "suite", tasks=("boolq",), scoring=scoring), subject.tokenizer
+    )
     whole, route, sizes = score_task(subject, task), Subject.route, []
 
     def short(self: Subject, batch: dict[str, torch.Tensor], copies: int = 1) -> None:
@@ -92,7 +94,8 @@ def test_a_batch_that_has_no_room_is_scored_in_halves_and_a_row_that_has_none_is
 
 @pytest.mark.parametrize("scoring", ["generate", "likelihood"])
 def test_a_suites_score_does_not_depend_on_the_batch(scoring: str, subject: Subject, made: Path) -> None:
-    tasks = ask_suite("commonsense", made / "suite", subject.tokenizer, scoring=scoring, only=["boolq", "siqa"])
+    exam = Exam(suite="commonsense", data=made / "suite", tasks=("boolq", "siqa"), scoring=scoring)
+    tasks = ask_suite(exam, subject.tokenizer)
     for task in tasks:
         whole, alone = score_task(subject, task), score_task(subject, task, rows_at_once=1)
         for one, two in zip(whole.records, alone.records, strict=True):

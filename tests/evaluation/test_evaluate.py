@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from test_cli import run as run_cli
 
 from qd2mora.data import prepare
 from qd2mora.errors import InputRefused
-from qd2mora.evaluation import Record, Score, Subject, ask_held_out, bootstrap, evaluate, score_all, score_task
+from qd2mora.evaluation import Exam, Record, Score, Subject, ask_held_out, bootstrap, evaluate, score_all, score_task
 from qd2mora.evaluation.score import wilson
 from qd2mora.recipe import load_recipe
 from qd2mora.training.scores import score_together
@@ -26,7 +26,7 @@ def with_metrics(made: Path, folder: Path, first: str, last: str) -> Path:
 
 def test_each_task_is_scored_by_its_own_metric(made: Path, subject: Subject, tmp_path: Path) -> None:
     recipe = with_metrics(made, tmp_path, "choice", "loss")
-    scores = evaluate(made / "run", recipe=recipe)
+    scores = evaluate(made / "run", Exam(recipe))
     assert {name: score.metric for name, score in scores.items()} == {"first": "choice", "last": "loss"}
     assert scores["last"].mean == scores["last"].loss
     low, high = scores["last"].interval
@@ -53,15 +53,15 @@ def test_rouge_is_the_librarys(made: Path, subject: Subject, tmp_path: Path) -> 
 
 
 def test_too_many_different_answers_are_no_choice(made: Path, subject: Subject, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("qd2mora.evaluation.asked.MOST_CHOICES", 2)
+    monkeypatch.setattr("qd2mora.evaluation.questions.MOST_CHOICES", 2)
     settings = load_recipe(with_metrics(made, tmp_path, "choice", "exact"))
     with pytest.raises(InputRefused, match=r"data.tasks.first.metric: choice .*limit 2"):
         ask_held_out(prepare(settings.data, subject.tokenizer, 0))
 
 
 def test_an_evaluation_that_was_killed_goes_on_and_ends_the_same(made: Path, tmp_path: Path, monkeypatch) -> None:
-    question = {"suite": "commonsense", "data": made / "suite", "tasks": ["boolq", "siqa"], "rows_at_once": 2}
-    evaluate(made / "run", **question, out=tmp_path / "whole.json")
+    exam = Exam(suite="commonsense", data=made / "suite", tasks=("boolq", "siqa"))
+    evaluate(made / "run", exam, rows_at_once=2, out=tmp_path / "whole.json")
     calls = []
     import qd2mora.evaluation.scoring as scoring
 
@@ -75,19 +75,19 @@ def test_an_evaluation_that_was_killed_goes_on_and_ends_the_same(made: Path, tmp
 
     monkeypatch.setattr(scoring, "write_answers", killed_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(made / "run", **question, out=tmp_path / "broken.json")
+        evaluate(made / "run", exam, rows_at_once=2, out=tmp_path / "broken.json")
     assert not (tmp_path / "broken.json").exists()
     rows = tmp_path / "broken.rows.jsonl"
     rows.write_bytes(rows.read_bytes() + b'{"task": "si')  # a line cut short
     monkeypatch.setattr(scoring, "write_answers", lambda *arguments: calls.append(2) or write(*arguments))
-    evaluate(made / "run", **question, out=tmp_path / "broken.json")
+    evaluate(made / "run", exam, rows_at_once=2, out=tmp_path / "broken.json")
     assert calls.count(2) == 3  # six batches in all, three of them kept
     read = [json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8")) for name in ("whole", "broken")]
     assert read[0] == read[1]
     with pytest.raises(InputRefused, match=r"another question .task siqa changed"):
-        evaluate(made / "run", **question | {"limit": 5, "tasks": ["siqa"]}, out=tmp_path / "broken.json")
+        evaluate(made / "run", replace(exam, limit=5, tasks=("siqa",)), out=tmp_path / "broken.json")
     with pytest.raises(InputRefused, match="model changed"):
-        evaluate(made / "base", **question, out=tmp_path / "broken.json")
+        evaluate(made / "base", exam, rows_at_once=2, out=tmp_path / "broken.json")
 
 
 def test_the_command_line_asks_a_suite_of_a_run_and_a_base(
@@ -146,13 +146,13 @@ def test_a_task_keeps_its_number_where_a_recipe_lists_the_tasks_in_another_order
     path = tmp_path / "reversed.yaml"
     data = settings.data.model_copy(update={"tasks": tasks})
     path.write_text(settings.model_copy(update={"data": data}).dump_yaml(), encoding="utf-8")
-    wanted, found = evaluate(run), evaluate(run, recipe=path)
+    wanted, found = evaluate(run), evaluate(run, Exam(path))
     assert {name: score.loss for name, score in found.items()} == {name: score.loss for name, score in wanted.items()}
     tasks[0] = tasks[0].model_copy(update={"name": "unseen"})
     data = settings.data.model_copy(update={"tasks": tasks})
     path.write_text(settings.model_copy(update={"data": data}).dump_yaml(), encoding="utf-8")
     with pytest.raises(InputRefused, match=r"not trained on 'unseen'; its tasks are first, last"):
-        evaluate(run, recipe=path)
+        evaluate(run, Exam(path))
 
 
 @dataclass

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qd2mora.cli import main
 from qd2mora.data.instruction import split
 from qd2mora.errors import InputRefused
-from qd2mora.evaluation import Sampling, chat, generate
+from qd2mora.evaluation import TalkOptions, chat, generate
 from qd2mora.evaluation.subject import model_mark
 from qd2mora.merging import merge
 
@@ -49,13 +49,13 @@ def theirs(folder: Path, text: str, *, special: bool = True, **settings: object)
 def test_the_text_is_that_of_transformers_own_generate(folder: Path) -> None:
     for raw in (True, False):
         text = "red sun" if raw else split({"instruction": "red sun", "output": ""})[0]
-        ours = generate(folder / "hf", "red sun", raw=raw, max_new_tokens=12)
+        ours = generate(folder / "hf", "red sun", TalkOptions(max_new_tokens=12), raw=raw)
         assert ours == theirs(folder / "hf", text, max_new_tokens=12, do_sample=False) != ""
 
 
 def test_drawn_text_is_transformers_own_and_the_seed_decides_it(folder: Path) -> None:
     drawn = [
-        generate(folder / "hf", "red", raw=True, max_new_tokens=12, sampling=Sampling(1.5, 0.9, seed))
+        generate(folder / "hf", "red", TalkOptions(max_new_tokens=12, temperature=1.5, top_p=0.9, seed=seed), raw=True)
         for seed in (7, 7, 8)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -67,22 +67,22 @@ def test_drawn_text_is_transformers_own_and_the_seed_decides_it(folder: Path) ->
 def test_drawing_leaves_the_callers_random_numbers_alone(folder: Path) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    generate(folder / "talker", "red", raw=True, max_new_tokens=3, sampling=Sampling(1.0))
+    generate(folder / "talker", "red", TalkOptions(max_new_tokens=3, temperature=1.0), raw=True)
     assert torch.get_rng_state().equal(before)
 
 
 def test_text_comes_in_pieces_that_make_up_the_whole(folder: Path) -> None:
     pieces: list[str] = []
-    text = generate(folder / "run-d2mora-nf4", "red", raw=True, max_new_tokens=20, write=pieces.append)
+    text = generate(folder / "run-d2mora-nf4", "red", TalkOptions(max_new_tokens=20), raw=True, write=pieces.append)
     assert "".join(pieces) == text and sum(map(bool, pieces)) > 5
 
 
 def test_exports_of_the_routed_model_and_loras_answer_like_the_run_and_the_merge(folder: Path) -> None:
-    run = generate(folder / "run-d2mora-nf4", "red sun", max_new_tokens=12)
-    assert generate(folder / "exact", "red sun", max_new_tokens=12) == run
-    assert generate(folder / "nf4", "red sun", max_new_tokens=12) == run
-    merged = generate(folder / "hf", "red sun", max_new_tokens=12)
-    assert generate(folder / "lora", "red sun", max_new_tokens=12) == merged
+    run = generate(folder / "run-d2mora-nf4", "red sun", TalkOptions(max_new_tokens=12))
+    assert generate(folder / "exact", "red sun", TalkOptions(max_new_tokens=12)) == run
+    assert generate(folder / "nf4", "red sun", TalkOptions(max_new_tokens=12)) == run
+    merged = generate(folder / "hf", "red sun", TalkOptions(max_new_tokens=12))
+    assert generate(folder / "lora", "red sun", TalkOptions(max_new_tokens=12)) == merged
 
 
 def test_the_mark_of_a_lora_is_its_own_and_changes_with_its_weights(folder: Path, tmp_path: Path) -> None:
@@ -106,7 +106,12 @@ def test_a_routed_export_with_other_code_is_refused(folder: Path, tmp_path: Path
 
 def test_a_conversation_goes_through_the_chat_template_with_all_that_was_said(folder: Path) -> None:
     written: list[str] = []
-    chat(folder / "talker", ["red sun\n", "\n", "blue\n", "/new\n", "red sun\n"], written.append, max_new_tokens=4)
+    chat(
+        folder / "talker",
+        ["red sun\n", "\n", "blue\n", "/new\n", "red sun\n"],
+        written.append,
+        TalkOptions(max_new_tokens=4),
+    )
     first, second, third = "".join(written).removesuffix("\n").split("\n")
     settings = {"special": False, "max_new_tokens": 4, "do_sample": False}
     assert first == third == theirs(folder / "talker", "<s>[user] red sun [assistant]", **settings)
@@ -118,19 +123,21 @@ def test_a_run_is_asked_as_it_was_trained_and_a_template_can_be_named(folder: Pa
     talker = folder / "talker"
     settings = {"max_new_tokens": 6, "do_sample": False}
     asked = split({"instruction": "red", "output": ""})[0]
-    assert generate(talker, "red", template="instruction", max_new_tokens=6) == theirs(talker, asked, **settings)
+    assert generate(talker, "red", TalkOptions(template="instruction", max_new_tokens=6)) == theirs(
+        talker, asked, **settings
+    )
     chatml = "<|im_start|>user\nred<|im_end|>\n<|im_start|>assistant\n"
     wanted = theirs(talker, chatml, special=False, **settings)
-    assert generate(talker, "red", template="chatml", max_new_tokens=6) == wanted
+    assert generate(talker, "red", TalkOptions(template="chatml", max_new_tokens=6)) == wanted
     with pytest.raises(InputRefused, match="has no chat template; there are instruction, chatml, plain"):
-        generate(folder / "hf", "red", template="tokenizer")
+        generate(folder / "hf", "red", TalkOptions(template="tokenizer"))
     with pytest.raises(InputRefused, match="--template: unknown 'chatlm'; did you mean 'chatml'"):
-        generate(folder / "hf", "red", template="chatlm")
+        generate(folder / "hf", "red", TalkOptions(template="chatlm"))
 
 
 def test_text_ends_where_the_model_does_and_a_conversation_that_outgrew_it_goes_on(folder: Path) -> None:
     written: list[str] = []
-    chat(folder / "talker", ["red " * 300, "red sun", "/new", "red sun"], written.append, max_new_tokens=4)
+    chat(folder / "talker", ["red " * 300, "red sun", "/new", "red sun"], written.append, TalkOptions(max_new_tokens=4))
     refused, *answers = "".join(written).removesuffix("\n").split("\n")
     assert "tokens, the model is made for 256" in refused and refused.endswith("/new forgets what was said")
     assert answers[0] == answers[1] != ""
@@ -140,7 +147,7 @@ def test_text_ends_where_the_model_does_and_a_conversation_that_outgrew_it_goes_
     text = "red " * 250
     room = 256 - len(tokenizer(text)["input_ids"])
     assert room > 0
-    ours = generate(folder / "hf", text, raw=True, max_new_tokens=100)
+    ours = generate(folder / "hf", text, TalkOptions(max_new_tokens=100), raw=True)
     assert ours == theirs(folder / "hf", text, max_new_tokens=room, do_sample=False)
 
 
@@ -179,5 +186,5 @@ def test_the_chat_verb_reads_lines_and_ends_with_them(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
-    answers = [generate(folder / "run-d2mora-nf4", text, max_new_tokens=5) for text in ("red sun", "blue")]
+    answers = [generate(folder / "run-d2mora-nf4", text, TalkOptions(max_new_tokens=5)) for text in ("red sun", "blue")]
     assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in answers)

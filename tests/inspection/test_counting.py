@@ -9,8 +9,8 @@ from peft import PeftModel
 
 from qd2mora.base import load_base, load_tokenizer
 from qd2mora.data import collate, prepare
-from qd2mora.inspection import RoutingWatch, collapse_line, routing_content
-from qd2mora.inspection.content import measured, summary
+from qd2mora.inspection import RoutingWatch, collapse_line, routing_report
+from qd2mora.inspection.routing_summary import measured, summary
 from qd2mora.memory.loss import IGNORE, labelled_states
 from qd2mora.mixture import MixtureConfig, add_adapter, mixture_layers
 from qd2mora.mixture.presets import METHODS
@@ -118,9 +118,9 @@ def test_a_planted_collapse_raises_the_alarm_and_a_fresh_adapter_none(made: Path
     assert line.startswith("routing collapsed in 1 of 4 routers: model.layers.0.self_attn.q_proj (down) sends 100%")
     numbers = summary(found, model)
     assert numbers["collapsed"] == 1 and numbers["dead_experts"] >= 3
-    content = routing_content(watched(model, batches), model, ["first", "last"], {}, 3)
-    assert content["alarm"] == line
-    assert [router["collapsed"] for router in content["routers"]] == [True, False, False, False]
+    content = routing_report(watched(model, batches), model, ["first", "last"], {}, 3)
+    assert content.alarm == line
+    assert [router.place.collapsed for router in content.routers] == [True, False, False, False]
 
 
 def test_an_expert_for_every_task_is_no_collapse(made: Path) -> None:
@@ -149,17 +149,17 @@ SETTINGS: dict[str, list[str]] = {
 def test_every_method_is_watched(method: str, made: Path) -> None:
     model, batches = opened(made, *SETTINGS.get(method, []), method=method)
     watch = watched(model, batches)
-    content = routing_content(watch, model, ["first", "last"], {}, None)
+    content = routing_report(watch, model, ["first", "last"], {}, None)
     row = METHODS[method]
     if not row.gates or row.backend == "peft":
-        assert content["note"] is not None and not content["routers"]
+        assert content.note is not None and not content.routers
         return
-    assert content["routers"] and len(content["routers"]) == len(watch.routers)
-    for router in content["routers"]:
-        assert sum(router["load"]) == pytest.approx(1)
-        assert router["max_load"] >= 1 - 1e-9 >= router["min_load"] - 1e-6
-        assert all(len(usage) == router["experts"] and sum(usage) == pytest.approx(1) for usage in router["usage"])
-        assert not router["collapsed"]
+    assert content.routers and len(content.routers) == len(watch.routers)
+    for place, measures in ((router.place, router.measures) for router in content.routers):
+        assert sum(measures.load) == pytest.approx(1)
+        assert measures.max_load >= 1 - 1e-9 >= measures.min_load - 1e-6
+        assert all(len(usage) == place.experts and sum(usage) == pytest.approx(1) for usage in measures.usage)
+        assert not place.collapsed
 
 
 def test_sums_of_two_processes_are_those_of_all_rows(made: Path) -> None:

@@ -63,7 +63,7 @@ def test_what_the_recipe_says_stays() -> None:
 
 
 def test_a_plan_is_drawn_and_another_kind_of_file_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("resvg_py")
     planned = plan(recipe("tiny"), budget="8GiB")
     draw_plan(planned, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")

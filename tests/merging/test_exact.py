@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from qd2mora.base import load_base, load_tokenizer
 from qd2mora.errors import InputRefused
-from qd2mora.evaluation import generate
+from qd2mora.evaluation import TalkOptions, generate
 from qd2mora.merging import merge
 from qd2mora.merging.exact import refuse_unfit, routed_parts, write_exact
 from qd2mora.merging.source import Source
@@ -108,7 +108,7 @@ def test_the_four_bit_weights_go_along_bit_for_bit(tmp_path: Path) -> None:
     run = make_run(tmp_path, "d2mora")
     export = merge(run, tmp_path / "out", to="exact", dtype="nf4")
     assert export.exact and export.fidelity is not None and export.fidelity.kl_per_token == 0
-    text = generate(run, "red sun", raw=True, max_new_tokens=8)
+    text = generate(run, "red sun", TalkOptions(max_new_tokens=8), raw=True)
     said = without_this_package(f"""
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -16,7 +16,7 @@ from qd2mora.adapter_folder import base_identity, save_adapter
 from qd2mora.base import dense_weight, load_base, load_tokenizer
 from qd2mora.data import collate, prepare
 from qd2mora.errors import InputRefused, NotFinite
-from qd2mora.evaluation import evaluate, generate
+from qd2mora.evaluation import Exam, TalkOptions, evaluate, generate
 from qd2mora.merging import core_lsq, mean_gate, merge
 from qd2mora.merging.fidelity import unexplained
 from qd2mora.merging.statistics import Moments, collect, decode
@@ -164,7 +164,7 @@ def test_the_report_says_what_an_approximate_export_keeps(tmp_path: Path) -> Non
 def test_the_export_is_the_model_that_the_report_measured(tmp_path: Path) -> None:
     run = make_run(tmp_path, "d2mora")
     export = merge(run, tmp_path / "out")
-    scores = evaluate(tmp_path / "out", recipe=run / "recipe.yaml")
+    scores = evaluate(tmp_path / "out", Exam(run / "recipe.yaml"))
     assert export.fidelity is not None
     loss = sum(score.loss for score in scores.values()) / 2
     assert loss == pytest.approx(export.fidelity.merged, rel=2e-2)
@@ -185,7 +185,7 @@ print(tokenizer.decode(out, skip_special_tokens=True).encode().hex())"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     text = bytes.fromhex(done.stdout.strip()).decode()
-    assert text == generate(run, "red sun", raw=True, max_new_tokens=6)
+    assert text == generate(run, "red sun", TalkOptions(max_new_tokens=6), raw=True)
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert "quantization_config" not in config and config["dtype"] == "float16"
 

@@ -12,11 +12,15 @@ import tiny
 from rich.console import Console
 
 from qd2mora.cli import main
+from qd2mora.cli.training_end import finish
+from qd2mora.inspection import inspect_where_due
 from qd2mora.recipe import load_recipe
-from qd2mora.report import finish, look_at, read_run
-from qd2mora.report.charts import line_chart, short, smoothed, thinned, ticks
+from qd2mora.report import read_run
+from qd2mora.report.chart import short
+from qd2mora.report.curves import line_chart, smoothed, thinned
 from qd2mora.report.page import escape
 from qd2mora.report.run_page import run_page
+from qd2mora.report.scales import ticks
 from qd2mora.training import train
 
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=\"alert('2')\">&amp;"
@@ -154,7 +158,8 @@ def test_a_run_cut_short_is_shown_as_far_as_it_came(run: Path) -> None:
         (run / name).unlink()
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     (run / "metrics.jsonl").write_text("\n".join(lines[:2]) + '\n{"step": 2, "lo', encoding="utf-8")
-    files = look_at(run)
+    inspect_where_due(run)
+    files = read_run(run)
     assert not files.damaged
     assert "training loss" in check_harmless(run_page(files)).text
     (run / "metrics.jsonl").unlink()
@@ -183,7 +188,7 @@ def test_inspect_prints_a_summary_and_writes_the_page(
 
 
 def test_inspect_draws_a_picture(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("resvg_py")
     assert verb(monkeypatch, "inspect", run, "--png", tmp_path / "run.png") == 0
     content = (tmp_path / "run.png").read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 20_000
@@ -215,7 +220,7 @@ def test_long_curves_are_thinned_to_means_and_a_running_mean_has_no_lag_at_the_s
     found = thinned(points, 100)
     assert len(found) == 100 and all(y == 0.5 for _, y in found) and found[-1][0] == 9999
     assert smoothed(points)[0] == points[0] and smoothed(points)[5000][1] == pytest.approx(0.5, abs=0.01)
-    assert "no numbers" in line_chart("empty", [])
+    assert "no numbers" in line_chart("empty", []).html()
 
 
 def test_a_browser_shows_the_page_without_a_complaint(finished: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from qd2mora.base import load_tokenizer
 from qd2mora.data import Pair, Row, prepare
 from qd2mora.recipe import Data, Task, load_recipe
 from qd2mora.report import show_rows
-from qd2mora.report.rows import bars, coloured, problems
+from qd2mora.report.preview import bars, coloured, problems
 
 
 @pytest.fixture(scope="module")

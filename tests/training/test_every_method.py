@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from qd2mora.errors import InputRefused
-from qd2mora.evaluation import generate
+from qd2mora.evaluation import TalkOptions, generate
 from qd2mora.merging import merge
 from qd2mora.mixture.presets import METHODS
 from qd2mora.recipe import Recipe, load_recipe
@@ -84,7 +84,7 @@ def check_run(folder: Path, method: str) -> None:
     assert any(tensor.any() for name, tensor in tensors.items() if name.endswith(("mixture_B", "lora_B.weight")))
     open_run(folder / "run")
     task, vector = "first" if row.reads_task else None, [0.0, 1.0, 0.0] if row.reads_vector else None
-    generate(folder / "run", "Say the first word.", task=task, vector=vector, max_new_tokens=2)
+    generate(folder / "run", "Say the first word.", TalkOptions(task, vector, max_new_tokens=2))
     if row.placement == "block":
         with pytest.raises(InputRefused, match="no weight can take its update"):
             merge(folder / "run", folder / "out")

@@ -59,7 +59,7 @@ def test_a_healthy_run_tells_its_routing_and_raises_no_alarm(
 
 def test_what_training_kept_is_what_a_later_look_finds(made: Path, tmp_path: Path) -> None:
     train(recipe(made, tmp_path / "run"))
-    kept, found = report_of(tmp_path / "run"), json.loads(json.dumps(inspect_run(tmp_path / "run")))
+    kept, found = report_of(tmp_path / "run"), json.loads(json.dumps(inspect_run(tmp_path / "run").to_json()))
     for one, two in zip(kept["routers"], found["routers"], strict=True):
         assert one["module"] == two["module"] and one["tokens"] == two["tokens"]
         for task in range(2):

@@ -2,17 +2,17 @@
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
 
 from qd2mora.data import Row, TaskRows, collate, prepare
-from qd2mora.inspection.content import routing_content
 from qd2mora.inspection.counting import RoutingWatch
+from qd2mora.inspection.routing_report import RoutingReport, write_routing
+from qd2mora.inspection.routing_summary import routing_report
 from qd2mora.memory.loss import IGNORE, labelled_states
-from qd2mora.run_folder import open_run
+from qd2mora.run_folder import RunFolder, is_run, open_run
 
 ROWS_OF_A_TASK = 256
 TRAINING_ROWS = 32
@@ -20,7 +20,7 @@ TRAINING_ROWS = 32
 ROWS_AT_ONCE = 8
 
 
-def inspect_run(run: str | Path, *, rows: int = ROWS_OF_A_TASK, allow_changed: Collection[str] = ()) -> dict[str, Any]:
+def inspect_run(run: str | Path, *, rows: int = ROWS_OF_A_TASK, allow_changed: Collection[str] = ()) -> RoutingReport:
     """Return the routing report of a finished run, over up to `rows` rows of each task.
 
     Raises InputRefused where there is no finished adapter or the base is another, DamagedFile.
@@ -33,7 +33,17 @@ def inspect_run(run: str | Path, *, rows: int = ROWS_OF_A_TASK, allow_changed: C
         with watch.watching(), torch.no_grad():
             _run_through([row for part in chosen for row in part], opened.model, opened.tokenizer.pad_token_id)
     names = [task.task.name for task in tasks]
-    return routing_content(watch, opened.model, names, rows_seen(tasks, chosen), None)
+    return routing_report(watch, opened.model, names, rows_seen(tasks, chosen), None)
+
+
+def inspect_where_due(
+    run: str | Path, *, again: bool = False, rows: int = ROWS_OF_A_TASK, allow_changed: Collection[str] = ()
+) -> None:
+    """Write `routing.json` of a run that is finished and has none, or `again`. Raises InputRefused, DamagedFile."""
+    folder = RunFolder(Path(run))
+    is_finished = is_run(run) and (folder.adapter / "adapter_model.safetensors").is_file()
+    if again or (is_finished and not folder.routing.is_file()):
+        write_routing(folder, inspect_run(run, rows=rows, allow_changed=allow_changed))
 
 
 def rows_to_watch(task: TaskRows, limit: int) -> list[Row]:
@@ -59,4 +69,4 @@ def _run_through(rows: list[Row], model: PeftModel, pad: int) -> None:
         labelled_states(model, batch, batch["labels"][:, 1:] != IGNORE)
 
 
-__all__ = ["ROWS_OF_A_TASK", "TRAINING_ROWS", "inspect_run", "rows_seen", "rows_to_watch"]
+__all__ = ["ROWS_OF_A_TASK", "TRAINING_ROWS", "inspect_run", "inspect_where_due", "rows_seen", "rows_to_watch"]

@@ -1,20 +1,25 @@
-"""What `routing.json` holds: every router and every bank of experts, their means, and a picture of the experts."""
+"""What was watched, summed up: means for `metrics.jsonl`, and the whole report of an adapter's routers and experts."""
 
-import json
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
-from qd2mora.disk.durable import write_json
-from qd2mora.errors import DamagedFile
 from qd2mora.inspection.alarm import Measured, collapse_line, collapsed
-from qd2mora.inspection.counting import RoutingWatch
+from qd2mora.inspection.counting import RouterSums, RoutingWatch
 from qd2mora.inspection.experts import measure_bank, project
+from qd2mora.inspection.measures import RouterMeasures
+from qd2mora.inspection.routing_report import (
+    BankPlace,
+    BankReport,
+    ExpertPoint,
+    Projection,
+    RouterPlace,
+    RouterReport,
+    RoutingReport,
+    Summary,
+)
 from qd2mora.mixture import MixtureLinear, mixture_layers, orthogonality
-from qd2mora.run_folder import RunFolder
 
-VERSION = 1
 NO_ROUTERS = "this method has no routers: the same update serves every token"
 
 
@@ -24,7 +29,7 @@ def measured(watch: RoutingWatch) -> Measured:
     return [(router, measures) for router, measures in pairs if measures is not None]
 
 
-def summary(found: Measured, model: nn.Module) -> dict[str, Any]:
+def summary(found: Measured, model: nn.Module) -> Summary:
     """Return the means over routers that `metrics.jsonl` keeps of an evaluation, and the likeness of experts.
 
     entropies within 0 and 1; loads relative to an equal share, of the worst router; dead experts and collapsed routers
@@ -45,7 +50,7 @@ def summary(found: Measured, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def mean_cosines(model: nn.Module, adapter: str = "default") -> dict[str, float | None]:
+def mean_cosines(model: nn.Module, adapter: str = "default") -> Summary:
     """Return the mean |cos| over the pairs of down and of up experts; None where no bank has two of one rank."""
     halves = [float(half.detach()) for half in orthogonality(model, adapter)]
     pairs = num_pairs(model, adapter)
@@ -66,68 +71,46 @@ def num_pairs(model: nn.Module, adapter: str = "default") -> dict[str, int]:
     return pairs
 
 
-def routing_content(
+def routing_report(
     watch: RoutingWatch, model: nn.Module, tasks: Sequence[str], rows: dict[str, dict[str, int]], step: int | None
-) -> dict[str, Any]:
+) -> RoutingReport:
     """Return the whole report. `rows`: task to how many rows of which source were looked at."""
     found = measured(watch)
     layers = {name: layer for name, layer in mixture_layers(model).items() if watch.adapter in layer.mixture_spec}
-    banks = _banks(layers, watch.adapter)
-    return {
-        "version": VERSION,
-        "step": step,
-        "tasks": list(tasks),
-        "rows": rows,
-        "note": None if found else NO_ROUTERS,
-        "alarm": collapse_line(found),
-        "summary": summary(found, model) if found else mean_cosines(model, watch.adapter),
-        "pairs": num_pairs(model, watch.adapter),
-        "routers": [
-            {
-                "module": router.module,
-                "layer": router.layer,
-                "kind": router.kind,
-                "role": router.role,
-                "experts": router.num_experts,
-                "at_once": router.at_once if router.is_sparse else None,
-                "collapsed": router.is_collapsed(measures),
-                **measures.to_json(),
-            }
-            for router, measures in found
-        ],
-        "banks": banks,
-        "projection": _projection(layers, watch.adapter),
-    }
+    return RoutingReport(
+        step=step,
+        tasks=list(tasks),
+        rows=rows,
+        note=None if found else NO_ROUTERS,
+        alarm=collapse_line(found),
+        summary=summary(found, model) if found else mean_cosines(model, watch.adapter),
+        pairs=num_pairs(model, watch.adapter),
+        routers=[RouterReport(_place_of(router, measures), measures) for router, measures in found],
+        banks=_banks(layers, watch.adapter),
+        projection=_projection(layers, watch.adapter),
+    )
 
 
-def write_routing(folder: RunFolder, content: dict[str, Any]) -> None:
-    """Write `routing.json`."""
-    write_json(folder.routing, content)
+def _place_of(router: RouterSums, measures: RouterMeasures) -> RouterPlace:
+    return RouterPlace(
+        module=router.module,
+        layer=router.layer,
+        kind=router.kind,
+        role=router.role,
+        experts=router.num_experts,
+        at_once=router.at_once if router.is_sparse else None,
+        collapsed=router.is_collapsed(measures),
+    )
 
 
-def read_routing(folder: RunFolder) -> dict[str, Any] | None:
-    """Return the content of `routing.json`, None where there is none. Raises DamagedFile."""
-    if not folder.routing.is_file():
-        return None
-    try:
-        content = json.loads(folder.routing.read_text(encoding="utf-8"))
-        if content["version"] == VERSION:
-            return dict(content)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedFile(
-            f"{folder.routing} is not a routing report; `qd2mora inspect --again` writes it anew"
-        ) from error
-    raise DamagedFile(f"{folder.routing} is of another version; `qd2mora inspect --again` writes it anew")
-
-
-def _banks(layers: dict[str, MixtureLinear], adapter: str) -> list[dict[str, Any]]:
+def _banks(layers: dict[str, MixtureLinear], adapter: str) -> list[BankReport]:
     found = []
     for name, layer in layers.items():
         place = layer.mixture_spec[adapter].place
         for bank, rows, ranks in _rows_of(layer, adapter):
             if len(ranks) > 1:
-                where = {"module": name, "layer": place.layer, "kind": place.kind, "bank": bank, "experts": len(ranks)}
-                found.append(where | measure_bank(rows, ranks).to_json())
+                where = BankPlace(name, place.layer, place.kind, bank, len(ranks))
+                found.append(BankReport(where, measure_bank(rows, ranks)))
     return found
 
 
@@ -148,7 +131,7 @@ def _rows_of(layer: MixtureLinear, adapter: str) -> list[tuple[str, Tensor, tupl
     return found
 
 
-def _projection(layers: dict[str, MixtureLinear], adapter: str) -> list[dict[str, Any]]:
+def _projection(layers: dict[str, MixtureLinear], adapter: str) -> list[Projection]:
     """Return a picture of each kind of linear and each bank, over all layers whose experts have one size."""
     groups: dict[tuple[str, str, int], list[tuple[int, int, Tensor]]] = {}
     for layer in layers.values():
@@ -161,12 +144,12 @@ def _projection(layers: dict[str, MixtureLinear], adapter: str) -> list[dict[str
     for (kind, bank, _), experts in groups.items():
         places, explained = project([part for _, _, part in experts])
         points = [
-            {"layer": layer, "expert": expert, "x": place[0], "y": place[1]}
+            ExpertPoint(layer, expert, *place)
             for (layer, expert, _), place in zip(experts, places, strict=True)
             if place is not None
         ]
         if points:
-            pictures.append({"kind": kind, "bank": bank, "explained": explained, "points": points})
+            pictures.append(Projection(kind, bank, explained, points))
     return pictures
 
 
@@ -175,13 +158,4 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return sum(there) / len(there) if there else None
 
 
-__all__ = [
-    "NO_ROUTERS",
-    "mean_cosines",
-    "measured",
-    "num_pairs",
-    "read_routing",
-    "routing_content",
-    "summary",
-    "write_routing",
-]
+__all__ = ["NO_ROUTERS", "mean_cosines", "measured", "num_pairs", "routing_report", "summary"]

@@ -1,0 +1,59 @@
+"""A run's ending: export and score as the recipe says, then tell where everything lies."""
+
+import shutil
+from pathlib import Path
+
+from rich.console import Console
+
+from qd2mora.evaluation.run_scores import score_run
+from qd2mora.inspection import inspect_where_due
+from qd2mora.merging import merge
+from qd2mora.merging.export_scope import export_scope
+from qd2mora.mixture import MixtureConfig
+from qd2mora.recipe import Recipe
+from qd2mora.report import read_run, show_export, show_scores, write_page
+from qd2mora.run_folder import RunFolder, read_recipe
+
+WHY_NO_EXPORT = {
+    "task": "no export: this method routes by row; `qd2mora merge --task NAME` exports for one",
+    "vector": "no export: this method routes by row; `qd2mora merge --vector NUMBERS` exports for one",
+    "none": "no export: this method stands beside a whole block, and no weight can take its update",
+}
+
+
+def finish(run: Path, console: Console) -> None:
+    """End a training: export and score as the recipe's `finish` says, then tell where everything lies."""
+    folder, recipe = RunFolder(run), read_recipe(run)
+    lies = {"adapter": folder.adapter, "recipe": folder.recipe, "metrics": folder.metrics}
+    if recipe.finish.export and _export(folder, recipe, console):
+        lies["fp16 export"] = folder.export
+    if recipe.finish.score:
+        _score(folder, recipe, console)
+        lies["scores"] = folder.scores
+    inspect_where_due(run)
+    lies["report"] = write_page(read_run(run))
+    for name, path in lies.items():
+        console.print(f"{name:12} {path}", highlight=False, soft_wrap=True)
+
+
+def _export(folder: RunFolder, recipe: Recipe, console: Console) -> bool:
+    """Export ordinary weights, or say why none can serve every row."""
+    num_tasks = len(recipe.data.tasks)
+    scope = export_scope(MixtureConfig.from_recipe(recipe.adapter, num_tasks), num_tasks)
+    if scope != "all":
+        console.print(WHY_NO_EXPORT[scope])
+        return False
+    shutil.rmtree(folder.export, ignore_errors=True)
+    show_export(merge(folder.path, folder.export), folder.export, console)
+    return True
+
+
+def _score(folder: RunFolder, recipe: Recipe, console: Console) -> None:
+    scores = score_run(folder, recipe)
+    if scores:
+        show_scores(scores, console)
+    else:
+        console.print("nothing to score: no task holds out rows (data.tasks.0.validation=100)")
+
+
+__all__ = ["finish"]

@@ -1,0 +1,115 @@
+"""A comparison for people: a table on the terminal, the same in Markdown, and a picture (the extra `figures`)."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from qd2mora.comparison.outcome import STAGES, ArmOutcome, Comparison, StageOutcome, verdicts
+from qd2mora.disk.durable import write_atomically
+from qd2mora.report.bars import Interval, interval_chart
+from qd2mora.report.chart import KeyEntry
+from qd2mora.report.figure import Panel, can_render, figure_svg, write_png
+
+HEADINGS = {"trained": "as trained", "export": "best static export"}
+
+
+def show(found: Comparison, console: Console) -> None:
+    """Print a table that fits eighty columns, on which tasks the first method is behind, and the verdicts."""
+    table = Table(title=_title(found))
+    headings = ["method", "rate"]
+    if found.seeds:
+        headings += ["score", "loss", "export's score", "its loss"]
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left")
+    for arm in found.arms:
+        cells = [cell for stage in arm.stages.values() for cell in _short_cells(found, stage)]
+        table.add_row(arm.name, _rate(arm), *cells)
+    console.print(table)
+    for line in (*_losing(found), *verdicts(found)):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def markdown(found: Comparison) -> str:
+    """Return the table and the verdicts as Markdown."""
+    measured = [f"{what} {HEADINGS[stage]}" for stage in STAGES for what in ("score", "loss")]
+    headings = ["method", "parameters", "rate", *measured]
+    lines = [f"{_title(found)}.", "", "| " + " | ".join(headings) + " |", "| --- " * len(headings) + "|"]
+    for arm in found.arms:
+        cells = [cell for stage in STAGES for cell in _cells(found, arm.stages.get(stage))]
+        lines.append("| " + " | ".join([arm.name, f"{arm.arm.parameters:,}", _rate(arm), *cells]) + " |")
+    lines += ["", *(f"- {line}" for line in (*_losing(found), *verdicts(found))), ""]
+    return "\n".join(lines)
+
+
+def write_tables(found: Comparison, folder: Path) -> list[str]:
+    """Write `compare.md`, and `compare.png` where the renderer is there to do it; return what was written."""
+    write_atomically(folder / "compare.md", markdown(found))
+    if not can_render() or not found.seeds:
+        return ["compare.md"]
+    write_png(figure_svg(_title(found), [_picture(found)]), folder / "compare.png")
+    return ["compare.md", "compare.png"]
+
+
+def _picture(found: Comparison) -> Panel:
+    """Return each arm's test loss with its interval, both stages."""
+    intervals = [
+        Interval(arm.name, stage.loss.mean, *stage.loss.interval, STAGES.index(name))
+        for arm in found.arms
+        for name, stage in arm.stages.items()
+        if stage is not None
+    ]
+    key = tuple(KeyEntry(HEADINGS[stage], number) for number, stage in enumerate(STAGES))
+    chart = interval_chart("loss on test rows", intervals, "nats a token (95%); left is better", key)
+    return Panel(chart.title, chart)
+
+
+def _title(found: Comparison) -> str:
+    steps = "the recipe's epochs" if found.steps is None else f"{found.steps} steps"
+    rows = sum(found.rows.values())
+    return f"{found.seeds} seeds, {steps}, {rows} test rows of {len(found.rows)} tasks, 95% intervals"
+
+
+def _cells(found: Comparison, stage: StageOutcome | None) -> list[str]:
+    if not found.seeds:
+        return ["", ""]
+    if stage is None:
+        return ["none", "none"]
+    low, high = stage.loss.interval
+    return [_score(found, stage, 1), f"{stage.loss.mean:.4f} ({low:.4f} to {high:.4f})"]
+
+
+def _short_cells(found: Comparison, stage: StageOutcome | None) -> list[str]:
+    if stage is None:
+        return ["none", "none"]
+    return [_score(found, stage, 0), f"{stage.loss.mean:.4f}"]
+
+
+def _score(found: Comparison, stage: StageOutcome, digits: int) -> str:
+    """Return a score, a share with its interval, whose ends have so many `digits`."""
+    low, high = stage.score.interval
+    if not found.is_share:
+        return f"{stage.score.mean:.4f}"
+    return f"{stage.score.mean:.1%} ({low:.{digits}%} to {high:.{digits}%})"
+
+
+def _rate(arm: ArmOutcome) -> str:
+    edge = " (edge)" if arm.rate.at_edge else ""
+    return f"{arm.rate.rate:g}{edge}"
+
+
+def _losing(found: Comparison) -> list[str]:
+    """Name the tasks on which the first method is behind, for each other."""
+    lines = []
+    for arm in found.arms[1:]:
+        trained = arm.stages.get("trained")
+        if trained is None or trained.loss_difference is None:
+            continue
+        by_task = trained.loss_difference.by_task
+        behind = [f"{task} ({value:+.4f})" for task, value in by_task.items() if value < 0]
+        if behind:
+            lines.append(f"{arm.name} has the smaller loss on {', '.join(behind)}")
+    return lines
+
+
+__all__ = ["markdown", "show", "write_tables"]

@@ -1,0 +1,37 @@
+"""A finished run beside its base and its export: each scored on the held-out rows, with a few answers to read."""
+
+from dataclasses import asdict, replace
+
+from qd2mora.data import prepare
+from qd2mora.evaluation.evaluate import score_tasks
+from qd2mora.evaluation.samples import sample_answers, sampled_rows, samples_of
+from qd2mora.evaluation.score import Score
+from qd2mora.evaluation.subject import open_subject
+from qd2mora.recipe import Recipe
+from qd2mora.run_folder import RunFolder, write_json
+
+
+def score_run(folder: RunFolder, recipe: Recipe) -> dict[str, dict[str, Score]]:
+    """Score base, adapter and, where there is one, export by task; write `scores.json` and `samples.json`.
+
+    Nothing is written, and nothing returned, where no task holds out rows. Raises InputRefused, DamagedFile, NotFinite.
+    """
+    subject = open_subject(folder.path)
+    tasks = prepare(recipe.data, subject.tokenizer, recipe.train.seed)
+    rows = sampled_rows(tasks)
+    with subject.without_adapter():
+        scores, answers = {"base": score_tasks(subject, tasks)}, {"base": sample_answers(subject, rows)}
+    if not scores["base"]:
+        return {}
+    models = {"adapter": subject}
+    if folder.export.is_dir():
+        models["fp16 export"] = replace(open_subject(folder.export), run=None)
+    for name, model in models.items():
+        scores[name], answers[name] = score_tasks(model, tasks), sample_answers(model, rows)
+    by_model = {name: {task: score.to_json() for task, score in by_task.items()} for name, by_task in scores.items()}
+    write_json(folder.scores, by_model)
+    write_json(folder.samples, [asdict(sample) for sample in samples_of(tasks, rows, answers)])
+    return scores
+
+
+__all__ = ["score_run"]

@@ -1,0 +1,22 @@
+"""What one static export of an adapter can serve."""
+
+from typing import Literal
+
+from qd2mora.mixture import MixtureConfig
+from qd2mora.mixture.method import TASK
+
+ExportScope = Literal["all", "task", "vector", "none"]
+
+
+def export_scope(config: MixtureConfig, num_tasks: int) -> ExportScope:
+    """Say which rows one export serves: all, those of one task or of one vector; none where no weight can hold it."""
+    if config.row.placement == "block":
+        return "none"
+    if config.reads_vector:
+        return "vector"
+    if config.depends_on == TASK and config.reads_task and num_tasks > 1:
+        return "task"
+    return "all"
+
+
+__all__ = ["ExportScope", "export_scope"]

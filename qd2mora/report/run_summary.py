@@ -1,0 +1,111 @@
+"""A run on the screen: how it went, who routed where in few numbers, how alike experts are, what is wrong."""
+
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qd2mora.inspection.routing_report import BankReport, RouterReport
+from qd2mora.report.means import grouped, mean, written
+from qd2mora.report.run_contents import RunContents
+
+NUM_WORST = 5
+MOST_LOADS = 8
+
+
+def show_inspection(run: RunContents, page: Path, console: Console) -> None:
+    """Print the summary of a run, and where its page lies."""
+    _say(console, _headline(run))
+    routing = run.routing
+    if routing is None:
+        _say(console, "no routing report yet: the run has no finished adapter")
+    elif routing.note:
+        _say(console, routing.note)
+    else:
+        console.print(_by_linear(routing.routers))
+        console.print(_worst(routing.routers))
+    if routing is not None and routing.banks:
+        console.print(_banks(routing.banks))
+    if run.alarm:
+        _say(console, f"warning: {run.alarm}")
+    for name in run.damaged:
+        _say(console, f"warning: {name} is damaged and was left out")
+    _say(console, f"report       {page}")
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(Text(line), soft_wrap=True)
+
+
+def _headline(run: RunContents) -> str:
+    words = [f"{run.name}: {run.recipe.adapter.method} on {run.recipe.base.model}"]
+    if run.steps:
+        words.append(f"{run.steps[-1].step} steps")
+    losses = run.mean_losses()
+    if losses:
+        words.append(f"mean held-out loss {losses[0]:.4f} to {losses[-1]:.4f}")
+    return ", ".join(words)
+
+
+def _by_linear(routers: list[RouterReport]) -> Table:
+    """One row a kind of linear and role, means over layers."""
+    headings = ("entropy", "mean gate's", "in use", "most", "least", "dead", "info")
+    table = _table("routing, means over layers (most, least: of any layer)", "linear", "gate", *headings)
+    for (kind, role), group in grouped(routers, lambda each: (each.place.kind, each.place.role)).items():
+        measures = [each.measures for each in group]
+        table.add_row(
+            Text(kind),
+            role,
+            written(mean(each.entropy for each in measures)),
+            written(mean(each.entropy_of_mean for each in measures)),
+            f"{mean(each.effective_experts for each in measures):.2f}/{max(each.place.experts for each in group)}",
+            f"{max(each.measures.max_load / each.place.experts for each in group):.0%}",
+            f"{min(each.measures.min_load / each.place.experts for each in group):.1%}",
+            str(sum(len(each.dead) for each in measures)),
+            written(mean(each.mutual_information for each in measures)),
+        )
+    return table
+
+
+def _worst(routers: list[RouterReport]) -> Table:
+    """Those whose experts are used least evenly."""
+    table = _table("least even routers", "router", "gate", "in use", "load of each expert")
+    several = [router for router in routers if router.place.experts > 1]
+    for router in sorted(several, key=lambda each: each.evenness)[:NUM_WORST]:
+        place, measures = router.place, router.measures
+        if place.experts <= MOST_LOADS:
+            loads, more = measures.load, ""
+        else:
+            loads, more = sorted(measures.load, reverse=True)[:MOST_LOADS], " ..."
+        shown = " ".join(f"{share:.0%}" for share in loads) + more
+        in_use = f"{measures.effective_experts:.2f}/{place.experts}"
+        table.add_row(Text(place.module.removeprefix("model.layers.")), place.role, in_use, shown)
+    return table
+
+
+def _banks(banks: list[BankReport]) -> Table:
+    headings = ("|cos|", "overlap", "angle", "effective rank")
+    table = _table("likeness of experts, means over layers", "linear", "bank", *headings)
+    for (kind, bank), group in grouped(banks, lambda each: (each.place.kind, each.place.bank)).items():
+        measures = [each.measures for each in group]
+        table.add_row(
+            Text(kind),
+            bank,
+            written(mean(each.mean_cosine for each in measures)),
+            written(mean(each.mean_overlap for each in measures)),
+            written(mean(each.mean_angle for each in measures), ".0f"),
+            written(mean(each.effective_rank for each in measures), ".1f"),
+        )
+    return table
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE, padding=(0, 1, 0, 0))
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number < 2 else "right")
+    return table
+
+
+__all__ = ["show_inspection"]
