@@ -17,7 +17,7 @@ from bench_parts import context
 from peft import PeftModel
 
 from qd2mora.base import load_base, load_tokenizer
-from qd2mora.composition import compose
+from qd2mora.composition import ComposeOptions, compose
 from qd2mora.data import collate, prepare
 from qd2mora.recipe import Recipe, load_recipe
 
@@ -64,7 +64,7 @@ def main() -> None:
                 began = time.process_time()
                 text = ",".join(map(str, weights))
                 learn_on = None if steps is None else given.recipe
-                made = compose("cat", given.runs, out, weights=text, learn_on=learn_on, steps=steps)
+                made = compose("cat", given.runs, out, ComposeOptions(text, learn=learn_on, steps=steps))
                 key = name if steps is None else f"{name}, {steps} steps"
                 found[key] = held_out_loss(recipe, out) | {"cpu_seconds": time.process_time() - began}
                 found[key] |= {"said": made.words}

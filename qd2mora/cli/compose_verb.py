@@ -23,11 +23,11 @@ def compose(
     steps: Annotated[int | None, typer.Option(help="Of --learn; else 100.", min=0)] = None,
 ) -> None:
     """Make one adapter of several (cat, linear, lego), a smaller or a routed one (sub, upcycle), or extract a LoRA."""
+    from qd2mora.composition import ComposeOptions
     from qd2mora.composition import compose as run_composition
 
-    done = run_composition(
-        operation, inputs, out, weights=weights, rank=rank, experts=experts, learn_on=learn, steps=steps
-    )
+    options = ComposeOptions(weights, rank, experts, learn, steps)
+    done = run_composition(operation, inputs, out, options)
     typer.echo(f"{done.folder}: {done.words}")
 
 

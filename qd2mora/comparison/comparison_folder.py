@@ -6,7 +6,7 @@ and `compare.json` the outcome.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -26,22 +26,6 @@ class ComparisonFolder:
 
     path: Path
 
-    @property
-    def plan(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def split(self) -> Path:
-        return self.path / "split"
-
-    @property
-    def steps(self) -> Path:
-        return self.path / "steps.json"
-
-    @property
-    def outcome(self) -> Path:
-        return self.path / "compare.json"
-
     def run(self, arm: str, name: str) -> Path:
         """Return where a run of an arm lies: timing, of the sweep, or with a seed."""
         return self.path / "runs" / arm / name
@@ -52,10 +36,11 @@ class ComparisonFolder:
 
     def begin(self, plan: Mapping[str, object], overwrite: bool) -> bool:
         """Begin the folder, or see that it is of this comparison; tell whether it is new. Raises InputRefused."""
-        if overwrite and self.plan.is_file():
+        file = self.path / "plan.json"
+        if overwrite and file.is_file():
             shutil.rmtree(self.path)
-        if self.plan.is_file():
-            before = json.loads(self.plan.read_text(encoding="utf-8"))
+        if file.is_file():
+            before = json.loads(file.read_text(encoding="utf-8"))
             changed = [key for key, value in plan.items() if before[key] != json.loads(json.dumps(value))]
             if changed:
                 raise InputRefused(
@@ -65,21 +50,19 @@ class ComparisonFolder:
             return False
         refuse_taken(self.path, "--out")
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.plan, plan)
+        write_json(file, plan)
         return True
 
 
-def read_result(file: Path, kind: TypeAdapter[Result]) -> Result | None:
-    """Return what an earlier start found, None where it did not come so far."""
-    if not file.is_file():
-        return None
-    return kind.validate_json(file.read_bytes())
-
-
-def write_result(file: Path, content: object) -> None:
-    """Write what was found."""
+def found_once(file: Path, kind: type[Result], find: Callable[[], Result]) -> Result:
+    """Return what an earlier start found and wrote to `file`; else find it now, and write it."""
+    adapter = TypeAdapter(kind)
+    if file.is_file():
+        return adapter.validate_json(file.read_bytes())
+    found = find()
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, content)
+    write_json(file, adapter.dump_python(found))
+    return found
 
 
-__all__ = ["ComparisonFolder", "read_result", "write_result"]
+__all__ = ["ComparisonFolder", "found_once"]

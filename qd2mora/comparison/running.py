@@ -4,15 +4,15 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from pydantic import TypeAdapter
 from transformers import PreTrainedTokenizerBase
 
 from qd2mora.base import load_tokenizer
 from qd2mora.comparison.arm_scores import ArmScores, last_losses, score_best_export, score_trained
-from qd2mora.comparison.comparison_folder import ComparisonFolder, read_result, write_result
+from qd2mora.comparison.comparison_folder import ComparisonFolder, found_once
 from qd2mora.comparison.matched_arms import Arm, matched_arms
 from qd2mora.comparison.outcome import Comparison, SweptRate, outcome
 from qd2mora.comparison.settings import ComparisonSettings
@@ -30,9 +30,6 @@ from qd2mora.training import train
 SWEEP_SEED = 1000
 TIMING_STEPS = 4
 
-_SCORES = TypeAdapter(ArmScores)
-_LOSSES = TypeAdapter(dict[str, dict[str, float]])
-
 
 @dataclass(frozen=True)
 class Trials:
@@ -43,6 +40,14 @@ class Trials:
     folder: ComparisonFolder
     say: Callable[[str], None]
     num_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class TimedSteps:
+    """How many steps fit the time, from how long one takes each arm."""
+
+    steps: int
+    seconds_a_step: dict[str, float]
 
 
 def compare(
@@ -73,9 +78,11 @@ def compare(
     for seed in range(settings.seeds):
         for arm in arms:
             say(f"{arm.name}, seed {seed}, rate {rates[arm.name].rate:g}")
-            results.setdefault(arm.name, []).append(_scored(trials, arm, seed, rates[arm.name].rate))
+            file = trials.folder.result(arm.name, f"seed-{seed}")
+            scores = found_once(file, ArmScores, partial(_scored, trials, arm, seed, rates[arm.name].rate))
+            results.setdefault(arm.name, []).append(scores)
     found = outcome(recipe, arms, rates, results, trials.num_steps)
-    write_json(trials.folder.outcome, found.to_json())
+    write_json(out / "compare.json", found.to_json())
     return found
 
 
@@ -94,7 +101,7 @@ def _begin(
     is_new = folder.begin(plan, overwrite)
     try:
         prepare(recipe.data, tokenizer, recipe.train.seed)  # names a bad row by the file it is in, not by the split's
-        learning = split_tasks(recipe, folder.split, settings.choose_rows, has_test=settings.suite is None)
+        learning = split_tasks(recipe, folder.path / "split", settings.choose_rows, has_test=settings.suite is None)
     except InputRefused:
         if is_new:  # what was refused is not begun: other settings may take the folder
             shutil.rmtree(folder.path)
@@ -130,22 +137,20 @@ def _suite_exam(settings: ComparisonSettings) -> Exam:
 
 def _steps(trials: Trials, arms: list[Arm]) -> int | None:
     """Return the steps of every run: the recipe's (None: by its epochs), or what fits the minutes."""
-    settings = trials.settings
-    if settings.minutes is None:
+    if trials.settings.minutes is None:
         return trials.recipe.train.steps
-    file = trials.folder.steps
-    if not file.is_file():
-        seconds = {arm.name: _seconds_of_a_step(trials, arm) for arm in arms}
-        num_runs = settings.seeds
-        if len(settings.rates) > 1:
-            num_runs += len(settings.rates)
-        num_steps = int(settings.minutes * 60 / (sum(seconds.values()) * num_runs))
-        if num_steps < 2:
-            raise InputRefused(
-                f"--minutes: {settings.minutes:g} are too few for {len(arms)} arms; more, or fewer seeds"
-            )
-        write_json(file, {"steps": num_steps, "seconds_a_step": seconds})
-    return int(json.loads(file.read_text(encoding="utf-8"))["steps"])
+    return found_once(trials.folder.path / "steps.json", TimedSteps, lambda: _timed_steps(trials, arms)).steps
+
+
+def _timed_steps(trials: Trials, arms: list[Arm]) -> TimedSteps:
+    minutes, num_runs = trials.settings.minutes or 0.0, trials.settings.seeds
+    if len(trials.settings.rates) > 1:
+        num_runs += len(trials.settings.rates)
+    seconds = {arm.name: _seconds_of_a_step(trials, arm) for arm in arms}
+    num_steps = int(minutes * 60 / (sum(seconds.values()) * num_runs))
+    if num_steps < 2:
+        raise InputRefused(f"--minutes: {minutes:g} are too few for {len(arms)} arms; more, or fewer seeds")
+    return TimedSteps(num_steps, seconds)
 
 
 def _seconds_of_a_step(trials: Trials, arm: Arm) -> float:
@@ -164,7 +169,9 @@ def _best_rate(trials: Trials, arm: Arm) -> SweptRate:
         return SweptRate(rates[0], {}, False)
     losses = {}
     for rate in rates:
-        by_task = _swept(trials, arm, rate)
+        file = trials.folder.result(arm.name, f"sweep-{rate:g}")
+        by_task = found_once(file, dict[str, dict[str, float]], partial(_swept, trials, arm, rate))["losses"]
+        shutil.rmtree(trials.folder.run(arm.name, f"sweep-{rate:g}"), ignore_errors=True)
         losses[f"{rate:g}"] = sum(by_task.values()) / len(by_task)
     best = min(losses, key=lambda name: losses[name])
     at_edge = float(best) in (min(rates), max(rates))
@@ -175,38 +182,27 @@ def _best_rate(trials: Trials, arm: Arm) -> SweptRate:
     return SweptRate(float(best), losses, at_edge)
 
 
-def _swept(trials: Trials, arm: Arm, rate: float) -> dict[str, float]:
-    """Train an arm at a rate of the sweep; return its losses on the rows to choose by."""
-    name = f"sweep-{rate:g}"
-    file, folder = trials.folder.result(arm.name, name), trials.folder.run(arm.name, name)
-    known = read_result(file, _LOSSES)
-    if known is not None:
-        return known["losses"]
+def _swept(trials: Trials, arm: Arm, rate: float) -> dict[str, dict[str, float]]:
+    """Train an arm at a rate of the sweep; return its `losses` by task on the rows to choose by."""
     trials.say(f"{arm.name}: trying rate {rate:g}")
+    folder = trials.folder.run(arm.name, f"sweep-{rate:g}")
     shorter = replace(trials, num_steps=trials.settings.sweep_steps or trials.num_steps)
     _train_through(_recipe_of(shorter, arm, SWEEP_SEED, rate, folder))
-    losses = last_losses(folder)
-    write_result(file, {"losses": losses})
-    shutil.rmtree(folder)
-    return losses
+    return {"losses": last_losses(folder)}
 
 
 def _scored(trials: Trials, arm: Arm, seed: int, rate: float) -> ArmScores:
     """Train an arm with a seed and score it on the test rows, as trained and as its best static export."""
-    file, folder = trials.folder.result(arm.name, f"seed-{seed}"), trials.folder.run(arm.name, f"seed-{seed}")
-    known = read_result(file, _SCORES)
-    if known is not None:
-        return known
+    folder = trials.folder.run(arm.name, f"seed-{seed}")
     trained = _recipe_of(trials, arm, seed, rate, folder)
     _train_through(trained)
     exam = _suite_exam(trials.settings)
     if exam.suite is None:
         whole = trained.model_copy(update={"data": trials.recipe.data})
-        exam = replace(exam, recipe=testing(whole, trials.folder.split))
+        exam = replace(exam, recipe=testing(whole, trials.folder.path / "split"))
     scores = ArmScores(rate, seed, score_trained(folder, exam))
     if trials.settings.export:
         scores = replace(scores, export=score_best_export(folder, exam, trials.settings.strategies))
-    write_result(file, asdict(scores))
     return scores
 
 

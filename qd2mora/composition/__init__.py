@@ -6,16 +6,15 @@ LoRA).
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from qd2mora.composition import cat, lego, linear, sub
+from qd2mora.composition import cat, lego, linear, sub_moe
 from qd2mora.composition.extract import extract
-from qd2mora.composition.inputs import PREFIX, base_of, read_loras, read_mixture, read_weights, trained_on
+from qd2mora.composition.inputs import PREFIX, Settings, base_of, read_loras, read_mixture, read_weights, trained_on
 from qd2mora.composition.learned import learn
 from qd2mora.composition.upcycle import upcycle
 from qd2mora.disk.durable import save_pretrained
@@ -24,16 +23,26 @@ from qd2mora.errors import InputRefused, nearest
 from qd2mora.merging.lora import write_lora
 from qd2mora.merging.shards import File, entry, write_tensors
 from qd2mora.mixture import MixtureConfig
-from qd2mora.mixture.given import GivenLora
 from qd2mora.mixture.low_rank import LowRank
 from qd2mora.recipe import load_recipe
 from qd2mora.run_folder import is_run, refuse_taken, staged_folder
 
-OPERATIONS = {"cat": "weights learn steps", "linear": "weights", "lego": "weights rank", "sub": "experts rank"}
-OPERATIONS |= {"upcycle": "experts", "extract": "rank"}
-"""What each operation takes beside its inputs."""
 STEPS = 100
-NEEDED = {("lego", "rank"), ("upcycle", "experts"), ("extract", "rank")}
+"""Of `learn`, where none are given."""
+
+
+@dataclass(frozen=True)
+class ComposeOptions:
+    """What operations take beside their inputs.
+
+    learn: a recipe, or a run, on whose base and rows the weights of cat are learned, from `weights` on, in `steps`.
+    """
+
+    weights: str | None = None
+    rank: int | None = None
+    experts: int | None = None
+    learn: str | Path | None = None
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,97 +53,137 @@ class Composed:
     words: str
 
 
-def compose(
-    operation: str,
-    inputs: Sequence[str],
-    out: str | Path,
-    *,
-    weights: str | None = None,
-    rank: int | None = None,
-    experts: int | None = None,
-    learn_on: str | Path | None = None,
-    steps: int | None = None,
-) -> Composed:
-    """Make one adapter of `inputs` in the new folder `out`, which appears whole or not at all.
+@dataclass(frozen=True)
+class Operation:
+    """One way to make an adapter: `make` writes it into a folder and says in words what it is.
 
-    `learn_on`: a recipe, or a run, on whose base and rows the weights of cat are learned, from `weights` on, in
-    `steps`.
+    takes, needs: names of options; inputs: what it takes, where that is not any number of adapters.
+    """
+
+    make: Callable[[Sequence[str], ComposeOptions, Path], str]
+    takes: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    num_inputs: int | None = None
+    inputs: str = "one adapter"
+
+
+def compose(operation: str, inputs: Sequence[str], out: str | Path, options: ComposeOptions | None = None) -> Composed:
+    """Make one adapter of `inputs` in the new folder `out`, which appears whole or not at all.
 
     Raises InputRefused, DamagedFile, NotFinite.
     """
-    settings = {"weights": weights, "rank": rank, "experts": experts, "learn": learn_on, "steps": steps}
-    _check(operation, inputs, settings)
+    options = options or ComposeOptions()
+    _check(operation, inputs, options)
     refuse_taken(Path(out), "--out")
-    if operation == "extract":
-        assert rank is not None
-        found = extract(inputs[0], inputs[1], rank)
-        words = f"rank {rank} holds {found.energy:.1%} of the difference of {len(found.updates)} linears"
-        words += f"; not in it: {', '.join(found.left_out)}" if found.left_out else ""
-        with staged_folder(Path(out)) as stage:
-            _seal(stage, write_lora(found.updates, inputs[1], None, stage), None)
-        return Composed(Path(out), words)
-    base = base_of(inputs)
-    if operation == "sub":
-        return _sub(inputs[0], Path(out), experts, rank)
-    loras = read_loras(inputs)
-    if operation == "upcycle":
-        assert experts is not None
-        config, tensors = upcycle(loras[0], experts)
-        write_mixture(config, tensors, base, Path(out), trained_on(inputs))
-        return Composed(Path(out), f"{config.method}: {experts} experts of rank {config.rank}, the same function")
-    given, words = read_weights(weights, len(loras)), ""
-    if operation == "lego":
-        assert rank is not None
-        made = lego.compose(loras, given, rank)
-    elif learn_on is not None:
-        made, words = _learned(loras, given, base, Path(learn_on), STEPS if steps is None else steps)
-    else:
-        made = {"cat": cat, "linear": linear}[operation].compose(loras, given)
     with staged_folder(Path(out)) as stage:
-        _seal(stage, write_lora(made, base, None, stage), trained_on(inputs))
-    return Composed(Path(out), f"{len(loras)} LoRAs, rank {max(each.rank for each in made.values())}{words}")
+        words = OPERATIONS[operation].make(inputs, options, stage)
+    return Composed(Path(out), words)
 
 
-def _learned(
-    loras: Sequence[GivenLora], given: Sequence[float], base: str, where: Path, steps: int
-) -> tuple[dict[str, LowRank], str]:
-    """Return CAT with weights learned on the rows of a recipe, or of a run's, and what that was worth."""
+def _cat(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
+    base, loras = base_of(inputs), read_loras(inputs)
+    given = read_weights(options.weights, len(loras))
+    if options.learn is None:
+        return _write_sum(cat.compose(loras, given), inputs, stage)
+    where, steps = Path(options.learn), STEPS if options.steps is None else options.steps
     recipe = load_recipe(where / "recipe.yaml" if is_run(where) else where)
     found = learn(loras, given, base, recipe, steps)
-    words = f"; on {found.rows} calibration rows loss {found.loss_given:.4f} -> {found.loss:.4f}"
-    return cat.compose(loras, found.weights), words
+    words = _write_sum(cat.compose(loras, found.weights), inputs, stage)
+    return f"{words}; on {found.rows} calibration rows loss {found.loss_given:.4f} -> {found.loss:.4f}"
 
 
-def _sub(folder: str, out: Path, experts: int | None, rank: int | None) -> Composed:
+def _linear(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
+    base_of(inputs)
+    loras = read_loras(inputs)
+    return _write_sum(linear.compose(loras, read_weights(options.weights, len(loras))), inputs, stage)
+
+
+def _lego(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
+    assert options.rank is not None
+    base_of(inputs)
+    loras = read_loras(inputs)
+    return _write_sum(lego.compose(loras, read_weights(options.weights, len(loras)), options.rank), inputs, stage)
+
+
+def _write_sum(made: dict[str, LowRank], inputs: Sequence[str], stage: Path) -> str:
+    _seal(stage, write_lora(made, base_of(inputs), None, stage), trained_on(inputs))
+    return f"{len(inputs)} LoRAs, rank {max(each.rank for each in made.values())}"
+
+
+def _extract(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
+    assert options.rank is not None
+    tuned, base = inputs
+    found = extract(tuned, base, options.rank)
+    _seal(stage, write_lora(found.updates, base, None, stage), None)
+    words = f"rank {options.rank} holds {found.energy:.1%} of the difference of {len(found.updates)} linears"
+    if found.left_out:
+        words += f"; not in it: {', '.join(found.left_out)}"
+    return words
+
+
+def _upcycle(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
+    assert options.experts is not None
+    base, (lora,) = base_of(inputs), read_loras(inputs)
+    config, tensors = upcycle(lora, options.experts)
+    write_mixture(config, tensors, base, stage, trained_on(inputs))
+    return f"{config.method}: {options.experts} experts of rank {config.rank}, the same function"
+
+
+def _sub(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
+    base, (folder,) = base_of(inputs), inputs
     config, linears = read_mixture(folder)
     assert config.rank is not None
-    experts, rank = experts or config.num_down, rank or config.rank
-    sub.refuse_unfit(config, experts, rank)
+    experts, rank = options.experts or config.num_down, options.rank or config.rank
+    sub_moe.refuse_unfit(config, experts, rank)
     tensors = {
         f"{name}.{kind}": tensor
         for name, each in linears.items()
-        for kind, tensor in sub.compress(each, experts, rank).items()
+        for kind, tensor in sub_moe.compress(each, experts, rank).items()
     }
-    made = sub.compressed_config(config, experts, rank)
-    write_mixture(made, tensors, base_of([folder]), out, trained_on([folder]))
-    return Composed(out, f"{config.num_down} experts of rank {config.rank} became {experts} of rank {rank}")
+    write_mixture(sub_moe.compressed_config(config, experts, rank), tensors, base, stage, trained_on(inputs))
+    return f"{config.num_down} experts of rank {config.rank} became {experts} of rank {rank}"
+
+
+OPERATIONS = {
+    "cat": Operation(_cat, ("weights", "learn", "steps")),
+    "linear": Operation(_linear, ("weights",)),
+    "lego": Operation(_lego, ("weights", "rank"), needs=("rank",)),
+    "sub": Operation(_sub, ("experts", "rank"), num_inputs=1),
+    "upcycle": Operation(_upcycle, ("experts",), needs=("experts",), num_inputs=1),
+    "extract": Operation(_extract, ("rank",), ("rank",), 2, "the tuned model and its base"),
+}
+
+
+def _check(name: str, inputs: Sequence[str], options: ComposeOptions) -> None:
+    if name not in OPERATIONS:
+        raise InputRefused(f"compose: unknown '{name}'; {nearest(name, OPERATIONS)}")
+    operation = OPERATIONS[name]
+    for key in (field.name for field in fields(options)):
+        is_given = getattr(options, key) is not None
+        if is_given and key not in operation.takes:
+            raise InputRefused(f"--{key}: {name} takes none; it takes {' and '.join(operation.takes)}")
+        if not is_given and key in operation.needs:
+            raise InputRefused(f"--{key}: {name} needs it, a whole number")
+    if options.steps is not None and options.learn is None:
+        raise InputRefused("--steps: nothing learns; name a recipe with --learn")
+    if operation.num_inputs is not None and len(inputs) != operation.num_inputs:
+        raise InputRefused(f"compose {name} takes {operation.inputs}, {len(inputs)} given")
 
 
 def write_mixture(
-    config: MixtureConfig, tensors: Mapping[str, Tensor], base: str, out: Path, settings: dict[str, Any] | None = None
+    config: MixtureConfig, tensors: Mapping[str, Tensor], base: str, folder: Path, settings: Settings | None
 ) -> None:
     """Write an adapter of this package, which loads with `import qd2mora; PeftModel.from_pretrained`.
 
     `settings`: the base with its quantisation, where it is known.
     """
     config.base_model_name_or_path, config.inference_mode = base, True
-    with staged_folder(out) as stage:
-        save_pretrained(config, stage)
-        entries = [entry(PREFIX + name, tensor.contiguous()) for name, tensor in tensors.items()]
-        _seal(stage, [write_tensors(stage / "adapter_model.safetensors", entries)], settings)
+    save_pretrained(config, folder)
+    entries = [entry(PREFIX + name, tensor.contiguous()) for name, tensor in tensors.items()]
+    _seal(folder, [write_tensors(folder / "adapter_model.safetensors", entries)], settings)
 
 
-def _seal(folder: Path, files: list[File], settings: dict[str, Any] | None) -> None:
+def _seal(folder: Path, files: list[File], settings: Settings | None) -> None:
     """Write the manifest; with the base that was trained on, `generate` loads it quantised as it was."""
     known = {file.name: (file.num_bytes, file.sha256) for file in files}
     for path in folder.iterdir():
@@ -144,21 +193,4 @@ def _seal(folder: Path, files: list[File], settings: dict[str, Any] | None) -> N
     seal_folder(folder, known, {"kind": "composed"} | ({"base": settings} if settings else {}))
 
 
-def _check(operation: str, inputs: Sequence[str], settings: Mapping[str, object]) -> None:
-    if operation not in OPERATIONS:
-        raise InputRefused(f"compose: unknown '{operation}'; {nearest(operation, OPERATIONS)}")
-    takes = OPERATIONS[operation].split()
-    for key, value in settings.items():
-        if value is not None and key not in takes:
-            raise InputRefused(f"--{key}: {operation} takes none; it takes {' and '.join(takes)}")
-        if value is None and (operation, key) in NEEDED:
-            raise InputRefused(f"--{key}: {operation} needs it, a whole number")
-    if settings["steps"] is not None and settings["learn"] is None:
-        raise InputRefused("--steps: nothing learns; name a recipe with --learn")
-    wanted = {"sub": 1, "upcycle": 1, "extract": 2}.get(operation)
-    if wanted is not None and len(inputs) != wanted:
-        what = "the tuned model and its base" if operation == "extract" else "one adapter"
-        raise InputRefused(f"compose {operation} takes {what}, {len(inputs)} given")
-
-
-__all__ = ["OPERATIONS", "Composed", "compose", "write_mixture"]
+__all__ = ["OPERATIONS", "ComposeOptions", "Composed", "compose", "write_mixture"]

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -17,6 +16,9 @@ from qd2mora.mixture.given import GivenLora, read_given
 from qd2mora.run_folder import is_run, read_recipe
 
 PREFIX = "base_model.model."
+
+Settings = dict[str, object]
+"""A base with its quantisation, as a recipe's section names them."""
 
 
 def all_linears(loras: Sequence[GivenLora]) -> list[str]:
@@ -45,13 +47,13 @@ def base_of(folders: Sequence[str]) -> str:
     return names[0]
 
 
-def trained_on(folders: Sequence[str]) -> dict[str, Any] | None:
+def trained_on(folders: Sequence[str]) -> Settings | None:
     """Return the base, with its quantisation, that runs and exports say they are for; None where they do not agree."""
     found = [_trained_on(Path(folder)) for folder in folders]
     return found[0] if all(each == found[0] for each in found) else None
 
 
-def _trained_on(folder: Path) -> dict[str, Any] | None:
+def _trained_on(folder: Path) -> Settings | None:
     if is_run(folder):
         return read_recipe(folder).base.model_dump()
     if (folder / MANIFEST).is_file():
@@ -102,6 +104,7 @@ def read_weights(text: str | None, number: int) -> list[float]:
 
 __all__ = [
     "PREFIX",
+    "Settings",
     "adapter_folder",
     "all_linears",
     "base_of",

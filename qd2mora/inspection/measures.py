@@ -10,6 +10,7 @@ Shapes: K tasks, E experts.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -104,8 +105,25 @@ def mutual_information(shares_KE: Tensor) -> float:
     return max(0.0, float(whole - torch.special.entr(shares).sum(-1).mean()))
 
 
+def mean_of_known(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are there, None where none is."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return sum(known) / len(known)
+
+
 def _known(values: Tensor, is_known: list[bool]) -> list[list[float] | None]:
     return [row if known else None for row, known in zip(values.tolist(), is_known, strict=True)]
 
 
-__all__ = ["COLLAPSED", "DEAD", "RouterMeasures", "measure", "mutual_information", "token_sums", "width"]
+__all__ = [
+    "COLLAPSED",
+    "DEAD",
+    "RouterMeasures",
+    "mean_of_known",
+    "measure",
+    "mutual_information",
+    "token_sums",
+    "width",
+]

@@ -1,7 +1,6 @@
 """What `routing.json` holds: every router and every bank of experts, their means, and a picture of the experts."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from pydantic import TypeAdapter
@@ -19,11 +18,8 @@ Summary = dict[str, int | float | None]
 
 
 @dataclass(frozen=True)
-class RouterPlace:
-    """Where a router stands, what it gates, and whether it has collapsed.
-
-    at_once: the experts that a token uses at least, None where it uses all.
-    """
+class RouterReport:
+    """A router, what it did, and whether it has collapsed; `at_once`: experts a token uses at least, None for all."""
 
     module: str
     layer: int
@@ -32,37 +28,23 @@ class RouterPlace:
     experts: int
     at_once: int | None
     collapsed: bool
-
-
-@dataclass(frozen=True)
-class RouterReport:
-    """A router and what it did."""
-
-    place: RouterPlace
     measures: RouterMeasures
 
     @property
     def evenness(self) -> float:
         """Share of its experts that are in use, 1 where all are alike."""
-        return self.measures.effective_experts / self.place.experts
+        return self.measures.effective_experts / self.experts
 
 
 @dataclass(frozen=True)
-class BankPlace:
-    """Where a bank of experts stands; `bank` is down or up."""
+class BankReport:
+    """A bank of experts, down or up, and how alike they are."""
 
     module: str
     layer: int
     kind: str
     bank: str
     experts: int
-
-
-@dataclass(frozen=True)
-class BankReport:
-    """A bank and how alike its experts are."""
-
-    place: BankPlace
     measures: BankMeasures
 
 
@@ -105,10 +87,11 @@ class RoutingReport:
     projection: list[Projection]
 
     def to_json(self) -> dict[str, object]:
-        """Return the content of `routing.json`: a router's or a bank's place and measures are one object there."""
-        content: dict[str, object] = {"version": VERSION} | asdict(self)
-        content["routers"] = [asdict(each.place) | asdict(each.measures) for each in self.routers]
-        content["banks"] = [asdict(each.place) | asdict(each.measures) for each in self.banks]
+        """Return the content of `routing.json`, where measures stand beside the names of what they are of."""
+        content = {"version": VERSION} | asdict(self)
+        for part in ("routers", "banks"):
+            for each in content[part]:
+                each.update(each.pop("measures"))
         return content
 
 
@@ -124,7 +107,10 @@ def read_routing(folder: RunFolder) -> RoutingReport | None:
     try:
         content = json.loads(folder.routing.read_text(encoding="utf-8"))
         if content["version"] == VERSION:
-            return _parsed(content)
+            for part in ("routers", "banks"):
+                # A type takes the fields that are its own and leaves the others.
+                content[part] = [each | {"measures": each} for each in content[part]]
+            return TypeAdapter(RoutingReport).validate_python(content)
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedFile(
             f"{folder.routing} is not a routing report; `qd2mora inspect --again` writes it anew"
@@ -132,26 +118,10 @@ def read_routing(folder: RunFolder) -> RoutingReport | None:
     raise DamagedFile(f"{folder.routing} is of another version; `qd2mora inspect --again` writes it anew")
 
 
-def _parsed(content: Mapping[str, list[object]]) -> RoutingReport:
-    """Check every part of a report against its type. Raises ValueError."""
-    router_place, router_measures = TypeAdapter(RouterPlace), TypeAdapter(RouterMeasures)
-    bank_place, bank_measures = TypeAdapter(BankPlace), TypeAdapter(BankMeasures)
-    routers = [
-        RouterReport(router_place.validate_python(each), router_measures.validate_python(each))
-        for each in content["routers"]
-    ]
-    banks = [
-        BankReport(bank_place.validate_python(each), bank_measures.validate_python(each)) for each in content["banks"]
-    ]
-    return TypeAdapter(RoutingReport).validate_python({**content, "routers": routers, "banks": banks})
-
-
 __all__ = [
-    "BankPlace",
     "BankReport",
     "ExpertPoint",
     "Projection",
-    "RouterPlace",
     "RouterReport",
     "RoutingReport",
     "Summary",

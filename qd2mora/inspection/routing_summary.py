@@ -1,19 +1,17 @@
 """What was watched, summed up: means for `metrics.jsonl`, and the whole report of an adapter's routers and experts."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from qd2mora.inspection.alarm import Measured, collapse_line, collapsed
 from qd2mora.inspection.counting import RouterSums, RoutingWatch
 from qd2mora.inspection.experts import measure_bank, project
-from qd2mora.inspection.measures import RouterMeasures
+from qd2mora.inspection.measures import RouterMeasures, mean_of_known
 from qd2mora.inspection.routing_report import (
-    BankPlace,
     BankReport,
     ExpertPoint,
     Projection,
-    RouterPlace,
     RouterReport,
     RoutingReport,
     Summary,
@@ -39,12 +37,12 @@ def summary(found: Measured, model: nn.Module) -> Summary:
     each = [measures for _, measures in choosing]
     return {
         "routers": len(found),
-        "entropy": _mean(measures.entropy for measures in each),
-        "entropy_of_mean": _mean(measures.entropy_of_mean for measures in each),
+        "entropy": mean_of_known(measures.entropy for measures in each),
+        "entropy_of_mean": mean_of_known(measures.entropy_of_mean for measures in each),
         "max_load": max((measures.max_load for measures in each), default=None),
         "min_load": min((measures.min_load for measures in each), default=None),
         "dead_experts": sum(len(measures.dead) for measures in each),
-        "mutual_information": _mean(measures.mutual_information for measures in each),
+        "mutual_information": mean_of_known(measures.mutual_information for measures in each),
         **mean_cosines(model),
         "collapsed": len(collapsed(found)),
     }
@@ -85,14 +83,14 @@ def routing_report(
         alarm=collapse_line(found),
         summary=summary(found, model) if found else mean_cosines(model, watch.adapter),
         pairs=num_pairs(model, watch.adapter),
-        routers=[RouterReport(_place_of(router, measures), measures) for router, measures in found],
+        routers=[_router_report(router, measures) for router, measures in found],
         banks=_banks(layers, watch.adapter),
         projection=_projection(layers, watch.adapter),
     )
 
 
-def _place_of(router: RouterSums, measures: RouterMeasures) -> RouterPlace:
-    return RouterPlace(
+def _router_report(router: RouterSums, measures: RouterMeasures) -> RouterReport:
+    return RouterReport(
         module=router.module,
         layer=router.layer,
         kind=router.kind,
@@ -100,6 +98,7 @@ def _place_of(router: RouterSums, measures: RouterMeasures) -> RouterPlace:
         experts=router.num_experts,
         at_once=router.at_once if router.is_sparse else None,
         collapsed=router.is_collapsed(measures),
+        measures=measures,
     )
 
 
@@ -109,8 +108,8 @@ def _banks(layers: dict[str, MixtureLinear], adapter: str) -> list[BankReport]:
         place = layer.mixture_spec[adapter].place
         for bank, rows, ranks in _rows_of(layer, adapter):
             if len(ranks) > 1:
-                where = BankPlace(name, place.layer, place.kind, bank, len(ranks))
-                found.append(BankReport(where, measure_bank(rows, ranks)))
+                measures = measure_bank(rows, ranks)
+                found.append(BankReport(name, place.layer, place.kind, bank, len(ranks), measures))
     return found
 
 
@@ -151,11 +150,6 @@ def _projection(layers: dict[str, MixtureLinear], adapter: str) -> list[Projecti
         if points:
             pictures.append(Projection(kind, bank, explained, points))
     return pictures
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
 
 
 __all__ = ["NO_ROUTERS", "mean_cosines", "measured", "num_pairs", "routing_report", "summary"]

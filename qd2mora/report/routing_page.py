@@ -3,11 +3,12 @@
 from collections.abc import Iterable
 
 from qd2mora.inspection import RoutingReport
+from qd2mora.inspection.measures import mean_of_known
 from qd2mora.inspection.routing_report import BankReport, RouterReport
 from qd2mora.report.chart import Chart, KeyEntry, key_html
 from qd2mora.report.curves import Series, line_chart
+from qd2mora.report.groups import grouped, written
 from qd2mora.report.maps import Dot, Usage, scatter, usage_key, usage_map
-from qd2mora.report.means import grouped, mean, written
 from qd2mora.report.page import card, escape, folded, grid, paragraph, table
 from qd2mora.report.run_contents import RunContents
 
@@ -53,19 +54,18 @@ def experts_section(run: RunContents) -> str:
 
 def map_of(routing: RoutingReport, routers: list[RouterReport]) -> Chart:
     """Return the heat map of routers of one kind and role, one a layer, over the first tasks."""
-    place = routers[0].place
     usage = Usage(
-        [router.place.layer for router in routers],
+        [router.layer for router in routers],
         routing.tasks[:MOST_TASKS],
         [router.measures.usage[:MOST_TASKS] for router in routers],
     )
-    return usage_map(f"{place.kind}, {ROLES[place.role]}", usage)
+    return usage_map(f"{routers[0].kind}, {ROLES[routers[0].role]}", usage)
 
 
 def mapped_groups(routing: RoutingReport) -> list[list[RouterReport]]:
     """Return the routers that share a heat map: of one kind, role and number of experts, if few enough to tell."""
-    groups = grouped(routing.routers, lambda each: (each.place.kind, each.place.role, each.place.experts))
-    return [routers for routers in groups.values() if 1 < routers[0].place.experts <= MOST_MAP_EXPERTS]
+    groups = grouped(routing.routers, lambda each: (each.kind, each.role, each.experts))
+    return [routers for routers in groups.values() if 1 < routers[0].experts <= MOST_MAP_EXPERTS]
 
 
 def likeness_lines(run: RunContents) -> list[Series]:
@@ -80,7 +80,7 @@ def entropy_chart(routers: list[RouterReport], role: str) -> Chart:
     lines = [
         Series(
             kind,
-            [(each.place.layer, each.measures.entropy) for each in group if each.measures.entropy is not None],
+            [(each.layer, each.measures.entropy) for each in group if each.measures.entropy is not None],
             number,
             has_dots=True,
         )
@@ -94,7 +94,7 @@ def _information_chart(routers: list[RouterReport], role: str) -> Chart:
     lines = [
         Series(
             kind,
-            [(each.place.layer, each.measures.mutual_information_of_weights) for each in group],
+            [(each.layer, each.measures.mutual_information_of_weights) for each in group],
             number,
             has_dots=True,
         )
@@ -105,8 +105,8 @@ def _information_chart(routers: list[RouterReport], role: str) -> Chart:
 
 def _choosing(routers: list[RouterReport], role: str) -> dict[str, list[RouterReport]]:
     """Return the routers of a role that have several experts, by kind of linear."""
-    chosen = [router for router in routers if router.place.role == role and router.place.experts > 1]
-    return grouped(chosen, lambda each: each.place.kind)
+    chosen = [router for router in routers if router.role == role and router.experts > 1]
+    return grouped(chosen, lambda each: each.kind)
 
 
 def _seen(routing: RoutingReport) -> str:
@@ -124,7 +124,7 @@ def _seen(routing: RoutingReport) -> str:
 def _maps(routing: RoutingReport) -> Iterable[str]:
     for routers in mapped_groups(routing):
         dead = sum(len(router.measures.dead) for router in routers)
-        fallen = sum(router.place.collapsed for router in routers)
+        fallen = sum(router.collapsed for router in routers)
         notes = []
         if dead:
             notes.append(f"{dead} dead experts")
@@ -137,7 +137,7 @@ def _maps(routing: RoutingReport) -> Iterable[str]:
 
 
 def _by_layer(routers: list[RouterReport]) -> Iterable[str]:
-    for role in dict.fromkeys(router.place.role for router in routers):
+    for role in dict.fromkeys(router.role for router in routers):
         if _choosing(routers, role):
             entropy, information = entropy_chart(routers, role), _information_chart(routers, role)
             yield card(entropy.title, entropy.html(), ENTROPY_NOTE)
@@ -153,18 +153,18 @@ def _router_table(routers: list[RouterReport]) -> str:
 
 
 def _router_row(router: RouterReport) -> list[str]:
-    place, measures = router.place, router.measures
+    measures = router.measures
     dead = escape(", ".join(map(str, measures.dead)) or "none")
-    if place.collapsed:
+    if router.collapsed:
         dead += " collapsed"
     return [
-        escape(place.module.removeprefix("model.layers.")),
-        escape(place.role),
+        escape(router.module.removeprefix("model.layers.")),
+        escape(router.role),
         written(measures.entropy),
         written(measures.entropy_of_mean),
-        f"{measures.effective_experts:.2f} <small>of {place.experts}</small>",
-        f"{measures.max_load / place.experts:.1%}",
-        f"{measures.min_load / place.experts:.1%}",
+        f"{measures.effective_experts:.2f} <small>of {router.experts}</small>",
+        f"{measures.max_load / router.experts:.1%}",
+        f"{measures.min_load / router.experts:.1%}",
         dead,
         written(measures.mutual_information),
         written(measures.mutual_information_of_weights),
@@ -182,17 +182,17 @@ def _likeness_over_time(run: RunContents) -> Iterable[str]:
 
 def _bank_card(banks: list[BankReport]) -> str:
     rows = []
-    for (kind, bank), group in grouped(banks, lambda each: (each.place.kind, each.place.bank)).items():
+    for (kind, bank), group in grouped(banks, lambda each: (each.kind, each.bank)).items():
         measures = [each.measures for each in group]
-        angle = mean(each.mean_angle for each in measures)
+        angle = mean_of_known(each.mean_angle for each in measures)
         rows.append(
             [
                 escape(kind),
                 SHORT_BANKS[bank],
-                written(mean(each.mean_cosine for each in measures)),
-                written(mean(each.mean_overlap for each in measures)),
+                written(mean_of_known(each.mean_cosine for each in measures)),
+                written(mean_of_known(each.mean_overlap for each in measures)),
                 "" if angle is None else f"{angle:.0f}\N{DEGREE SIGN}",
-                written(mean(each.effective_rank for each in measures), ".1f"),
+                written(mean_of_known(each.effective_rank for each in measures), ".1f"),
             ]
         )
     note = (

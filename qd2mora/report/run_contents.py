@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 from qd2mora.evaluation.samples import Sample
 from qd2mora.inspection import RoutingReport, read_routing
+from qd2mora.memory.reasons import Choice
 from qd2mora.recipe import Recipe
 from qd2mora.run_folder import RunFolder, read_recipe
 
@@ -31,10 +32,6 @@ class LoggedStep:
     penalty_down: float | None = None
     penalty_up: float | None = None
 
-    def penalty(self, bank: str) -> float | None:
-        """Return the half of the diversity penalty that is about one bank, down or up."""
-        return {"down": self.penalty_down, "up": self.penalty_up}[bank]
-
 
 @dataclass(frozen=True)
 class LoggedEvaluation:
@@ -47,21 +44,13 @@ class LoggedEvaluation:
 
 
 @dataclass(frozen=True)
-class PlannedChoice:
-    """What the planner chose, and why."""
-
-    value: object
-    reason: str
-
-
-@dataclass(frozen=True)
 class PlannedMemory:
     """The plan in a run's manifest, in bytes."""
 
     items: dict[str, int] = field(default_factory=dict)
     peak_bytes: int = 0
     trainable_parameters: int | None = None
-    choices: dict[str, PlannedChoice] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,22 +81,18 @@ class TaskScore:
 
 
 @dataclass(frozen=True)
-class LostOutput:
-    """Share of the adapter's output in a linear that no static weights of an export give."""
-
-    unexplained: float
-
-
-@dataclass(frozen=True)
 class ExportReport:
-    """What an export keeps: losses by name, the share of the gain, nats a token away from the routed adapter."""
+    """What an export keeps: losses by name, the share of the gain, nats a token away from the routed adapter.
+
+    modules: of each linear `unexplained`, the share of the adapter's output that no static weights give.
+    """
 
     strategy: str
     exact: bool
     loss: dict[str, float] | None = None
     gain_kept: float | None = None
     kl_per_token: float | None = None
-    modules: dict[str, LostOutput] = field(default_factory=dict)
+    modules: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -151,10 +136,10 @@ class RunContents:
 
     def likeness(self, bank: str) -> list[tuple[float, float]]:
         """Return the mean |cos| over the pairs of experts of a bank at every step; nothing where there are no pairs."""
-        pairs = 0 if self.routing is None else self.routing.pairs.get(bank, 0)
-        if not pairs:
+        if self.routing is None or not self.routing.pairs.get(bank):
             return []
-        return [(step, half / pairs) for step, half in self.curve(lambda line: line.penalty(bank))]
+        halves = self.curve(lambda line: line.penalty_down if bank == "down" else line.penalty_up)
+        return [(step, half / self.routing.pairs[bank]) for step, half in halves]
 
     def mean_losses(self) -> list[float]:
         """Return the mean held-out loss over tasks at every evaluation that measured it."""

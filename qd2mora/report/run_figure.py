@@ -25,7 +25,7 @@ def _panels(run: RunContents) -> list[Panel]:
         Panel("mean |cos| of two experts of a bank", likeness),
     ]
     if run.routing is not None and run.routing.routers:
-        for role in dict.fromkeys(router.place.role for router in run.routing.routers):
+        for role in dict.fromkeys(router.role for router in run.routing.routers):
             chart = entropy_chart(run.routing.routers, role)
             panels.append(Panel(f"entropy of single tokens' gates: {role}", chart))
         panels += _most_telling_map(run)
@@ -39,8 +39,7 @@ def _most_telling_map(run: RunContents) -> list[Panel]:
     if not groups:
         return []
     chosen = max(groups, key=lambda group: max(each.measures.mutual_information_of_weights for each in group))
-    place = chosen[0].place
-    return [Panel(f"mean gates by task and layer: {place.kind}, {place.role}", map_of(run.routing, chosen))]
+    return [Panel(f"mean gates by task and layer: {chosen[0].kind}, {chosen[0].role}", map_of(run.routing, chosen))]
 
 
 __all__ = ["draw_run"]

@@ -232,8 +232,8 @@ def _lossy_linears(report: ExportReport) -> list[str]:
     """Return a card of the linears that lose most; none where the export is exact."""
     if report.exact or not report.modules:
         return []
-    worst = sorted(report.modules.items(), key=lambda item: -item[1].unexplained)[:NUM_WORST]
-    lines = [[escape(name.removeprefix("model.layers.")), f"{each.unexplained:.2%}"] for name, each in worst]
+    worst = sorted(report.modules.items(), key=lambda item: -item[1]["unexplained"])[:NUM_WORST]
+    lines = [[escape(name.removeprefix("model.layers.")), f"{each['unexplained']:.2%}"] for name, each in worst]
     note = "share of the adapter's output in a linear that no static weights of this strategy give"
     return [card("linears that lose most", table(("linear", "unexplained"), lines), note)]
 

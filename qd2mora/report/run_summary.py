@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qd2mora.inspection.measures import mean_of_known
 from qd2mora.inspection.routing_report import BankReport, RouterReport
-from qd2mora.report.means import grouped, mean, written
+from qd2mora.report.groups import grouped, written
 from qd2mora.report.run_contents import RunContents
 
 NUM_WORST = 5
@@ -53,18 +54,18 @@ def _by_linear(routers: list[RouterReport]) -> Table:
     """One row a kind of linear and role, means over layers."""
     headings = ("entropy", "mean gate's", "in use", "most", "least", "dead", "info")
     table = _table("routing, means over layers (most, least: of any layer)", "linear", "gate", *headings)
-    for (kind, role), group in grouped(routers, lambda each: (each.place.kind, each.place.role)).items():
+    for (kind, role), group in grouped(routers, lambda each: (each.kind, each.role)).items():
         measures = [each.measures for each in group]
         table.add_row(
             Text(kind),
             role,
-            written(mean(each.entropy for each in measures)),
-            written(mean(each.entropy_of_mean for each in measures)),
-            f"{mean(each.effective_experts for each in measures):.2f}/{max(each.place.experts for each in group)}",
-            f"{max(each.measures.max_load / each.place.experts for each in group):.0%}",
-            f"{min(each.measures.min_load / each.place.experts for each in group):.1%}",
+            written(mean_of_known(each.entropy for each in measures)),
+            written(mean_of_known(each.entropy_of_mean for each in measures)),
+            f"{mean_of_known(each.effective_experts for each in measures):.2f}/{max(each.experts for each in group)}",
+            f"{max(each.measures.max_load / each.experts for each in group):.0%}",
+            f"{min(each.measures.min_load / each.experts for each in group):.1%}",
             str(sum(len(each.dead) for each in measures)),
-            written(mean(each.mutual_information for each in measures)),
+            written(mean_of_known(each.mutual_information for each in measures)),
         )
     return table
 
@@ -72,31 +73,31 @@ def _by_linear(routers: list[RouterReport]) -> Table:
 def _worst(routers: list[RouterReport]) -> Table:
     """Those whose experts are used least evenly."""
     table = _table("least even routers", "router", "gate", "in use", "load of each expert")
-    several = [router for router in routers if router.place.experts > 1]
+    several = [router for router in routers if router.experts > 1]
     for router in sorted(several, key=lambda each: each.evenness)[:NUM_WORST]:
-        place, measures = router.place, router.measures
-        if place.experts <= MOST_LOADS:
+        measures = router.measures
+        if router.experts <= MOST_LOADS:
             loads, more = measures.load, ""
         else:
             loads, more = sorted(measures.load, reverse=True)[:MOST_LOADS], " ..."
         shown = " ".join(f"{share:.0%}" for share in loads) + more
-        in_use = f"{measures.effective_experts:.2f}/{place.experts}"
-        table.add_row(Text(place.module.removeprefix("model.layers.")), place.role, in_use, shown)
+        in_use = f"{measures.effective_experts:.2f}/{router.experts}"
+        table.add_row(Text(router.module.removeprefix("model.layers.")), router.role, in_use, shown)
     return table
 
 
 def _banks(banks: list[BankReport]) -> Table:
     headings = ("|cos|", "overlap", "angle", "effective rank")
     table = _table("likeness of experts, means over layers", "linear", "bank", *headings)
-    for (kind, bank), group in grouped(banks, lambda each: (each.place.kind, each.place.bank)).items():
+    for (kind, bank), group in grouped(banks, lambda each: (each.kind, each.bank)).items():
         measures = [each.measures for each in group]
         table.add_row(
             Text(kind),
             bank,
-            written(mean(each.mean_cosine for each in measures)),
-            written(mean(each.mean_overlap for each in measures)),
-            written(mean(each.mean_angle for each in measures), ".0f"),
-            written(mean(each.effective_rank for each in measures), ".1f"),
+            written(mean_of_known(each.mean_cosine for each in measures)),
+            written(mean_of_known(each.mean_overlap for each in measures)),
+            written(mean_of_known(each.mean_angle for each in measures), ".0f"),
+            written(mean_of_known(each.effective_rank for each in measures), ".1f"),
         )
     return table
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qd2mora.cli import main
-from qd2mora.composition import compose, lego, sub
+from qd2mora.composition import ComposeOptions, compose, lego, sub_moe
 from qd2mora.composition.extract import truncated
 from qd2mora.composition.inputs import read_mixture
 from qd2mora.disk.sealed import open_manifest, verify_folder
@@ -73,14 +73,14 @@ def products(folder: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", ["cat", "linear"])
 def test_cat_and_linear_are_pefts_own_numbers(kind: str, base: Path, loras: list[Path], tmp_path: Path) -> None:
     before = [(path / "adapter_model.safetensors").read_bytes() for path in loras[:2]]
-    compose(kind, [str(each) for each in loras[:2]], tmp_path / "out", weights="0.7,0.4")
+    compose(kind, [str(each) for each in loras[:2]], tmp_path / "out", ComposeOptions(weights="0.7,0.4"))
     wanted = logits(base, *loras[:2], weights=[0.7, 0.4], kind=kind)
     torch.testing.assert_close(logits(base, tmp_path / "out"), wanted, atol=1e-5, rtol=1e-4)
     assert before == [(path / "adapter_model.safetensors").read_bytes() for path in loras[:2]]
 
 
 def test_a_weight_of_one_and_zeros_is_that_lora(loras: list[Path], tmp_path: Path) -> None:
-    compose("cat", [str(each) for each in loras], tmp_path / "out", weights="0,0,1")
+    compose("cat", [str(each) for each in loras], tmp_path / "out", ComposeOptions(weights="0,0,1"))
     wanted, found = products(loras[2]), products(tmp_path / "out")
     for name, product in found.items():
         torch.testing.assert_close(product, wanted.get(name, torch.zeros_like(product)))
@@ -88,8 +88,8 @@ def test_a_weight_of_one_and_zeros_is_that_lora(loras: list[Path], tmp_path: Pat
 
 def test_clustered_ranks_are_lossless_for_copies_and_at_the_full_rank(loras: list[Path], tmp_path: Path) -> None:
     same = [str(loras[0])] * 3
-    compose("lego", same, tmp_path / "same", rank=4)
-    compose("lego", [str(each) for each in loras], tmp_path / "full", rank=14)
+    compose("lego", same, tmp_path / "same", ComposeOptions(rank=4))
+    compose("lego", [str(each) for each in loras], tmp_path / "full", ComposeOptions(rank=14))
     compose("cat", [str(each) for each in loras], tmp_path / "cat")
     for wanted, found in ((loras[0], tmp_path / "same"), (tmp_path / "cat", tmp_path / "full")):
         for name, product in products(found).items():
@@ -112,7 +112,7 @@ def test_more_clusters_lose_less(loras: list[Path], tmp_path: Path) -> None:
     compose("cat", [str(each) for each in loras], tmp_path / "cat")
     errors = []
     for rank in (2, 6, 14):
-        compose("lego", [str(each) for each in loras], tmp_path / str(rank), rank=rank)
+        compose("lego", [str(each) for each in loras], tmp_path / str(rank), ComposeOptions(rank=rank))
         pairs = zip(products(tmp_path / "cat").values(), products(tmp_path / str(rank)).values(), strict=True)
         errors.append(sum(float((a - b).norm()) for a, b in pairs))
     assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-4
@@ -134,7 +134,7 @@ def test_copies_of_experts_become_one_without_any_loss(base: Path, tmp_path: Pat
         if re.search(r"mixture_(A|B|router_down)", name):
             tensor.data = tensor.data[[0, 1, 0, 0, 1]].clone()
     folder, wanted = saved(model, tmp_path / "five")
-    compose("sub", [str(folder)], tmp_path / "two", experts=2)
+    compose("sub", [str(folder)], tmp_path / "two", ComposeOptions(experts=2))
     torch.testing.assert_close(logits(base, tmp_path / "two"), wanted, atol=1e-4, rtol=1e-4)
     config, tensors = read_mixture(str(tmp_path / "two"))
     assert config.num_down == 2 and next(iter(tensors.values()))["mixture_A"].shape[:2] == (2, 4)
@@ -142,7 +142,7 @@ def test_copies_of_experts_become_one_without_any_loss(base: Path, tmp_path: Pat
 
 def test_every_expert_kept_at_the_full_rank_is_the_same_function(base: Path, tmp_path: Path) -> None:
     folder, wanted = saved(routed(base, down={"experts": 3}, up={"experts": 3}), tmp_path / "three")
-    compose("sub", [str(folder)], tmp_path / "again", experts=3, rank=4)
+    compose("sub", [str(folder)], tmp_path / "again", ComposeOptions(experts=3, rank=4))
     torch.testing.assert_close(logits(base, tmp_path / "again"), wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -154,7 +154,7 @@ def test_a_merged_pair_is_the_best_of_its_rank_and_larger_ranks_lose_less() -> N
     joined = torch.cat(list(B @ A), 1)
     errors = []
     for rank in (1, 3, 6, 11):
-        down, up = sub.merged(A, B, share, rank)
+        down, up = sub_moe.merged(A, B, share, rank)
         basis = torch.linalg.svd(joined)[0][:, :rank]  # the slow way: the union itself
         torch.testing.assert_close(up @ down, basis @ basis.T @ mean)
         errors.append(float((up @ down - mean).norm()))
@@ -167,13 +167,13 @@ def test_experts_that_point_the_same_way_are_put_together() -> None:
     turned = torch.linalg.qr(torch.randn(3, 3))[0]
     downs = torch.stack([A[0], A[1], turned @ A[0], 2 * A[1]])
     ups = torch.stack([B[0], B[1], B[0] @ turned.T, B[1]])
-    assert sorted(map(sorted, sub.grouped(downs, ups, 2))) == [[0, 2], [1, 3]]
+    assert sorted(map(sorted, sub_moe.grouped(downs, ups, 2))) == [[0, 2], [1, 3]]
 
 
 def test_an_upcycled_lora_is_the_same_function_with_experts_of_its_ranks(
     base: Path, loras: list[Path], tmp_path: Path
 ) -> None:
-    compose("upcycle", [str(loras[0])], tmp_path / "out", experts=2)
+    compose("upcycle", [str(loras[0])], tmp_path / "out", ComposeOptions(experts=2))
     torch.testing.assert_close(logits(base, tmp_path / "out"), logits(base, loras[0]), atol=1e-5, rtol=1e-4)
     _, tensors = read_mixture(str(tmp_path / "out"))
     one = next(iter(tensors.values()))
@@ -183,17 +183,17 @@ def test_an_upcycled_lora_is_the_same_function_with_experts_of_its_ranks(
 def test_a_lora_is_extracted_from_the_model_it_was_merged_into(base: Path, loras: list[Path], tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), loras[1])
     model.merge_and_unload().save_pretrained(tmp_path / "tuned")
-    done = compose("extract", [str(tmp_path / "tuned"), str(base)], tmp_path / "out", rank=4)
+    done = compose("extract", [str(tmp_path / "tuned"), str(base)], tmp_path / "out", ComposeOptions(rank=4))
     assert done.words.startswith("rank 4 holds 100.0%") and "not in it" not in done.words
     torch.testing.assert_close(logits(base, tmp_path / "out"), logits(base, loras[1]), atol=1e-4, rtol=1e-4)
-    less = compose("extract", [str(tmp_path / "tuned"), str(base)], tmp_path / "less", rank=2)
+    less = compose("extract", [str(tmp_path / "tuned"), str(base)], tmp_path / "less", ComposeOptions(rank=2))
     assert not less.words.startswith("rank 2 holds 100")
 
 
 def test_what_is_composed_is_sealed_and_knows_the_base_of_its_runs(loras: list[Path], tmp_path: Path) -> None:
     run = make_run(tmp_path, "lora")
     compose("cat", [str(run), str(run)], tmp_path / "two")
-    compose("upcycle", [str(tmp_path / "two")], tmp_path / "routed", experts=2)
+    compose("upcycle", [str(tmp_path / "two")], tmp_path / "routed", ComposeOptions(experts=2))
     compose("cat", [str(loras[0])], tmp_path / "foreign")
     for name, known in (("two", True), ("routed", True), ("foreign", False)):
         assert verify_folder(tmp_path / name) > 0
@@ -259,4 +259,4 @@ def test_mixtures_that_do_not_compress_are_refused(
     model = adapted(Base(model=str(base), quantization="none"), method, down={"experts": 4}, up={"experts": 4})
     folder, _ = saved(model, tmp_path / method)
     with pytest.raises(InputRefused, match=words):
-        compose("sub", [str(folder)], tmp_path / "out", experts=experts)
+        compose("sub", [str(folder)], tmp_path / "out", ComposeOptions(experts=experts))

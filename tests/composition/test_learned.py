@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qd2mora.base import load_tokenizer
-from qd2mora.composition import compose, learned
+from qd2mora.composition import ComposeOptions, compose, learned
 from qd2mora.composition.inputs import read_loras
 from qd2mora.data import collate, prepare
 from qd2mora.errors import InputRefused
@@ -43,7 +43,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def composed(home: Path, out: Path, *, steps: int | None, weights: str = GIVEN) -> Path:
     learn_on = None if steps is None else home / "recipe.yaml"
     folders = [str(home / f"lora-{number}") for number in range(2)]
-    return compose("cat", folders, out, weights=weights, learn_on=learn_on, steps=steps).folder
+    return compose("cat", folders, out, ComposeOptions(weights, learn=learn_on, steps=steps)).folder
 
 
 def calibration_loss(home: Path, adapter: Path) -> float:
@@ -99,6 +99,6 @@ def test_another_base_is_refused(home: Path, tmp_path: Path) -> None:
     text = (home / "recipe.yaml").read_text(encoding="utf-8").replace(str(home / "base"), str(tmp_path / "other"))
     (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(InputRefused, match=r"--learn: the recipe's base is .*other, the adapters' .*base"):
-        compose("cat", [str(home / "lora-0")], tmp_path / "out", learn_on=tmp_path / "recipe.yaml")
+        compose("cat", [str(home / "lora-0")], tmp_path / "out", ComposeOptions(learn=tmp_path / "recipe.yaml"))
     with pytest.raises(InputRefused, match="--steps: nothing learns"):
-        compose("cat", [str(home / "lora-0")], tmp_path / "out", steps=3)
+        compose("cat", [str(home / "lora-0")], tmp_path / "out", ComposeOptions(steps=3))

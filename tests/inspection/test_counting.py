@@ -120,7 +120,7 @@ def test_a_planted_collapse_raises_the_alarm_and_a_fresh_adapter_none(made: Path
     assert numbers["collapsed"] == 1 and numbers["dead_experts"] >= 3
     content = routing_report(watched(model, batches), model, ["first", "last"], {}, 3)
     assert content.alarm == line
-    assert [router.place.collapsed for router in content.routers] == [True, False, False, False]
+    assert [router.collapsed for router in content.routers] == [True, False, False, False]
 
 
 def test_an_expert_for_every_task_is_no_collapse(made: Path) -> None:
@@ -155,11 +155,11 @@ def test_every_method_is_watched(method: str, made: Path) -> None:
         assert content.note is not None and not content.routers
         return
     assert content.routers and len(content.routers) == len(watch.routers)
-    for place, measures in ((router.place, router.measures) for router in content.routers):
-        assert sum(measures.load) == pytest.approx(1)
-        assert measures.max_load >= 1 - 1e-9 >= measures.min_load - 1e-6
-        assert all(len(usage) == place.experts and sum(usage) == pytest.approx(1) for usage in measures.usage)
-        assert not place.collapsed
+    for router in content.routers:
+        assert sum(router.measures.load) == pytest.approx(1)
+        assert router.measures.max_load >= 1 - 1e-9 >= router.measures.min_load - 1e-6
+        assert all(len(usage) == router.experts and sum(usage) == pytest.approx(1) for usage in router.measures.usage)
+        assert not router.collapsed
 
 
 def test_sums_of_two_processes_are_those_of_all_rows(made: Path) -> None:

@@ -1,4 +1,4 @@
-"""Means over what is known, by group, and how a number that may be missing is written."""
+"""Groups of what is alike, and how a number that may be missing is written."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -15,14 +15,6 @@ def grouped(all_of_them: Iterable[Each], key: Callable[[Each], Key]) -> dict[Key
     return groups
 
 
-def mean(values: Iterable[float | None]) -> float | None:
-    """Return the mean of the values that are known, None where none is."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    return sum(known) / len(known)
-
-
 def written(value: float | None, form: str = ".3f") -> str:
     """Return a number as text, nothing where it is not known."""
     if value is None:
@@ -30,4 +22,4 @@ def written(value: float | None, form: str = ".3f") -> str:
     return format(value, form)
 
 
-__all__ = ["grouped", "mean", "written"]
+__all__ = ["grouped", "written"]
