@@ -102,7 +102,10 @@ def _with_rank(adapter: Adapter, ratio: float, count: _Counter, wanted: int) -> 
     low, high = 1, MAX_RANK
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if count(at(middle)) <= wanted else (low, middle)
+        if count(at(middle)) <= wanted:
+            low = middle
+        else:
+            high = middle
     return min((at(low), at(high)), key=lambda each: abs(count(each) - wanted))
 
 

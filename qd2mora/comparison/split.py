@@ -86,7 +86,8 @@ def _rows(task: Task, path: str, skips: bool) -> list[Any]:
         if isinstance(row, BadRow) or not isinstance(row, dict):
             if skips:
                 continue
-            raise InputRefused(f"{path}, {place}: {row if isinstance(row, BadRow) else 'a row is an object'}")
+            why = row if isinstance(row, BadRow) else "a row is an object"
+            raise InputRefused(f"{path}, {place}: {why}")
         if all(str(row.get(name)) == value for name, value in (task.select or {}).items()):
             rows.append(row)
     return rows

@@ -8,20 +8,19 @@ from rich.table import Table
 from qd2mora.comparison.outcome import STAGES, ArmOutcome, Comparison, StageOutcome, verdicts
 from qd2mora.disk.durable import write_atomically
 from qd2mora.report.bars import Interval, interval_chart
-from qd2mora.report.chart import KeyEntry
-from qd2mora.report.figure import Panel, can_render, figure_svg, write_png
+from qd2mora.report.cells import with_columns
+from qd2mora.report.chart import Chart, KeyEntry
+from qd2mora.report.figure import can_render, figure_svg, write_png
 
 HEADINGS = {"trained": "as trained", "export": "best static export"}
 
 
 def show(found: Comparison, console: Console) -> None:
     """Print a table that fits eighty columns, on which tasks the first method is behind, and the verdicts."""
-    table = Table(title=_title(found))
     headings = ["method", "rate"]
     if found.seeds:
         headings += ["score", "loss", "export's score", "its loss"]
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
+    table = with_columns(Table(title=_title(found)), headings)
     for arm in found.arms:
         cells = [cell for stage in arm.stages.values() for cell in _short_cells(found, stage)]
         table.add_row(arm.name, _rate(arm), *cells)
@@ -47,11 +46,11 @@ def write_tables(found: Comparison, folder: Path) -> list[str]:
     write_atomically(folder / "compare.md", markdown(found))
     if not can_render() or not found.seeds:
         return ["compare.md"]
-    write_png(figure_svg(_title(found), [_picture(found)]), folder / "compare.png")
+    write_png(figure_svg(_title(found), [_loss_chart(found)]), folder / "compare.png")
     return ["compare.md", "compare.png"]
 
 
-def _picture(found: Comparison) -> Panel:
+def _loss_chart(found: Comparison) -> Chart:
     """Return each arm's test loss with its interval, both stages."""
     intervals = [
         Interval(arm.name, stage.loss.mean, *stage.loss.interval, STAGES.index(name))
@@ -60,12 +59,13 @@ def _picture(found: Comparison) -> Panel:
         if stage is not None
     ]
     key = tuple(KeyEntry(HEADINGS[stage], number) for number, stage in enumerate(STAGES))
-    chart = interval_chart("loss on test rows", intervals, "nats a token (95%); left is better", key)
-    return Panel(chart.title, chart)
+    return interval_chart("loss on test rows", intervals, "nats a token (95%); left is better", key)
 
 
 def _title(found: Comparison) -> str:
-    steps = "the recipe's epochs" if found.steps is None else f"{found.steps} steps"
+    steps = "the recipe's epochs"
+    if found.steps is not None:
+        steps = f"{found.steps} steps"
     rows = sum(found.rows.values())
     return f"{found.seeds} seeds, {steps}, {rows} test rows of {len(found.rows)} tasks, 95% intervals"
 
@@ -94,8 +94,9 @@ def _score(found: Comparison, stage: StageOutcome, digits: int) -> str:
 
 
 def _rate(arm: ArmOutcome) -> str:
-    edge = " (edge)" if arm.rate.at_edge else ""
-    return f"{arm.rate.rate:g}{edge}"
+    if arm.rate.at_edge:
+        return f"{arm.rate.rate:g} (edge)"
+    return f"{arm.rate.rate:g}"
 
 
 def _losing(found: Comparison) -> list[str]:

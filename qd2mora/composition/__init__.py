@@ -85,9 +85,12 @@ def _cat(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
     given = read_weights(options.weights, len(loras))
     if options.learn is None:
         return _write_sum(cat.compose(loras, given), inputs, stage)
-    where, steps = Path(options.learn), STEPS if options.steps is None else options.steps
-    recipe = load_recipe(where / "recipe.yaml" if is_run(where) else where)
-    found = learn(loras, given, base, recipe, steps)
+    recipe, steps = Path(options.learn), STEPS
+    if is_run(recipe):
+        recipe /= "recipe.yaml"
+    if options.steps is not None:
+        steps = options.steps
+    found = learn(loras, given, base, load_recipe(recipe), steps)
     words = _write_sum(cat.compose(loras, found.weights), inputs, stage)
     return f"{words}; on {found.rows} calibration rows loss {found.loss_given:.4f} -> {found.loss:.4f}"
 
@@ -190,7 +193,10 @@ def _seal(folder: Path, files: list[File], settings: Settings | None) -> None:
         if path.name not in known:
             content = path.read_bytes()
             known[path.name] = (len(content), hashlib.sha256(content).hexdigest())
-    seal_folder(folder, known, {"kind": "composed"} | ({"base": settings} if settings else {}))
+    about: dict[str, object] = {"kind": "composed"}
+    if settings:
+        about["base"] = settings
+    seal_folder(folder, known, about)
 
 
 __all__ = ["OPERATIONS", "ComposeOptions", "Composed", "compose", "write_mixture"]

@@ -38,7 +38,8 @@ def extract(tuned: str, base: str, rank: int) -> Extracted:
         difference = _whole(after, name) - _whole(before, name)
         size = float(difference.double().square().sum())
         if name not in linears:
-            left_out += [name] if size else []
+            if size:
+                left_out.append(name)
         elif size:
             down, up = truncated(difference, rank)
             updates[linears[name]] = LowRank(down, up, 1.0)

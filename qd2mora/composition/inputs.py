@@ -50,7 +50,9 @@ def base_of(folders: Sequence[str]) -> str:
 def trained_on(folders: Sequence[str]) -> Settings | None:
     """Return the base, with its quantisation, that runs and exports say they are for; None where they do not agree."""
     found = [_trained_on(Path(folder)) for folder in folders]
-    return found[0] if all(each == found[0] for each in found) else None
+    if any(each != found[0] for each in found):
+        return None
+    return found[0]
 
 
 def _trained_on(folder: Path) -> Settings | None:

@@ -75,7 +75,9 @@ def _canonical(a_RD: Tensor, b_RO: Tensor) -> tuple[Tensor, Tensor]:
 def _stretched(members: Tensor) -> Tensor:
     center = members.mean(0)
     norm = center.norm()
-    return center * (members.norm(dim=1).mean() / norm) if norm > 0 else center
+    if norm == 0:
+        return center
+    return center * (members.norm(dim=1).mean() / norm)
 
 
 __all__ = ["clustered", "compose", "kmeans"]

@@ -56,15 +56,21 @@ def compressed_config(config: MixtureConfig, experts: int, rank: int) -> Mixture
 
 def rank_of_scale(config: MixtureConfig, experts: int, rank: int) -> float:
     """Return what the smaller mixture divides alpha by."""
-    total = rank * experts if config.row.scaling_rank == "total" else rank
-    return total**0.5 if config.rank_stabilized else float(total)
+    total = float(rank)
+    if config.row.scaling_rank == "total":
+        total *= experts
+    if config.rank_stabilized:
+        return total**0.5
+    return total
 
 
 def compress(tensors: dict[str, Tensor], experts: int, rank: int, used_E: Tensor | None = None) -> dict[str, Tensor]:
     """Return one linear's tensors for fewer experts of a smaller rank; `used_E`: how often each is chosen."""
     A_ERD, B_EOR, router_ED = (tensors[f"mixture_{name}"].double() for name in ("A", "B", "router_down"))
     bias_E = tensors.get("mixture_bias_down", torch.zeros(len(A_ERD))).double()
-    used_E = torch.ones(len(A_ERD)).double() if used_E is None else used_E.double()
+    if used_E is None:
+        used_E = torch.ones(len(A_ERD))
+    used_E = used_E.double()
     downs, ups, rows, biases = [], [], [], []
     for group in grouped(A_ERD, B_EOR, experts):
         share = used_E[group] / used_E[group].sum()

@@ -51,8 +51,8 @@ class AnswerFile:
     def _resume(self, path: Path, question: Question) -> None:
         """Take the records of an earlier start, and drop what a kill cut short."""
         content = path.read_bytes()
-        lines = content[: content.rfind(b"\n") + 1].splitlines()
-        _refuse_other(path, _question_of(lines[0] if lines else b""), question)
+        lines = content[: content.rfind(b"\n") + 1].splitlines() or [b""]
+        _refuse_other(path, lines[0], question)
         num_whole = 1
         for line in lines[1:]:
             found = _parsed(line)
@@ -74,7 +74,7 @@ class HarnessFile:
         self.results: dict[str, TaskNumbers] = {}
         if path is not None and path.is_file():
             content = path.read_bytes()
-            _refuse_other(path, _question_of(content), self.question)
+            _refuse_other(path, content, self.question)
             self.results = json.loads(content)["results"]
 
     def add(self, task: str, numbers: TaskNumbers) -> None:
@@ -85,7 +85,8 @@ class HarnessFile:
             write_json(self.path, {"asked": self.question, "results": self.results})
 
 
-def _refuse_other(path: Path, before: object, question: Question) -> None:
+def _refuse_other(path: Path, head: bytes, question: Question) -> None:
+    before = (_parsed(head) or {}).get("asked")
     if not isinstance(before, dict):
         raise InputRefused(f"--out: '{path}' is not a file of answers; name another")
     changed = [name for name, value in question.items() if before.get(name) != value]
@@ -103,12 +104,6 @@ def digest(content: object) -> str:
 
 def _line(content: Mapping[str, object]) -> bytes:
     return json.dumps(content, allow_nan=False).encode() + b"\n"
-
-
-def _question_of(head: bytes) -> object:
-    """Return what a file says was asked, None where it says nothing."""
-    content = _parsed(head)
-    return None if content is None else content.get("asked")
 
 
 def _parsed(line: bytes) -> dict[str, object] | None:

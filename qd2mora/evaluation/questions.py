@@ -141,7 +141,7 @@ def task_numbers(subject: Subject, names: list[str]) -> dict[str, int]:
             f"this adapter routes by task and was not trained on '{unknown[0]}'; its tasks are {', '.join(known)}: "
             "choose with --tasks"
         )
-    return {name: known.index(name) if name in known else 0 for name in names}
+    return dict.fromkeys(names, 0) | {name: known.index(name) for name in names if name in known}
 
 
 def _refuse_unknown_scoring(scoring: str) -> None:

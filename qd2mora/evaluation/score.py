@@ -50,11 +50,9 @@ class Score:
     @property
     def mean(self) -> float:
         """The score: the share of right rows, the mean ROUGE-L, or the loss a token."""
-        return self.loss if self.metric == "loss" else sum(self.values) / self.rows
-
-    @property
-    def accuracy(self) -> float:
-        return self.mean
+        if self.metric == "loss":
+            return self.loss
+        return sum(self.values) / self.rows
 
     @property
     def correct(self) -> int:
@@ -75,18 +73,21 @@ class Score:
         return bootstrap(self.values)
 
     @property
-    def is_better_high(self) -> bool:
-        return self.metric != "loss"
+    def accuracy_normalized(self) -> float | None:
+        """The share of right rows where choices are weighed by nats a token; None where none are weighed."""
+        normalized = [record.normalized for record in self.records if record.normalized is not None]
+        if not normalized:
+            return None
+        return sum(normalized) / self.rows
 
     def to_json(self) -> dict[str, object]:
         """Return the numbers without the rows."""
         content: dict[str, object] = {"metric": self.metric, "rows": self.rows, "loss": self.loss}
         content |= {"score": self.mean, "interval": self.interval}
         if self.is_share:
-            content |= {"correct": self.correct, "accuracy": self.accuracy}
-        normalized = [record.normalized for record in self.records if record.normalized is not None]
-        if normalized:
-            content["accuracy_normalized"] = sum(normalized) / self.rows
+            content |= {"correct": self.correct, "accuracy": self.mean}
+        if self.accuracy_normalized is not None:
+            content["accuracy_normalized"] = self.accuracy_normalized
         if self.metric == "extract":
             content["without_answer"] = sum(not record.text for record in self.records)
         return content

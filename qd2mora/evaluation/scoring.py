@@ -120,7 +120,9 @@ def _choice_ids(subject: Subject, texts: tuple[str, ...]) -> list[list[int]]:
     """Tokenise choices as answers; where one begins another, the end token tells them apart."""
     ids: list[list[int]] = subject.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     begins = any(one != two and two[: len(one)] == one for one in ids for two in ids)
-    return [[*each, subject.tokenizer.eos_token_id] for each in ids] if begins else ids
+    if not begins:
+        return ids
+    return [[*each, subject.tokenizer.eos_token_id] for each in ids]
 
 
 __all__ = ["ROWS_AT_ONCE", "batches_of", "score_batch", "score_task"]

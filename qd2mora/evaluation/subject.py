@@ -38,17 +38,19 @@ class Subject:
     @property
     def plain(self) -> Any:
         """The transformers model, adapters inside."""
-        return self.model.base_model.model if self.is_adapted else self.model
+        if self.is_adapted:
+            return self.model.base_model.model
+        return self.model
 
     @property
     def may_fork(self) -> bool:
         """Whether one cached prompt can be continued in several ways: no router keeps something for each row."""
         if isinstance(self.model, MixtureLlamaForCausalLM):
             return not (self.model.keeps_means or self.model.text.reads_first_pass)
-        configs = self.model.peft_config.values() if self.is_adapted else []
-        gates = [
-            gate for config in configs if isinstance(config, MixtureConfig) for gate in config.gates_of_row.values()
-        ]
+        if not self.is_adapted:
+            return True
+        configs = [config for config in self.model.peft_config.values() if isinstance(config, MixtureConfig)]
+        gates = [gate for config in configs for gate in config.gates_of_row.values()]
         return not any(gate.is_averaged or gate.input == "hidden" for gate in gates)
 
     def route(self, batch: Mapping[str, Tensor], copies: int = 1) -> None:
@@ -165,7 +167,9 @@ def _lora_base(folder: Path) -> Base:
 
 def until(tokens: list[int], end: int) -> list[int]:
     """Return the tokens before the first end token."""
-    return tokens[: tokens.index(end)] if end in tokens else tokens
+    if end in tokens:
+        return tokens[: tokens.index(end)]
+    return tokens
 
 
 __all__ = ["Subject", "model_mark", "open_subject", "until"]

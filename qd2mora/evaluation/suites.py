@@ -116,7 +116,9 @@ def read_items(suite: Suite, task: SuiteTask, folder: Path, prompt: str, limit: 
 def extracted(pattern: str, text: str) -> str:
     """Return the first label in a text, or nothing."""
     found = re.search(pattern, text)
-    return found.group() if found else ""
+    if found is None:
+        return ""
+    return found.group()
 
 
 def _file_of(task: SuiteTask, folder: Path) -> str:
@@ -151,7 +153,9 @@ def _offered(task: SuiteTask, text: str, label: str) -> tuple[str, ...]:
     """Return the labels that the row itself offers, in its last line `Answer format: answer1/answer2/answer3`."""
     offered = set(text.rpartition("Answer format:")[2].strip().split("/"))
     found = tuple(choice for choice in task.choices if choice in offered)
-    return found if label in found else task.choices
+    if label in found:
+        return found
+    return task.choices
 
 
 __all__ = [

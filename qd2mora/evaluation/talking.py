@@ -199,7 +199,9 @@ class Talk:
         if chosen is None and self.subject.run is not None:
             tasks = self.subject.run.recipe.data.tasks
             asked = [each for each in tasks if task in (None, each.name) and each.format == "chat"]
-            chosen = asked[0].template if asked else INSTRUCTION
+            chosen = INSTRUCTION
+            if asked:
+                chosen = asked[0].template
         if chosen is None:
             chosen = OWN if isinstance(own, str) else INSTRUCTION
         if chosen == INSTRUCTION:
@@ -256,7 +258,9 @@ def _task_number(subject: Subject, task: str | None) -> int:
         raise InputRefused(f"--task: no task '{task}' in this run; there are {', '.join(names)}")
     if task is None and subject.run.reads_task and len(names) > 1:
         raise InputRefused(f"--task: this adapter routes by task; name one of {', '.join(names)}")
-    return names.index(task) if task else 0
+    if task is None:
+        return 0
+    return names.index(task)
 
 
 def _check_vector(subject: Subject, vector: list[float] | None) -> None:

@@ -21,7 +21,9 @@ def collapse_line(measured: Measured) -> str | None:
         return None
     router, measures = found[0]
     order = sorted(range(router.num_experts), key=lambda expert: -measures.load[expert])[: router.at_once]
-    experts = ("expert " if len(order) == 1 else "experts ") + ", ".join(str(expert) for expert in sorted(order))
+    experts = f"experts {', '.join(map(str, sorted(order)))}"
+    if len(order) == 1:
+        experts = f"expert {order[0]}"
     return (
         f"routing collapsed in {len(found)} of {len(measured)} routers: {router.module} ({router.role}) sends "
         f"{measures.top_share:.0%} to {experts} of {router.num_experts}; a lower train.learning_rate or a balancing "

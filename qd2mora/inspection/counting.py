@@ -51,15 +51,22 @@ class RouterSums:
 
     def add(self, gating: Gating, counted_BT: Tensor, task_B: Tensor) -> None:
         """Add a batch: gating (B, n, E) or what broadcasts to it."""
-        num_rows = counted_BT.shape[0]
-        gates = gating.weight.detach().abs().float()
-        shape = (num_rows, gates.shape[-2] if gates.dim() > 1 else 1, self.num_experts)
-        counted = counted_BT if shape[1] == counted_BT.shape[1] else counted_BT.new_ones(num_rows, 1)
-        chosen = None if gating.chosen is None or not self.is_sparse else gating.chosen.float().expand(shape)
+        num_rows, num_places = counted_BT.shape[0], 1
+        gates, chosen, counted = gating.weight.detach().abs().float(), None, counted_BT
+        if gates.dim() > 1:
+            num_places = gates.shape[-2]
+        if num_places != counted_BT.shape[1]:  # gates of whole rows, or of all of them
+            counted = counted_BT.new_ones(num_rows, 1)
+        shape = (num_rows, num_places, self.num_experts)
+        if gating.chosen is not None and self.is_sparse:
+            chosen = gating.chosen.float().expand(shape)
         by_row = token_sums(gates.expand(shape), chosen, counted.float()).double()
+        # float64 from here on: a run's tokens are too many for float32 sums to stay whole.
         of_task = nn.functional.one_hot(task_B.to(by_row.device), self.num_tasks).double()
         added = of_task.T @ by_row
-        self.sums = added if self.sums is None else self.sums + added
+        if self.sums is not None:
+            added = self.sums + added
+        self.sums = added
 
     def measured(self) -> RouterMeasures | None:
         """Return its measures, None where it saw no token."""
@@ -89,8 +96,9 @@ class RoutingWatch:
         self.routers = {}
         for name, layer in mixture_layers(self.model).items():
             spec = layer.mixture_spec.get(self.adapter)
-            for role, gate in spec.step.gates if spec else ():
-                assert spec is not None
+            if spec is None:
+                continue
+            for role, gate in spec.step.gates:
                 if gate.scope == "module" or spec.place.owns_router:
                     where = (spec.place.layer, spec.place.kind, role)
                     self.routers[name, role] = RouterSums(name, *where, gate, spec.counts[role], self.num_tasks)
@@ -111,13 +119,14 @@ class RoutingWatch:
         """Add up the sums of all processes: `add_up` takes and gives one vector."""
         routers = list(self.routers.values())
         shapes = [(router.num_tasks, width(router.num_experts)) for router in routers]
-        zeros = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
-        flat = [
-            (zero if router.sums is None else router.sums).to(device).flatten()
-            for router, zero in zip(routers, zeros, strict=True)
-        ]
-        if not flat:
+        if not routers:
             return
+        flat = []
+        for router, shape in zip(routers, shapes, strict=True):
+            sums = router.sums
+            if sums is None:  # this process may have had no row
+                sums = torch.zeros(shape, dtype=torch.float64)
+            flat.append(sums.to(device).flatten())
         parts = add_up(torch.cat(flat)).split([len(part) for part in flat])
         for router, part, shape in zip(routers, parts, shapes, strict=True):
             router.sums = part.view(shape)

@@ -50,12 +50,13 @@ def summary(found: Measured, model: nn.Module) -> Summary:
 
 def mean_cosines(model: nn.Module, adapter: str = "default") -> Summary:
     """Return the mean |cos| over the pairs of down and of up experts; None where no bank has two of one rank."""
-    halves = [float(half.detach()) for half in orthogonality(model, adapter)]
     pairs = num_pairs(model, adapter)
-    return {
-        f"cos_{bank}": half / pairs[bank] if pairs[bank] else None
-        for bank, half in zip(("down", "up"), halves, strict=True)
-    }
+    found: Summary = {}
+    for bank, half in zip(("down", "up"), orthogonality(model, adapter), strict=True):
+        found[f"cos_{bank}"] = None
+        if pairs[bank]:
+            found[f"cos_{bank}"] = float(half.detach()) / pairs[bank]
+    return found
 
 
 def num_pairs(model: nn.Module, adapter: str = "default") -> dict[str, int]:
@@ -121,11 +122,12 @@ def _rows_of(layer: MixtureLinear, adapter: str) -> list[tuple[str, Tensor, tupl
         tensor = tensors.get(name)
         if tensor is None:
             continue
+        rows = tensor
+        if bank == "up":
+            rows = tensor.mT
         if tensor.dim() == 3:
-            rows = tensor.flatten(0, 1) if bank == "down" else tensor.mT.flatten(0, 1)
+            rows = rows.flatten(0, 1)
             ranks = (len(rows) // len(tensor),) * len(tensor)
-        else:
-            rows = tensor if bank == "down" else tensor.mT
         found.append((bank, rows, ranks))
     return found
 

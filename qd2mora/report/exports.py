@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qd2mora.merging import Export
+from qd2mora.report.cells import written
 
 ENOUGH = 0.95
 """Share of the gain below which an export is called poor."""
@@ -32,21 +33,20 @@ def _unexplained(export: Export) -> Table:
     kinds = sorted({kind for row in shares.values() for kind in row})
     table = Table("layer", *kinds, title=f"share of the adapter's output that static weights miss ({export.strategy})")
     for layer, row in shares.items():
-        table.add_row(layer, *(f"{row[kind]:.2%}" if kind in row else "" for kind in kinds))
+        table.add_row(layer, *(written(row.get(kind), ".2%") for kind in kinds))
     return table
 
 
 def verdict(export: Export) -> str:
     """Say in one line what the export is worth."""
-    rounded = f"exact up to {export.form.dtype} rounding"
-    rounded = "on the 4-bit weights that were trained on, bit for bit" if export.form.dtype == "nf4" else rounded
-    how = rounded if export.exact else _how(export)
-    fidelity = export.fidelity
+    how, fidelity = _how(export), export.fidelity
     if fidelity is None:
         return f"{how}; no held-out rows to measure it on"
     if export.form.is_routed:
         return f"the routed model itself (loss {fidelity.routed:.3f}; base {fidelity.base:.3f}); {how}"
-    kept = "has no gain to keep" if fidelity.gain_kept is None else f"keeps {fidelity.gain_kept:.1%} of the gain"
+    kept = "has no gain to keep"
+    if fidelity.gain_kept is not None:
+        kept = f"keeps {fidelity.gain_kept:.1%} of the gain"
     return (
         f"merged {kept} (loss {fidelity.routed:.3f} -> {fidelity.merged:.3f}; base {fidelity.base:.3f}); "
         f"KL {fidelity.kl_per_token:.4f} nats a token, same greedy token {fidelity.agreement:.1%}; {how}"
@@ -67,26 +67,35 @@ def warning(export: Export) -> str | None:
     fidelity = export.fidelity
     if fidelity is None or fidelity.gain_kept is None or fidelity.gain_kept >= ENOUGH:
         return None
-    made = export.made
-    better = [
-        "--strategy distill" if made.strategy != "distill" and not made.exact else "",
-        "--task all (one export for each task)" if made.task is None and len(fidelity.tasks) > 1 else "",
-        "--base dequantized" if export.form.base == "original" else "",
-        "--to exact (the routed model itself, nothing lost)" if not made.exact else "",
-    ]
-    ways = "; ".join(way for way in better if way)
+    made, better = export.made, []
+    if made.strategy != "distill" and not made.exact:
+        better.append("--strategy distill")
+    if made.task is None and len(fidelity.tasks) > 1:
+        better.append("--task all (one export for each task)")
+    if export.form.base == "original":
+        better.append("--base dequantized")
+    if not made.exact:
+        better.append("--to exact (the routed model itself, nothing lost)")
+    ways = "; ".join(better)
     return (
         f"WARNING: only {fidelity.gain_kept:.1%} of the gain is kept, less than {ENOUGH:.0%}. What keeps more: {ways}"
     )
 
 
 def _how(export: Export) -> str:
-    notes = export.made.notes
-    chosen = notes.get("chosen")
-    what = export.strategy if chosen is None else f"{export.strategy} took {chosen}"
-    steps = f" ({notes['steps']} steps)" if notes.get("steps") else ""
-    seconds = export.made.seconds.get("making")
-    return f"{what}{steps}, an approximation" + ("" if seconds is None else f", made in {seconds:.0f} s")
+    if export.exact and export.form.dtype == "nf4":
+        return "on the 4-bit weights that were trained on, bit for bit"
+    if export.exact:
+        return f"exact up to {export.form.dtype} rounding"
+    words, notes = export.strategy, export.made.notes
+    if "chosen" in notes:
+        words += f" took {notes['chosen']}"
+    if notes.get("steps"):
+        words += f" ({notes['steps']} steps)"
+    words += ", an approximation"
+    if "making" in export.made.seconds:
+        words += f", made in {export.made.seconds['making']:.0f} s"
+    return words
 
 
 def _bases(export: Export) -> str | None:
@@ -102,7 +111,7 @@ def _tasks(export: Export) -> Table:
     table = Table("task", "base", "routed", "merged", "gain kept", "KL", "same token", title="held-out loss by task")
     assert export.fidelity is not None
     for name, each in export.fidelity.tasks.items():
-        kept = "" if each.gain_kept is None else f"{each.gain_kept:.1%}"
+        kept = written(each.gain_kept, ".1%")
         losses = (f"{loss:.4f}" for loss in (each.base, each.routed, each.merged))
         table.add_row(name, *losses, kept, f"{each.kl_per_token:.4f}", f"{each.agreement:.1%}")
     return table

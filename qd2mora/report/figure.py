@@ -4,8 +4,7 @@ The charts are those of a run's page. A PNG is their SVG rendered by resvg, whos
 """
 
 import importlib.util
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qd2mora.disk.durable import write_file
@@ -23,23 +22,16 @@ FONTS = '"Segoe UI", "Helvetica Neue", Arial, "Liberation Sans", "DejaVu Sans", 
 """The renderer drops what it has no font for, so that fonts of every system are named."""
 
 
-@dataclass(frozen=True)
-class Panel:
-    """A part of a figure: a chart under its heading, with its key below."""
-
-    heading: str
-    chart: Chart
-
-
-def figure_svg(title: str, panels: Sequence[Panel], columns: int = 1) -> str:
-    """Return panels in rows of `columns` as one SVG that stands by itself, in the page's light colours."""
-    rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
-    wide = max(panel.chart.width for panel in panels)
+def figure_svg(title: str, charts: Sequence[Chart], columns: int = 1) -> str:
+    """Return charts in rows of `columns` as one SVG that stands by itself, in the page's light colours."""
+    wide = max(chart.width for chart in charts)
     drawn, y = [text(MARGIN, MARGIN + 14, title, "strong")], MARGIN + 34.0
-    for row in rows:
-        for column, panel in enumerate(row):
-            drawn.append(_panel(panel, MARGIN + column * (wide + GUTTER), y))
-        y += max(_height(panel) for panel in row) + GUTTER
+    for start in range(0, len(charts), columns):
+        row = charts[start : start + columns]
+        for column, chart in enumerate(row):
+            x = MARGIN + column * (wide + GUTTER)
+            drawn.append(f'<g transform="translate({x} {y})">{_with_heading_and_key(chart)}</g>')
+        y += max(_height(chart) for chart in row) + GUTTER
     width = 2 * MARGIN + columns * wide + (columns - 1) * GUTTER
     style = DRAWING_STYLE.replace('system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif', FONTS)
     style += " svg text.strong { font-size: 14px; font-weight: 700; fill: var(--ink); }"
@@ -77,44 +69,30 @@ def _rendered(svg: str) -> bytes:
     return svg_to_bytes(svg_string=svg, zoom=ZOOM)
 
 
-def _panel(panel: Panel, x: float, y: float) -> str:
-    chart = panel.chart
+def _with_heading_and_key(chart: Chart) -> str:
     drawing = chart.drawing or text(chart.width / 2, chart.height / 2, "no numbers", anchor="middle")
-    drawn = text(0, 14, panel.heading, "strong") + f'<g transform="translate(0 {HEADING})">{drawing}</g>'
-    for line, entries in enumerate(_key_lines(chart)):
-        at, middle = 0.0, HEADING + chart.height + (line + 0.5) * LINE + 6
-        for entry in entries:
-            drawn += (
-                f'<rect x="{at:.1f}" y="{middle - 5:.1f}" width="12" height="10" rx="2" fill="{colour(entry.number)}"/>'
-            )
-            drawn += text(round(at + 18, 1), round(middle + 4, 1), _words(entry))
-            at += _width(entry)
-    return f'<g transform="translate({x} {y})">{drawn}</g>'
+    parts = [text(0, 14, chart.title, "strong"), f'<g transform="translate(0 {HEADING})">{drawing}</g>']
+    for x, line, entry in _placed_key(chart):
+        y = HEADING + chart.height + line * LINE + 16
+        parts.append(f'<rect x="{x}" y="{y - 5}" width="12" height="10" rx="2" fill="{colour(entry.number)}"/>')
+        parts.append(text(x + 18, y + 4, f"{entry.name} {entry.value}"))
+    return "".join(parts)
 
 
-def _height(panel: Panel) -> float:
-    return HEADING + panel.chart.height + LINE * len(_key_lines(panel.chart)) + 6
+def _height(chart: Chart) -> float:
+    num_lines = 1 + max((line for _, line, _ in _placed_key(chart)), default=-1)
+    return HEADING + chart.height + num_lines * LINE + 6
 
 
-def _key_lines(chart: Chart) -> list[list[KeyEntry]]:
-    """Share a key out among lines that fit the chart's width."""
-    lines: list[list[KeyEntry]] = []
-    room = 0.0
+def _placed_key(chart: Chart) -> Iterator[tuple[float, int, KeyEntry]]:
+    """Yield where each entry of a key stands: x and line, as many in a line as fit the chart's width."""
+    x, line = 0.0, 0
     for entry in chart.key:
-        if _width(entry) > room:
-            lines.append([])
-            room = chart.width
-        lines[-1].append(entry)
-        room -= _width(entry)
-    return lines
+        width = 32 + LETTER * len(f"{entry.name} {entry.value}")
+        if x > 0 and x + width > chart.width:
+            x, line = 0.0, line + 1
+        yield x, line, entry
+        x += width
 
 
-def _width(entry: KeyEntry) -> float:
-    return 32 + LETTER * len(_words(entry))
-
-
-def _words(entry: KeyEntry) -> str:
-    return f"{entry.name} {entry.value}".strip()
-
-
-__all__ = ["Panel", "can_render", "check_png", "figure_svg", "write_png"]
+__all__ = ["can_render", "check_png", "figure_svg", "write_png"]

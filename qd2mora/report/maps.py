@@ -61,9 +61,9 @@ def usage_map(title: str, usage: Usage) -> Chart:
         for number, task in enumerate(usage.tasks):
             shares = usage.shares[row][number] or ()
             for expert, share in enumerate(shares):
-                where = f"layer {layer}, {task}, expert {expert}: {share:.1%}"
+                where = escape(f"layer {layer}, {task}, expert {expert}: {share:.1%}")
                 x = LEFT + number * group + expert * cell
-                parts.append(_cell(x, y, (cell, TALL), share * len(shares), where))
+                parts.append(_cell(x, y, (cell, TALL), share * len(shares), f"<title>{where}</title>"))
     columns = f"{len(usage.tasks)} tasks and {widest} experts (columns)"
     about = f"{title}: gates of {len(usage.layers)} layers (rows) by {columns}"
     return Chart(title, about, width, height, "".join(parts), is_fixed=True)
@@ -92,7 +92,9 @@ def scatter(title: str, dots: Sequence[Dot], axes: tuple[str, str]) -> Chart:
         text(4, 12, axes[1], "tiny"),
     ]
     has_marks = len(dots) <= 40
-    radius = 7 if has_marks else 4
+    radius = 4
+    if has_marks:
+        radius = 7
     for dot in dots:
         x, y = middle + scale * dot.x, middle - scale * dot.y
         look = f'r="{radius}" fill="{colour(dot.number)}" fill-opacity=".85"'
@@ -103,16 +105,16 @@ def scatter(title: str, dots: Sequence[Dot], axes: tuple[str, str]) -> Chart:
 
 
 def _cell(x: float, y: float, size: tuple[int, int], share: float, where: str) -> str:
-    """Return one cell; `share` is relative to an equal one."""
+    """Return one cell; `share` is relative to an equal one, `where` an element inside."""
     wide, tall = size
     power = -FULL
     if share > 0:
         power = max(-FULL, min(FULL, math.log2(share)))
     tint = "var(--hot)" if power > 0 else "var(--cold)"
     strength = abs(power) / FULL
-    told = f"<title>{escape(where)}</title>" if where else ""
-    box = f'x="{x}" y="{y}" width="{wide - 1}" height="{tall - 1}" rx="{2 if wide > 9 else 1}"'
-    return f'<rect {box} fill="var(--grid)"/><rect {box} fill="{tint}" fill-opacity="{strength:.2f}">{told}</rect>'
+    corner = 2 if wide > 9 else 1
+    box = f'x="{x}" y="{y}" width="{wide - 1}" height="{tall - 1}" rx="{corner}"'
+    return f'<rect {box} fill="var(--grid)"/><rect {box} fill="{tint}" fill-opacity="{strength:.2f}">{where}</rect>'
 
 
 def _fitted(words: str, width: float) -> str:

@@ -16,13 +16,13 @@ WHAT_IT_MEANS = {
     "task": "merges exactly for one task",
     "token": "merges approximately, measured",
 }
-
-
 FORMULA = {
     "verified": "as in the authors' code",
     "reconstruction": "partly inferred",
     "part": "the part that carries over",
 }
+SCALING = {"total": "alpha / total rank", "expert": "alpha / rank"}
+GIVEN = {"no": "not taken", "allowed": "taken by adapter.adapters", "needed": "needed"}
 
 
 def show_methods(name: str | None, console: Console) -> None:
@@ -31,8 +31,9 @@ def show_methods(name: str | None, console: Console) -> None:
         console.print(method_text(find_method(name)), highlight=False, soft_wrap=True, markup=False)
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0))
-    for heading in ("method", "what", "export", "formula", "on 7B"):
-        table.add_column(heading, justify="right" if heading == "on 7B" else "left", no_wrap=heading != "what")
+    for heading in ("method", "what", "export", "formula"):
+        table.add_column(heading, no_wrap=heading != "what")
+    table.add_column("on 7B", justify="right", no_wrap=True)
     for method in METHODS.values():
         count = f"{parameters_on_7b(method) / 1e6:.1f}M"
         table.add_row(method.name, method.title.partition(": ")[2], _export_word(method), method.mark, count)
@@ -43,23 +44,29 @@ def show_methods(name: str | None, console: Console) -> None:
 
 def method_text(method: Method) -> str:
     """Return a method in full: equation, source, what was inferred, routers, defaults."""
-    scaling = "alpha / total rank" if method.scaling_rank == "total" else "alpha / rank"
-    experts = f"{method.down} down, {method.up} up, {method.pairing}"
+    experts, core = f"{method.down} down, {method.up} up, {method.pairing}", str(method.core)
+    formula = FORMULA[method.mark]
+    if method.allocation:
+        experts += f", {method.allocation} by depth"
+    if method.cores:
+        core += f" of {method.cores}"
+    if method.note:
+        formula += f"; {method.note}"
     rows = {
         "equation": method.equation,
         "source": method.source,
-        "formula": FORMULA[method.mark] + (f"; {method.note}" if method.note else ""),
+        "formula": formula,
         "K depends on": f"{method.depends_on}: {WHAT_IT_MEANS[method.depends_on]}",
         "rank": ", ".join(map(str, method.ranks or (method.rank,))),
-        "alpha": f"{method.alpha:g} (scaled by {scaling})",
-        "experts": experts + (f", {method.allocation} by depth" if method.allocation else ""),
-        "core": method.core + (f" of {method.cores}" if method.cores else ""),
+        "alpha": f"{method.alpha:g} (scaled by {SCALING[method.scaling_rank]})",
+        "experts": experts,
+        "core": core,
         **{f"router {role}": _gate_text(gate) for role, gate in method.gates.items()},
         "penalties": ", ".join(f"{each.kind} {each.weight:g}" for each in method.penalties) or "none",
         "init": f"down experts {method.init_down}, up experts zero",
         "targets": ", ".join(method.targets),
         "parameters": f"{parameters_on_7b(method):,} on LLaMA-7B with these defaults",
-        "given LoRAs": {"no": "not taken", "allowed": "taken by adapter.adapters", "needed": "needed"}[method.given],
+        "given LoRAs": GIVEN[method.given],
     }
     return method.title + "".join(f"\n  {key:13} {value}" for key, value in rows.items())
 
@@ -80,7 +87,9 @@ def parameters_on_7b(method: Method) -> int:
 def _export_word(method: Method) -> str:
     if method.placement == "block":
         return "none"
-    return "exact per vector" if method.reads_vector else EXPORT[method.depends_on]
+    if method.reads_vector:
+        return "exact per vector"
+    return EXPORT[method.depends_on]
 
 
 def _gate_text(gate: Gate) -> str:

@@ -80,7 +80,8 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 
 def escape(text: object) -> str:
     """Return text that is nothing but text in HTML, in an attribute too; control characters become a mark."""
-    plain = "".join(each if each.isprintable() or each in "\n\t" else "\N{REPLACEMENT CHARACTER}" for each in str(text))
+    hidden = {each for each in str(text) if not each.isprintable() and each not in "\n\t"}
+    plain = str(text).translate({ord(each): "\N{REPLACEMENT CHARACTER}" for each in hidden})
     return _escape(plain, quote=True)
 
 
@@ -126,12 +127,10 @@ def facts(pairs: Iterable[tuple[str, object]]) -> str:
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], last_is_sum: bool = False) -> str:
     """Return a table; cells are HTML, so that text in them is escaped before."""
     head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
-    lines = [f"<td>{'</td><td>'.join(row)}</td>" for row in rows]
-    marked = [
-        f'<tr class="sum">{line}</tr>' if last_is_sum and number == len(lines) - 1 else f"<tr>{line}</tr>"
-        for number, line in enumerate(lines)
-    ]
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(marked)}</tbody></table>"
+    lines = [f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows]
+    if last_is_sum:
+        lines[-1] = lines[-1].replace("<tr>", '<tr class="sum">', 1)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
 def paragraph(text: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from qd2mora.memory import Plan
 from qd2mora.report.bars import Bar, bar_chart
 from qd2mora.report.chart import KeyEntry
-from qd2mora.report.figure import Panel, check_png, figure_svg, write_png
+from qd2mora.report.figure import check_png, figure_svg, write_png
 
 GIB = 1 << 30
 
@@ -23,8 +23,8 @@ def draw_plan(planned: Plan, out: Path) -> None:
     budget = "no budget"
     if planned.budget_bytes is not None:
         budget = f"budget {planned.budget_bytes / GIB:.2f} GiB"
-    panel = Panel(f"planned peak {planned.peak_bytes / GIB:.2f} GiB, {budget}", bar_chart("memory", bars, "GiB", key))
-    write_png(figure_svg("memory of a run", [panel]), out)
+    title = f"planned peak {planned.peak_bytes / GIB:.2f} GiB, {budget}"
+    write_png(figure_svg(title, [bar_chart("what is alive", bars, "GiB", key)]), out)
 
 
 __all__ = ["draw_plan"]

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from qd2mora.base import load_tokenizer
 from qd2mora.data import Mixture, Row, TaskRows, TokenRows, prepare
 from qd2mora.recipe import Recipe
+from qd2mora.report.cells import with_columns, written
 
 ROWS_LOOKED_AT = 20_000
 """Rows of a task whose end tokens are looked for."""
@@ -47,7 +48,10 @@ def coloured(row: Row, tokenizer: PreTrainedTokenizerBase) -> Text:
         stop += len(list(run))
         # Not each part by itself: some tokenizers drop the space a text begins with.
         whole = str(tokenizer.decode(ids[:stop], skip_special_tokens=False))
-        text.append(whole[len(shown) :], f"{'green' if is_green else 'dim'}{' reverse' if is_special else ''}")
+        style = "green" if is_green else "dim"
+        if is_special:
+            style += " reverse"
+        text.append(whole[len(shown) :], style)
         shown = whole
     return text
 
@@ -63,14 +67,19 @@ def is_learned(row: Row) -> NDArray[np.bool_]:
 def problems(task: TaskRows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[str]:
     """Yield a line for each thing that is lost, doubled or missing, with its count."""
     for reason, places in task.skipped.places.items():
-        yield f"{len(places)} rows left out: {reason} ({', '.join(places[:3])}{', ...' if len(places) > 3 else ''})"
+        named = places[:3]
+        if len(places) > 3:
+            named = [*named, "..."]
+        yield f"{len(places)} rows left out: {reason} ({', '.join(named)})"
     if task.num_dropped:
         yield f"{task.num_dropped} rows dropped: data.max_length {max_length} leaves no room for an answer"
     if task.num_cut:
         yield f"{task.num_cut} rows lose the end of the answer to data.max_length {max_length}"
     if task.skipped.duplicates:
         yield f"{task.skipped.duplicates} rows say what an earlier row says"
-    whole = task.train.where(~task.train.is_cut) if isinstance(task.train, TokenRows) else task.train
+    whole = task.train
+    if isinstance(whole, TokenRows):
+        whole = whole.where(~whole.is_cut)
     rows = itertools.islice(whole, ROWS_LOOKED_AT)
     is_open = sum(not (row.ids[is_learned(row)] == tokenizer.eos_token_id).any() for row in rows)
     if is_open:
@@ -85,9 +94,9 @@ def bars(lengths: NDArray[np.int32], max_length: int) -> str:
 
 
 def _lengths(tasks: list[TaskRows], max_length: int) -> Table:
-    table = Table(title="rows and their lengths in tokens")
-    for heading in ("task", "train", "held out", "median", "longest", "learned", f"0 to {max_length}"):
-        table.add_column(heading, justify="left" if heading in ("task", f"0 to {max_length}") else "right")
+    reach = f"0 to {max_length}"
+    headings = ("task", "train", "held out", "median", "longest", "learned", reach)
+    table = with_columns(Table(title="rows and their lengths in tokens"), headings, words=(reach,))
     for task in tasks:
         lengths = task.lengths
         learned = sum(row.num_labels for row in itertools.islice(task.train, ROWS_LOOKED_AT))
@@ -102,14 +111,17 @@ def _shares(recipe: Recipe, tasks: list[TaskRows]) -> Table:
     mixture = Mixture(recipe.data, tasks, recipe.train.seed)
     if recipe.train.steps:
         count = recipe.train.steps * recipe.train.global_batch
+    elif recipe.data.stop is None:
+        count = mixture.rows_per_epoch
     else:
-        count = mixture.rows_per_epoch if recipe.data.stop is None else mixture.rows_until_stop()
+        count = mixture.rows_until_stop()
     count = min(count, 10 * ROWS_LOOKED_AT)
     table = Table(title=f"shares of the first {count} rows that are learned from")
-    for heading in ("task", "asked", "rows", "share", "tokens", "share", "passes"):
-        table.add_column(heading, justify="left" if heading == "task" else "right")
+    with_columns(table, ("task", "asked", "rows", "share", "tokens", "share", "passes"))
     for share in mixture.shares(count):
-        asked = "" if share.asked is None else f"{share.asked:.1%} of {recipe.data.mix}"
+        asked = written(share.asked, ".1%")
+        if asked:
+            asked += f" of {recipe.data.mix}"
         numbers = (str(share.rows), f"{share.of_rows:.1%}", str(share.tokens), f"{share.of_tokens:.1%}")
         table.add_row(share.task, asked, *numbers, f"{share.passes:.2f}")
     return table

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from qd2mora.inspection import RoutingReport
 from qd2mora.inspection.measures import mean_of_known
 from qd2mora.inspection.routing_report import BankReport, RouterReport
+from qd2mora.report.cells import grouped, written
 from qd2mora.report.chart import Chart, KeyEntry, key_html
 from qd2mora.report.curves import Series, line_chart
-from qd2mora.report.groups import grouped, written
 from qd2mora.report.maps import Dot, Usage, scatter, usage_key, usage_map
 from qd2mora.report.page import card, escape, folded, grid, paragraph, table
 from qd2mora.report.run_contents import RunContents
@@ -68,10 +68,10 @@ def mapped_groups(routing: RoutingReport) -> list[list[RouterReport]]:
     return [routers for routers in groups.values() if 1 < routers[0].experts <= MOST_MAP_EXPERTS]
 
 
-def likeness_lines(run: RunContents) -> list[Series]:
+def likeness_chart(run: RunContents) -> Chart:
     """Return how alike experts of each bank were at every step."""
-    curves = [(number, bank, run.likeness(bank)) for number, bank in enumerate(BANKS)]
-    return [Series(BANKS[bank], points, number) for number, bank, points in curves if points]
+    lines = [Series(name, run.likeness(bank), number) for number, (bank, name) in enumerate(BANKS.items())]
+    return line_chart("likeness of experts over time", lines, low=0.0, high=1.0)
 
 
 def entropy_chart(routers: list[RouterReport], role: str) -> Chart:
@@ -172,12 +172,10 @@ def _router_row(router: RouterReport) -> list[str]:
 
 
 def _likeness_over_time(run: RunContents) -> Iterable[str]:
-    lines = likeness_lines(run)
-    if lines:
-        title = "likeness of experts over time"
-        chart = line_chart(title, lines, low=0.0, high=1.0)
+    chart = likeness_chart(run)
+    if chart.drawing:
         note = "mean |cos| over all pairs of experts of a bank, flattened; what D2MoRA's penalty lowers"
-        yield card(title, chart.html(), note)
+        yield card(chart.title, chart.html(), note)
 
 
 def _bank_card(banks: list[BankReport]) -> str:
@@ -230,7 +228,7 @@ __all__ = [
     "ROLES",
     "entropy_chart",
     "experts_section",
-    "likeness_lines",
+    "likeness_chart",
     "map_of",
     "mapped_groups",
     "routing_section",

@@ -71,8 +71,7 @@ def _main_numbers(run: RunContents) -> str:
 
 def _measured_peak(run: RunContents) -> int:
     """Return the most bytes that were in use, 0 where nobody measured."""
-    measured = [line.memory for line in run.steps if line.memory is not None]
-    return measured[-1] if measured else 0
+    return next((line.memory for line in reversed(run.steps) if line.memory is not None), 0)
 
 
 def _facts(run: RunContents) -> str:
@@ -113,47 +112,50 @@ def _short(model: str) -> str:
 
 
 def _curves(run: RunContents) -> str:
-    losses = loss_lines(run)
-    if not losses:
+    if not run.curve(lambda line: line.loss):
         return paragraph("No step has been logged yet.")
-    held_out, scores = task_lines(run, lambda line: line.eval_loss), task_lines(run, lambda line: line.eval_score)
-    rate = Series("learning rate", run.curve(lambda line: line.learning_rate))
-    norms, speeds = run.curve(lambda line: line.grad_norm), run.curve(lambda line: line.tokens_per_s)
-    cards = [_chart_card(line_chart("training loss", losses, is_log=True), f"{NATS}; faint: each step")]
-    cards.append(_chart_card(line_chart("held-out loss by task", held_out, is_log=True), NATS))
-    if scores:
-        cards.append(_chart_card(line_chart("scores by task", scores, low=0.0), "of the task's own metric"))
-    cards.append(_chart_card(line_chart("learning rate", [rate], low=0.0)))
-    norm = line_chart("gradient norm", _with_mean("gradient norm", norms), is_log=True)
-    cards.append(_chart_card(norm, "before clipping; faint: each step"))
-    speed = line_chart("tokens a second", _with_mean("tokens a second", speeds), low=0.0)
-    cards.append(_chart_card(speed, "faint: each step"))
-    return grid(cards)
-
-
-def loss_lines(run: RunContents) -> list[Series]:
-    """Return the training loss, each step's faint behind the mean of its neighbours; nothing before the first step."""
-    points = run.curve(lambda line: line.loss)
-    if not points:
-        return []
-    return [Series("each step", points, is_faint=True), Series("mean of neighbours", smoothed(points))]
-
-
-def task_lines(run: RunContents, numbers: Callable[[LoggedEvaluation], ByTask]) -> list[Series]:
-    """Return a line for each task that has such numbers: held-out losses, or scores."""
-    curves = [
-        (task.name, number, run.task_curve(numbers, task.name)) for number, task in enumerate(run.recipe.data.tasks)
+    norms = _measured_chart("gradient norm", run.curve(lambda line: line.grad_norm), is_log=True)
+    speeds = _measured_chart("tokens a second", run.curve(lambda line: line.tokens_per_s))
+    rates = Series("learning rate", run.curve(lambda line: line.learning_rate))
+    scores = line_chart("scores by task", _task_lines(run, lambda line: line.eval_score), low=0.0)
+    charts = [
+        (training_chart(run), f"{NATS}; faint: each step"),
+        (held_out_chart(run), NATS),
+        (scores, "of the task's own metric"),
+        (line_chart("learning rate", [rates], low=0.0), ""),
+        (norms, "before clipping; faint: each step"),
+        (speeds, "faint: each step"),
     ]
-    return [Series(task, points, number, has_dots=len(points) < 40) for task, number, points in curves if points]
+    # Scores are there only where a task names a metric; the other curves of every run are.
+    return grid(card(chart.title, chart.html(), note) for chart, note in charts if chart.drawing or chart is not scores)
 
 
-def _with_mean(name: str, points: list[Point]) -> list[Series]:
-    """Return one number's lines: what was measured, faint, and its mean over neighbours."""
-    return [Series(name, points, is_faint=True), Series(name, smoothed(points))]
+def training_chart(run: RunContents) -> Chart:
+    """Return the training loss, each step's faint behind the mean of its neighbours."""
+    losses = run.curve(lambda line: line.loss)
+    lines = [Series("each step", losses, is_faint=True), Series("mean of neighbours", smoothed(losses))]
+    return line_chart("training loss", lines, is_log=True)
 
 
-def _chart_card(chart: Chart, note: str = "") -> str:
-    return card(chart.title, chart.html(), note)
+def held_out_chart(run: RunContents) -> Chart:
+    """Return the held-out loss of each task."""
+    return line_chart("held-out loss by task", _task_lines(run, lambda line: line.eval_loss), is_log=True)
+
+
+def _task_lines(run: RunContents, numbers: Callable[[LoggedEvaluation], ByTask]) -> list[Series]:
+    lines = []
+    for number, task in enumerate(run.recipe.data.tasks):
+        points = run.task_curve(numbers, task.name)
+        lines.append(Series(task.name, points, number, has_dots=len(points) < 40))
+    return lines
+
+
+def _measured_chart(name: str, points: list[Point], *, is_log: bool = False) -> Chart:
+    """Return one number's curve: what was measured, faint, and its mean over neighbours."""
+    lines = [Series(name, points, is_faint=True), Series(name, smoothed(points))]
+    if is_log:
+        return line_chart(name, lines, is_log=True)
+    return line_chart(name, lines, low=0.0)
 
 
 def _memory(run: RunContents) -> str:
@@ -217,7 +219,9 @@ def _export(run: RunContents) -> str:
     report = run.export
     if report is None:
         return paragraph("No export in the run folder; `qd2mora merge` makes one and measures it.")
-    how = "exact up to rounding" if report.exact else "an approximation"
+    how = "an approximation"
+    if report.exact:
+        how = "exact up to rounding"
     kept = [("strategy", f"{report.strategy}, {how}")]
     if report.loss is not None:
         kept += [(f"held-out loss, {name}", f"{value:.4f}") for name, value in report.loss.items()]
@@ -259,4 +263,4 @@ SECTIONS: dict[str, Callable[[RunContents], str]] = {
     "Samples": _samples,
 }
 
-__all__ = ["loss_lines", "run_page", "task_lines", "write_page"]
+__all__ = ["held_out_chart", "run_page", "training_chart", "write_page"]

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from qd2mora.inspection.measures import mean_of_known
 from qd2mora.inspection.routing_report import BankReport, RouterReport
-from qd2mora.report.groups import grouped, written
+from qd2mora.report.cells import grouped, with_columns, written
 from qd2mora.report.run_contents import RunContents
 
 NUM_WORST = 5
@@ -104,9 +104,7 @@ def _banks(banks: list[BankReport]) -> Table:
 
 def _table(title: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE, padding=(0, 1, 0, 0))
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number < 2 else "right")
-    return table
+    return with_columns(table, headings, words=headings[:2])
 
 
 __all__ = ["show_inspection"]

@@ -1,11 +1,11 @@
 """Tables of scores: one row a task, one column a model."""
 
-from typing import Any
-
 from rich.console import Console
 from rich.table import Table
 
 from qd2mora.evaluation import Score
+from qd2mora.evaluation.answer_file import TaskNumbers
+from qd2mora.report.cells import with_columns
 
 WORDS = {
     "exact": "exact answers",
@@ -19,24 +19,24 @@ WORDS = {
 def show_scores(columns: dict[str, dict[str, Score]], console: Console) -> None:
     """Print each task's score, one column a model, with the mean over tasks where all are scored alike."""
     first = next(iter(columns.values()))
-    metrics = {score.metric for score in first.values()}
-    rows = {score.rows for score in first.values()}
-    asked = f"{min(rows)} rows a task" if len(rows) == 1 else f"{min(rows)} to {max(rows)} rows a task"
-    what = WORDS[metrics.pop()] if len(metrics) == 1 else "scores"
-    table = Table(title=f"{what}, {asked} (95% interval)")
-    table.add_column("task")
-    mixed = len({score.metric for score in first.values()}) > 1
-    if mixed:
-        table.add_column("what")
-    for name in columns:
-        table.add_column(name, justify="right")
+    metrics, rows = {score.metric for score in first.values()}, {score.rows for score in first.values()}
+    is_mixed = len(metrics) > 1
+    asked = f"{min(rows)} rows a task"
+    if len(rows) > 1:
+        asked = f"{min(rows)} to {max(rows)} rows a task"
+    if is_mixed:
+        table = with_columns(Table(title=f"scores, {asked} (95% interval)"), ["task", "what", *columns], ("what",))
+    else:
+        table = with_columns(Table(title=f"{WORDS[min(metrics)]}, {asked} (95% interval)"), ["task", *columns])
     for task, score in first.items():
         cells = [shown(scores[task]) for scores in columns.values()]
-        table.add_row(task, *([WORDS[score.metric]] if mixed else []), *cells)
-    if not mixed:
-        share = next(iter(first.values())).metric != "loss"
+        if is_mixed:
+            cells.insert(0, WORDS[score.metric])
+        table.add_row(task, *cells)
+    if not is_mixed:
+        form = ".4f" if "loss" in metrics else ".1%"
         means = [sum(score.mean for score in scores.values()) / len(scores) for scores in columns.values()]
-        table.add_row("mean", *(f"{mean:.1%}" if share else f"{mean:.4f}" for mean in means), style="bold")
+        table.add_row("mean", *(format(mean, form) for mean in means), style="bold")
     console.print(table)
 
 
@@ -45,12 +45,13 @@ def shown(score: Score) -> str:
     low, high = score.interval
     if score.metric == "loss":
         return f"{score.mean:.4f} [dim]({low:.3f} to {high:.3f})[/dim]"
-    normalized = score.to_json().get("accuracy_normalized")
-    more = f", {normalized:.1%} a token" if isinstance(normalized, float) else ""
+    more = ""
+    if score.accuracy_normalized is not None:
+        more = f", {score.accuracy_normalized:.1%} a token"
     return f"{score.mean:.1%} [dim]({low:.0%} to {high:.0%}){more}[/dim]"
 
 
-def show_harness(results: dict[str, dict[str, Any]], console: Console) -> None:
+def show_harness(results: TaskNumbers, console: Console) -> None:
     """Print what lm-evaluation-harness measured, one row a number."""
     table = Table("task", "metric", "value", "standard error", title="lm-evaluation-harness")
     for task, numbers in results.items():

@@ -4,20 +4,18 @@ from rich.console import Console
 from rich.table import Table
 
 from qd2mora.data.expert_suggestion import ExpertSuggestion
+from qd2mora.report.cells import with_columns
 
 
 def show_suggestion(found: ExpertSuggestion, console: Console) -> None:
     """Print a suggestion and the numbers behind it."""
-    tried = Table(title=f"clusters of {found.prompts} prompts")
-    for heading in ("clusters", "inertia", "silhouette"):
-        tried.add_column(heading, justify="right")
+    tried = with_columns(Table(title=f"clusters of {found.prompts} prompts"), ("clusters", "inertia", "silhouette"))
+    tried.columns[0].justify = "right"
     for each in found.tried:
         tried.add_row(str(each.k), f"{each.inertia:.1%}", f"{each.silhouette:.3f}")
     console.print(tried)
-    members = Table(title=f"prompts of each task in the {found.experts} clusters")
-    members.add_column("task")
-    for number in range(found.experts):
-        members.add_column(str(number + 1), justify="right")
+    clusters = [str(number + 1) for number in range(found.experts)]
+    members = with_columns(Table(title=f"prompts of each task in the {found.experts} clusters"), ["task", *clusters])
     for task, counts in found.tasks.items():
         members.add_row(task, *map(str, counts))
     console.print(members)
