@@ -1,4 +1,4 @@
-"""Draw the layer for the README: `python scripts/draw_layer.py` writes scripts/figures/layer.png (the extra figures)."""
+"""Draw the layer for the README: `python scripts/draw_layer.py` writes scripts/figures/layer.png.."""
 
 from pathlib import Path
 

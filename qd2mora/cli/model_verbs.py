@@ -25,32 +25,37 @@ RowsAtOnce = Annotated[int, typer.Option(help="Rows of a batch; no score depends
 ScoresFile = Annotated[Path | None, typer.Option(help="JSON file for the scores; the same command goes on.")]
 
 
+Strategy = Annotated[
+    str, typer.Option(help="From routed to static: auto, core_lsq, distill, mean_gate, per_task or sequential.")
+]
+ForTask = Annotated[str | None, typer.Option(help="Export for this task alone; all: one export for each.")]
+ForVector = Annotated[str | None, typer.Option(help="Export for rows with this vector: numbers with commas.")]
+To = Annotated[str, typer.Option(help="hf or gguf: weights; lora or gguf_lora: a LoRA; exact: the routed model.")]
+AddedTo = Annotated[str, typer.Option(help="Weights added to: dequantized (trained on) or original.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="hf: float16, bfloat16, float32; exact: these or nf4; gguf: float16, q8_0; LoRAs: float32, float16."
+    ),
+]
+MaxShard = Annotated[str | None, typer.Option(help="hf and exact: size of one file of weights; 5GB where not given.")]
+NoVocabulary = Annotated[
+    bool, typer.Option("--no-vocabulary", help="GGUF for token ids alone, where llama.cpp lacks the tokenizer.")
+]
+
+
 @app.command()
 def merge(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="New folder for the export.", show_default=False)],
-    strategy: Annotated[
-        str,
-        typer.Option(help="From routed to static: auto, core_lsq, distill, mean_gate, per_task or sequential."),
-    ] = "auto",
-    task: Annotated[str | None, typer.Option(help="Export for this task alone; all: one export for each.")] = None,
-    vector: Annotated[str | None, typer.Option(help="Export for rows with this vector: numbers with commas.")] = None,
-    to: Annotated[
-        str, typer.Option(help="hf or gguf: weights; lora or gguf_lora: a LoRA; exact: the routed model.")
-    ] = "hf",
-    base: Annotated[str, typer.Option(help="Weights added to: dequantized (trained on) or original.")] = "dequantized",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="hf: float16, bfloat16, float32; exact: these or nf4; gguf: float16, q8_0; LoRAs: float32, float16."
-        ),
-    ] = None,
-    max_shard: Annotated[
-        str | None, typer.Option(help="hf and exact: size of one file of weights; 5GB where not given.")
-    ] = None,
-    no_vocabulary: Annotated[
-        bool, typer.Option("--no-vocabulary", help="GGUF for token ids alone, where llama.cpp lacks the tokenizer.")
-    ] = False,
+    strategy: Strategy = "auto",
+    task: ForTask = None,
+    vector: ForVector = None,
+    to: To = "hf",
+    base: AddedTo = "dequantized",
+    dtype: Dtype = None,
+    max_shard: MaxShard = None,
+    no_vocabulary: NoVocabulary = False,
     allow_changed: AllowChanged = None,
 ) -> None:
     """Export ordinary weights, a LoRA or the routed model itself, with a report of what the export keeps."""

@@ -20,7 +20,7 @@ from qd2mora.comparison.split import split_tasks, testing
 from qd2mora.data import prepare
 from qd2mora.disk.durable import write_json
 from qd2mora.errors import InputRefused
-from qd2mora.evaluation import Exam, ask_suite, suite_task_names
+from qd2mora.evaluation import Exam, ask_suite, check_exam
 from qd2mora.merging.strategies import find_strategy
 from qd2mora.mixture import MixtureConfig
 from qd2mora.recipe import Recipe
@@ -117,10 +117,9 @@ def _check_suite(
         if settings.data is not None or settings.tasks:
             raise InputRefused("--data and --tasks: they are a suite's; name it with --suite")
         return
-    names = suite_task_names(settings.suite, settings.tasks)
-    if settings.data is None:
-        raise InputRefused(f"--data: say in which folder the test files of {settings.suite} are")
-    ask_suite(_suite_exam(settings), tokenizer)
+    exam = _suite_exam(settings)
+    check_exam(exam)
+    names = [task.name for task in ask_suite(exam, tokenizer)]
     known = [task.name for task in recipe.data.tasks]
     unknown = [name for name in names if name not in known]
     for arm in arms:

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from qd2mora.comparison.outcome import STAGES, ArmOutcome, Comparison, StageOutcome, verdicts
 from qd2mora.disk.durable import write_atomically
-from qd2mora.report.bars import Interval, interval_chart
+from qd2mora.report.bars import Span, span_chart
 from qd2mora.report.cells import with_columns
 from qd2mora.report.chart import Chart, KeyEntry
 from qd2mora.report.figure import can_render, figure_svg, write_png
@@ -52,14 +52,14 @@ def write_tables(found: Comparison, folder: Path) -> list[str]:
 
 def _loss_chart(found: Comparison) -> Chart:
     """Return each arm's test loss with its interval, both stages."""
-    intervals = [
-        Interval(arm.name, stage.loss.mean, *stage.loss.interval, STAGES.index(name))
+    losses = [
+        Span(arm.name, *stage.loss.interval, STAGES.index(name), middle=stage.loss.mean)
         for arm in found.arms
         for name, stage in arm.stages.items()
         if stage is not None
     ]
     key = tuple(KeyEntry(HEADINGS[stage], number) for number, stage in enumerate(STAGES))
-    return interval_chart("loss on test rows", intervals, "nats a token (95%); left is better", key)
+    return span_chart("loss on test rows", losses, "nats a token (95%); left is better", key)
 
 
 def _title(found: Comparison) -> str:

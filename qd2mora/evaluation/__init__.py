@@ -1,7 +1,7 @@
 """Evaluation: asking a run, an export or a base, and scoring the answers."""
 
-from qd2mora.evaluation.evaluate import evaluate, score_all, score_tasks
-from qd2mora.evaluation.questions import AskedTask, Exam, ask, ask_held_out, ask_suite
+from qd2mora.evaluation.evaluate import evaluate, score_all
+from qd2mora.evaluation.questions import AskedTask, Exam, ask, ask_held_out, ask_suite, check_exam
 from qd2mora.evaluation.score import Record, Score, bootstrap
 from qd2mora.evaluation.scoring import score_task
 from qd2mora.evaluation.subject import Subject, open_subject
@@ -21,11 +21,11 @@ __all__ = [
     "ask_suite",
     "bootstrap",
     "chat",
+    "check_exam",
     "evaluate",
     "generate",
     "open_subject",
     "score_all",
     "score_task",
-    "score_tasks",
     "suite_task_names",
 ]

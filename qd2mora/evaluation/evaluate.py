@@ -5,11 +5,10 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from qd2mora.data import TaskRows
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.answer_file import AnswerFile, digest
 from qd2mora.evaluation.display import asking
-from qd2mora.evaluation.questions import AskedTask, Exam, ask, ask_held_out, check_exam
+from qd2mora.evaluation.questions import AskedTask, Exam, ask, check_exam
 from qd2mora.evaluation.rouge import rouge_l
 from qd2mora.evaluation.score import Record, Score, refuse_not_finite
 from qd2mora.evaluation.scoring import ROWS_AT_ONCE, score_task
@@ -78,11 +77,6 @@ def score_all(
     return scores
 
 
-def score_tasks(subject: Subject, tasks: list[TaskRows], limit: int | None = None) -> dict[str, Score]:
-    """Score the held-out rows of every task that has some, the first `limit` of each, by the task's metric."""
-    return score_all(subject, ask_held_out(tasks, limit))
-
-
 def _whole(model: str | Path, exam: Exam) -> Exam:
     """Return an exam that names its rows, a run's own where it named none. Raises InputRefused."""
     if not Path(model).is_dir():
@@ -109,4 +103,4 @@ def _question(model: str | Path, asked: list[AskedTask], beams: int) -> dict[str
     return question
 
 
-__all__ = ["evaluate", "score_all", "score_tasks"]
+__all__ = ["evaluate", "score_all"]

@@ -77,7 +77,6 @@ def ask_suite(
 
     Raises InputRefused where a file or an answer is missing.
     """
-    _refuse_unknown_scoring(exam.scoring)
     assert exam.suite is not None and exam.data is not None
     suite, names = find_suite(exam.suite), suite_task_names(exam.suite, exam.tasks)
     numbers, asked = numbers or {}, []
@@ -118,7 +117,8 @@ def check_exam(exam: Exam) -> None:
     """Refuse an exam that cannot be asked of any model. Raises InputRefused."""
     if exam.suite is not None and exam.recipe is not None:
         raise InputRefused("give --suite or --recipe, not both")
-    _refuse_unknown_scoring(exam.scoring)
+    if exam.scoring not in SCORINGS:
+        raise InputRefused(f"--scoring: '{exam.scoring}' will not do: {' or '.join(SCORINGS)}")
     if exam.prompt not in PROMPTS:
         raise InputRefused(f"--prompt: '{exam.prompt}' will not do: {' or '.join(PROMPTS)}")
     if exam.suite is None:
@@ -142,11 +142,6 @@ def task_numbers(subject: Subject, names: list[str]) -> dict[str, int]:
             "choose with --tasks"
         )
     return dict.fromkeys(names, 0) | {name: known.index(name) for name in names if name in known}
-
-
-def _refuse_unknown_scoring(scoring: str) -> None:
-    if scoring not in SCORINGS:
-        raise InputRefused(f"--scoring: '{scoring}' will not do: {' or '.join(SCORINGS)}")
 
 
 def _chosen(tasks: list[TaskRows], names: Collection[str]) -> list[TaskRows]:

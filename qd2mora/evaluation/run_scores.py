@@ -3,8 +3,9 @@
 from dataclasses import asdict, replace
 
 from qd2mora.data import prepare
-from qd2mora.evaluation.evaluate import score_tasks
-from qd2mora.evaluation.samples import sample_answers, sampled_rows, samples_of
+from qd2mora.evaluation.evaluate import score_all
+from qd2mora.evaluation.questions import ask_held_out
+from qd2mora.evaluation.samples import answer_samples, sampled_rows
 from qd2mora.evaluation.score import Score
 from qd2mora.evaluation.subject import open_subject
 from qd2mora.recipe import Recipe
@@ -18,19 +19,21 @@ def score_run(folder: RunFolder, recipe: Recipe) -> dict[str, dict[str, Score]]:
     """
     subject = open_subject(folder.path)
     tasks = prepare(recipe.data, subject.tokenizer, recipe.train.seed)
-    rows = sampled_rows(tasks)
-    with subject.without_adapter():
-        scores, answers = {"base": score_tasks(subject, tasks)}, {"base": sample_answers(subject, rows)}
-    if not scores["base"]:
+    asked, rows = ask_held_out(tasks), sampled_rows(tasks)
+    if not asked:
         return {}
+    with subject.without_adapter():
+        scores = {"base": score_all(subject, asked)}
+        answer_samples("base", subject, rows)
     models = {"adapter": subject}
     if folder.export.is_dir():
         models["fp16 export"] = replace(open_subject(folder.export), run=None)
     for name, model in models.items():
-        scores[name], answers[name] = score_tasks(model, tasks), sample_answers(model, rows)
+        scores[name] = score_all(model, asked)
+        answer_samples(name, model, rows)
     by_model = {name: {task: score.to_json() for task, score in by_task.items()} for name, by_task in scores.items()}
     write_json(folder.scores, by_model)
-    write_json(folder.samples, [asdict(sample) for sample in samples_of(tasks, rows, answers)])
+    write_json(folder.samples, [asdict(sample) for _, sample in rows])
     return scores
 
 

@@ -13,7 +13,7 @@ MOST_TOKENS = 64
 
 @dataclass(frozen=True)
 class Sample:
-    """A row as `samples.json` keeps it: its task, prompt and right answer, and the answers given, by model."""
+    """A row as `samples.json` holds it: its task, prompt and right answer, and the answers given so far, by model."""
 
     task: str
     prompt: str
@@ -21,27 +21,16 @@ class Sample:
     answers: dict[str, str]
 
 
-def sampled_rows(tasks: list[TaskRows]) -> list[Row]:
-    """Return the first held-out rows of the first tasks."""
-    return [row for task in tasks[:MOST_TASKS] for row in task.validation[:ROWS_OF_A_TASK]]
+def sampled_rows(tasks: list[TaskRows]) -> list[tuple[Row, Sample]]:
+    """Return the first held-out rows of the first tasks, each with nothing answered yet."""
+    rows = [(task, row) for task in tasks[:MOST_TASKS] for row in task.validation[:ROWS_OF_A_TASK]]
+    return [(row, Sample(task.task.name, row.pair.prompt, row.pair.answer, {})) for task, row in rows]
 
 
-def sample_answers(subject: Subject, rows: list[Row]) -> list[str]:
-    """Return a model's answers, greedy, one row at a time."""
-    return [write_answers(subject, [row], min(MOST_TOKENS, len(row.ids) - row.masked + 8))[0] for row in rows]
+def answer_samples(name: str, subject: Subject, rows: list[tuple[Row, Sample]]) -> None:
+    """Add a model's answers, greedy, one row at a time."""
+    for row, sample in rows:
+        sample.answers[name] = write_answers(subject, [row], min(MOST_TOKENS, len(row.ids) - row.masked + 8))[0]
 
 
-def samples_of(tasks: list[TaskRows], rows: list[Row], answers: dict[str, list[str]]) -> list[Sample]:
-    """Return rows with the answers of every model."""
-    return [
-        Sample(
-            tasks[row.task].task.name,
-            row.pair.prompt,
-            row.pair.answer,
-            {model: texts[place] for model, texts in answers.items()},
-        )
-        for place, row in enumerate(rows)
-    ]
-
-
-__all__ = ["Sample", "sample_answers", "sampled_rows", "samples_of"]
+__all__ = ["Sample", "answer_samples", "sampled_rows"]

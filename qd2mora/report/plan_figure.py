@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from qd2mora.memory import Plan
-from qd2mora.report.bars import Bar, bar_chart
+from qd2mora.report.bars import Span, span_chart
 from qd2mora.report.chart import KeyEntry
 from qd2mora.report.figure import check_png, figure_svg, write_png
 
@@ -15,7 +15,7 @@ def draw_plan(planned: Plan, out: Path) -> None:
     check_png(out)
     groups = {"at the peak": planned.items, "at another moment": planned.elsewhere, "host memory": planned.host}
     bars = [
-        Bar(name, size / GIB, number, f"{size / GIB:.2f}")
+        Span(name, 0.0, size / GIB, number, f"{size / GIB:.2f}")
         for number, items in enumerate(groups.values())
         for name, size in items.items()
     ]
@@ -24,7 +24,7 @@ def draw_plan(planned: Plan, out: Path) -> None:
     if planned.budget_bytes is not None:
         budget = f"budget {planned.budget_bytes / GIB:.2f} GiB"
     title = f"planned peak {planned.peak_bytes / GIB:.2f} GiB, {budget}"
-    write_png(figure_svg(title, [bar_chart("what is alive", bars, "GiB", key)]), out)
+    write_png(figure_svg(title, [span_chart("what is alive", bars, "GiB", key)]), out)
 
 
 __all__ = ["draw_plan"]

@@ -1,6 +1,7 @@
 """The part of a run's page that is about routing and experts."""
 
 from collections.abc import Iterable
+from typing import Literal
 
 from qd2mora.inspection import RoutingReport
 from qd2mora.inspection.measures import mean_of_known
@@ -77,30 +78,23 @@ def likeness_chart(run: RunContents) -> Chart:
 def entropy_chart(routers: list[RouterReport], role: str) -> Chart:
     """Return the entropy of single tokens' gates by layer, a line a kind of linear."""
     title = f"entropy by layer, {ROLES[role]}"
-    lines = [
-        Series(
-            kind,
-            [(each.layer, each.measures.entropy) for each in group if each.measures.entropy is not None],
-            number,
-            has_dots=True,
-        )
-        for number, (kind, group) in enumerate(_choosing(routers, role).items())
-    ]
-    return line_chart(title, lines, "layer", low=0.0, high=1.0)
+    return line_chart(title, _lines_by_layer(routers, role, "entropy"), "layer", low=0.0, high=1.0)
 
 
 def _information_chart(routers: list[RouterReport], role: str) -> Chart:
     title = f"information by layer, {ROLES[role]}"
-    lines = [
-        Series(
-            kind,
-            [(each.layer, each.measures.mutual_information_of_weights) for each in group],
-            number,
-            has_dots=True,
-        )
-        for number, (kind, group) in enumerate(_choosing(routers, role).items())
-    ]
-    return line_chart(title, lines, "layer", low=0.0)
+    return line_chart(title, _lines_by_layer(routers, role, "mutual_information_of_weights"), "layer", low=0.0)
+
+
+def _lines_by_layer(
+    routers: list[RouterReport], role: str, measure: Literal["entropy", "mutual_information_of_weights"]
+) -> list[Series]:
+    lines = []
+    for number, (kind, group) in enumerate(_choosing(routers, role).items()):
+        pairs = [(router.layer, getattr(router.measures, measure)) for router in group]
+        points = [(layer, value) for layer, value in pairs if value is not None]
+        lines.append(Series(kind, points, number, has_dots=True))
+    return lines
 
 
 def _choosing(routers: list[RouterReport], role: str) -> dict[str, list[RouterReport]]:
