@@ -90,7 +90,7 @@ def _best_of(folder: Path, strategies: Sequence[str], task: str | None) -> tuple
         export = merge(folder, place, strategy=strategy, task=task)
         assert export.fidelity is not None  # there are rows to choose by
         tried[export.strategy] = (export.fidelity.merged, place)
-        if export.exact:
+        if export.exact:  # no other keeps more
             break
     best = min(tried, key=lambda name: tried[name][0])
     for name, (_, place) in tried.items():

@@ -27,6 +27,7 @@ def interval(values: Values, seed: int = 0) -> tuple[float, float]:
     means = np.empty(RESAMPLES)
     num_seeds = len(next(iter(values.values())))
     for draw in range(RESAMPLES):
+        # The same seeds for every task: a seed is one training, whose luck all tasks share.
         seeds = generator.integers(0, num_seeds, num_seeds)
         means[draw] = np.mean(
             [each[seeds][:, generator.integers(0, each.shape[1], each.shape[1])].mean() for each in values.values()]

@@ -80,6 +80,7 @@ def _nearest(recipe: Recipe, row: Method, count: _Counter, wanted: int) -> Adapt
         "rank_stabilized": recipe.adapter.rank_stabilized,
         "external_width": recipe.adapter.external_width if row.reads_vector else None,
     }
+    # The method's own number of experts is kept where a rank of it comes near enough: it is part of the method.
     best: Adapter | None = None
     for experts in _numbers_of_experts(row):
         adapter = Adapter(**(shared | experts))
@@ -99,6 +100,7 @@ def _with_rank(adapter: Adapter, ratio: float, count: _Counter, wanted: int) -> 
     def at(rank: int) -> Adapter:
         return adapter.model_copy(update={"rank": rank, "alpha": ratio * rank})
 
+    # What an adapter trains grows with its rank, so that halving finds the two ranks about the wanted number.
     low, high = 1, MAX_RANK
     while high - low > 1:
         middle = (low + high) // 2
@@ -112,6 +114,7 @@ def _with_rank(adapter: Adapter, ratio: float, count: _Counter, wanted: int) -> 
 def _numbers_of_experts(row: Method) -> Iterator[dict[str, Experts]]:
     """Yield expert counts, the method's own first, then its neighbours."""
     yield {}
+    # Pairs share one number of experts on both sides.
     tied = row.pairing == "tied" and row.down > 1
     for step in range(1, 9):
         for change in (-step, step):

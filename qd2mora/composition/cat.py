@@ -15,6 +15,7 @@ def compose(loras: Sequence[GivenLora], weights: Sequence[float] | Mapping[str, 
     for name in all_linears(loras):
         own = weights[name] if isinstance(weights, Mapping) else weights
         parts = [(lora, weight) for lora, weight in zip(loras, own, strict=True) if name in lora.pairs]
+        # Ranks side by side add up and never meet: no term B_i A_j that no LoRA had.
         down = torch.cat([lora.pairs[name][0] for lora, _ in parts])
         up = torch.cat([weight * lora.scaling * lora.pairs[name][1] for lora, weight in parts], 1)
         composed[name] = LowRank(down, up, 1.0)

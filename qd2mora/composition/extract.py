@@ -35,6 +35,7 @@ def extract(tuned: str, base: str, rank: int) -> Extracted:
     linears = {f"{name}.weight": name for name in after.linears}
     updates, kept, whole, left_out = {}, 0.0, 0.0, []
     for name in after.names:
+        # One weight of both models at a time: neither is ever whole in memory.
         difference = _whole(after, name) - _whole(before, name)
         size = float(difference.double().square().sum())
         if name not in linears:
@@ -42,6 +43,7 @@ def extract(tuned: str, base: str, rank: int) -> Extracted:
                 left_out.append(name)
         elif size:
             down, up = truncated(difference, rank)
+            # s = 1: the scale is in the factors, half in either.
             updates[linears[name]] = LowRank(down, up, 1.0)
             kept, whole = kept + float((up.double() @ down.double()).square().sum()), whole + size
     if not updates:
@@ -55,6 +57,7 @@ def truncated(matrix_OD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if min(matrix_OD.shape) <= EXACT_SIZE:
         left, values, right = torch.linalg.svd(matrix_OD, full_matrices=False)
     else:
+        # Random projections (Halko et al. 2011), from a seed of their own: the same LoRA every time.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             left, values, columns = torch.svd_lowrank(matrix_OD, q=rank + 16, niter=4)

@@ -53,6 +53,7 @@ def learn(loras: Sequence[GivenLora], given: Sequence[float], base: str, recipe:
         batches = [
             {key: tensor.to(model.device) for key, tensor in collate(part, pad).items()} for part in _parts(rows)
         ]
+        # Few rows and many weights: what is returned is the best that was looked at, never what the last step left.
         best = {name: list(given) for name in weights}
         loss_given = best_loss = _mean_loss(model, batches)
         optimizer = torch.optim.Adam(weights.values(), lr=LEARNING_RATE)

@@ -29,6 +29,7 @@ def clustered(update: LowRank, rank: int, seed: int = 0) -> LowRank:
     num = min(rank, len(a_RD))
     if num == len(a_RD):
         return LowRank(a_RD, b_RO.T.contiguous(), 1.0)
+    # One unit is both halves: ranks that read alike and write differently are not alike.
     units = torch.cat([a_RD, b_RO], 1)
     owner_R = kmeans(units, num, torch.Generator().manual_seed(seed))
     downs, ups = [], []
@@ -36,6 +37,7 @@ def clustered(update: LowRank, rank: int, seed: int = 0) -> LowRank:
         members = owner_R == cluster
         a, b = _stretched(a_RD[members]), _stretched(b_RO[members])
         downs.append(a)
+        # n equal ranks give n b a^T; the count goes to one side alone.
         ups.append(int(members.sum()) * b)
     return LowRank(torch.stack(downs), torch.stack(ups, 1), 1.0)
 
@@ -44,6 +46,7 @@ def kmeans(points_ND: Tensor, num: int, generator: torch.Generator) -> Tensor:
     """Return each point's cluster (N,), by Lloyd's rounds from starts that are far apart (k-means++)."""
     points = points_ND.double()
     chosen = [int(torch.randint(len(points), (), generator=generator))]
+    # k-means++: a start far from those there are is likelier, so that Lloyd's rounds seldom end in a poor optimum.
     while len(chosen) < num:
         nearest = torch.cdist(points, points[chosen]).amin(1).square()
         if float(nearest.sum()) == 0:
@@ -52,6 +55,7 @@ def kmeans(points_ND: Tensor, num: int, generator: torch.Generator) -> Tensor:
     centers = points[chosen]
     owner = torch.cdist(points, centers).argmin(1)
     for _ in range(ROUNDS):
+        # A cluster that lost its last member stays where it was: it may win some back.
         centers = torch.stack(
             [points[owner == each].mean(0) if (owner == each).any() else centers[each] for each in range(len(centers))]
         )
@@ -65,7 +69,9 @@ def kmeans(points_ND: Tensor, num: int, generator: torch.Generator) -> Tensor:
 def _canonical(a_RD: Tensor, b_RO: Tensor) -> tuple[Tensor, Tensor]:
     """Bring units to |a| = |b|, the largest entry of a positive; units that are nothing become zeros."""
     norm_a, norm_b = a_RD.norm(dim=1), b_RO.norm(dim=1)
+    # |a| = |b| = sqrt(|a| |b|) keeps the product b a^T.
     size = (norm_a * norm_b).sqrt()
+    # (-b)(-a) is the same function, so that a sign is chosen by the largest entry of a.
     turn = a_RD.gather(1, a_RD.abs().argmax(1, keepdim=True)).squeeze(1).sign()
     a = a_RD * (turn * size / norm_a.clamp_min(torch.finfo(a_RD.dtype).tiny)).unsqueeze(1)
     b = b_RO * (turn * size / norm_b.clamp_min(torch.finfo(a_RD.dtype).tiny)).unsqueeze(1)

@@ -23,6 +23,7 @@ def compose(loras: Sequence[GivenLora], weights: Sequence[float]) -> dict[str, L
     composed = {}
     for name in all_linears(loras):
         parts = [(lora, weight) for lora, weight in zip(loras, weights, strict=True) if name in lora.pairs]
+        # The weight is shared between the factors, as PEFT does it; a negative one turns B alone.
         sizes = [math.sqrt(abs(weight) * lora.scaling) for lora, weight in parts]
         downs = [size * lora.pairs[name][0] for size, (lora, _) in zip(sizes, parts, strict=True)]
         ups = [

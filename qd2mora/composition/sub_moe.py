@@ -66,6 +66,7 @@ def rank_of_scale(config: MixtureConfig, experts: int, rank: int) -> float:
 
 def compress(tensors: dict[str, Tensor], experts: int, rank: int, used_E: Tensor | None = None) -> dict[str, Tensor]:
     """Return one linear's tensors for fewer experts of a smaller rank; `used_E`: how often each is chosen."""
+    # float64: QR and SVD of factors whose norms differ by much.
     A_ERD, B_EOR, router_ED = (tensors[f"mixture_{name}"].double() for name in ("A", "B", "router_down"))
     bias_E = tensors.get("mixture_bias_down", torch.zeros(len(A_ERD))).double()
     if used_E is None:
@@ -78,6 +79,7 @@ def compress(tensors: dict[str, Tensor], experts: int, rank: int, used_E: Tensor
         downs.append(down)
         ups.append(up)
         rows.append(share @ router_ED[group])
+        # Of n equal experts the merged one gets the sum of their softmax weights: log n is added to its logit.
         biases.append(bias_E[group].logsumexp(0))
     found = {"A": torch.stack(downs), "B": torch.stack(ups), "router_down": torch.stack(rows)}
     found["bias_down"] = torch.stack(biases)
@@ -88,6 +90,7 @@ def grouped(A_ERD: Tensor, B_EOR: Tensor, num: int) -> list[list[int]]:
     """Return groups of experts: the two nearest by the mean cosine of their updates are joined until `num` are left."""
     # <B_e A_e, B_f A_f> = sum of (B_e^T B_f) * (A_e A_f^T).
     inner = torch.einsum("eor,fos,erd,fsd->ef", B_EOR, B_EOR, A_ERD, A_ERD)
+    # Rounding may leave a zero expert's square below zero; 1e-300 gives it the cosine 0, not 0 / 0.
     norm = inner.diagonal().clamp_min(0).sqrt().clamp_min(1e-300)
     cosine = inner / torch.outer(norm, norm)
     groups = [[expert] for expert in range(len(A_ERD))]
@@ -107,6 +110,7 @@ def merged(A_ERD: Tensor, B_EOR: Tensor, share_E: Tensor, rank: int) -> Bank:
     lower = [torch.linalg.qr(A.T)[1].T for A in A_ERD]
     parts = triangle.split(r, 1)
     small = torch.cat([part @ low for part, low in zip(parts, lower, strict=True)], 1)
+    # Q_B has orthonormal columns, so that singular vectors of the small matrix are those of the large one in its basis.
     left = torch.linalg.svd(small, full_matrices=False)[0][:, :rank]
     down = sum(share * (left.T @ part @ A) for share, part, A in zip(share_E, parts, A_ERD, strict=True))
     up = basis @ left

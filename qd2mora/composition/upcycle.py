@@ -33,6 +33,7 @@ def upcycle(lora: GivenLora, experts: int) -> tuple[MixtureConfig, dict[str, Ten
     )
     tensors = {}
     for name, (down, up) in lora.pairs.items():
+        # Every m-th rank, not m blocks: where ranks are sorted by size, each expert gets large and small ones.
         tensors[f"{name}.mixture_A"] = torch.stack([down[expert::experts] for expert in range(experts)])
         tensors[f"{name}.mixture_B"] = torch.stack([experts * up[:, expert::experts] for expert in range(experts)])
         tensors[f"{name}.mixture_router_down"] = torch.zeros(experts, down.shape[1])

@@ -102,6 +102,7 @@ def refuse_not_finite(task: str, records: Sequence[Record]) -> None:
 
 def wilson(correct: int, rows: int) -> tuple[float, float]:
     """Wilson's 95% interval of a share."""
+    # Wilson (1927): unlike p +- z sqrt(p (1 - p) / n) it stays within 0 and 1, and is no point at 0 of n.
     p = correct / rows
     center = (p + Z * Z / (2 * rows)) / (1 + Z * Z / rows)
     half = Z * math.sqrt(p * (1 - p) / rows + Z * Z / (4 * rows * rows)) / (1 + Z * Z / rows)
@@ -115,6 +116,7 @@ def bootstrap(values: Sequence[float], weights: Sequence[float] | None = None, s
     """
     numbers, rows = np.asarray(values, dtype=np.float64), len(values)
     shares = np.ones(rows) if weights is None else np.asarray(weights, dtype=np.float64)
+    # Rows are drawn, not tokens: the tokens of one answer are no independent samples.
     drawn = np.random.default_rng(seed).integers(0, rows, (RESAMPLES, rows))
     low, high = np.quantile(numbers[drawn].sum(1) / shares[drawn].sum(1), [0.025, 0.975])
     return float(low), float(high)

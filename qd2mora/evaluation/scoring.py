@@ -42,6 +42,7 @@ def batches_of(task: AskedTask, known: Collection[int], rows_at_once: int) -> It
     """Yield the numbers of rows that run together."""
     fan = [len(each) for each in task.choices] or [0] * len(task.rows)
     left = [number for number in range(len(task.rows)) if number not in known]
+    # By length, so that little of a batch is padding; by number of choices, since a batch forks alike.
     left.sort(key=lambda number: (fan[number], len(task.rows[number].ids)))
     while left:
         count = next((place for place, number in enumerate(left) if fan[number] != fan[left[0]]), len(left))
@@ -102,6 +103,7 @@ def _weigh(subject: Subject, task: AskedTask, numbers: list[int], rows: list[Row
         texts = task.choices[number]
         right = texts.index(task.labels[number])
         by_sum = min(range(len(texts)), key=lambda place: weighed[place].loss)
+        # Both are published: the sum favours short choices, the mean long ones.
         by_mean = min(range(len(texts)), key=lambda place: weighed[place].loss / weighed[place].tokens)
         records.append(
             Record(

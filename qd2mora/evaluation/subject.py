@@ -60,8 +60,8 @@ class Subject:
         if not self.is_adapted:
             return
         if copies > 1:
-            kept = ("task_index", "group", "external")
-            batch = {name: batch[name].repeat_interleave(copies, 0) for name in kept if name in batch}
+            of_rows = ("task_index", "group", "external")
+            batch = {name: batch[name].repeat_interleave(copies, 0) for name in of_rows if name in batch}
         read_rows(self.model, batch)
 
     @contextmanager

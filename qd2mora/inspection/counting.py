@@ -52,6 +52,7 @@ class RouterSums:
     def add(self, gating: Gating, counted_BT: Tensor, task_B: Tensor) -> None:
         """Add a batch: gating (B, n, E) or what broadcasts to it."""
         num_rows, num_places = counted_BT.shape[0], 1
+        # Some routers weigh with signs; what is counted is how much of an expert is used.
         gates, chosen, counted = gating.weight.detach().abs().float(), None, counted_BT
         if gates.dim() > 1:
             num_places = gates.shape[-2]

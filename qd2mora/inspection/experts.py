@@ -42,10 +42,12 @@ class BankMeasures:
 
 def gram(rows_QX: Tensor) -> Tensor:
     """Return P P^T (Q, Q) float64 on the CPU."""
+    # float64: cosines of nearly equal experts differ in digits that float32 sums over thousands of columns lose.
     total = torch.zeros(rows_QX.shape[0], rows_QX.shape[0], dtype=torch.float64, device=rows_QX.device)
     for part in rows_QX.detach().split(CHUNK, 1):
         wide = part.double()
         total += wide @ wide.T
+    # Q x Q is small: what is decomposed from here on costs little on the CPU, and GPUs are slow in float64.
     return total.cpu()
 
 
@@ -53,14 +55,17 @@ def measure_bank(rows_QX: Tensor, ranks: Sequence[int]) -> BankMeasures:
     """Return the measures of a bank whose ranks stand one below the other, expert after expert."""
     whole = gram(rows_QX)
     blocks = [list(part.split(list(ranks), 1)) for part in whole.split(list(ranks), 0)]
+    # The trace of a block is |P_i|^2; rounding may leave that of a zero expert a hair below zero.
     norms = [math.sqrt(max(0.0, float(blocks[place][place].trace()))) for place in range(len(ranks))]
     roots = [_whitening(blocks[place][place]) for place in range(len(ranks))]
     cosines, overlaps, angles = torch.eye(len(ranks)), torch.eye(len(ranks)), []
     for i in range(len(ranks)):
         for j in range(i):
             cosines[i, j] = cosines[j, i] = _cosine(blocks[i][j], norms[i] * norms[j])
+            # Cosines of the principal angles between two row spaces; rounding may take one a hair above 1.
             values = torch.linalg.svdvals(roots[i] @ blocks[i][j] @ roots[j].T).clamp(0, 1)
             num_angles = min(len(roots[i]), len(roots[j]))
+            # An expert that is zero spans nothing, and has no angle to anything.
             if num_angles:
                 overlaps[i, j] = overlaps[j, i] = float(values.square().sum()) / num_angles
                 angles.append(float(values[:num_angles].acos().rad2deg().mean()))
@@ -93,13 +98,17 @@ def project(experts: Sequence[Tensor]) -> tuple[list[tuple[float, float] | None]
     there = [place for place, expert in enumerate(flat) if bool(expert.any())]
     if len(there) < 2:
         return [None] * len(flat), []
+    # PCA by the Gram matrix of experts: their number is small, their length is millions.
     whole = gram(torch.stack([flat[place].float() for place in there]))
     scale = whole.diagonal().rsqrt()
     whole = whole * scale.unsqueeze(0) * scale.unsqueeze(1)
+    # The Gram matrix of centred rows, without the rows: double centring.
     centered = whole - whole.mean(0, keepdim=True) - whole.mean(1, keepdim=True) + whole.mean()
     values, vectors = torch.linalg.eigh(centered)
+    # eigh ends with the largest.
     values, vectors = values.flip(0)[:2].clamp_min(0), vectors.flip(1)[:, :2]
     places = vectors * values.sqrt()
+    # An eigenvector's sign is free: without a rule two runs of one adapter would draw mirrored pictures.
     largest = places.gather(0, places.abs().argmax(0, keepdim=True))
     places = places * torch.where(largest < 0, -1.0, 1.0)
     total = float(centered.trace())
@@ -112,6 +121,7 @@ def project(experts: Sequence[Tensor]) -> tuple[list[tuple[float, float] | None]
 def _whitening(block: Tensor) -> Tensor:
     """Return W with W G W^T the identity on the directions that an expert has, (directions, ranks)."""
     values, vectors = torch.linalg.eigh(block)
+    # A direction within rounding of zero would be blown up by 1 / sqrt to unit length.
     is_there = values > SMALLEST * values.max().clamp_min(torch.finfo(values.dtype).tiny)
     return values[is_there].rsqrt().unsqueeze(1) * vectors[:, is_there].T
 

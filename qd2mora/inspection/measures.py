@@ -54,11 +54,14 @@ def width(num_experts: int) -> int:
 
 def token_sums(gates: Tensor, chosen: Tensor | None, counted: Tensor) -> Tensor:
     """Return what is summed over the counted tokens of each row, (B, width), of gates (B, n, E) and counted (B, n)."""
+    # Gates that need not sum to one, as sigmoids, are weighed to: only then is their entropy one of shares.
     total = gates.sum(-1, keepdim=True)
     g = gates / total.clamp_min(torch.finfo(gates.dtype).tiny)
     entropy = torch.special.entr(g).sum(-1, keepdim=True)
+    # 1 / sum g^2 is 1 where one expert has all, E where all are alike; the floor is for a token that gates nothing.
     inverse = 1 / g.square().sum(-1, keepdim=True).clamp_min(torch.finfo(g.dtype).eps)
     if chosen is None:
+        # Dense gates choose nobody; their favourite stands for the choice, so that information is of one kind for all.
         choice = torch.zeros_like(g).scatter_(-1, g.argmax(-1, keepdim=True), 1.0)
     else:
         choice = chosen / chosen.sum(-1, keepdim=True).clamp_min(1)
@@ -72,11 +75,13 @@ def measure(sums: Tensor, is_sparse: bool, at_once: int = 1) -> RouterMeasures:
     seen = sums[:, 0] > 0
     if not bool(seen.any()):
         raise ValueError("a router that saw no token has no measures")
+    # By task first: a task with many tokens says no more of a router than one with few.
     means = sums / sums[:, :1].clamp_min(1)
     entropies, inverses = means[seen, 1], means[seen, 2]
     g, gates, choice = means[:, 3:].split(num_experts, -1)
     shares = choice if is_sparse else g
     load = shares[seen].mean(0)
+    # A token may have chosen nobody (a capacity that is full), so that shares need not sum to one.
     load = load / load.sum().clamp_min(torch.finfo(load.dtype).tiny)
     spread = float(torch.special.entr(load).sum())
     is_known = seen.tolist()
@@ -102,6 +107,7 @@ def mutual_information(shares_KE: Tensor) -> float:
     """Return I(task; expert) in nats where tasks are equally likely and expert e has shares[k, e] in task k."""
     total = shares_KE.sum(-1, keepdim=True)
     shares = shares_KE / torch.where(total > 0, total, torch.ones_like(total))
+    # I = H(mean over tasks) - mean over tasks of H; rounding may leave that of independent ones a hair below zero.
     whole = torch.special.entr(shares.mean(0)).sum()
     return max(0.0, float(whole - torch.special.entr(shares).sum(-1).mean()))
 

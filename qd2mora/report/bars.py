@@ -54,7 +54,9 @@ def _span(span: Span, scale: Scale, y: float, height: float) -> str:
     look = colour(span.number)
     if span.middle is None:
         width = max(1.0, high - low)
-        bar = f'<rect x="{low}" y="{y - height / 2:.1f}" width="{width:.1f}" height="{height:.1f}" rx="2" fill="{look}"/>'
+        bar = (
+            f'<rect x="{low}" y="{y - height / 2:.1f}" width="{width:.1f}" height="{height:.1f}" rx="2" fill="{look}"/>'
+        )
         return bar + text(high + 6, y + 4, span.words)
     path = f"M{low} {y - 4:.1f}v8m0 -4H{high}m0 -4v8"
     dot = f'<circle cx="{scale.place(span.middle):.1f}" cy="{y:.1f}" r="4" fill="{look}"/>'

@@ -62,6 +62,7 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     """Return at most `most` points, each the mean of its neighbours."""
     if len(points) <= most:
         return list(points)
+    # Means of neighbours, not every n-th point: a spike is lowered but seen.
     edges = [number * len(points) // most for number in range(most + 1)]
     parts = [points[start:stop] for start, stop in itertools.pairwise(edges)]
     return [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts]

@@ -107,6 +107,7 @@ def scatter(title: str, dots: Sequence[Dot], axes: tuple[str, str]) -> Chart:
 def _cell(x: float, y: float, size: tuple[int, int], share: float, where: str) -> str:
     """Return one cell; `share` is relative to an equal one, `where` an element inside."""
     wide, tall = size
+    # Powers of two: half and twice an equal share are as far from it.
     power = -FULL
     if share > 0:
         power = max(-FULL, min(FULL, math.log2(share)))

@@ -80,6 +80,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 
 def escape(text: object) -> str:
     """Return text that is nothing but text in HTML, in an attribute too; control characters become a mark."""
+    # Control characters could turn the direction of text, or be read by nobody but a browser.
     hidden = {each for each in str(text) if not each.isprintable() and each not in "\n\t"}
     plain = str(text).translate({ord(each): "\N{REPLACEMENT CHARACTER}" for each in hidden})
     return _escape(plain, quote=True)

@@ -77,6 +77,7 @@ def problems(task: TaskRows, tokenizer: PreTrainedTokenizerBase, max_length: int
         yield f"{task.num_cut} rows lose the end of the answer to data.max_length {max_length}"
     if task.skipped.duplicates:
         yield f"{task.skipped.duplicates} rows say what an earlier row says"
+    # A row that lost its end to the limit cannot hold an end token, and is told of already.
     whole = task.train
     if isinstance(whole, TokenRows):
         whole = whole.where(~whole.is_cut)

@@ -52,6 +52,7 @@ def _built(build: Callable[[RunContents], str], run: RunContents) -> str:
 
 def _main_numbers(run: RunContents) -> str:
     found = []
+    # A loss alone says little: where it began stands beside it.
     losses = run.mean_losses()
     if losses:
         found.append((f"held-out loss, mean of tasks (from {losses[0]:.3f})", f"{losses[-1]:.3f}"))

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import tiny
 from test_cli import run as run_cli
 
 import qd2mora.comparison.running as comparing
-from qd2mora.comparison import ComparisonSettings
+from qd2mora.comparison import ComparisonSettings, arm_scores
 from qd2mora.comparison.intervals import difference, interval, macro
 from qd2mora.comparison.matched_arms import LIMIT, matched_arms
 from qd2mora.comparison.outcome import verdicts
@@ -18,6 +19,7 @@ from qd2mora.comparison.running import compare
 from qd2mora.comparison.split import split_tasks
 from qd2mora.errors import InputRefused
 from qd2mora.memory import plan
+from qd2mora.merging import STRATEGIES
 from qd2mora.recipe import Recipe, load_recipe
 
 
@@ -155,6 +157,24 @@ def test_arms_may_be_tested_on_the_files_of_a_suite(made: Path, tmp_path: Path) 
     assert all(np.isfinite(arm.stages[stage].loss.mean) for arm in found.arms for stage in ("trained", "export"))
     with pytest.raises(InputRefused, match="moelora routes by task and would not be trained on 'boolq'"):
         compare(settings(made), replace(asked, methods=("d2mora", "moelora")), tmp_path / "other")
+
+
+@pytest.mark.parametrize(("task", "has_per_task"), [(None, False), ("first", True)])
+def test_where_no_strategies_are_named_those_are_tried_that_go_with_what_is_exported(
+    task: str | None, has_per_task: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def exported(run: Path, out: Path, *, strategy: str, task: str | None) -> SimpleNamespace:
+        tried.append(strategy)
+        out.mkdir()
+        fidelity = SimpleNamespace(merged=2.0 if strategy == "sequential" else 3.0)
+        return SimpleNamespace(strategy=strategy, fidelity=fidelity, exact=False)
+
+    monkeypatch.setattr(arm_scores, "merge", exported)
+    place, best = arm_scores._best_of(tmp_path / "run", (), task)
+    assert best == "sequential" and list(tmp_path.iterdir()) == [place]
+    assert set(STRATEGIES) - set(tried) == (set() if has_per_task else {"per_task"})
 
 
 @pytest.mark.parametrize(
