@@ -102,34 +102,23 @@ def evaluate(
     """Score tasks: held-out rows by their own metric, a published suite, or the harness's tasks."""
     from qd2mora.report import show_harness, show_scores
 
+    changed = allow_changed or ()
     if harness is not None:
         from qd2mora.evaluation.harness import run_harness
 
         results = run_harness(
-            model,
-            words(harness),
-            folder=data,
-            limit=limit,
-            rows_at_once=rows_at_once,
-            out=out,
-            allow_changed=allow_changed or (),
+            model, words(harness), folder=data, limit=limit, rows_at_once=rows_at_once, out=out, allow_changed=changed
         )
         if as_json:
             typer.echo(json.dumps(results, indent=1))
         else:
             show_harness(results, Console())
         return
-    from qd2mora.evaluation import Exam
-    from qd2mora.evaluation import evaluate as run_evaluation
+    from qd2mora import evaluation
 
-    scores = run_evaluation(
-        model,
-        Exam(recipe, suite, data, words(tasks), limit, scoring, prompt),
-        beams=beams,
-        rows_at_once=rows_at_once,
-        out=out,
-        allow_changed=allow_changed or (),
-        is_shown=True,
+    exam = evaluation.Exam(recipe, suite, data, words(tasks), limit, scoring, prompt)
+    scores = evaluation.evaluate(
+        model, exam, beams=beams, rows_at_once=rows_at_once, out=out, allow_changed=changed, is_shown=True
     )
     if as_json:
         typer.echo(json.dumps({name: score.to_json() for name, score in scores.items()}, indent=1))

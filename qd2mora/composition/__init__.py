@@ -23,6 +23,7 @@ from qd2mora.errors import InputRefused, nearest
 from qd2mora.merging.lora import write_lora
 from qd2mora.merging.shards import File, entry, write_tensors
 from qd2mora.mixture import MixtureConfig
+from qd2mora.mixture.given import GivenLora
 from qd2mora.mixture.low_rank import LowRank
 from qd2mora.recipe import load_recipe
 from qd2mora.run_folder import is_run, refuse_taken, staged_folder
@@ -81,8 +82,7 @@ def compose(operation: str, inputs: Sequence[str], out: str | Path, options: Com
 
 
 def _cat(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
-    base, loras = base_of(inputs), read_loras(inputs)
-    given = read_weights(options.weights, len(loras))
+    loras, given = _weighed(inputs, options)
     if options.learn is None:
         return _write_sum(cat.compose(loras, given), inputs, stage)
     recipe, steps = Path(options.learn), STEPS
@@ -90,22 +90,25 @@ def _cat(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
         recipe /= "recipe.yaml"
     if options.steps is not None:
         steps = options.steps
-    found = learn(loras, given, base, load_recipe(recipe), steps)
+    found = learn(loras, given, base_of(inputs), load_recipe(recipe), steps)
     words = _write_sum(cat.compose(loras, found.weights), inputs, stage)
     return f"{words}; on {found.rows} calibration rows loss {found.loss_given:.4f} -> {found.loss:.4f}"
 
 
 def _linear(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
-    base_of(inputs)
-    loras = read_loras(inputs)
-    return _write_sum(linear.compose(loras, read_weights(options.weights, len(loras))), inputs, stage)
+    return _write_sum(linear.compose(*_weighed(inputs, options)), inputs, stage)
 
 
 def _lego(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
     assert options.rank is not None
+    return _write_sum(lego.compose(*_weighed(inputs, options), options.rank), inputs, stage)
+
+
+def _weighed(inputs: Sequence[str], options: ComposeOptions) -> tuple[list[GivenLora], list[float]]:
+    """Return LoRAs of one base, and a weight for each. Raises InputRefused."""
     base_of(inputs)
     loras = read_loras(inputs)
-    return _write_sum(lego.compose(loras, read_weights(options.weights, len(loras)), options.rank), inputs, stage)
+    return loras, read_weights(options.weights, len(loras))
 
 
 def _write_sum(made: dict[str, LowRank], inputs: Sequence[str], stage: Path) -> str:
