@@ -7,7 +7,7 @@ LoRA).
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -164,11 +164,10 @@ def _check(name: str, inputs: Sequence[str], options: ComposeOptions) -> None:
     if name not in OPERATIONS:
         raise InputRefused(f"compose: unknown '{name}'; {nearest(name, OPERATIONS)}")
     operation = OPERATIONS[name]
-    for key in (field.name for field in fields(options)):
-        is_given = getattr(options, key) is not None
-        if is_given and key not in operation.takes:
+    for key, value in asdict(options).items():
+        if value is not None and key not in operation.takes:
             raise InputRefused(f"--{key}: {name} takes none; it takes {' and '.join(operation.takes)}")
-        if not is_given and key in operation.needs:
+        if value is None and key in operation.needs:
             raise InputRefused(f"--{key}: {name} needs it, a whole number")
     if options.steps is not None and options.learn is None:
         raise InputRefused("--steps: nothing learns; name a recipe with --learn")

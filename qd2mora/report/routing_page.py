@@ -1,10 +1,9 @@
 """The part of a run's page that is about routing and experts."""
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Callable, Iterable
 
 from qd2mora.inspection import RoutingReport
-from qd2mora.inspection.measures import mean_of_known
+from qd2mora.inspection.measures import RouterMeasures, mean_of_known
 from qd2mora.inspection.routing_report import BankReport, RouterReport
 from qd2mora.report.cells import grouped, written
 from qd2mora.report.chart import Chart, KeyEntry, key_html
@@ -78,20 +77,21 @@ def likeness_chart(run: RunContents) -> Chart:
 def entropy_chart(routers: list[RouterReport], role: str) -> Chart:
     """Return the entropy of single tokens' gates by layer, a line a kind of linear."""
     title = f"entropy by layer, {ROLES[role]}"
-    return line_chart(title, _lines_by_layer(routers, role, "entropy"), "layer", low=0.0, high=1.0)
+    return line_chart(title, _lines_by_layer(routers, role, lambda each: each.entropy), "layer", low=0.0, high=1.0)
 
 
 def _information_chart(routers: list[RouterReport], role: str) -> Chart:
     title = f"information by layer, {ROLES[role]}"
-    return line_chart(title, _lines_by_layer(routers, role, "mutual_information_of_weights"), "layer", low=0.0)
+    lines = _lines_by_layer(routers, role, lambda each: each.mutual_information_of_weights)
+    return line_chart(title, lines, "layer", low=0.0)
 
 
 def _lines_by_layer(
-    routers: list[RouterReport], role: str, measure: Literal["entropy", "mutual_information_of_weights"]
+    routers: list[RouterReport], role: str, measure: Callable[[RouterMeasures], float | None]
 ) -> list[Series]:
     lines = []
     for number, (kind, group) in enumerate(_choosing(routers, role).items()):
-        pairs = [(router.layer, getattr(router.measures, measure)) for router in group]
+        pairs = [(router.layer, measure(router.measures)) for router in group]
         points = [(layer, value) for layer, value in pairs if value is not None]
         lines.append(Series(kind, points, number, has_dots=True))
     return lines
