@@ -19,8 +19,8 @@ from qd2mora.disk.durable import staged_folder, write_atomically, write_json
 from qd2mora.disk.untrusted import check_adapter
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.mixture import MixtureConfig
-from qd2mora.mixture.method import STATIC
 from qd2mora.recipe import Base, Recipe, load_recipe
+from qd2mora.routed.gate import Gates
 
 MAY_CHANGE = ("base", "base.quantization")
 """What of a run may differ from its training, where it is asked for by name."""
@@ -103,19 +103,16 @@ class OpenRun:
         return config if isinstance(config, MixtureConfig) else None
 
     @property
-    def depends_on(self) -> str:
-        """What the adapter's K depends on."""
-        return STATIC if self.config is None else self.config.depends_on
-
-    @property
-    def reads_task(self) -> bool:
-        """Whether a router needs the row's task."""
-        return self.config is not None and self.config.reads_task
+    def routers(self) -> Gates:
+        """The adapter's routers by role; none where there is no mixture."""
+        return Gates() if self.config is None else self.config.routers
 
     @property
     def vector_width(self) -> int | None:
         """Width of the vector that routers read of each row; None where they read none."""
-        return self.config.external_width if self.config is not None and self.config.reads_vector else None
+        if self.config is None or not self.routers.reads_vector:
+            return None
+        return self.config.external_width
 
 
 def is_run(path: str | Path) -> bool:

@@ -45,12 +45,12 @@ def tsallis(probs: Tensor, order: float, eps: float = 1e-5) -> float:
     return value / ((1 - num ** (1 - order)) / (order - 1))
 
 
-def top_p(probs: Tensor, limit: float, least: int, inclusive: bool) -> Tensor:
-    """Return the mask of the likeliest whose sum stays within the limit; inclusive: and of the one that crosses it."""
+def top_p(probs: Tensor, limit: float, least: int) -> Tensor:
+    """Return the mask of the likeliest whose sum stays within the limit, at least so many."""
     kept, total, plain = [], 0.0, probs.detach().tolist()
     for rank, place in enumerate(largest(probs, len(probs))):
-        before, total = total, total + plain[place]
-        if rank < least or (before < limit if inclusive else total <= limit):
+        total += plain[place]
+        if rank < least or total <= limit:
             kept.append(place)
     return mask(kept, len(probs))
 
@@ -60,7 +60,7 @@ def by_entropy(logits: Tensor, order: float, limit: float, p: float, least: int)
     probs = softmax(logits)
     if tsallis(probs, order) > limit:
         return probs
-    return probs * top_p(probs, p, least, inclusive=False)
+    return probs * top_p(probs, p, least)
 
 
 def straight_through(logits: Tensor, chosen: list[int], omega: float) -> Tensor:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "qd2mora"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "redact": 0,
-    "modeling_mixture": 0,
+    "routed": 0,
     "errors": 1,
     "disk": 2,
     "stopping": 2,

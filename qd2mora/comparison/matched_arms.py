@@ -78,7 +78,7 @@ def _nearest(recipe: Recipe, row: Method, count: _Counter, wanted: int) -> Adapt
         "targets": targets,
         "dropout": recipe.adapter.dropout,
         "rank_stabilized": recipe.adapter.rank_stabilized,
-        "external_width": recipe.adapter.external_width if row.reads_vector else None,
+        "external_width": recipe.adapter.external_width if row.gates.reads_vector else None,
     }
     # The method's own number of experts is kept where a rank of it comes near enough: it is part of the method.
     best: Adapter | None = None

@@ -123,7 +123,7 @@ def _check_suite(
     known = [task.name for task in recipe.data.tasks]
     unknown = [name for name in names if name not in known]
     for arm in arms:
-        if unknown and MixtureConfig.from_recipe(arm.adapter, len(known)).reads_task and len(known) > 1:
+        if unknown and MixtureConfig.from_recipe(arm.adapter, len(known)).routers.reads_task and len(known) > 1:
             raise InputRefused(
                 f"--suite: {arm.name} routes by task and would not be trained on '{unknown[0]}'; the recipe's tasks "
                 f"are {', '.join(known)}: choose with --tasks"

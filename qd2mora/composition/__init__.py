@@ -23,8 +23,8 @@ from qd2mora.errors import InputRefused, nearest
 from qd2mora.merging.lora import write_lora
 from qd2mora.merging.shards import File, entry, write_tensors
 from qd2mora.mixture import MixtureConfig
-from qd2mora.mixture.given import GivenLora
 from qd2mora.mixture.low_rank import LowRank
+from qd2mora.mixture.trained_loras import TrainedLora
 from qd2mora.recipe import load_recipe
 from qd2mora.run_folder import is_run, refuse_taken, staged_folder
 
@@ -104,7 +104,7 @@ def _lego(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
     return _write_sum(lego.compose(*_weighed(inputs, options), options.rank), inputs, stage)
 
 
-def _weighed(inputs: Sequence[str], options: ComposeOptions) -> tuple[list[GivenLora], list[float]]:
+def _weighed(inputs: Sequence[str], options: ComposeOptions) -> tuple[list[TrainedLora], list[float]]:
     """Return LoRAs of one base, and a weight for each. Raises InputRefused."""
     base_of(inputs)
     loras = read_loras(inputs)

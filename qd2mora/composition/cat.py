@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from qd2mora.composition.inputs import all_linears
-from qd2mora.mixture.given import GivenLora
 from qd2mora.mixture.low_rank import LowRank
+from qd2mora.mixture.trained_loras import TrainedLora
 
 
-def compose(loras: Sequence[GivenLora], weights: Sequence[float] | Mapping[str, Sequence[float]]) -> dict[str, LowRank]:
+def compose(
+    loras: Sequence[TrainedLora], weights: Sequence[float] | Mapping[str, Sequence[float]]
+) -> dict[str, LowRank]:
     """Return the weighted sum of LoRAs, each linear at the rank of all that adapt it; weights may differ by linear."""
     composed = {}
     for name in all_linears(loras):

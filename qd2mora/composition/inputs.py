@@ -12,7 +12,7 @@ from qd2mora.disk.sealed import MANIFEST, open_manifest
 from qd2mora.disk.untrusted import check_adapter
 from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.mixture import MixtureConfig
-from qd2mora.mixture.given import GivenLora, read_given
+from qd2mora.mixture.trained_loras import TrainedLora, read_trained_loras
 from qd2mora.run_folder import is_run, read_recipe
 
 PREFIX = "base_model.model."
@@ -21,14 +21,14 @@ Settings = dict[str, object]
 """A base with its quantisation, as a recipe's section names them."""
 
 
-def all_linears(loras: Sequence[GivenLora]) -> list[str]:
+def all_linears(loras: Sequence[TrainedLora]) -> list[str]:
     """Return the names of the linears that at least one LoRA adapts, sorted."""
     return sorted(set().union(*(lora.pairs for lora in loras)))
 
 
-def read_loras(folders: Sequence[str]) -> list[GivenLora]:
+def read_loras(folders: Sequence[str]) -> list[TrainedLora]:
     """Read plain LoRAs that fit together. Raises InputRefused."""
-    loras = read_given(list(folders), "compose")
+    loras = read_trained_loras(list(folders), "compose")
     for name in all_linears(loras):
         shapes = {(lora.pairs[name][1].shape[0], lora.pairs[name][0].shape[1]) for lora in loras if name in lora.pairs}
         if len(shapes) > 1:

@@ -22,7 +22,7 @@ from qd2mora.data import IGNORE, Row, collate, prepare
 from qd2mora.errors import InputRefused
 from qd2mora.memory.checkpointing import enable_checkpointing
 from qd2mora.memory.loss import token_losses
-from qd2mora.mixture.given import GivenLora
+from qd2mora.mixture.trained_loras import TrainedLora
 from qd2mora.recipe import Recipe
 
 ROWS = 256
@@ -43,7 +43,7 @@ class Learned:
     rows: int
 
 
-def learn(loras: Sequence[GivenLora], given: Sequence[float], base: str, recipe: Recipe, steps: int) -> Learned:
+def learn(loras: Sequence[TrainedLora], given: Sequence[float], base: str, recipe: Recipe, steps: int) -> Learned:
     """Learn weights on rows of a recipe, on its base. Raises InputRefused where that is not the LoRAs' `base`."""
     if Path(base).resolve() != Path(recipe.base.model).resolve() and base != recipe.base.model:
         raise InputRefused(f"--learn: the recipe's base is {recipe.base.model}, the adapters' {base}")
@@ -84,7 +84,7 @@ def _parts(rows: list[Row]) -> list[list[Row]]:
 
 
 @contextmanager
-def _beside(model: Any, loras: Sequence[GivenLora], weights: Mapping[str, Tensor]) -> Iterator[None]:
+def _beside(model: Any, loras: Sequence[TrainedLora], weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Let every linear give W x + sum_i w_i s_i B_i A_i x while the block runs."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     handles = []
@@ -102,7 +102,7 @@ def _beside(model: Any, loras: Sequence[GivenLora], weights: Mapping[str, Tensor
             handle.remove()
 
 
-def _update(name: str, parts: list[tuple[int, GivenLora]], weight_N: Tensor) -> Any:
+def _update(name: str, parts: list[tuple[int, TrainedLora]], weight_N: Tensor) -> Any:
     """Return a hook that adds the weighted LoRAs of one linear to its output."""
     device = weight_N.device
     owners = torch.cat([torch.full((lora.pairs[name][0].shape[0],), number) for number, lora in parts]).to(device)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from qd2mora.composition import cat
-from qd2mora.mixture.given import GivenLora
 from qd2mora.mixture.low_rank import LowRank
+from qd2mora.mixture.trained_loras import TrainedLora
 
 ROUNDS = 100
 
 
-def compose(loras: Sequence[GivenLora], weights: Sequence[float], rank: int, seed: int = 0) -> dict[str, LowRank]:
+def compose(loras: Sequence[TrainedLora], weights: Sequence[float], rank: int, seed: int = 0) -> dict[str, LowRank]:
     """Return LoRAs of at most `rank`, each near the weighted sum."""
     return {name: clustered(each, rank, seed) for name, each in cat.compose(loras, weights).items()}
 

@@ -11,11 +11,11 @@ import torch
 
 from qd2mora.composition.inputs import all_linears
 from qd2mora.errors import InputRefused
-from qd2mora.mixture.given import GivenLora
 from qd2mora.mixture.low_rank import LowRank
+from qd2mora.mixture.trained_loras import TrainedLora
 
 
-def compose(loras: Sequence[GivenLora], weights: Sequence[float]) -> dict[str, LowRank]:
+def compose(loras: Sequence[TrainedLora], weights: Sequence[float]) -> dict[str, LowRank]:
     """Return the combination; every LoRA must have one and the same rank. Raises InputRefused."""
     ranks = sorted({lora.rank for lora in loras})
     if len(ranks) > 1:

@@ -21,7 +21,7 @@ Bank = tuple[Tensor, Tensor]
 
 def refuse_unfit(config: MixtureConfig, experts: int, rank: int) -> None:
     """Refuse mixtures that are not pairs under one softmax router over x, and sizes that grow. Raises InputRefused."""
-    gate = config.gates_of_row.get("down")
+    gate = config.routers.get("down")
     if config.row.pairing != "tied" or config.row.core != "none" or config.ranks or config.shared or gate is None:
         raise InputRefused(f"sub: {config.method} is no mixture of plain pairs of one rank; loramoe and mola are")
     is_plain = gate.input == "x" and gate.score in ("linear", "bias") and gate.scope == "module"

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from qd2mora.errors import InputRefused
 from qd2mora.mixture import MixtureConfig
-from qd2mora.mixture.given import GivenLora
+from qd2mora.mixture.trained_loras import TrainedLora
 
 METHOD = "loramoe"
 
 
-def upcycle(lora: GivenLora, experts: int) -> tuple[MixtureConfig, dict[str, Tensor]]:
+def upcycle(lora: TrainedLora, experts: int) -> tuple[MixtureConfig, dict[str, Tensor]]:
     """Return the configuration and the tensors, by linear and name, of a mixture of `experts` pairs.
 
     Raises InputRefused where the rank cannot be shared out.

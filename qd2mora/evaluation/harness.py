@@ -195,7 +195,7 @@ def _until(text: str, stops: list[str]) -> str:
 def _refuse_rows_with_more(subject: Subject) -> None:
     if subject.run is None:
         return
-    reads_task = subject.run.reads_task and len(subject.run.recipe.data.tasks) > 1
+    reads_task = subject.run.routers.reads_task and len(subject.run.recipe.data.tasks) > 1
     if reads_task or subject.run.vector_width is not None:
         method = subject.run.recipe.adapter.method
         raise InputRefused(f"--harness: {method} reads the task or a vector of each row, its tasks bring none")

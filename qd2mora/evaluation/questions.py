@@ -132,7 +132,7 @@ def check_exam(exam: Exam) -> None:
 
 def task_numbers(subject: Subject, names: list[str]) -> dict[str, int]:
     """Return the number by which a run that routes by task knows each task, by name. Raises InputRefused."""
-    if subject.run is None or not subject.run.reads_task:
+    if subject.run is None or not subject.run.routers.reads_task:
         return {}
     known = [task.name for task in subject.run.recipe.data.tasks]
     unknown = [name for name in names if name not in known]

@@ -18,8 +18,8 @@ from qd2mora.disk.sealed import MANIFEST, open_manifest
 from qd2mora.disk.untrusted import check_adapter, check_config, check_weights
 from qd2mora.errors import InputRefused
 from qd2mora.mixture import MixtureConfig, read_rows, reads_first_pass
-from qd2mora.modeling_mixture import AUTO_MAP, MixtureLlamaConfig, MixtureLlamaForCausalLM
 from qd2mora.recipe import Base
+from qd2mora.routed.modeling_mixture import AUTO_MAP, MixtureLlamaConfig, MixtureLlamaForCausalLM
 from qd2mora.run_folder import OpenRun, RunFolder, is_run, open_run
 
 
@@ -46,17 +46,17 @@ class Subject:
     def may_fork(self) -> bool:
         """Whether one cached prompt can be continued in several ways: no router keeps something for each row."""
         if isinstance(self.model, MixtureLlamaForCausalLM):
-            return not (self.model.keeps_means or self.model.text.reads_first_pass)
+            return not (self.model.keeps_means or self.model.reads_first_pass)
         if not self.is_adapted:
             return True
         configs = [config for config in self.model.peft_config.values() if isinstance(config, MixtureConfig)]
-        gates = [gate for config in configs for gate in config.gates_of_row.values()]
+        gates = [gate for config in configs for gate in config.routers.values()]
         return not any(gate.is_averaged or gate.input == "hidden" for gate in gates)
 
     def route(self, batch: Mapping[str, Tensor], copies: int = 1) -> None:
         """Tell the routers what a batch says of its rows, each of which runs `copies` times one after another."""
         if isinstance(self.model, MixtureLlamaForCausalLM):
-            self.model.text.labels = batch.get("labels")
+            self.model.text.read_labels(batch.get("labels"), batch.get("attention_mask"))
         if not self.is_adapted:
             return
         if copies > 1:

@@ -256,7 +256,7 @@ def _task_number(subject: Subject, task: str | None) -> int:
     names = [each.name for each in subject.run.recipe.data.tasks]
     if task is not None and task not in names:
         raise InputRefused(f"--task: no task '{task}' in this run; there are {', '.join(names)}")
-    if task is None and subject.run.reads_task and len(names) > 1:
+    if task is None and subject.run.routers.reads_task and len(names) > 1:
         raise InputRefused(f"--task: this adapter routes by task; name one of {', '.join(names)}")
     if task is None:
         return 0

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from qd2mora.inspection.measures import COLLAPSED, RouterMeasures, measure, token_sums, width
 from qd2mora.mixture import MixtureLinear, Routing, mixture_layers, routing_of
-from qd2mora.mixture.method import Gate
-from qd2mora.mixture.routers import Gating
+from qd2mora.routed.gate import Gate
+from qd2mora.routed.routers import Gating
 
 
 @dataclass

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from qd2mora.memory.activations import LayerShapes
 from qd2mora.memory.lean import is_lean
 from qd2mora.mixture import MixtureConfig, MixtureLinear, add_adapter, mixture_layers
-from qd2mora.mixture.block import has_slots, num_slots
-from qd2mora.mixture.ops import RankStep
 from qd2mora.mixture.penalties import groups_of
+from qd2mora.mixture.slots import num_slots
+from qd2mora.routed.ops import RankStep
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _inputs(layers: dict[str, MixtureLinear]) -> dict[str, int]:
 
 def _slots(layer: MixtureLinear) -> int:
     """Return the copies of a token that this linear sees or makes: one but where whole MLPs are mixed."""
-    if not has_slots(layer, "default"):
+    if not layer.mixes_whole_mlps("default"):
         return 1
     spec = layer.mixture_spec["default"]
     gate = spec.gate("down")

@@ -1,38 +1,34 @@
 """The exact export: the base's weights and the routed adapter in one folder, with the code that runs them beside.
 
 The folder loads with AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) where this package is not
-installed. Its one code file is `qd2mora/modeling_mixture.py`, copied as it is; weights are safetensors alone.
+installed. Its code files are those of `qd2mora/routed`, copied as they are; weights are safetensors alone.
 """
 
-import inspect
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-from qd2mora import modeling_mixture
 from qd2mora.disk.durable import save_pretrained
 from qd2mora.errors import InputRefused
 from qd2mora.merging.shards import Entry, entry, write_shards
 from qd2mora.merging.source import Source
 from qd2mora.merging.writer import DTYPES, SHARD_BYTES, Written, config_of, entries_of
 from qd2mora.mixture import MixtureLinear, mixture_layers
-from qd2mora.mixture.block import mixes_blocks
 from qd2mora.mixture.gating import given_logits
-from qd2mora.mixture.method import TOKEN, Gate
+from qd2mora.routed import modeling_mixture
+from qd2mora.routed.gate import TOKEN
+from qd2mora.routed.modeling_mixture import LinearContent
 
-CODE = "modeling_mixture.py"
-_GIVEN = ("task", "none")
-"""Inputs of gates that say the same for every token of what is exported."""
-_GATE_FIELDS = ("input", "granularity", "scope", "score", "select", "weight")
+_SAME_EVERYWHERE = ("task", "none", "task+x")
+"""Inputs of gates whose scores, or a part of them, are the same for every token of what is exported."""
 _STATIC = "--to hf or --to lora exports its best static update"
-_GATE_NUMBERS = ("top_k", "top_p", "temperature", "entropy_order", "entropy_limit", "omega")
 
 
 def refuse_unfit(model: PeftModel, source: Source, adapter_name: str = "default") -> None:
@@ -44,35 +40,32 @@ def refuse_unfit(model: PeftModel, source: Source, adapter_name: str = "default"
     for name, layer in mixture_layers(model).items():
         config = layer.mixture_config[adapter_name]
         row, where = config.row, f"--to exact: {config.method}"
-        if config.depends_on != TOKEN:
+        if config.routers.depends_on != TOKEN:
             raise InputRefused(f"{where} depends on no token: --to hf and --to lora are exact already")
         if name == "lm_head":
             raise InputRefused(f"{where} changes the output matrix, which the code file does not run; {_STATIC}")
         if row.core == "kron":
             raise InputRefused(f"{where} has Kronecker cores, which the code file does not run; {_STATIC}")
-        for gate in config.gates_of_row.values():
-            if gate.input == "external":
-                raise InputRefused(f"{where} reads a vector of the row, which the code file is not told; {_STATIC}")
+        if config.routers.reads_vector:
+            raise InputRefused(f"{where} reads a vector of the row, which the code file is not told; {_STATIC}")
+        for gate in config.routers.values():
             if gate.input == "hidden" and gate.is_averaged:
                 raise InputRefused(f"{where} averages a first pass, which has no cache to keep it in; {_STATIC}")
 
 
 @dataclass(frozen=True)
 class Routed:
-    """A routed adapter as the code file knows it: by linear, what its step is, and its tensors on the CPU."""
+    """A routed adapter as the code files know it: by linear, what it is, and its tensors on the CPU."""
 
-    specs: dict[str, dict[str, Any]]
+    contents: dict[str, LinearContent]
     tensors: dict[str, dict[str, Tensor]]
 
 
 def routed_parts(model: PeftModel, adapter_name: str = "default") -> Routed:
     """Return copies of what the code file needs; routers that read the task beside x are given the one told last."""
-    specs, tensors = {}, {}
-    for name, layer in mixture_layers(model).items():
-        tensors[name] = _tensors(layer, adapter_name)
-        shapes = {key: list(tensor.shape) for key, tensor in tensors[name].items()}
-        specs[name] = _spec(layer, adapter_name) | {"tensors": shapes}
-    return Routed(specs, tensors)
+    layers = mixture_layers(model)
+    tensors = {name: _tensors(layer, adapter_name) for name, layer in layers.items()}
+    return Routed({name: _content(layer, adapter_name, tensors[name]) for name, layer in layers.items()}, tensors)
 
 
 def write_exact(
@@ -97,17 +90,17 @@ def write_exact(
         for key, tensor in found.items()
     ]
     written.files = write_shards(folder, base + added, limit)
-    _write_code(source, folder, dtype, routed.specs)
+    _write_code(source, folder, dtype, routed.contents)
     save_pretrained(tokenizer, folder)
     return written
 
 
-def _write_code(source: Source, folder: Path, dtype: str, specs: dict[str, dict[str, Any]]) -> None:
+def _write_code(source: Source, folder: Path, dtype: str, contents: dict[str, LinearContent]) -> None:
     content = config_of(source, "float32" if dtype == "nf4" else dtype) | {
         "model_type": modeling_mixture.MixtureLlamaConfig.model_type,
         "architectures": [modeling_mixture.MixtureLlamaForCausalLM.__name__],
         "auto_map": modeling_mixture.AUTO_MAP,
-        "mixture": specs,
+        "mixture": contents,
     }
     if dtype == "nf4":
         content["quantization_config"] = {
@@ -119,12 +112,13 @@ def _write_code(source: Source, folder: Path, dtype: str, specs: dict[str, dict[
             "bnb_4bit_quant_storage": "uint8",
         }
     (folder / "config.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / CODE).write_text(inspect.getsource(modeling_mixture), encoding="utf-8")
+    for name in modeling_mixture.FILES:
+        shutil.copyfile(Path(modeling_mixture.__file__).with_name(name), folder / name)
 
 
 def _moved(each: Entry, routed: Routed) -> Entry:
     """Rename a weight of an adapted linear: the wrapper holds the linear as `base_layer`."""
-    for name in routed.specs:
+    for name in routed.contents:
         if each.name.startswith(f"{name}."):
             rest = each.name.removeprefix(f"{name}.")
             return Entry(f"{name}.base_layer.{rest}", each.dtype, each.shape, each.blocks)
@@ -152,43 +146,22 @@ def _packed_blocks(source: Source, name: str) -> Callable[[], Iterator[Tensor]]:
     return lambda: iter(source.quantize(name)[0])
 
 
-def _spec(layer: MixtureLinear, adapter_name: str) -> dict[str, Any]:
-    """Return what the code file must know of one linear, as plain values."""
+def _content(layer: MixtureLinear, adapter_name: str, tensors: dict[str, Tensor]) -> LinearContent:
+    """Return what the code files must know of one linear, as plain values."""
     spec = layer.mixture_spec[adapter_name]
-    step = spec.step
+    step = {key: value for key, value in asdict(spec.step).items() if key != "places"}
     return {
-        "ranks_down": list(step.ranks_down),
-        "ranks_up": list(step.ranks_up),
-        "pairing": step.pairing,
-        "core": step.core,
-        "shared": step.shared,
-        "shared_scaling": step.shared_scaling,
+        "step": step | {"gates": {role: asdict(gate) for role, gate in spec.step.gates}},
         "scaling": spec.scaling,
-        "whole_mlps": mixes_blocks(layer.mixture_config[adapter_name], spec),
-        "gates": {role: _gate(role, gate, layer, adapter_name) for role, gate in step.gates},
-    }
-
-
-def _gate(role: str, gate: Gate, layer: MixtureLinear, adapter_name: str) -> dict[str, Any]:
-    spec = layer.mixture_spec[adapter_name]
-    content = {key: value for key, value in asdict(gate).items() if key in _GATE_FIELDS + _GATE_NUMBERS}
-    place = spec.step.places.get(role)
-    key = f"{spec.place.scope_key(gate.scope)}:{role}"
-    if gate.input in _GIVEN:
-        content["input"] = "given"
-    if gate.select == "fixed":  # its scores leave one expert alone
-        content |= {"select": "top_k", "top_k": 1}
-    return content | {
-        "rows": None if place is None else [place.start, place.stop],
-        "scores_as": key,
-        "shared_as": "" if gate.scope == "module" else key,
+        "tensors": {key: list(tensor.shape) for key, tensor in tensors.items()},
+        "block": spec.place.scope_key("block"),
         "owns_router": spec.place.owns_router,
-        "select_bias": f"mixture_select_bias_{role}" in spec.shapes,
+        "is_of_whole_mlp": layer.mixes_whole_mlps(adapter_name),
     }
 
 
 def _tensors(layer: MixtureLinear, adapter_name: str) -> dict[str, Tensor]:
-    """Return the tensors of one linear by the code file's names."""
+    """Return the tensors of one linear by the code files' names."""
     spec, own = layer.mixture_spec[adapter_name], layer.tensors(adapter_name)
     found = {"down": layer.linear_rows(adapter_name), "up": layer.columns(adapter_name)}
     if "mixture_core" in own:
@@ -198,7 +171,7 @@ def _tensors(layer: MixtureLinear, adapter_name: str) -> dict[str, Tensor]:
             name = f"mixture_{what}_{role}"
             if name in own and not (what == "router" and role in spec.step.places):
                 found[f"{what}_{role}"] = own[name]
-        if gate.input in (*_GIVEN, "task+x"):
+        if gate.input in _SAME_EVERYWHERE:
             x = torch.zeros(1, 1, layer.in_features, device=own["mixture_A"].device)
             given = given_logits(role, x, own, layer.routing, adapter_name, spec)
             assert given is not None
@@ -206,4 +179,4 @@ def _tensors(layer: MixtureLinear, adapter_name: str) -> dict[str, Tensor]:
     return {name: tensor.detach().float().cpu().clone() for name, tensor in found.items()}
 
 
-__all__ = ["CODE", "Routed", "refuse_unfit", "routed_parts", "write_exact"]
+__all__ = ["Routed", "refuse_unfit", "routed_parts", "write_exact"]

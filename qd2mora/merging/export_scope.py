@@ -3,7 +3,7 @@
 from typing import Literal
 
 from qd2mora.mixture import MixtureConfig
-from qd2mora.mixture.method import TASK
+from qd2mora.routed.gate import TASK
 
 ExportScope = Literal["all", "task", "vector", "none"]
 
@@ -12,9 +12,9 @@ def export_scope(config: MixtureConfig, num_tasks: int) -> ExportScope:
     """Say which rows one export serves: all, those of one task or of one vector; none where no weight can hold it."""
     if config.row.placement == "block":
         return "none"
-    if config.reads_vector:
+    if config.routers.reads_vector:
         return "vector"
-    if config.depends_on == TASK and config.reads_task and num_tasks > 1:
+    if config.routers.depends_on == TASK and config.routers.reads_task and num_tasks > 1:
         return "task"
     return "all"
 

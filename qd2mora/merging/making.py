@@ -17,7 +17,7 @@ from qd2mora.merging.setting import Setting
 from qd2mora.merging.static import Statics, of_cores
 from qd2mora.merging.strategies import find_strategy
 from qd2mora.mixture import mixture_layers, read_rows
-from qd2mora.mixture.method import TASK, TOKEN
+from qd2mora.routed.gate import TASK, TOKEN
 from qd2mora.run_folder import OpenRun
 
 
@@ -44,7 +44,7 @@ def make_static(opened: OpenRun, strategy: str, task: str | None = None, vector:
     """Make and measure the static updates of an open run. Raises InputRefused."""
     number = _task_number(opened, task)
     _check_vector(opened, vector)
-    row, is_exact = find_strategy(strategy), opened.depends_on != TOKEN
+    row, is_exact = find_strategy(strategy), opened.routers.depends_on != TOKEN
     if row.one_task and task is None and not is_exact:
         raise InputRefused(f"--strategy: {strategy} goes with --task NAME, or --task all for an export of each")
     rows, notes, began = sample_rows(opened, number, row.share), dict[str, object](), time.monotonic()
@@ -137,7 +137,8 @@ def _task_number(opened: OpenRun, task: str | None, *, is_routed: bool = False) 
     names = [each.name for each in opened.recipe.data.tasks]
     if task is not None and task not in names:
         raise InputRefused(f"--task: no task '{task}' in this run; there are {', '.join(names)}")
-    if task is None and (is_routed or opened.depends_on == TASK) and opened.reads_task and len(names) > 1:
+    routers = opened.routers
+    if task is None and (is_routed or routers.depends_on == TASK) and routers.reads_task and len(names) > 1:
         method = opened.recipe.adapter.method
         raise InputRefused(
             f"--task: {method} routes by task, one export serves one task; name one of {', '.join(names)}"

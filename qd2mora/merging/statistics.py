@@ -19,8 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from qd2mora.memory.loss import IGNORE
 from qd2mora.mixture import MixtureLinear, mixture_layers, read_rows
-from qd2mora.mixture.block import has_slots
-from qd2mora.mixture.ops import wide
+from qd2mora.routed.ops import wide
 
 Batch = Mapping[str, Tensor]
 
@@ -149,7 +148,7 @@ def _watched(
         mixing = torch.einsum("...pq,...->pq", layer.mixing(x, adapter_name), weight) if with_mixing else None
         moments[name].add(u, v, root, mixing)
 
-    slotted = {name: layer for name, layer in layers.items() if has_slots(layer, adapter_name)}
+    slotted = {name: layer for name, layer in layers.items() if layer.mixes_whole_mlps(adapter_name)}
     plain = [layers[name] for name in layers if name not in slotted]
     for name in layers.keys() - slotted.keys():
         layers[name].watchers[adapter_name] = partial(watch, name)

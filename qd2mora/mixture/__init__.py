@@ -3,16 +3,11 @@
 Importing this part registers the method with PEFT.
 """
 
-from qd2mora.mixture.config import MixtureConfig
-from qd2mora.mixture.layer import MixtureLinear
-from qd2mora.mixture.registration import register
-from qd2mora.mixture.routing import Routing
-from qd2mora.mixture.tuner import (
-    MixtureModel,
+from qd2mora.mixture.adapted_model import (
     adapter_tensors,
     add_adapter,
     after_step,
-    mixture_layers,
+    load_experts,
     orthogonality,
     penalty_terms,
     read_rows,
@@ -20,6 +15,11 @@ from qd2mora.mixture.tuner import (
     routing_of,
     selection_biases,
 )
+from qd2mora.mixture.config import MixtureConfig
+from qd2mora.mixture.layer import MixtureLinear, mixture_layers
+from qd2mora.mixture.registration import register
+from qd2mora.mixture.routing import Routing
+from qd2mora.mixture.tuner import MixtureModel
 
 register(MixtureConfig, MixtureModel)
 
@@ -31,6 +31,7 @@ __all__ = [
     "adapter_tensors",
     "add_adapter",
     "after_step",
+    "load_experts",
     "mixture_layers",
     "orthogonality",
     "penalty_terms",

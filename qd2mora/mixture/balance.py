@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from qd2mora.mixture.method import Penalty
-from qd2mora.mixture.routers import Gating, tsallis_entropy
+from qd2mora.routed.routers import Gating, tsallis_entropy
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class View:
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean over counted tokens of (G, n, ...) as (G, ...)."""
-        counted = self.counted if values.dim() == 2 else self.counted.unsqueeze(-1)
+        counted = self.counted
+        if values.dim() == 3:
+            counted = counted.unsqueeze(-1)
         return (values * counted).sum(1) / counted.sum(1).clamp_min(1)
 
 
@@ -48,15 +50,24 @@ def view(gating: Gating, counted_BT: Tensor, by_row: bool, group: Tensor | None,
     num_rows = counted_BT.shape[0]
     shape = torch.broadcast_shapes(gating.probs.shape, (num_rows, 1, gating.probs.shape[-1]))
     is_of_rows = shape[1] == 1 and counted_BT.shape[1] > 1
-    counted = counted_BT.new_ones(num_rows, 1) if is_of_rows else counted_BT
+    counted = counted_BT
+    if is_of_rows:
+        counted = counted_BT.new_ones(num_rows, 1)
 
     def arranged(values: Tensor) -> Tensor:
-        return values if by_row else values.reshape(1, -1, *values.shape[2:])
+        """Each row a group, or all rows' tokens one."""
+        if by_row:
+            return values
+        return values.reshape(1, -1, *values.shape[2:])
 
-    each = [arranged(tensor.expand(shape)) for tensor in (gating.probs, gating.used, gating.logits)]
-    ids = [None if ids is None else arranged(ids.unsqueeze(-1).expand(shape[:2])) for ids in (group, task)]
-    probs, used, logits = each
-    return View(probs, used, logits, arranged(counted.to(probs.dtype)), ids[0], ids[1], is_of_rows)
+    def of_tokens(ids: Tensor | None) -> Tensor | None:
+        if ids is None:
+            return None
+        return arranged(ids.unsqueeze(-1).expand(shape[:2]))
+
+    probs, used, logits = (arranged(each.expand(shape)) for each in (gating.probs, gating.used, gating.logits))
+    counted = arranged(counted.to(probs.dtype))
+    return View(probs, used, logits, counted, of_tokens(group), of_tokens(task), is_of_rows)
 
 
 def _mixtral(routed: View, penalty: Penalty) -> Tensor:

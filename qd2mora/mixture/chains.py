@@ -1,6 +1,7 @@
 """Rows of the table: methods whose down and up experts are apart, any with any, or that have one of each."""
 
-from qd2mora.mixture.method import ALL, Gate, Method, Penalty
+from qd2mora.mixture.method import ALL, Method, Penalty
+from qd2mora.routed.gate import Gate
 
 CHAINS = (
     Method(

@@ -19,151 +19,133 @@ from torch import Tensor, nn
 
 from qd2mora.mixture import frozen, fused
 from qd2mora.mixture.draws import Draws
-from qd2mora.mixture.fused import Observe, Plan
+from qd2mora.mixture.fused import FusedCall, Observe
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
-    """One adapter of one linear in one mode: its plan, and what makes a call's draws and observer."""
+class TracedAdapter:
+    """One adapter of one linear in one mode: its call, whether that is random, and what makes draws and observer."""
 
-    plan: Plan
-    draw: Callable[[], Draws] | None
-    observer: Callable[[Tensor], Observe | None] | None
+    call: FusedCall
+    is_random: bool
+    draws: Callable[[], Draws | None]
+    observer: Callable[[Tensor], Observe | None]
 
 
 _numbers = count()
-_entries: WeakValueDictionary[int, Entry] = WeakValueDictionary()
-# A layer keeps its entries alive, without knowing: a copied or saved layer must not take the numbers along.
-_kept: WeakKeyDictionary[nn.Module, list[Entry]] = WeakKeyDictionary()
+_adapters: WeakValueDictionary[int, TracedAdapter] = WeakValueDictionary()
+# A layer keeps its adapters alive, without knowing: a copied or saved layer must not take the numbers along.
+_adapters_of_layer: WeakKeyDictionary[nn.Module, list[TracedAdapter]] = WeakKeyDictionary()
 
 
-def enter(layer: nn.Module, entry: Entry) -> int:
-    """Keep an entry for as long as its layer lives; return its number. Runs while a layer is traced."""
+def register(layer: nn.Module, adapter: TracedAdapter) -> int:
+    """Keep an adapter for as long as its layer lives; return its number. Runs while a layer is traced."""
     number = next(_numbers)
-    _entries[number] = entry
-    _kept.setdefault(layer, []).append(entry)
+    _adapters[number] = adapter
+    _adapters_of_layer.setdefault(layer, []).append(adapter)
     return number
 
 
 def mixture(number: int, y: Tensor | None, x: Tensor, base: list[Tensor], tensors: list[Tensor]) -> Tensor:
-    """Return what `fused.mixed_linear` does, or with y what `add_mixture` does, of the numbered entry's plan."""
-    needs = [tensor.requires_grad for tensor in tensors]
-    out, _, _ = _forward(y, x, base, tensors, number, x.requires_grad, needs)
+    """Return what `fused.mixed_linear` does, or with y what `add_mixture` does, of the numbered adapter's call."""
+    needs = [tensor.requires_grad for tensor in (x, *tensors)]
+    out, _, _ = _forward(y, x, base, tensors, number, needs)
     return out
 
 
 @torch.library.custom_op("qd2mora::mixture_forward", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _forward(
-    y: Tensor | None,
-    x: Tensor,
-    base: Sequence[Tensor],
-    tensors: Sequence[Tensor],
-    number: int,
-    needs_x: bool,
-    needs: Sequence[bool],
+    y: Tensor | None, x: Tensor, base: Sequence[Tensor], tensors: Sequence[Tensor], number: int, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output, u, and the keys of the draws."""
-    entry = _entries[number]
-    draws = entry.draw() if entry.draw is not None else None
-    plan = replace(entry.plan, draws=draws)
+    """Return the output, u, and the keys of the draws. `needs`: whether x and each of the tensors needs a gradient."""
+    adapter = _adapters[number]
+    draws = adapter.draws()
+    call = replace(adapter.call, draws=draws)
     if y is None:
-        assert plan.form is not None
-        out = frozen.product(plan.form, list(base), x)
+        assert call.layout is not None
+        out = frozen.product(call.layout, list(base), x)
     else:
         out = y.clone(memory_format=torch.contiguous_format)
-    u = fused.forward(plan, out, x, tensors)
+    u = fused.forward(call, out, x, tensors)
     return out, u, _packed(draws, _num_rows(x))
 
 
 @_forward.register_fake
 def _(
-    y: Tensor | None,
-    x: Tensor,
-    base: Sequence[Tensor],
-    tensors: Sequence[Tensor],
-    number: int,
-    needs_x: bool,
-    needs: Sequence[bool],
+    y: Tensor | None, x: Tensor, base: Sequence[Tensor], tensors: Sequence[Tensor], number: int, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    entry = _entries[number]
+    adapter = _adapters[number]
     if y is None:
-        assert entry.plan.form is not None
-        out = x.new_empty(*x.shape[:-1], entry.plan.form.shape[0])
+        assert adapter.call.layout is not None
+        out = x.new_empty(*x.shape[:-1], adapter.call.layout.shape[0])
     else:
         out = torch.empty_like(y, memory_format=torch.contiguous_format)
-    u = out.new_empty(*x.shape[:-1], entry.plan.step.features)
-    width = 0 if entry.draw is None else _num_rows(x)
-    return out, u, torch.empty((2, width), dtype=torch.int64)
+    u = out.new_empty(*x.shape[:-1], adapter.call.step.features)
+    return out, u, torch.empty((2, adapter.is_random * _num_rows(x)), dtype=torch.int64)
 
 
 @torch.library.custom_op("qd2mora::mixture_backward", mutates_args=())
 def _backward(
     dy: Tensor,
-    x: Tensor,
-    u: Tensor,
-    keys: Tensor,
+    saved: Sequence[Tensor],
     base: Sequence[Tensor],
     tensors: Sequence[Tensor],
     number: int,
-    needs_x: bool,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Return the gradients of x and the tensors, empty ones where none is needed."""
-    entry = _entries[number]
-    observe = entry.observer(x) if entry.observer is not None else None
-    plan = replace(entry.plan, draws=_unpacked(keys), observe=observe)
+    """Return the gradients of x and the tensors, empty ones where none is needed; `saved` are x, u and the keys."""
+    adapter, (x, u, keys) = _adapters[number], saved
+    call = replace(adapter.call, draws=_unpacked(keys), observe=adapter.observer(x))
     with _autograd_inside():
-        dx, grads = fused.backward(plan, dy.contiguous(), x, u, list(base), tensors, needs_x, needs)
+        dx, grads = fused.backward(call, dy.contiguous(), x, u, list(base), tensors, needs)
     return [dy.new_empty(0) if grad is None else _alone(grad) for grad in (dx, *grads)]
 
 
 @_backward.register_fake
 def _(
     dy: Tensor,
-    x: Tensor,
-    u: Tensor,
-    keys: Tensor,
+    saved: Sequence[Tensor],
     base: Sequence[Tensor],
     tensors: Sequence[Tensor],
     number: int,
-    needs_x: bool,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    pairs = zip((x, *tensors), (needs_x, *needs), strict=True)
-    return [
-        torch.empty_like(of, memory_format=torch.contiguous_format) if need else dy.new_empty(0) for of, need in pairs
-    ]
+    grads = []
+    for of, need in zip((saved[0], *tensors), needs, strict=True):
+        grads.append(torch.empty_like(of, memory_format=torch.contiguous_format) if need else dy.new_empty(0))
+    return grads
 
 
-def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    y, x, base, tensors, number, needs_x, needs = inputs
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    y, x, base, tensors, number, needs = inputs
     _, u, keys = output
     ctx.save_for_backward(x, u, keys, *base, *tensors)
-    ctx.has_y, ctx.num_base, ctx.number, ctx.needs_x, ctx.needs = y is not None, len(base), number, needs_x, needs
+    ctx.has_y, ctx.num_base, ctx.number, ctx.needs = y is not None, len(base), number, needs
 
 
-def _pull(ctx, dy: Tensor, du: Tensor | None, dkeys: Tensor | None):  # type: ignore[no-untyped-def]
+def _gradients(ctx, dy: Tensor, du: Tensor | None, dkeys: Tensor | None):  # type: ignore[no-untyped-def]
+    """Return the gradients of y, x, the base's tensors, the adapter's tensors, and nothing for the rest."""
     x, u, keys, *rest = ctx.saved_tensors
     base, tensors = rest[: ctx.num_base], rest[ctx.num_base :]
-    dx, *grads = _backward(dy, x, u, keys, base, tensors, ctx.number, ctx.needs_x, ctx.needs)
-    found = [grad if need else None for grad, need in zip((dx, *grads), (ctx.needs_x, *ctx.needs), strict=True)]
-    return dy if ctx.has_y else None, found[0], [None] * len(base), found[1:], None, None, None
+    found = _backward(dy, [x, u, keys], base, tensors, ctx.number, ctx.needs)
+    dx, *grads = [grad if need else None for grad, need in zip(found, ctx.needs, strict=True)]
+    return dy if ctx.has_y else None, dx, [None] * len(base), grads, None, None
 
 
-_forward.register_autograd(_pull, setup_context=_keep)
+_forward.register_autograd(_gradients, setup_context=_save_for_backward)
 
 
 def _alone(grad: Tensor) -> Tensor:
     """Return a tensor that owns its memory: what an operator returns may not share any."""
-    return grad.contiguous() if grad.untyped_storage().nbytes() == grad.nbytes else grad.clone()
+    if grad.untyped_storage().nbytes() != grad.nbytes:
+        return grad.clone()
+    return grad.contiguous()
 
 
 @contextmanager
 def _autograd_inside() -> Iterator[None]:
-    """Let the step in rank space be differentiated inside an operator, where torch has autograd switched off.
-
-    There is no public way: torch.func.vjp fails there under torch.compile (torch 2.13).
-    """
+    """Let the step in rank space be differentiated inside an operator, where torch has autograd switched off."""
+    # There is no public way: torch.func.vjp fails there under torch.compile (torch 2.13).
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
         excluded = excluded.remove(key)
@@ -172,7 +154,10 @@ def _autograd_inside() -> Iterator[None]:
 
 
 def _num_rows(x: Tensor) -> int:
-    return x.shape[0] if x.dim() == 3 else 1
+    """Return the rows that have keys of their own; tokens without an axis of rows share one."""
+    if x.dim() != 3:
+        return 1
+    return x.shape[0]
 
 
 def _packed(draws: Draws | None, num_rows: int) -> Tensor:
@@ -196,4 +181,4 @@ def _unpacked(keys: Tensor) -> Draws | None:
     return Draws(tuple(key), tuple(lengths), tuple(zip(*places, strict=True)) or None)
 
 
-__all__ = ["Entry", "enter", "mixture"]
+__all__ = ["TracedAdapter", "mixture", "register"]

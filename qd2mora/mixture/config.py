@@ -1,24 +1,24 @@
 """MixtureConfig: any method of the table, as a PEFT configuration."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 from peft import PeftConfig
 
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.mixture import balance
-from qd2mora.mixture.given import read_given
-from qd2mora.mixture.method import Gate, Method, Penalty, check_counts, check_gate, most_dependent
+from qd2mora.mixture.method import Method, Penalty, check_counts, check_gate, experts_by_layer
 from qd2mora.mixture.penalties import WEIGHT_PENALTIES
 from qd2mora.mixture.presets import find_method
 from qd2mora.mixture.registration import QD2MORA
-from qd2mora.mixture.spec import ROLES, LinearSpec, Place, experts_by_layer, linear_spec
-from qd2mora.recipe import Adapter
+from qd2mora.mixture.trained_loras import read_trained_loras
+from qd2mora.recipe.adapter import Adapter, DownInit, SharedInit
+from qd2mora.routed.gate import ROLES, Gate, Gates
 
-SHARED_INITS = ("kaiming", "orthogonal", "pissa", "olora", "eva", "loftq")
-DOWN_INITS = ("kaiming", "gaussian", "orthogonal", "sparse")
+GateChanges = Mapping[str, object]
+"""Fields of one router that a configuration sets."""
 
 
 @dataclass
@@ -42,10 +42,12 @@ class MixtureConfig(PeftConfig):
     down: dict[str, int] | None = field(default=None, metadata={"help": '{"experts": M}'})
     up: dict[str, int] | None = field(default=None, metadata={"help": '{"experts": N}'})
     allocation: str | None = field(default=None, metadata={"help": "experts by depth, such as 2-4-6-8"})
-    gates: dict[str, dict[str, Any]] | None = field(default=None, metadata={"help": "fields of gates by role"})
+    gates: dict[str, GateChanges] | None = field(default=None, metadata={"help": "fields of gates by role"})
     penalties: dict[str, float] | None = field(default=None, metadata={"help": "weights of penalties by kind"})
-    shared: dict[str, Any] | None = field(default=None, metadata={"help": '{"rank": r, "alpha": a, "init": name}'})
-    init: str | None = field(default=None, metadata={"help": "how down experts start"})
+    shared: dict[str, float | str] | None = field(
+        default=None, metadata={"help": '{"rank": r, "alpha": a, "init": name}'}
+    )
+    init: DownInit | None = field(default=None, metadata={"help": "how down experts start"})
     num_tasks: int | None = field(default=None, metadata={"help": "tasks that a task-routed method tells apart"})
     task_embedding: int | None = field(default=None, metadata={"help": "width of the task embedding"})
     external_width: int | None = field(default=None, metadata={"help": "width of the vector a row brings"})
@@ -60,20 +62,31 @@ class MixtureConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = QD2MORA
         method = self.row
-        self.alpha = method.alpha if self.alpha is None else float(self.alpha)
+        self._take_experts(method)
+        if self.alpha is None:
+            self.alpha = method.alpha
+        self.alpha = float(self.alpha)
+        if self.init is None:
+            self.init = method.init_down
+        if self.task_embedding is None:
+            self.task_embedding = method.task_embedding
+        self._check(method)
+
+    def _take_experts(self, method: Method) -> None:
+        """Take what is not given of experts and ranks from the method, or from what is given of them."""
         if self.down is None and self.up is None and self.allocation is None:
             self.allocation = method.allocation
-        if self.ranks is None and method.ranks is not None and self.rank is None:
+        if self.ranks is None and self.rank is None and method.ranks is not None:
             self.ranks = list(method.ranks)
         if self.ranks is not None and self.down is None:
             self.down = self.up = {"experts": len(self.ranks)}
         if self.rank is None:
-            self.rank = max(self.ranks) if self.ranks else method.rank
-        self.down = {"experts": method.down} if self.down is None else dict(self.down)
-        self.up = {"experts": method.up} if self.up is None else dict(self.up)
-        self.init = method.init_down if self.init is None else self.init
-        self.task_embedding = method.task_embedding if self.task_embedding is None else self.task_embedding
-        self._check(method)
+            self.rank = max(self.ranks or [method.rank])
+        if self.down is None:
+            self.down = {"experts": method.down}
+        if self.up is None:
+            self.up = {"experts": method.up}
+        self.down, self.up = dict(self.down), dict(self.up)
 
     @property
     def row(self) -> Method:
@@ -81,10 +94,10 @@ class MixtureConfig(PeftConfig):
         return find_method(self.method)
 
     @cached_property
-    def gates_of_row(self) -> dict[str, Gate]:
+    def routers(self) -> Gates:
         """The method's gates by role, with this configuration's changes."""
         changes = self.gates or {}
-        return {role: replace(gate, **changes.get(role, {})) for role, gate in self.row.gates.items()}
+        return Gates({role: _changed(gate, changes.get(role, {})) for role, gate in self.row.gates.items()})
 
     @property
     def num_down(self) -> int:
@@ -105,31 +118,20 @@ class MixtureConfig(PeftConfig):
     def scaling_of(self, ranks: Sequence[int]) -> float:
         """Return the scale of a linear whose experts have these ranks."""
         assert self.rank is not None and self.alpha is not None
-        rank = sum(ranks) if self.row.scaling_rank == "total" else self.rank
-        return self.alpha / (rank**0.5 if self.rank_stabilized else rank)
-
-    @property
-    def depends_on(self) -> str:
-        """What K depends on: the row's gates with this configuration's changes."""
-        return most_dependent(self.gates_of_row.values())
-
-    @property
-    def reads_task(self) -> bool:
-        """Whether a gate needs the row's task, alone or beside x."""
-        return any(gate.input in ("task", "task+x") for gate in self.gates_of_row.values())
-
-    @property
-    def reads_vector(self) -> bool:
-        """Whether a gate needs a vector of the row."""
-        return any(gate.input == "external" for gate in self.gates_of_row.values())
+        rank: float = self.rank
+        if self.row.scaling_rank == "total":
+            rank = sum(ranks)
+        if self.rank_stabilized:
+            rank = rank**0.5  # rsLoRA: outputs of large ranks keep their size
+        return self.alpha / rank
 
     @property
     def shared_rank(self) -> int:
-        return 0 if self.shared is None else int(self.shared["rank"])
+        return int((self.shared or {}).get("rank", 0))
 
     @property
     def shared_init(self) -> str:
-        return "kaiming" if self.shared is None else self.shared.get("init", "kaiming")
+        return str((self.shared or {}).get("init", "kaiming"))
 
     @property
     def shared_scaling(self) -> float:
@@ -142,6 +144,15 @@ class MixtureConfig(PeftConfig):
     def subtracts_start(self) -> bool:
         """Whether the shared expert starts away from zero, so that its start is taken off again."""
         return self.shared_init in ("pissa", "olora")
+
+    @property
+    def shared_banks(self) -> tuple[str, ...]:
+        """The shared expert's pairs of tensors: none, its own, and the frozen start that is taken off again."""
+        if self.shared is None:
+            return ()
+        if self.subtracts_start:
+            return ("shared", "start")
+        return ("shared",)
 
     @property
     def frozen_tensors(self) -> frozenset[str]:
@@ -171,9 +182,13 @@ class MixtureConfig(PeftConfig):
         """Those that read weights alone."""
         return tuple(each for each in self.all_penalties if each.kind in WEIGHT_PENALTIES)
 
-    def for_linear(self, place: Place) -> LinearSpec:
-        """Resolve for one linear. Raises InputRefused."""
-        return linear_spec(self, place)
+    @property
+    def merge_refusal(self) -> str:
+        """Why an adapter of this method cannot be folded into weights as it is, and what can be done."""
+        return (
+            f"method '{self.method}' is routed: its update depends on the {self.routers.depends_on}, so no weight "
+            "matrix equals it; `qd2mora merge` exports the best static approximation and measures it"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; sets become sorted lists so that files compare equal."""
@@ -190,10 +205,11 @@ class MixtureConfig(PeftConfig):
             if not row.penalties:
                 raise InputRefused(f"adapter.penalty: {row.name} has none; name one in adapter.penalties")
             content["penalties"] = {row.penalties[0].kind: adapter.penalty} | content.get("penalties", {})
+        if row.gates.reads_task or _reads_task(content.get("gates")):
+            content["num_tasks"] = num_tasks
         targets = adapter.targets or content.pop("targets", None) or list(row.targets)
         config = cls(
             **content,
-            num_tasks=num_tasks if row.reads_task or _reads_task(content.get("gates")) else None,
             target_modules=targets,
             task_type="CAUSAL_LM",
         )
@@ -202,8 +218,8 @@ class MixtureConfig(PeftConfig):
 
     def _check_aims(self, num_tasks: int) -> None:
         """A penalty that aims each task at the expert of its number needs as many experts."""
-        counts = {"down": self.num_down, "up": self.num_up, "core": self.row.cores, "rank": self.rank or 1}
-        experts = min((counts[role] for role in self.gates_of_row if counts[role] > 1), default=1)
+        counts = self.row.experts_of(self.num_down, self.num_up, self.rank or 1)
+        experts = min((counts[role] for role in self.routers if counts[role] > 1), default=1)
         if num_tasks > experts and any(each.kind == "router_ce" and each.weight for each in self.routing_penalties):
             raise InputRefused(
                 f"adapter.penalties.router_ce: aims each task at an expert of its own; {num_tasks} tasks, {experts} "
@@ -227,13 +243,13 @@ class MixtureConfig(PeftConfig):
         self._check_task(method)
         self._check_shared()
         self._check_backend(method)
-        if self.init not in DOWN_INITS:
-            raise InputRefused(f"adapter.init: unknown '{self.init}'; {nearest(str(self.init), DOWN_INITS)}")
+        if self.init not in get_args(DownInit):
+            raise InputRefused(f"adapter.init: unknown '{self.init}'; {nearest(str(self.init), get_args(DownInit))}")
         for kind in self.penalties or {}:
             known = [*balance.PENALTIES, *WEIGHT_PENALTIES]
             if kind not in known:
                 raise InputRefused(f"adapter.penalties: unknown penalty '{kind}'; {nearest(kind, known)}")
-            if kind in balance.PENALTIES and not self.gates_of_row:
+            if kind in balance.PENALTIES and not self.routers:
                 raise InputRefused(f"adapter.penalties: {kind} reads a router, and {method.name} has none")
 
     def _check_ranks(self, method: Method) -> None:
@@ -263,17 +279,17 @@ class MixtureConfig(PeftConfig):
                 raise InputRefused(
                     f"adapter.gates.{role}.granularity: 'batch' is refused: its mean would let rows see each other"
                 )
-        counts = {"down": self.num_down, "up": self.num_up, "core": method.cores, "rank": self.rank or 1}
+        counts = method.experts_of(self.num_down, self.num_up, self.rank or 1)
         if self.allocation is not None:
             several = [count for count in map(int, self.allocation.split("-")) if count > 1]
-            counts["down" if method.pairing == "tied" else "up"] = min(several, default=1)
-        for role, gate in self.gates_of_row.items():
+            counts["up"] = min(several, default=1)
+            if method.pairing == "tied":
+                counts["down"] = counts["up"]
+        for role, gate in self.routers.items():
             check_gate(gate, f"adapter.gates.{role}", role, counts[role])
-            if gate.scope == "model" and self.allocation is not None:
-                raise InputRefused(f"adapter.allocation: {self.allocation} will not do: one router serves the model")
 
     def _check_task(self, method: Method) -> None:
-        inputs = {gate.input for gate in self.gates_of_row.values()}
+        inputs = {gate.input for gate in self.routers.values()}
         if "external" in inputs and (self.external_width is None or self.external_width < 1):
             raise InputRefused(f"adapter.external_width: {method.name} reads a vector of each row; give its width")
         if not inputs & {"task", "task+x"}:
@@ -282,7 +298,7 @@ class MixtureConfig(PeftConfig):
             return
         if self.num_tasks is None or self.num_tasks < 1:
             raise InputRefused(f"adapter: {method.name} routes by task and needs num_tasks, at least 1")
-        if any(gate.select == "fixed" for gate in self.gates_of_row.values()):
+        if any(gate.select == "fixed" for gate in self.routers.values()):
             if self.num_tasks > self.num_down:
                 raise InputRefused(
                     f"adapter.down.experts: {method.name} gives each task its own expert; {self.num_tasks} tasks, "
@@ -305,14 +321,17 @@ class MixtureConfig(PeftConfig):
         unknown = set(self.shared) - {"rank", "alpha", "init"}
         if unknown or int(self.shared.get("rank", 0)) < 1:
             raise InputRefused(f'adapter.shared: {self.shared} will not do: write {{"rank": 8, "init": "pissa"}}')
-        if self.shared_init not in SHARED_INITS:
-            raise InputRefused(
-                f"adapter.shared.init: unknown '{self.shared_init}'; {nearest(self.shared_init, SHARED_INITS)}"
-            )
+        if self.shared_init not in get_args(SharedInit):
+            there = nearest(self.shared_init, get_args(SharedInit))
+            raise InputRefused(f"adapter.shared.init: unknown '{self.shared_init}'; {there}")
 
 
-def _reads_task(changes: dict[str, dict[str, Any]] | None) -> bool:
-    return any("task" in (fields.get("input") or "") for fields in (changes or {}).values())
+def _changed(gate: Gate, changes: GateChanges) -> Gate:
+    return replace(gate, **changes)  # type: ignore[arg-type]  # `_check_gates` comes after, and looks at what came out
+
+
+def _reads_task(changes: dict[str, GateChanges] | None) -> bool:
+    return any("task" in str(fields.get("input")) for fields in (changes or {}).values())
 
 
 def _experts_given(adapter: Adapter, row: Method) -> dict[str, Any]:
@@ -328,11 +347,11 @@ def _experts_given(adapter: Adapter, row: Method) -> dict[str, Any]:
     for key in ("rank", "ranks", "down", "up", "targets"):
         if getattr(adapter, key) is not None:
             raise InputRefused(f"adapter.{key}: the LoRAs of adapter.adapters decide it; leave it out")
-    loras = read_given(list(adapter.adapters))
+    loras = read_trained_loras(list(adapter.adapters))
     ranks = [lora.rank for lora in loras]
     experts = {"experts": len(loras)}
     targets = sorted(set().union(*(lora.targets for lora in loras)))
     return {"ranks": ranks, "rank": max(ranks), "down": experts, "up": experts, "targets": targets}
 
 
-__all__ = ["DOWN_INITS", "SHARED_INITS", "MixtureConfig"]
+__all__ = ["MixtureConfig"]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from qd2mora.mixture.config import MixtureConfig
-from qd2mora.mixture.spec import Place
+from qd2mora.mixture.spec import Place, linear_spec
 
 
 def trainable_parameters(
@@ -21,11 +21,10 @@ def trainable_parameters(
             place = Place(f"layers.{layer}.{name}", d_in, d_out, num_layers, hidden)
             if place.kind not in _targets(config, linears):
                 continue
-            # One router of the whole model stands in the very first linear.
-            shared = {place.scope_key(gate.scope) for gate in config.gates_of_row.values() if gate.scope != "module"}
-            owns = not shared & (owners | ({""} if layer else set()))
+            shared = {place.scope_key(gate.scope) for gate in config.routers.values() if gate.scope != "module"}
+            owns = not shared & owners
             owners |= shared
-            spec = config.for_linear(Place(place.key, d_in, d_out, num_layers, hidden, owns))
+            spec = linear_spec(config, Place(place.key, d_in, d_out, num_layers, hidden, owns))
             total += sum(math.prod(shape) for key, shape in spec.shapes.items() if key not in spec.frozen)
             total += d_out if config.row.backend == "peft" else 0  # DoRA's magnitudes
     return total

@@ -23,7 +23,7 @@ CACHED_BYTES, MIN_ROWS, MIN_TOKENS = 16 << 20, 64, 32
 
 
 @dataclass(frozen=True)
-class Form:
+class WeightLayout:
     """What the tensors of a frozen linear mean: weight, then the quantisation's, then the bias.
 
     `dtype` is the product's; `shape` (O, D); `blocksize` 0 is a dense weight, `nested` the blocksize of doubly
@@ -38,44 +38,50 @@ class Form:
     quant_type: str = ""
 
 
-def form_of(linear: nn.Module) -> Form | None:
-    """Return a linear's form; None where its own forward must run: trained, hooked, packed, or of another kind."""
+def layout_of(linear: nn.Module) -> WeightLayout | None:
+    """Return a linear's layout; None where its own forward must run: trained, hooked, packed, or of another kind."""
     if not isinstance(linear, nn.Linear) or _is_watched(linear):
         return None
     bias: Any = linear.bias
     if linear.weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
     if type(linear) is nn.Linear and type(linear.weight) is nn.Parameter:
-        return Form(linear.weight.dtype, (linear.out_features, linear.in_features), bias is not None)
-    return _four_bit_form(linear)
+        return WeightLayout(linear.weight.dtype, (linear.out_features, linear.in_features), bias is not None)
+    return _four_bit_layout(linear)
 
 
-def tensors_of(linear: nn.Linear, form: Form) -> list[Tensor]:
-    """Return the tensors that `form` speaks of."""
+def tensors_of(linear: nn.Linear, layout: WeightLayout) -> list[Tensor]:
+    """Return the tensors that `layout` speaks of."""
     weight: Any = linear.weight
     tensors = [weight]
-    if form.blocksize:
+    if layout.blocksize:
         state = weight.quant_state
         tensors.append(state.absmax)
-        if form.nested:
+        if layout.nested:
             tensors += [state.offset, state.state2.absmax, state.state2.code]
-    return [*tensors, linear.bias] if form.has_bias else tensors
+    if layout.has_bias:
+        tensors.append(linear.bias)
+    return tensors
 
 
-def weight(form: Form, tensors: list[Tensor]) -> Tensor:
+def weight(layout: WeightLayout, tensors: list[Tensor]) -> Tensor:
     """Return the dense weight (O, D) in the product's dtype: the tensor itself, or a fresh one where it is 4-bit."""
-    return _rows(form, tensors, _scales(form, tensors), 0, form.shape[0]) if form.blocksize else tensors[0]
+    if not layout.blocksize:
+        return tensors[0]
+    return _rows(layout, tensors, _scales(layout, tensors), 0, layout.shape[0])
 
 
-def product(form: Form, tensors: list[Tensor], x: Tensor) -> Tensor:
+def product(layout: WeightLayout, tensors: list[Tensor], x: Tensor) -> Tensor:
     """Return W x + b, (..., O), fresh, in the dtype of x."""
-    bias = tensors[-1].to(form.dtype) if form.has_bias else None
-    x_TD, cuts = flat(x).to(form.dtype), _cuts(form, tensors[0])
+    bias = None
+    if layout.has_bias:
+        bias = tensors[-1].to(layout.dtype)
+    x_TD, cuts = flat(x).to(layout.dtype), _cuts(layout, tensors[0])
     if x_TD.shape[0] < MIN_TOKENS or len(cuts) == 1:
-        return F.linear(x.to(form.dtype), weight(form, tensors), bias).to(x.dtype)
-    y_TO, scales = x_TD.new_empty(x_TD.shape[0], form.shape[0]), _scales(form, tensors)
+        return F.linear(x.to(layout.dtype), weight(layout, tensors), bias).to(x.dtype)
+    y_TO, scales = x_TD.new_empty(x_TD.shape[0], layout.shape[0]), _scales(layout, tensors)
     for start, stop in cuts:
-        W_rows, out = _rows(form, tensors, scales, start, stop), y_TO[:, start:stop]
+        W_rows, out = _rows(layout, tensors, scales, start, stop), y_TO[:, start:stop]
         if bias is None:
             torch.mm(x_TD, W_rows.T, out=out)
         else:
@@ -83,59 +89,66 @@ def product(form: Form, tensors: list[Tensor], x: Tensor) -> Tensor:
     return y_TO.view(*x.shape[:-1], -1).to(x.dtype)
 
 
-def input_gradient(form: Form, tensors: list[Tensor], dy_TO: Tensor, into_TD: Tensor | None = None) -> Tensor:
+def input_gradient(layout: WeightLayout, tensors: list[Tensor], dy_TO: Tensor, into_TD: Tensor | None = None) -> Tensor:
     """Return dy W, (T, D), in the dtype of dy: fresh, or added to a tensor that is given, in place where it can be."""
-    dy_TO, dtype, cuts, scales = dy_TO.to(form.dtype), dy_TO.dtype, _cuts(form, tensors[0]), None
-    dx_TD = None if into_TD is None else into_TD.to(form.dtype)
+    dy_TO, dtype, cuts, scales = dy_TO.to(layout.dtype), dy_TO.dtype, _cuts(layout, tensors[0]), None
+    dx_TD = into_TD
+    if dx_TD is not None:
+        dx_TD = dx_TD.to(layout.dtype)
     if len(cuts) > 1:
-        scales = _scales(form, tensors)
+        scales = _scales(layout, tensors)
     for start, stop in cuts:
-        W_rows = weight(form, tensors) if scales is None else _rows(form, tensors, scales, start, stop)
+        W_rows = weight(layout, tensors) if scales is None else _rows(layout, tensors, scales, start, stop)
         part_TO = dy_TO[:, start:stop]
-        dx_TD = part_TO @ W_rows if dx_TD is None else dx_TD.addmm_(part_TO, W_rows)
+        if dx_TD is None:
+            dx_TD = part_TO @ W_rows
+        else:
+            dx_TD = dx_TD.addmm_(part_TO, W_rows)
         del W_rows  # before the next slice is made
     assert dx_TD is not None
     return dx_TD.to(dtype)
 
 
-def _cuts(form: Form, packed: Tensor) -> list[tuple[int, int]]:
+def _cuts(layout: WeightLayout, packed: Tensor) -> list[tuple[int, int]]:
     """Return the rows of W to dequantise at once: all, but on a CPU in float32 as many as its cache holds.
 
     A slice stays in the cache between the dequantiser that writes it and the product that reads it, and the allocator
     gives its memory back to the next slice, where a whole weight is fetched anew from the system, page by page. The
     backward pass adds up slices, which 16 bits would round. No slice is thin: thin products add in another order.
     """
-    d_out, d_in = form.shape
-    whole_blocks = form.blocksize and d_in % form.blocksize == 0 and d_in % 2 == 0 and packed.dtype is torch.uint8
-    if not whole_blocks or packed.device.type != "cpu" or form.dtype is not torch.float32:
+    d_out, d_in = layout.shape
+    whole_blocks = layout.blocksize and d_in % layout.blocksize == 0 and d_in % 2 == 0 and packed.dtype is torch.uint8
+    if not whole_blocks or packed.device.type != "cpu" or layout.dtype is not torch.float32:
         return [(0, d_out)]
     num_rows = max(MIN_ROWS, CACHED_BYTES // (4 * d_in) // MIN_ROWS * MIN_ROWS)
     starts = list(range(0, max(1, d_out - MIN_ROWS + 1), num_rows))
     return list(zip(starts, [*starts[1:], d_out], strict=True))
 
 
-def _scales(form: Form, tensors: list[Tensor]) -> Tensor:
+def _scales(layout: WeightLayout, tensors: list[Tensor]) -> Tensor:
     """Return the scale of each block of 4-bit weights, float32."""
-    if not form.nested:
+    if not layout.nested:
         return tensors[1]
     from bitsandbytes.functional import QuantState, dequantize_blockwise
 
     offset, absmax, code = tensors[2:5]
-    second = QuantState(absmax, code=code, blocksize=form.nested, dtype=torch.float32)
+    second = QuantState(absmax, code=code, blocksize=layout.nested, dtype=torch.float32)
     return dequantize_blockwise(tensors[1], second) + offset
 
 
-def _rows(form: Form, tensors: list[Tensor], scales: Tensor, start: int, stop: int) -> Tensor:
-    """Return rows of the dense weight, fresh; all of them in any form, some where `_cuts` says so."""
+def _rows(layout: WeightLayout, tensors: list[Tensor], scales: Tensor, start: int, stop: int) -> Tensor:
+    """Return rows of the dense weight, fresh; all of them in any layout, some where `_cuts` says so."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     # A first axis of 1 would make bitsandbytes return the transpose.
-    packed_N1, d_in = tensors[0].view(-1, 1), form.shape[1]
-    if stop - start < form.shape[0]:
+    packed_N1, d_in = tensors[0].view(-1, 1), layout.shape[1]
+    if stop - start < layout.shape[0]:
         packed_N1 = packed_N1[start * d_in // 2 : stop * d_in // 2]
-        scales = scales[start * d_in // form.blocksize : stop * d_in // form.blocksize]
+        scales = scales[start * d_in // layout.blocksize : stop * d_in // layout.blocksize]
     shape = torch.Size((stop - start, d_in))
-    state = QuantState(scales, shape=shape, blocksize=form.blocksize, quant_type=form.quant_type, dtype=form.dtype)
+    state = QuantState(
+        scales, shape=shape, blocksize=layout.blocksize, quant_type=layout.quant_type, dtype=layout.dtype
+    )
     return dequantize_4bit(packed_N1, state)
 
 
@@ -150,7 +163,7 @@ def _is_watched(linear: nn.Module) -> bool:
     return any(hooks) or "forward" in linear.__dict__
 
 
-def _four_bit_form(linear: nn.Linear) -> Form | None:
+def _four_bit_layout(linear: nn.Linear) -> WeightLayout | None:
     weight: Any = linear.weight
     # Only a 4-bit linear has both; its subclasses may do something else in their forward, so the class must match.
     if type(linear).__name__ not in ("Linear4bit", "LinearNF4", "LinearFP4") or not hasattr(weight, "quant_state"):
@@ -169,7 +182,7 @@ def _four_bit_form(linear: nn.Linear) -> Form | None:
     nested = state.state2.blocksize if state.nested else 0
     if nested not in (0, 256):  # bitsandbytes refuses others in its own product
         return None
-    return Form(compute, tuple(state.shape), linear.bias is not None, state.blocksize, nested, state.quant_type)
+    return WeightLayout(compute, tuple(state.shape), linear.bias is not None, state.blocksize, nested, state.quant_type)
 
 
-__all__ = ["Form", "flat", "form_of", "input_gradient", "product", "tensors_of", "weight"]
+__all__ = ["WeightLayout", "flat", "input_gradient", "layout_of", "product", "tensors_of", "weight"]

@@ -7,7 +7,7 @@ the backward pass: x (which the base's own backward does not need) and u. Dropou
 numbers. Where the base's product is somebody else's (trained, hooked, under autocast), or another adapter came first, y
 is given and added into.
 
-`forward` and `backward` are pure functions of tensors and a `Plan`; `_Mixture` calls them for eager autograd,
+`forward` and `backward` are pure functions of tensors and a `FusedCall`; `_Mixture` calls them for eager autograd,
 `compiled` as operators of torch.library.
 
 Deviation from the plain form in `ops`: none in exact arithmetic; in 16 bits the update is rounded once, with y.
@@ -17,17 +17,17 @@ Shapes: T tokens, D d_in, O d_out, F all rows that read x, P all ranks of the up
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
-from qd2mora.mixture import frozen, ops, rank_space
+from qd2mora.mixture import frozen, rank_space
 from qd2mora.mixture.draws import Draws
-from qd2mora.mixture.frozen import Form, flat
-from qd2mora.mixture.ops import RankStep
+from qd2mora.mixture.frozen import WeightLayout, flat
 from qd2mora.mixture.rank_space import Observe
+from qd2mora.routed import ops
+from qd2mora.routed.ops import RankStep
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Dropout:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FusedCall:
     """What one adapter of one linear knows beside tensors. Tensors come as downs, then ups, then small ones by name.
 
-    `form` is the frozen base's, None where y is given. `draws`, `observe` and `watch`, which is shown u and v of the
+    `layout` is the frozen base's, None where y is given. `draws`, `observe` and `watch`, which is shown u and v of the
     forward pass, belong to one call.
     """
 
@@ -56,7 +56,7 @@ class Plan:
     names: tuple[str, ...]
     step: RankStep
     scaling: float
-    form: Form | None = None
+    layout: WeightLayout | None = None
     dropout: Dropout | None = None
     draws: Draws | None = None
     observe: Observe | None = None
@@ -74,86 +74,99 @@ class Plan:
         return list(tensors[: self.num_downs]), list(tensors[self.num_downs : ups]), small
 
 
-def forward(plan: Plan, y: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+def forward(call: FusedCall, y: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Add the mixture of x (..., D) into y (..., O), contiguous, in place; return u (..., F) in the dtype of y."""
-    downs, ups, small = plan.parts(tensors)
-    u = _features(plan, x.to(y.dtype), downs)
-    v = rank_space.mix(plan.step, u, small, plan.draws)
-    if plan.watch is not None:
-        plan.watch(u, v)
-    y.view(-1, y.shape[-1]).addmm_(flat(v).to(y.dtype), _columns(ups, y.dtype).T, alpha=plan.scaling)
+    downs, ups, small = call.parts(tensors)
+    u = _features(call, x.to(y.dtype), downs)
+    v = rank_space.mix(call.step, u, small, call.draws)
+    if call.watch is not None:
+        call.watch(u, v)
+    y.view(-1, y.shape[-1]).addmm_(flat(v).to(y.dtype), _columns(ups, y.dtype).T, alpha=call.scaling)
     return u
 
 
 def backward(
-    plan: Plan,
+    call: FusedCall,
     dy: Tensor,
     x: Tensor,
     u: Tensor,
     base: list[Tensor],
     tensors: Sequence[Tensor],
-    needs_x: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Return the gradient of x through the mixture (and the base that `plan.form` names), and those of the tensors."""
-    downs, ups, small = plan.parts(tensors)
-    num_downs, num_large = plan.num_downs, plan.num_downs + plan.num_ups
+    """Return the gradient of x through the mixture (and the base that `call.layout` names), and those of the tensors.
+
+    `needs`: whether x, and then each of the tensors, needs one.
+    """
+    needs_x, *needs = needs
+    downs, ups, small = call.parts(tensors)
+    num_downs, num_large = call.num_downs, call.num_downs + call.num_ups
     dy_TO = flat(dy)
-    dv_TP = (dy_TO @ _columns(ups, dy.dtype)).mul_(plan.scaling)
+    dv_TP = (dy_TO @ _columns(ups, dy.dtype)).mul_(call.scaling)
     dv = dv_TP.view(*u.shape[:-1], -1)
-    v, du, dsmall = rank_space.through(plan.step, u, small, dv, needs[num_large:], plan.draws, plan.observe)
+    v, du, dsmall = rank_space.through(call.step, u, small, dv, needs[num_large:], call.draws, call.observe)
     du_TF = flat(du).to(dy.dtype)
     dups: list[Tensor | None] = [None] * len(ups)
     if any(needs[num_downs:num_large]):
-        dups = _column_gradients(plan, dy_TO, flat(v).to(dy.dtype), ups)
+        dups = _column_gradients(call, dy_TO, flat(v).to(dy.dtype), ups)
     ddowns: list[Tensor | None] = [None] * num_downs
     if any(needs[:num_downs]):
-        ddowns = _row_gradients(plan, du_TF, flat(x).to(dy.dtype), downs, x.shape)
+        ddowns = _row_gradients(call, du_TF, flat(x).to(dy.dtype), downs, x.shape)
     dx = None
     if needs_x:
-        dx = _input_gradient(plan, base, dy_TO, du_TF, downs, x)
+        dx = _input_gradient(call, base, dy_TO, du_TF, downs, x)
     grads = [*ddowns, *dups, *dsmall]
     return dx, [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
+class _MixtureContext(FunctionCtx):
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    call: FusedCall
+    base: list[Tensor]
+
+
 class _Mixture(torch.autograd.Function):
-    """y (..., O) or None, x (..., D), the plan, the base's tensors, then the plan's tensors."""
+    """y (..., O) or None, x (..., D), the call, the base's tensors, then the call's tensors."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor | None, x: Tensor, plan: Plan, base: list[Tensor], *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: _MixtureContext, y: Tensor | None, x: Tensor, call: FusedCall, base: list[Tensor], *tensors: Tensor
+    ) -> Tensor:
         if y is None:
-            assert plan.form is not None
-            y = frozen.product(plan.form, base, x)
+            assert call.layout is not None
+            y = frozen.product(call.layout, base, x)
         else:
             ctx.mark_dirty(y)
-        u = forward(plan, y, x, tensors)
+        u = forward(call, y, x, tensors)
         ctx.save_for_backward(x, u, *tensors)
         # Frozen, so not among what is saved: hooks that move saved tensors away would move weights.
-        ctx.plan, ctx.base = plan, base
+        ctx.call, ctx.base = call, base
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _MixtureContext, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, u, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        dx, grads = backward(ctx.plan, dy, x, u, ctx.base, tensors, needs[1], needs[4:])
+        dx, grads = backward(ctx.call, dy, x, u, ctx.base, tensors, (needs[1], *needs[4:]))
         return (dy if needs[0] else None, dx, None, None, *grads)
 
 
 def mixed_linear(
-    plan: Plan, base: list[Tensor], x: Tensor, downs: list[Tensor], ups: list[Tensor], small: Mapping[str, Tensor]
+    call: FusedCall, base: list[Tensor], x: Tensor, downs: list[Tensor], ups: list[Tensor], small: Mapping[str, Tensor]
 ) -> Tensor:
-    """Return W x + b + s B K_t A x (..., O), W frozen and described by `plan.form`, in the dtype of x.
+    """Return W x + b + s B K_t A x (..., O), W frozen and described by `call.layout`, in the dtype of x.
 
     `x` is (..., D); `downs` are (rows, D) or (M, R, D), banks first, then the routers of `step.router_rows`; `ups` are
     banks (N, O, R) or (O, ranks); `small` is what the step reads besides. Routers read x undropped.
     """
-    return _Mixture.apply(None, x, plan, base, *downs, *ups, *small.values())
+    y: Tensor = _Mixture.apply(None, x, call, base, *downs, *ups, *small.values())
+    return y
 
 
 def add_mixture(
-    plan: Plan, y: Tensor, x: Tensor, downs: list[Tensor], ups: list[Tensor], small: Mapping[str, Tensor]
+    call: FusedCall, y: Tensor, x: Tensor, downs: list[Tensor], ups: list[Tensor], small: Mapping[str, Tensor]
 ) -> Tensor:
     """Add s B K_t A x to y (..., O), in place where autograd allows it, and return the sum; else as `mixed_linear`.
 
@@ -163,23 +176,26 @@ def add_mixture(
     # forbids adding into such a view.
     is_locked = y._is_view() and isinstance(y.grad_fn, BackwardCFunction)
     y = y.clone() if is_locked else y.contiguous()
-    return _Mixture.apply(y, x, plan, [], *downs, *ups, *small.values())
+    added: Tensor = _Mixture.apply(y, x, call, [], *downs, *ups, *small.values())
+    return added
 
 
 def _columns(ups: list[Tensor], dtype: torch.dtype) -> Tensor:
     columns = [ops.stack_columns(up).to(dtype) for up in ups]
-    return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
+    if len(columns) == 1:
+        return columns[0]
+    return torch.cat(columns, -1)
 
 
-def _features(plan: Plan, x: Tensor, downs: list[Tensor]) -> Tensor:
+def _features(call: FusedCall, x: Tensor, downs: list[Tensor]) -> Tensor:
     """Return [downs] x, (..., F): one product, or with dropout one for each mask and one for the routers."""
-    if plan.dropout is None:
+    if call.dropout is None:
         return ops.features(x, downs)
-    banks = torch.cat([ops.stack_rows(bank) for bank in downs[: plan.num_banks]])
-    groups = plan.dropout.groups(banks, len(banks))
-    parts = [ops.features(_mask(plan, x, number).mul_(x), [bank]) for number, bank in enumerate(groups)]
-    if plan.num_banks < len(downs):
-        parts.append(ops.features(x, downs[plan.num_banks :]))
+    banks = torch.cat([ops.stack_rows(bank) for bank in downs[: call.num_banks]])
+    groups = call.dropout.groups(banks, len(banks))
+    parts = [ops.features(_mask(call, x, number).mul_(x), [bank]) for number, bank in enumerate(groups)]
+    if call.num_banks < len(downs):
+        parts.append(ops.features(x, downs[call.num_banks :]))
     return torch.cat(parts, -1)
 
 
@@ -191,50 +207,53 @@ def _num_rows(matrices: list[Tensor]) -> int:
     return sum(matrix.numel() // matrix.shape[-1] for matrix in matrices)
 
 
-def _mask(plan: Plan, like: Tensor, number: int) -> Tensor:
-    assert plan.dropout is not None and plan.draws is not None
-    return plan.draws.keep(like, plan.dropout.probability, number)
+def _mask(call: FusedCall, like: Tensor, number: int) -> Tensor:
+    assert call.dropout is not None and call.draws is not None
+    return call.draws.keep(like, call.dropout.probability, number)
 
 
 def _row_gradients(
-    plan: Plan, du_TF: Tensor, x_TD: Tensor, downs: list[Tensor], shape: torch.Size
+    call: FusedCall, du_TF: Tensor, x_TD: Tensor, downs: list[Tensor], shape: torch.Size
 ) -> list[Tensor | None]:
     """Return the gradients of the down matrices."""
-    if plan.dropout is None:
+    if call.dropout is None:
         d_FD = du_TF.T @ x_TD
     else:
-        num = _num_rows(downs[: plan.num_banks])
+        num = _num_rows(downs[: call.num_banks])
         parts = []
-        for number, du in enumerate(plan.dropout.groups(du_TF[:, :num].T, num)):
-            parts.append(du @ flat(_mask(plan, x_TD.view(shape), number)).mul_(x_TD))
+        for number, du in enumerate(call.dropout.groups(du_TF[:, :num].T, num)):
+            parts.append(du @ flat(_mask(call, x_TD.view(shape), number)).mul_(x_TD))
         d_FD = torch.cat([*parts, du_TF[:, num:].T @ x_TD])
     pieces = d_FD.split([_num_rows([matrix]) for matrix in downs])
     return [piece.view(matrix.shape).to(matrix.dtype) for piece, matrix in zip(pieces, downs, strict=True)]
 
 
-def _column_gradients(plan: Plan, dy_TO: Tensor, v_TP: Tensor, ups: list[Tensor]) -> list[Tensor | None]:
+def _column_gradients(call: FusedCall, dy_TO: Tensor, v_TP: Tensor, ups: list[Tensor]) -> list[Tensor | None]:
     """Return the gradients of the up banks."""
-    dB_OP = (dy_TO.T @ v_TP).mul_(plan.scaling)
-    widths = [up.shape[0] * up.shape[2] if up.dim() == 3 else up.shape[1] for up in ups]
+    dB_OP = (dy_TO.T @ v_TP).mul_(call.scaling)
+    widths = [up.numel() // len(dB_OP) for up in ups]  # N R of a bank (N, O, R), the ranks of one (O, ranks)
     parts = zip(ups, dB_OP.split(widths, -1), strict=True)
     return [ops.unstack_columns(part.contiguous(), up.shape).to(up.dtype) for up, part in parts]
 
 
 def _input_gradient(
-    plan: Plan, base: list[Tensor], dy_TO: Tensor, du_TF: Tensor, downs: list[Tensor], x: Tensor
+    call: FusedCall, base: list[Tensor], dy_TO: Tensor, du_TF: Tensor, downs: list[Tensor], x: Tensor
 ) -> Tensor:
     """Return dx in the shape and dtype of x: what was dropped first, so that no mask lives beside the dense weight."""
     dx_TD, num, rest = None, 0, downs
-    if plan.dropout is not None:
-        num, rest = _num_rows(downs[: plan.num_banks]), downs[plan.num_banks :]
-        banks = _rows(downs[: plan.num_banks], du_TF.dtype)
-        duos = zip(plan.dropout.groups(du_TF[:, :num].T, num), plan.dropout.groups(banks, num), strict=True)
+    if call.dropout is not None:
+        num, rest = _num_rows(downs[: call.num_banks]), downs[call.num_banks :]
+        banks = _rows(downs[: call.num_banks], du_TF.dtype)
+        duos = zip(call.dropout.groups(du_TF[:, :num].T, num), call.dropout.groups(banks, num), strict=True)
         for number, (du, bank) in enumerate(duos):
             part = (du.T @ bank).view(x.shape)
-            part.mul_(_mask(plan, part, number))
-            dx_TD = flat(part) if dx_TD is None else dx_TD.add_(flat(part))
-    if plan.form is not None:
-        dx_TD = frozen.input_gradient(plan.form, base, dy_TO, dx_TD)
+            part.mul_(_mask(call, part, number))
+            if dx_TD is None:
+                dx_TD = flat(part)
+            else:
+                dx_TD = dx_TD.add_(flat(part))
+    if call.layout is not None:
+        dx_TD = frozen.input_gradient(call.layout, base, dy_TO, dx_TD)
     if dx_TD is None:
         dx_TD = du_TF @ _rows(rest, du_TF.dtype)
     elif rest:
@@ -242,4 +261,4 @@ def _input_gradient(
     return dx_TD.view(x.shape).to(x.dtype)
 
 
-__all__ = ["Dropout", "Observe", "Plan", "add_mixture", "backward", "forward", "mixed_linear"]
+__all__ = ["Dropout", "FusedCall", "Observe", "add_mixture", "backward", "forward", "mixed_linear"]

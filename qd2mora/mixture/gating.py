@@ -1,17 +1,14 @@
-"""Scores that do not come out of a linear's one product: read from the task, a row's vector, a first pass, or a block.
-
-What a router reads over many tokens is averaged over the prompt alone (`sequence`) or over the tokens so far
-(`prefix`), so that no answer leaks into its own routing; while decoding the prompt's average stays as it was.
-"""
+"""Scores that do not come out of a linear's one product: of the task, a row's vector, a first pass, or a block."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from qd2mora.mixture import ops
-from qd2mora.mixture.method import Gate
 from qd2mora.mixture.routing import Routing
 from qd2mora.mixture.spec import LinearSpec
+from qd2mora.routed import ops
+from qd2mora.routed.gate import Gate
+from qd2mora.routed.text import Key, Router
 
 
 def given_logits(
@@ -29,33 +26,23 @@ def given_logits(
         return _scores(role, x, tensors, routing, (adapter, f"{place.key}:{role}"), spec)
     key = (adapter, f"{place.scope_key(gate.scope)}:{role}")
     if place.owns_router:
-        routing.shared_logits[key] = _scores(role, x, tensors, routing, key, spec)
-    shared = routing.shared_logits[key]
-    is_cut_off = torch.is_grad_enabled() and tensors["mixture_A"].requires_grad and not shared.requires_grad
-    if gate.scope == "model" and is_cut_off and gate.select != "fixed":
-        raise ValueError("one router serves the model: recomputing layers needs use_reentrant=False to reach it")
-    return shared
+        routing.scores[key] = _scores(role, x, tensors, routing, key, spec)
+    return routing.scores[key]
 
 
-def _scores(
-    role: str, x: Tensor, tensors: dict[str, Tensor], routing: Routing, key: tuple[str, str], spec: LinearSpec
-) -> Tensor:
+def _scores(role: str, x: Tensor, tensors: dict[str, Tensor], routing: Routing, key: Key, spec: LinearSpec) -> Tensor:
     gate = spec.gate(role)
     assert gate is not None
     if gate.input == "none":
         return tensors[f"mixture_logits_{role}"]
     if gate.select == "fixed":
         return _one_hot(_known_tasks(x, routing, spec), spec.counts[role], x)
-    if gate.input == "task":
+    if gate.input == "task" or gate.reads_x:  # the latter beside the product that u holds
         return _task_scores(x, tensors, routing, spec)
-    if gate.reads_x:
-        return _task_scores(x, tensors, routing, spec)  # beside the product that u holds
-    with ops.unlowered(x):
-        read = ops.wide(_what_is_read(gate, x, routing))
-        scores = F.linear(read, ops.wide(tensors[f"mixture_router_{role}"]))
-        if gate.is_averaged:
-            scores = _averaged(gate, scores, routing, key)
-        return ops.finish_scores(gate, scores, tensors.get(f"mixture_bias_{role}"), tensors.get(f"mixture_out_{role}"))
+    router = Router(
+        tensors[f"mixture_router_{role}"], tensors.get(f"mixture_bias_{role}"), tensors.get(f"mixture_out_{role}")
+    )
+    return router.scores(gate, _what_is_read(gate, x, routing), routing, key)
 
 
 def _what_is_read(gate: Gate, x: Tensor, routing: Routing) -> Tensor:
@@ -71,31 +58,6 @@ def _what_is_read(gate: Gate, x: Tensor, routing: Routing) -> Tensor:
     return x
 
 
-def _averaged(gate: Gate, scores: Tensor, routing: Routing, key: tuple[str, str]) -> Tensor:
-    if gate.granularity == "sequence":
-        if routing.is_decoding:
-            return routing.pools[key][0]
-        prompt = routing.prompt
-        if prompt is None:
-            if not routing.keeps_pools:
-                raise ValueError(
-                    "this adapter routes by the prompt: pass labels or prompt_mask=(batch, length) to the model"
-                )
-            prompt = routing.counted(scores).bool()
-        mean = ops.average(scores, prompt.to(scores.device), "sequence")
-        if routing.keeps_pools:
-            routing.pools[key] = (mean.detach(), mean.new_ones(()))
-        return mean
-    counted = routing.counted(scores).to(scores.dtype).unsqueeze(-1)
-    summed, number = (scores * counted).cumsum(-2), counted.cumsum(-2)
-    if routing.is_decoding:
-        before = routing.pools[key]
-        summed, number = summed + before[0], number + before[1]
-    if routing.keeps_pools:
-        routing.pools[key] = (summed[:, -1:].detach(), number[:, -1:])
-    return summed / number.clamp_min(1)
-
-
 def _known_tasks(x: Tensor, routing: Routing, spec: LinearSpec) -> Tensor:
     return _for_rows(routing.tasks_among(spec.num_tasks).to(x.device), x)
 
@@ -103,7 +65,9 @@ def _known_tasks(x: Tensor, routing: Routing, spec: LinearSpec) -> Tensor:
 def _for_rows(values: Tensor, x: Tensor) -> Tensor:
     """Return one value for each row of x, where beam search made several rows of each."""
     rows, known = x.shape[0], values.shape[0]
-    return values if rows == known or rows % known else values.repeat_interleave(rows // known, 0)
+    if rows == known or rows % known:
+        return values
+    return values.repeat_interleave(rows // known, 0)
 
 
 def _task_scores(x: Tensor, tensors: dict[str, Tensor], routing: Routing, spec: LinearSpec) -> Tensor:

@@ -9,26 +9,28 @@ mixture_start_B (negated), the frozen start of a shared expert that does not beg
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from qd2mora.mixture import block, compiled, frozen, ops
+from qd2mora.mixture import compiled, frozen
 from qd2mora.mixture.config import MixtureConfig
-from qd2mora.mixture.fused import Dropout, Plan, add_mixture, mixed_linear
+from qd2mora.mixture.draws import Draws
+from qd2mora.mixture.fused import Dropout, FusedCall, add_mixture, mixed_linear
 from qd2mora.mixture.gating import given_logits
-from qd2mora.mixture.initial import initial_tensor
+from qd2mora.mixture.initialisers import initial_tensor
 from qd2mora.mixture.low_rank import LowRank
-from qd2mora.mixture.method import STATIC, TASK
 from qd2mora.mixture.observer import Observer
-from qd2mora.mixture.routers import Gating
 from qd2mora.mixture.routing import Routing
-from qd2mora.mixture.spec import ROLES, LinearSpec, Place
+from qd2mora.mixture.spec import LinearSpec, Place, linear_spec
+from qd2mora.routed import ops
+from qd2mora.routed.gate import ROLES, STATIC
+from qd2mora.routed.routers import Gating
 
 TENSORS = (
     "mixture_A",
@@ -44,8 +46,14 @@ TENSORS = (
     *(f"mixture_{what}_{role}" for role in ROLES for what in ("router", "bias", "out", "logits", "select_bias")),
 )
 
-Watch = Callable[..., None]
-"""Called with u = [A; routers of x] x (..., Q + S + E), v = K_t u (..., P + S), and what gates read beside u."""
+
+class Watch(Protocol):
+    """Shown what a forward pass computes: u = [A; routers of x] x (..., Q + S + E), v = K_t u (..., P + S).
+
+    `small` is what gates read beside u.
+    """
+
+    def __call__(self, u: Tensor, v: Tensor, *, small: dict[str, Tensor]) -> None: ...
 
 
 class MixtureLinear(nn.Module, BaseTunerLayer):
@@ -85,7 +93,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: MixtureConfig, place: Place) -> None:
         """Add a freshly initialised adapter beside those that are there."""
-        spec = config.for_linear(place)
+        spec = linear_spec(config, place)
         self.mixture_config[adapter_name], self.mixture_spec[adapter_name] = config, spec
         for name, shape in spec.shapes.items():
             getattr(self, name)[adapter_name] = nn.Parameter(initial_tensor(name, shape, config, spec))
@@ -97,7 +105,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         super().set_adapter(adapter_names, inference_mode)
         self._freeze()
 
-    def set_requires_grad(self, adapter_names: str | Any, requires_grad: bool = True) -> None:
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Switch training of adapters, except for the tensors that a method freezes."""
         super().set_requires_grad(adapter_names, requires_grad)
         self._freeze()
@@ -121,7 +129,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         spec, tensors = self.mixture_spec[adapter_name], self._staged(adapter_name)
         down, up = tensors["mixture_A"], tensors["mixture_B"]
         if spec.step.core == "kron":
-            down, up = _kron_banks(down[0], up[0], spec.step.scales)
+            down, up = ops.kron_banks(down[0], up[0], spec.step.scales)
         downs, ups = [down], [up]
         for name in ("shared", "start"):
             if f"mixture_{name}_A" in tensors:
@@ -146,13 +154,12 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
 
         `with_routers`: u is [A; routers of x] x, (..., Q + S + E).
         """
-        closing = block.closing_rank_space(self, x, adapter_name)
-        if closing is not None:
-            return closing
         u_ext, small = self._features(x, adapter_name)
         step = self.mixture_spec[adapter_name].step
-        u = u_ext if with_routers else u_ext[..., : step.width_down + step.shared]
-        return u, step.mix(u_ext, small)
+        v = step.mix(u_ext, small)
+        if with_routers:
+            return u_ext, v
+        return u_ext[..., : step.width_down + step.shared], v
 
     def mixing(self, x: Tensor, adapter_name: str) -> Tensor:
         """Return K_t of every token, (..., P + S, Q + S) float32: what routing made of the banks."""
@@ -160,37 +167,44 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         return self.mixture_spec[adapter_name].step.mixing(*self._features(x, adapter_name))
 
     def mean_input(self, x: Tensor, adapter_name: str) -> Tensor:
-        """Return what the base reads of x, (..., D): a mean over slots in a mixed MLP's last linear, x elsewhere."""
-        return block.mean_input(self, x, adapter_name)
+        """Return what the base reads of x, (..., D): x itself, but in the last linear of a mixture of whole MLPs."""
+        return x
+
+    def mixes_whole_mlps(self, adapter_name: str) -> bool:
+        """Tell whether this adapter has its experts in whole MLPs, of which this linear is a part."""
+        return False
 
     def gatings(self, x: Tensor, adapter_name: str) -> dict[str, Gating]:
         """Return what each router decides of x (B, T, D), by role, without noise: what `inspection` counts."""
         return self.mixture_spec[adapter_name].step.route(*self._features(x, adapter_name))[1]
 
+    @property
+    def runs_base_alone(self) -> bool:
+        """Whether a pass leaves routing out: adapters are switched off, or folded into the weight."""
+        return bool(self.disable_adapters or self.merged)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base output plus the active adapters' (..., d_out), in the base output's dtype."""
-        if self.disable_adapters or self.merged:
+        if self.runs_base_alone:
             if self.merged and self.disable_adapters:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        whole = block.routed_adapter(self)
-        if whole is not None:
-            return block.forward(self, x, whole)
         names = [name for name in self.active_adapters if name in self.mixture_spec]
-        form = self._form(x, names) if not (args or kwargs) else None
-        if form is not None:
-            name = names.pop(0)
-            is_static = name in self.static_updates
-            y = self._static(None, x, name, form) if is_static else self._routed(None, x, name, form)
+        layout = None
+        if not (args or kwargs):
+            layout = self._layout_to_fuse(x, names)
+        # The first adapter's function computes the base's product as well, where that may be: then x is saved once,
+        # and the base's gradient and the mixture's are one pass. What is left adds into a base output that is there.
+        if layout is not None:
+            y = self._added(None, x, names.pop(0), layout)
         else:
             y = self.base_layer(x, *args, **kwargs)
         for name in names:
-            y = self.base_scaled(y, name)
-            y = self._static(y, x, name) if name in self.static_updates else self._routed(y, x, name)
+            y = self._added(self.base_scaled(y, name), x, name)
         return y
 
-    def _form(self, x: Tensor, names: list[str]) -> frozen.Form | None:
-        """Return the frozen base's form where its product joins the first adapter's autograd function."""
+    def _layout_to_fuse(self, x: Tensor, names: list[str]) -> frozen.WeightLayout | None:
+        """Return the frozen base's layout where its product joins the first adapter's autograd function."""
         if not names or not torch.is_grad_enabled():
             return None
         tensors = self.tensors(names[0])
@@ -200,67 +214,86 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             return None
         if not (x.requires_grad or any(tensor.requires_grad for tensor in tensors.values())):
             return None
-        form = frozen.form_of(self.base_layer)
-        # A dense linear in another dtype than x raises in its own forward.
-        return form if form is None or form.blocksize or form.dtype is x.dtype else None
+        layout = frozen.layout_of(self.base_layer)
+        if layout is not None and not layout.blocksize and layout.dtype is not x.dtype:
+            return None  # a dense linear in another dtype than x raises in its own forward
+        return layout
 
     def base_scaled(self, y: Tensor, name: str) -> Tensor:
         """Return a_0 y where the method scales its base, y itself elsewhere; a_0 is within 0.8 and 1.2."""
         scale = self.tensors(name).get("mixture_base_scale")
-        return y if scale is None else y * (1 + 0.2 * scale.tanh()).to(y.dtype)
+        if scale is None:
+            return y
+        return y * (1 + 0.2 * scale.tanh()).to(y.dtype)
 
-    def _routed(self, y: Tensor | None, x: Tensor, name: str, form: frozen.Form | None = None) -> Tensor:
-        """Return y plus one adapter's output, or with a form in y's place, the base's output plus it."""
+    def _added(self, y: Tensor | None, x: Tensor, name: str, layout: frozen.WeightLayout | None = None) -> Tensor:
+        """Return y plus one adapter's output, or with a layout in y's place, the base's output plus it."""
+        if name in self.static_updates:
+            return self._static(y, x, name, layout)
+        return self._routed(y, x, name, layout)
+
+    def _routed(self, y: Tensor | None, x: Tensor, name: str, layout: frozen.WeightLayout | None) -> Tensor:
         if y is not None and not isinstance(self.get_base_layer(), nn.Linear):
             y = y.clone()  # a block's last operation may need its output in the backward pass; no adding into that
         (downs, ups), small = self.banks(name), self._small(x, name)
         downs = downs + self._routers_of_x(name)
-        base = [] if form is None else frozen.tensors_of(cast(nn.Linear, self.base_layer), form)
+        base = self._base_tensors(layout)
         if torch.compiler.is_compiling():
-            number = self._entry(name, form is not None, len(downs), len(ups), ",".join(small))
+            number = self._traced(name, layout is not None, len(downs), len(ups), ",".join(small))
             return compiled.mixture(number, y, x, base, [*downs, *ups, *small.values()])
-        plan, is_random = self._plan(name, form, len(downs), len(ups), tuple(small))
-        if is_random:
-            plan = replace(plan, draws=self.routing.draws(self.layer_key))
-        if self.training:
-            plan = replace(plan, observe=Observer.of(self.mixture_spec[name], self.routing, name, x))
+        call, is_random = self._call(name, layout, len(downs), len(ups), tuple(small))
+        call = replace(call, draws=self._draws(is_random)(), observe=self._observer(name)(x))
         if name in self.watchers:
-            plan = replace(plan, watch=partial(self.watchers[name], small=small))
+            call = replace(call, watch=partial(self.watchers[name], small=small))
         if y is None:
-            return mixed_linear(plan, base, x, downs, ups, small)
-        return add_mixture(plan, y, x, downs, ups, small)
+            return mixed_linear(call, base, x, downs, ups, small)
+        return add_mixture(call, y, x, downs, ups, small)
 
-    def _plan(
-        self, name: str, form: frozen.Form | None, num_downs: int, num_ups: int, names: tuple[str, ...]
-    ) -> tuple[Plan, bool]:
-        """Return an adapter's plan, without what belongs to one call, and whether a call draws random numbers."""
-        config, spec = self.mixture_config[name], self.mixture_spec[name]
-        probability = config.dropout if self.training else 0.0
-        sizes = spec.step.ranks_down if config.dropout_per_expert else (spec.step.width_down,)
-        dropout = Dropout(probability, sizes) if probability else None
-        is_random = probability > 0 or (self.training and any(_is_random(gate) for _, gate in spec.step.gates))
-        return Plan(num_downs, num_ups, names, spec.step, spec.scaling, form, dropout), is_random
+    def _base_tensors(self, layout: frozen.WeightLayout | None) -> list[Tensor]:
+        if layout is None:
+            return []
+        return frozen.tensors_of(cast(nn.Linear, self.base_layer), layout)
+
+    def _call(
+        self, name: str, layout: frozen.WeightLayout | None, num_downs: int, num_ups: int, names: tuple[str, ...]
+    ) -> tuple[FusedCall, bool]:
+        """Return what an adapter's call knows, without what belongs to one call, and whether it draws numbers."""
+        spec, dropout = self.mixture_spec[name], self._dropout(name)
+        is_random = dropout is not None or (self.training and any(gate.is_random for _, gate in spec.step.gates))
+        return FusedCall(num_downs, num_ups, names, spec.step, spec.scaling, layout, dropout), is_random
+
+    def _dropout(self, name: str) -> Dropout | None:
+        config, step = self.mixture_config[name], self.mixture_spec[name].step
+        if not (self.training and config.dropout):
+            return None
+        if config.dropout_per_expert:
+            return Dropout(config.dropout, step.ranks_down)
+        return Dropout(config.dropout, (step.width_down,))
+
+    def _draws(self, is_random: bool) -> Callable[[], Draws | None]:
+        # Holds no layer: the operators of `compiled` keep it for as long as the layer lives, and no longer.
+        return partial(_draws_of, self.routing, self.layer_key, is_random)
+
+    def _observer(self, name: str) -> Callable[[Tensor], Observer | None]:
+        return partial(_observer_of, self.mixture_spec[name], self.routing, name, self.training)
 
     @torch.compiler.assume_constant_result
-    def _entry(self, name: str, takes_base: bool, num_downs: int, num_ups: int, names: str) -> int:
+    def _traced(self, name: str, takes_base: bool, num_downs: int, num_ups: int, names: str) -> int:
         """Return the number by which the operators of `compiled` know this adapter; runs while the layer is traced."""
-        form = frozen.form_of(self.base_layer) if takes_base else None
-        small = tuple(names.split(",")) if names else ()
-        plan, is_random = self._plan(name, form, num_downs, num_ups, small)
-        routing, key, spec = self.routing, self.layer_key, self.mixture_spec[name]
-        draw = (lambda: routing.draws(key)) if is_random else None
-        observer = (lambda x: Observer.of(spec, routing, name, x)) if self.training else None
-        return compiled.enter(self, compiled.Entry(plan, draw, observer))
+        layout = None
+        if takes_base:
+            layout = frozen.layout_of(self.base_layer)
+        call, is_random = self._call(name, layout, num_downs, num_ups, tuple(filter(None, names.split(","))))
+        adapter = compiled.TracedAdapter(call, is_random, self._draws(is_random), self._observer(name))
+        return compiled.register(self, adapter)
 
-    def _static(self, y: Tensor | None, x: Tensor, name: str, form: frozen.Form | None = None) -> Tensor:
+    def _static(self, y: Tensor | None, x: Tensor, name: str, layout: frozen.WeightLayout | None) -> Tensor:
         """Return what `_routed` does, with the static update in the place of routing."""
         update = self.static_updates[name]
-        plan = Plan(1, 1, (), ops.RankStep((update.rank,), (update.rank,)), update.scaling, form)
-        if y is not None:
-            return add_mixture(plan, y, x, [update.down], [update.up], {})
-        assert form is not None
-        base = frozen.tensors_of(cast(nn.Linear, self.base_layer), form)
-        return mixed_linear(plan, base, x, [update.down], [update.up], {})
+        call = FusedCall(1, 1, (), ops.RankStep((update.rank,), (update.rank,)), update.scaling, layout)
+        if y is None:
+            return mixed_linear(call, self._base_tensors(layout), x, [update.down], [update.up], {})
+        return add_mixture(call, y, x, [update.down], [update.up], {})
 
     def _features(self, x: Tensor, name: str) -> tuple[Tensor, dict[str, Tensor]]:
         return ops.wide(ops.features(x, [self.rows(name), *self._routers_of_x(name)])), self._small(x, name)
@@ -272,7 +305,9 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
     def _small(self, x: Tensor, name: str) -> dict[str, Tensor]:
         """Return what the step in rank space reads beside u."""
         spec, tensors = self.mixture_spec[name], self._staged(name)
-        small = {"core": tensors["mixture_core"]} if "mixture_core" in tensors else {}
+        small = {}
+        if "mixture_core" in tensors:
+            small["core"] = tensors["mixture_core"]
         for role, gate in spec.step.gates:
             for what in ("bias", "out", "select_bias"):
                 if f"mixture_{what}_{role}" in tensors:
@@ -282,8 +317,6 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             given = given_logits(role, x, tensors, self.routing, name, spec)
             if given is not None:
                 small[f"logits_{role}"] = given
-        if self.training and any(gate.capacity for _, gate in spec.step.gates):
-            small["counted"] = self.routing.counted(x) if x.dim() == 3 else x.new_ones(x.shape[:-1])
         return small
 
     def _staged(self, name: str) -> dict[str, Tensor]:
@@ -299,8 +332,8 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return s B K A, (d_out, d_in) float32. Raises ValueError where K depends on the token or the task."""
         config = self.mixture_config[adapter_name]
-        if config.depends_on != STATIC:
-            raise ValueError(merge_refusal(config))
+        if config.routers.depends_on != STATIC:
+            raise ValueError(config.merge_refusal)
         with torch.no_grad():
             rows = self.rows(adapter_name).float()
             K = self.mixing(rows.new_zeros(1, 1, rows.shape[1]), adapter_name)[0, 0]
@@ -337,30 +370,22 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         return "mixture." + super().__repr__()
 
 
-def merge_refusal(config: MixtureConfig) -> str:
-    """Say why an adapter of this method cannot be folded into weights as it is, and what can be done."""
-    why = "task" if config.depends_on == TASK else "token"
-    return (
-        f"method '{config.method}' is routed: its update depends on the {why}, so no weight matrix equals it; "
-        "`qd2mora merge` exports the best static approximation and measures it"
-    )
+def mixture_layers(model: nn.Module) -> dict[str, MixtureLinear]:
+    """Return the adapted linears by their name in the base model."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, MixtureLinear)}
+    return {name.removeprefix("base_model.model."): module for name, module in found.items()}
 
 
-def _is_random(gate: Any) -> bool:
-    return gate.score == "noisy" or gate.select == "sample"
+def _draws_of(routing: Routing, layer_key: int, is_random: bool) -> Draws | None:
+    if not is_random:
+        return None
+    return routing.draws(layer_key)
 
 
-def _kron_banks(seed_RD: Tensor, seed_OR: Tensor, scales: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return A_e = A[:, :D/s] (x) I_s one below the other, and B_e = B[:O/s] (x) I_s side by side, for every scale s.
-
-    With a core I_r (x) K_e between them, B_e C_e A_e = (B A)[:O/s, :D/s] (x) K_e (EPT, reconstruction).
-    """
-    rows, columns = [], []
-    for scale in scales:
-        unit = torch.eye(scale, dtype=seed_RD.dtype, device=seed_RD.device)
-        rows.append(torch.kron(seed_RD[:, : seed_RD.shape[1] // scale].contiguous(), unit))
-        columns.append(torch.kron(seed_OR[: seed_OR.shape[0] // scale].contiguous(), unit))
-    return torch.cat(rows), torch.cat(columns, -1)
+def _observer_of(spec: LinearSpec, routing: Routing, name: str, is_training: bool, x: Tensor) -> Observer | None:
+    if not is_training:
+        return None
+    return Observer.of(spec, routing, name, x)
 
 
-__all__ = ["TENSORS", "MixtureLinear", "merge_refusal"]
+__all__ = ["TENSORS", "MixtureLinear", "mixture_layers"]

@@ -1,97 +1,23 @@
 """What a method is: a row of data. How the banks are paired, what lies between them, what each gate reads and does.
 
-Every method is y = W x + s B K_t A x and differs only in K_t. `presets` holds the rows; `routers` turns a gate's fields
-into numbers; `balance` and `penalties` hold what the penalties mean.
+Every method is y = W x + s B K_t A x and differs only in K_t. `presets` holds the rows, `routed.gate` says what a gate
+is; `routed.routers` turns a gate's fields into numbers; `balance` and `penalties` hold what the penalties mean.
 """
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal
 
 from qd2mora.errors import InputRefused
-
-STATIC, TASK, TOKEN = "static", "task", "token"
-
-Input = Literal["x", "z", "self", "task", "task+x", "external", "hidden", "none"]
-Granularity = Literal["token", "sequence", "prefix", "task"]
-Scope = Literal["module", "block", "model"]
-Score = Literal["linear", "bias", "mlp", "noisy", "prototype", "static", "activation"]
-Select = Literal["all", "top_k", "top_p", "entropy", "switch", "fixed", "sample"]
-Weight = Literal["softmax", "renorm", "sigmoid", "uniform", "one", "straight_through", "bounded"]
-
-_WORDS: dict[str, Any] = {
-    "input": Input,
-    "granularity": Granularity,
-    "scope": Scope,
-    "score": Score,
-    "select": Select,
-    "weight": Weight,
-}
+from qd2mora.recipe.adapter import DownInit
+from qd2mora.routed.gate import Gate, Gates, Limits, numbers_of_gates, words_of_gates
+from qd2mora.routed.ops import Core, Pairing
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL = (*ATTENTION, *MLP)
-
-# Numbers of a gate, and the least that will do.
-_LEAST = {"top_k": 1, "top_p": 0, "temperature": 0, "entropy_order": 0, "entropy_limit": 0, "capacity": 1, "omega": 0}
-_LEAST |= {"width": 1, "bias_rate": 0}
-
-# Weights that sum to one over the experts: over a single expert such a gate is the constant 1 and has no router.
-_SUM_TO_ONE = ("softmax", "renorm", "straight_through", "one")
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A router by six fields, and the numbers they take.
-
-    input: `x` the linear's input, undropped; `z` the mixed code in rank space; `self` the rank units' own activations;
-        `task` an embedding of the row's task; `task+x` both; `external` a vector of the row; `hidden` the last hidden
-        states of a first pass without adapters; `none`.
-    granularity: `token`; `sequence`, the mean over the prompt's tokens, kept while decoding; `prefix`, the running mean
-        over the tokens so far; `task`. A mean over the batch does not exist: it would let rows see each other.
-    scope: one router for each `module`, or one for each `block` (attention or MLP) or for the `model`, read where its
-        first adapted linear stands.
-    score, select, weight: see `routers`. Weight `one` gives the router no gradient of its own; `straight_through` is
-        omega on what is chosen, with the gradient of the softmax.
-    """
-
-    input: Input = "x"
-    granularity: Granularity = "token"
-    scope: Scope = "module"
-    score: Score = "linear"
-    select: Select = "all"
-    weight: Weight = "softmax"
-    top_k: int | None = None
-    top_p: float = 0.75
-    temperature: float = 1.0
-    entropy_order: float = 1.1
-    entropy_limit: float = 0.9
-    capacity: int | None = None
-    omega: float = 1.0
-    width: int | None = None
-    bias_rate: float = 0.0
-
-    @property
-    def depends_on(self) -> str:
-        """What this gate's weights depend on."""
-        if self.input == "none":
-            return STATIC
-        return TASK if self.input in ("task", "external") else TOKEN
-
-    @property
-    def is_averaged(self) -> bool:
-        """Whether its scores are averaged over tokens; a vector of the row is the same at each."""
-        return self.granularity in ("sequence", "prefix") and self.input != "external"
-
-    @property
-    def reads_x(self) -> bool:
-        """Whether its router's rows stand in the one product over x."""
-        return self.input in ("x", "task+x") and self.scope == "module" and self.granularity == "token"
-
-    def is_constant(self, num_experts: int) -> bool:
-        """Whether the weights are 1 whatever is read."""
-        return num_experts == 1 and self.weight in _SUM_TO_ONE
 
 
 @dataclass(frozen=True)
@@ -129,8 +55,8 @@ class Method:
     source: str
     mark: Literal["verified", "reconstruction", "part"] = "verified"
     note: str = ""
-    pairing: Literal["chain", "tied"] = "chain"
-    core: Literal["none", "dense", "bank", "diagonal", "kron"] = "none"
+    pairing: Pairing = "chain"
+    core: Core = "none"
     gate_down: Gate | None = None
     gate_up: Gate | None = None
     gate_core: Gate | None = None
@@ -144,7 +70,7 @@ class Method:
     scales: tuple[int, ...] = ()
     penalties: tuple[Penalty, ...] = ()
     scaling_rank: Literal["expert", "total"] = "expert"
-    init_down: Literal["kaiming", "gaussian", "orthogonal", "sparse"] = "kaiming"
+    init_down: DownInit = "kaiming"
     init_std: float | None = 0.01
     router_std: float | None = None
     task_embedding: int | None = None
@@ -158,36 +84,19 @@ class Method:
     estimator: Literal["none", "rloo"] = "none"
     backend: Literal["ours", "peft"] = "ours"
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    gates: dict[str, Gate] = field(init=False, repr=False, hash=False, compare=False)
+    gates: Gates = field(init=False, repr=False, hash=False, compare=False)
 
     def __post_init__(self) -> None:
         roles = {"down": self.gate_down, "up": self.gate_up, "core": self.gate_core, "rank": self.gate_rank}
-        object.__setattr__(self, "gates", {role: gate for role, gate in roles.items() if gate is not None})
+        object.__setattr__(self, "gates", Gates({role: gate for role, gate in roles.items() if gate is not None}))
 
-    @property
-    def depends_on(self) -> str:
-        """What K depends on: `static` merges exactly, `task` exactly for one task or vector, `token` approximately."""
-        return most_dependent(self.gates.values())
-
-    @property
-    def reads_task(self) -> bool:
-        """Whether a gate needs the row's task, alone or beside x."""
-        return any(gate.input in ("task", "task+x") for gate in self.gates.values())
-
-    @property
-    def reads_vector(self) -> bool:
-        """Whether a gate needs a vector of the row."""
-        return any(gate.input == "external" for gate in self.gates.values())
+    def experts_of(self, down: int, up: int, rank: int) -> dict[str, int]:
+        """Return what a router of each role chooses among, in a linear of so many experts of this rank."""
+        return {"down": down, "up": up, "core": self.cores, "rank": rank}
 
     def penalty_weight(self, kind: str) -> float:
         """Return the weight of one kind of penalty; 0 where the method has none."""
         return sum(penalty.weight for penalty in self.penalties if penalty.kind == kind)
-
-
-def most_dependent(gates: Iterable[Gate]) -> str:
-    """Return what K depends on where these gates make it."""
-    found = {gate.depends_on for gate in gates}
-    return TOKEN if TOKEN in found else TASK if TASK in found else STATIC
 
 
 def check_counts(method: Method, down: int, up: int) -> None:
@@ -204,91 +113,85 @@ def check_counts(method: Method, down: int, up: int) -> None:
 
 def check_gate(gate: Gate, key: str, role: str, num_experts: int) -> None:
     """Refuse values that are not known and fields that do not go together. Raises InputRefused."""
-    for name, known in _WORDS.items():
-        if getattr(gate, name) not in get_args(known):
-            raise InputRefused(f"{key}.{name}: unknown '{getattr(gate, name)}'; there are {', '.join(get_args(known))}")
-    for name, least in _LEAST.items():
+    for name, known in words_of_gates().items():
+        if getattr(gate, name) not in known:
+            raise InputRefused(f"{key}.{name}: unknown '{getattr(gate, name)}'; there are {', '.join(known)}")
+    for name, (_, limits) in numbers_of_gates().items():
         value = getattr(gate, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= least):
-            raise InputRefused(f"{key}.{name}: {value} will not do: a number, at least {least}")
-    takes_top_k = gate.select in ("top_k", "sample", "entropy")
-    most = num_experts if num_experts > 1 else math.inf  # a single expert has no router to choose with
-    problems = {
-        f"top_k: {gate.top_k} will not do: from 1 to the {num_experts} experts there are": (
-            takes_top_k and not (isinstance(gate.top_k, int) and gate.top_k <= most)
-        ),
-        f"top_k: {gate.top_k} will not do: select: {gate.select} takes none; it goes with top_k": (
-            not takes_top_k and gate.top_k is not None
-        ),
-        f"top_p: {gate.top_p} will not do: above 0, up to 1": not 0 < gate.top_p <= 1,
-        f"temperature: {gate.temperature} will not do: above 0": not gate.temperature > 0,
-        f"capacity: {gate.capacity} will not do: it goes with select: switch": (
-            gate.capacity is not None and gate.select != "switch"
-        ),
-        f"width: {gate.width} will not do: score: mlp needs the width of its hidden layer": (
-            gate.score == "mlp" and gate.width is None
-        ),
-        f"weight: bounded weighs every expert; select: {gate.select} does not": (
-            gate.weight == "bounded" and gate.select != "all"
-        ),
-        **_reading_problems(gate, role),
-        **_scope_problems(gate),
-    }
-    for words, is_wrong in problems.items():
-        if is_wrong:
-            raise InputRefused(f"{key}.{words}")
+        if value is not None and not _fits(value, limits):
+            raise InputRefused(f"{key}.{name}: {value} will not do: {_range(limits)}")
+    for words in (*_choosing_problems(gate, num_experts), *_reading_problems(gate, role), *_scope_problems(gate)):
+        raise InputRefused(f"{key}.{words}")
 
 
-def _reading_problems(gate: Gate, role: str) -> dict[str, bool]:
-    """What a router cannot read, or cannot make of what it reads."""
+def _fits(value: object, limits: Limits) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    is_high_enough = value >= limits.get("ge", -math.inf) and value > limits.get("gt", -math.inf)
+    return is_high_enough and value <= limits.get("le", math.inf)
+
+
+def _range(limits: Limits) -> str:
+    if "ge" in limits:
+        return f"a number, at least {limits['ge']}"
+    if "le" in limits:
+        return f"above {limits['gt']}, up to {limits['le']}"
+    return f"above {limits['gt']}"
+
+
+def _choosing_problems(gate: Gate, num_experts: int) -> Iterator[str]:
+    """Yield what is wrong with how experts are chosen and weighed."""
+    if gate.select in ("top_k", "sample", "entropy"):
+        is_choice = num_experts > 1  # a single expert has no router to choose with
+        if not isinstance(gate.top_k, int) or (is_choice and gate.top_k > num_experts):
+            yield f"top_k: {gate.top_k} will not do: from 1 to the {num_experts} experts there are"
+    elif gate.top_k is not None:
+        yield f"top_k: {gate.top_k} will not do: select: {gate.select} takes none; it goes with top_k"
+    if gate.score == "mlp" and gate.width is None:
+        yield f"width: {gate.width} will not do: score: mlp needs the width of its hidden layer"
+    if gate.weight == "bounded" and gate.select != "all":
+        yield f"weight: bounded weighs every expert; select: {gate.select} does not"
+
+
+def _reading_problems(gate: Gate, role: str) -> Iterator[str]:
+    """Yield what a router cannot read, or cannot make of what it reads."""
     scores = {"none": ["static"], "self": ["activation"], "task": ["linear"]}
     scores["task+x"] = ["linear", "bias", "mlp", "prototype"]
     possible = scores.get(gate.input, ["linear", "bias", "mlp", "noisy", "prototype"])
-    return {
-        f"input: {gate.input} will not do for the {role} router: there is no mixed code before it": (
-            gate.input == "z" and role in ("down", "rank")
-        ),
-        f"input: self will not do for the {role} router: only ranks choose themselves": (
-            gate.input == "self" and role != "rank"
-        ),
-        f"score: {gate.score} will not do with input: {gate.input}; {' or '.join(possible)} will": (
-            gate.score not in possible
-        ),
-        f"select: fixed gives each task its own expert; it goes with input: task, not {gate.input}": (
-            gate.select == "fixed" and gate.input != "task"
-        ),
-        f"granularity: {gate.granularity} averages x or hidden, not {gate.input}": (
-            gate.granularity in ("sequence", "prefix") and gate.input not in ("x", "hidden", "external")
-        ),
-        f"granularity: task goes with input: task, not {gate.input}": (
-            gate.granularity == "task" and gate.input != "task"
-        ),
-    }
+    if gate.input == "z" and role in ("down", "rank"):
+        yield f"input: {gate.input} will not do for the {role} router: there is no mixed code before it"
+    if gate.input == "self" and role != "rank":
+        yield f"input: self will not do for the {role} router: only ranks choose themselves"
+    if gate.score not in possible:
+        yield f"score: {gate.score} will not do with input: {gate.input}; {' or '.join(possible)} will"
+    if gate.select == "fixed" and gate.input != "task":
+        yield f"select: fixed gives each task its own expert; it goes with input: task, not {gate.input}"
+    if gate.granularity == "sequence" and gate.input not in ("x", "hidden", "external"):
+        yield f"granularity: {gate.granularity} averages x or hidden, not {gate.input}"
+    if gate.granularity == "task" and gate.input != "task":
+        yield f"granularity: task goes with input: task, not {gate.input}"
 
 
-def _scope_problems(gate: Gate) -> dict[str, bool]:
-    """What a router that several linears share cannot do."""
-    return {
-        f"scope: a router of the {gate.scope} cannot read {gate.input}": (
-            gate.scope != "module" and gate.input not in ("x", "task", "external", "hidden", "none")
-        ),
-        f"scope: chance cannot be shared by a {gate.scope}; noisy and sample stay in the module": (
-            gate.scope != "module" and (gate.score == "noisy" or gate.select == "sample")
-        ),
-    }
+def _scope_problems(gate: Gate) -> Iterator[str]:
+    """Yield what a router that several linears share cannot do."""
+    if gate.scope == "module":
+        return
+    if gate.input not in ("x", "task", "external", "hidden", "none"):
+        yield f"scope: a router of the {gate.scope} cannot read {gate.input}"
+    if gate.is_random:
+        yield f"scope: chance cannot be shared by a {gate.scope}; noisy and sample stay in the module"
 
 
-__all__ = [
-    "ALL",
-    "ATTENTION",
-    "MLP",
-    "STATIC",
-    "TASK",
-    "TOKEN",
-    "Gate",
-    "Method",
-    "Penalty",
-    "check_counts",
-    "check_gate",
-    "most_dependent",
-]
+def experts_by_layer(allocation: str, num_layers: int) -> list[int]:
+    """Return the experts of each layer: "2-4-6-8" gives a quarter of the layers each. Raises InputRefused."""
+    if not re.fullmatch(r"\d+(-\d+)*", allocation, re.ASCII):
+        raise InputRefused(f"adapter.allocation: '{allocation}' will not do: experts by depth, for example 2-4-6-8")
+    groups = [int(part) for part in allocation.split("-")]
+    if min(groups) < 1:
+        raise InputRefused(f"adapter.allocation: '{allocation}' will not do: at least 1 expert in every layer")
+    if len(groups) > num_layers:
+        raise InputRefused(f"adapter.allocation: '{allocation}' has {len(groups)} groups for {num_layers} layers")
+    return [groups[layer * len(groups) // num_layers] for layer in range(num_layers)]
+
+
+__all__ = ["ALL", "ATTENTION", "MLP", "Method", "Penalty", "check_counts", "check_gate", "experts_by_layer"]

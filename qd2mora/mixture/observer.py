@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from qd2mora.mixture import balance
-from qd2mora.mixture.routers import Gating, log_probability
 from qd2mora.mixture.routing import Routing
 from qd2mora.mixture.spec import LinearSpec
+from qd2mora.routed.routers import Gating, log_probability
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,14 @@ class Observer:
         counts = any(gate.bias_rate for _, gate in spec.step.gates)
         if not (spec.penalties or counts or random) or x.dim() != 3:
             return None
-        of_rows = (None, None) if routing.segments is not None else (routing.group, routing.task_index)
-        on = [None if ids is None else ids.to(x.device) for ids in of_rows]  # a line of packed rows is no row
-        return cls(spec, routing, adapter, routing.counted(x), *on)
+        group, task = routing.group, routing.task_index
+        if routing.segments is not None:
+            group = task = None  # a line of packed rows is no row
+        if group is not None:
+            group = group.to(x.device)
+        if task is not None:
+            task = task.to(x.device)
+        return cls(spec, routing, adapter, routing.counted(x), group, task)
 
     def __call__(self, gatings: Mapping[str, Gating]) -> Tensor | None:
         """Return what to add to the loss, already weighed and scaled; None where nothing is."""
@@ -51,21 +56,28 @@ class Observer:
                 terms.append(self._policy(gating, gate.temperature))
             if gate.scope == "module" or self.spec.place.owns_router:
                 terms += [self._penalty(gating, number) for number in range(len(self.spec.penalties))]
-        total = torch.stack(terms).sum() if terms else None
+        if not terms:
+            return None
+        total = torch.stack(terms).sum()
         # A router that is not trained, or has nothing to learn, gives a value without a gradient.
-        return total if total is not None and total.requires_grad else None
+        if not total.requires_grad:
+            return None
+        return total
 
     def _penalty(self, gating: Gating, number: int) -> Tensor:
         penalty = self.spec.penalties[number]
         by_row = penalty.over == "row" or penalty.kind in balance.BY_ROW
-        if penalty.kind in ("localized_balance", "router_ce") and (
-            (self.group if penalty.kind == "localized_balance" else self.task) is None
-        ):
-            wanted = "group" if penalty.kind == "localized_balance" else "task_index"
-            raise ValueError(f"the penalty {penalty.kind} needs {wanted}=(batch,) of the rows")
+        needed = {"localized_balance": ("group", self.group), "router_ce": ("task_index", self.task)}
+        name, ids = needed.get(penalty.kind, ("", self.counted))
+        if ids is None:
+            raise ValueError(f"the penalty {penalty.kind} needs {name}=(batch,) of the rows")
         seen = balance.view(gating, self.counted, by_row, self.group, self.task)
         value = balance.PENALTIES[penalty.kind](seen, penalty).mean()
-        share = self.routing.share[1 if by_row or seen.is_of_rows else 0]
+        # A mean over rows counts by this micro batch's share of the step's rows, one over tokens by that of its tokens.
+        of_tokens, of_rows = self.routing.share
+        share = of_tokens
+        if by_row or seen.is_of_rows:
+            share = of_rows
         weighed = penalty.weight * share * value
         self.routing.add_value(penalty.kind, weighed.detach())
         return self.routing.loss_scale * weighed

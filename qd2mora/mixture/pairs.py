@@ -1,6 +1,7 @@
 """Rows of the table: methods whose experts are pairs, expert e being A_e and B_e, under one gate."""
 
-from qd2mora.mixture.method import ALL, ATTENTION, MLP, Gate, Method, Penalty
+from qd2mora.mixture.method import ALL, ATTENTION, MLP, Method, Penalty
+from qd2mora.routed.gate import Gate
 
 TOP_2 = Gate(select="top_k", weight="renorm", top_k=2)
 

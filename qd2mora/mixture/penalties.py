@@ -67,7 +67,7 @@ def subspace_overlap(banks: Iterable[Tensor], axis: int) -> Tensor:
     total = torch.zeros(())
     for bank in banks:
         if bank.dim() == 3 and bank.shape[0] > 1:
-            rows_ERX = (bank if axis == 0 else bank.mT).float()
+            rows_ERX = bank.movedim(1 + axis, 1).float()
             num, rank, _ = rows_ERX.shape
             stacked = rows_ERX.flatten(0, 1)
             gram = (stacked @ stacked.T).view(num, rank, num, rank).square().sum((1, 3))

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qd2mora.mixture.method import Gate
-from qd2mora.mixture.ops import RankStep, Small
+from qd2mora.routed.gate import Gate
+from qd2mora.routed.ops import RankStep, Small
 
 TILE = 4096
 """Entries of the largest tile a program holds; a token that needs more takes the twin."""
@@ -44,39 +44,39 @@ def covers(step: RankStep, small: Small, dtype: torch.dtype) -> bool:
 
 def mix(step: RankStep, u_ext: Tensor, small: Small) -> Tensor:
     """Return v (..., P + S) float32 of u_ext (..., F) in 16 or 32 bits."""
-    form = _Form.of(step)
+    kernel = _KernelConstants.of(step)
     u_TF = u_ext.reshape(-1, u_ext.shape[-1]).contiguous()
     v_TP = torch.empty(len(u_TF), step.width_up + step.shared, dtype=torch.float32, device=u_TF.device)
     router = small.get("router_up", u_TF)
-    _forward[form.grid(len(u_TF))](u_TF, router.contiguous(), v_TP, len(u_TF), **form.constants)
+    _forward[kernel.grid(len(u_TF))](u_TF, router.contiguous(), v_TP, len(u_TF), **kernel.constants)
     return v_TP.view(*u_ext.shape[:-1], -1)
 
 
 def through(step: RankStep, u_ext: Tensor, small: Small, dv: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return v, and of its gradient `dv` (..., P + S) those of u_ext and of the up router, all float32."""
-    form = _Form.of(step)
+    kernel = _KernelConstants.of(step)
     u_TF = u_ext.reshape(-1, u_ext.shape[-1]).contiguous()
     dv_TP = dv.reshape(len(u_TF), -1).contiguous()
     v_TP = torch.empty(len(u_TF), step.width_up + step.shared, dtype=torch.float32, device=u_TF.device)
     du_TF = torch.empty(u_TF.shape, dtype=torch.float32, device=u_TF.device)
-    router, grid = small.get("router_up"), form.grid(len(u_TF))
+    router, grid = small.get("router_up"), kernel.grid(len(u_TF))
     # Each block's share of the router's gradient, added up afterwards in a fixed order.
     parts = v_TP if router is None else v_TP.new_empty(grid[0], *router.shape)
     given = u_TF if router is None else router.contiguous()
-    _backward[grid](u_TF, given, dv_TP, v_TP, du_TF, parts, len(u_TF), **form.constants)
+    _backward[grid](u_TF, given, dv_TP, v_TP, du_TF, parts, len(u_TF), **kernel.constants)
     drouter = None if router is None else parts.sum(0).to(router.dtype)
     lead = u_ext.shape[:-1]
     return v_TP.view(*lead, -1), du_TF.view(*lead, -1), drouter
 
 
 @dataclass(frozen=True)
-class _Form:
+class _KernelConstants:
     """A step as the kernels' compile-time constants."""
 
     constants: dict[str, Any]
 
     @classmethod
-    def of(cls, step: RankStep) -> "_Form":
+    def of(cls, step: RankStep) -> "_KernelConstants":
         rank, gates = step.ranks_up[0], dict(step.gates)
         down, up = gates.get("down"), gates.get("up")
         num_down, num_up = len(step.ranks_down), len(step.ranks_up)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qd2mora.mixture.draws import Draws
-from qd2mora.mixture.ops import RankStep, wide
-from qd2mora.mixture.routers import Gating
+from qd2mora.routed.ops import RankStep, wide
+from qd2mora.routed.routers import Gating
 
 Observe = Callable[[Mapping[str, Gating]], Tensor | None]
 
@@ -19,7 +19,9 @@ Observe = Callable[[Mapping[str, Gating]], Tensor | None]
 def mix(step: RankStep, u: Tensor, small: dict[str, Tensor], draws: Draws | None) -> Tensor:
     """Return v (..., P + S) in at least float32 of u (..., F)."""
     kernel = _kernel_for(step, u, small)
-    return step.mix(wide(u), small, draws) if kernel is None else kernel.mix(step, u, small)
+    if kernel is None:
+        return step.mix(wide(u), small, draws)
+    return kernel.mix(step, u, small)
 
 
 def through(
@@ -35,8 +37,8 @@ def through(
 
     What `observe` makes of the gates (penalties on routing) joins the loss here; it needs the twin's autograd.
     """
-    kernel = None if observe is not None else _kernel_for(step, u, small)
-    if kernel is not None:
+    kernel = _kernel_for(step, u, small)
+    if kernel is not None and observe is None:
         v, du, drouter = kernel.through(step, u, small, dv.float())
         return v, du, [drouter if need else None for need in needs]
     leaf = wide(u).detach().requires_grad_()
@@ -45,15 +47,19 @@ def through(
     }
     with torch.enable_grad():
         v, gatings = step.route(leaf, leaves, draws)
-        extra = observe(gatings) if observe is not None else None
+        outputs, grads = [v], [dv.to(v.dtype)]
+        extra = None
+        if observe is not None:
+            extra = observe(gatings)
+    if extra is not None:
+        outputs.append(extra)
+        grads.append(torch.ones_like(extra))
     wanted = [leaf, *(tensor for tensor in leaves.values() if tensor.requires_grad)]
-    outputs, grads = (
-        ([v], [dv.to(v.dtype)]) if extra is None else ([v, extra], [dv.to(v.dtype), torch.ones_like(extra)])
-    )
-    found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
-    du = next(found)
-    dsmall = [next(found) if tensor.requires_grad else None for tensor in leaves.values()]
-    return v.detach(), torch.zeros_like(leaf) if du is None else du, dsmall
+    du, *found = torch.autograd.grad(outputs, wanted, grads, allow_unused=True)
+    if du is None:  # no gate and no rank read u: a step may be constant
+        du = torch.zeros_like(leaf)
+    of_leaf = iter(found)
+    return v.detach(), du, [next(of_leaf) if tensor.requires_grad else None for tensor in leaves.values()]
 
 
 def runs_kernels(u: Tensor) -> bool:
@@ -65,14 +71,17 @@ def _kernel_for(step: RankStep, u: Tensor, small: dict[str, Tensor]) -> ModuleTy
     if not runs_kernels(u):
         return None
     kernel = _kernel()
-    return kernel if kernel is not None and kernel.covers(step, small, u.dtype) else None
+    if kernel is None or not kernel.covers(step, small, u.dtype):
+        return None
+    return kernel
 
 
 @functools.cache
 def _kernel() -> ModuleType | None:
     """Return the kernels' module; Triton comes with torch where there is a GPU, and is not needed elsewhere."""
-    found = importlib.util.find_spec("triton") is not None
-    return importlib.import_module("qd2mora.mixture.rank_kernel") if found else None
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("qd2mora.mixture.rank_kernel")
 
 
 __all__ = ["Observe", "mix", "runs_kernels", "through"]

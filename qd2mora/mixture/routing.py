@@ -1,59 +1,46 @@
-"""What routers need beside the hidden states, and what they leave behind: one object for all adapted linears.
+"""What routers need beside the hidden states in training, and what they leave behind: one object for all linears.
 
-The tuner's hooks fill it before a forward pass; it stays as it is for the backward pass of recomputed layers.
+The tuner fills it before a forward pass; it stays as it is for the backward pass of recomputed layers.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qd2mora.mixture.draws import Draws, mixed
-
-if TYPE_CHECKING:
-    from qd2mora.mixture.block import Slots
-
-IGNORE = -100
+from qd2mora.mixture.slots import Slots
+from qd2mora.routed.text import Key, Text
 
 
 @dataclass
-class Routing:
-    """The rows of the pass that runs.
+class Routing(Text):
+    """The rows of the pass that runs: their text, and what a run says of them.
 
-    task_index, group: (B,) int64. external: (B, W). attended, prompt: (B, T) bool; None counts every token, and knows
-    no prompt. rows, lengths: a key for each row's random numbers, and its length without padding. segments, places:
-    where rows are packed, (B, T) int64 the number of each token's row, -1 for padding, and the line and the place where
-    each row begins. hidden: (B, T, H), the states of a first pass. share: this micro batch's share of the step's tokens
-    and rows, which a routing penalty counts by; loss_scale: what the loss is multiplied with before the backward pass.
-    advantage: (B,), how much worse than its rivals a sampled routing did, loss scale included. stage: the expert
-    trained now, where a method grows. is_counted: False where the rows run for the company of other processes alone.
+    task_index, group: (B,) int64. external: (B, W). rows, lengths: a key for each row's random numbers, and its length
+    without padding. places: where rows are packed, the line and the place where each begins. share: this micro batch's
+    share of the step's tokens and rows, which a routing penalty counts by; loss_scale: what the loss is multiplied with
+    before the backward pass. advantage: (B,), how much worse than its rivals a sampled routing did, loss scale
+    included. stage: the expert trained now, where a method grows. is_counted: False where the rows run for the company
+    of other processes alone. slots: of MLPs whose experts are mixed, until their last linear ran. values: what
+    penalties added to the loss since they were taken. counts: how often each expert was used in this step.
     """
 
     task_index: Tensor | None = None
     group: Tensor | None = None
     external: Tensor | None = None
-    attended: Tensor | None = None
-    prompt: Tensor | None = None
     rows: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
-    segments: Tensor | None = None
     places: tuple[tuple[int, int], ...] | None = None
-    hidden: Tensor | None = None
     share: tuple[float, float] = (1.0, 1.0)
     is_counted: bool = True
     loss_scale: float = 1.0
     stage: int | None = None
     advantage: Tensor | None = None
-    is_decoding: bool = False
-    keeps_pools: bool = False
-    is_first_pass: bool = False
-    shared_logits: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    slots: dict[tuple[str, str], "Slots"] = field(default_factory=dict)
-    pools: dict[tuple[str, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    slots: dict[Key, Slots] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    counts: dict[Key, Tensor] = field(default_factory=dict)
     _known: tuple[Tensor, int] | None = None
 
     def read(self, batch: Mapping[str, Tensor]) -> None:
@@ -62,8 +49,7 @@ class Routing:
         self.group = batch.get("group")
         self.external = batch.get("external")
         self.segments = batch.get("segments")
-        labels = batch.get("labels")
-        self.prompt = None if labels is None else prompt_of(labels, batch.get("attention_mask"))
+        self.read_labels(batch.get("labels"), batch.get("attention_mask"))
 
     def tasks_among(self, num_tasks: int) -> Tensor:
         """Return task_index, looked at once a pass: a look waits for the device. Raises ValueError."""
@@ -78,30 +64,23 @@ class Routing:
             self._known = (index, num_tasks)
         return index
 
-    def reorder_pools(self, order: Tensor) -> None:
-        """Follow beam search, which goes on with other rows than before: `order` (rows,)."""
-        for key, (summed, number) in self.pools.items():
-            moved = [part.index_select(0, order.to(part.device)) if part.dim() else part for part in (summed, number)]
-            self.pools[key] = (moved[0], moved[1])
-
-    def draws(self, layer_key: int, device_seed: int | None = None) -> Draws:
+    def draws(self, layer_key: int) -> Draws:
         """Return the keys of one layer's random numbers in this pass; without row keys, one from torch's generator."""
         if self.rows is not None and self.lengths is not None:
             return Draws(tuple(mixed(row, layer_key) for row in self.rows), self.lengths, self.places)
-        seed = int(torch.randint(1 << 62, ())) if device_seed is None else device_seed
-        return Draws((seed,))
+        return Draws((int(torch.randint(1 << 62, ())),))
 
     def counted(self, like: Tensor) -> Tensor:
-        """Return (B, T) of ones at the tokens that count, for `like` (B, T, ...)."""
+        """Return (B, T) of ones at the tokens that count, for `like` (B, T, ...); zeros for rows that no one counts."""
         if not self.is_counted:
             return torch.zeros(like.shape[:2], device=like.device)
-        if self.attended is None or self.attended.shape != like.shape[:2]:
-            return torch.ones(like.shape[:2], device=like.device)
-        return self.attended.to(like.device)
+        return super().counted(like)
 
     def add_value(self, name: str, value: Tensor) -> None:
         """Add what a penalty adds to the loss in this micro batch to the step's sum."""
-        self.values[name] = self.values[name] + value if name in self.values else value
+        if name in self.values:
+            value = self.values[name] + value
+        self.values[name] = value
 
     def take_values(self) -> dict[str, float]:
         """Return the sums since the last call, and start anew."""
@@ -114,17 +93,11 @@ class Routing:
         self.values.clear()
         self.counts.clear()
 
-    def add_counts(self, key: tuple[str, str], used: Tensor) -> None:
+    def add_counts(self, key: Key, used: Tensor) -> None:
         """Add how often each expert was used."""
-        self.counts[key] = self.counts[key] + used if key in self.counts else used
+        if key in self.counts:
+            used = self.counts[key] + used
+        self.counts[key] = used
 
 
-def prompt_of(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return (B, T) bool: the tokens before the first label. The first token is never learned, so it always counts."""
-    attended = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    before = (labels != IGNORE).cumsum(-1) == 0
-    first = attended & (attended.cumsum(-1) == 1)
-    return (before & attended) | first
-
-
-__all__ = ["IGNORE", "Routing", "prompt_of"]
+__all__ = ["Routing"]

@@ -6,16 +6,12 @@ and whether it owns the router that its block or the model shares.
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from qd2mora.errors import InputRefused
-from qd2mora.mixture.method import Gate, Method, Penalty
-from qd2mora.mixture.ops import RankStep
-
-if TYPE_CHECKING:
-    from qd2mora.mixture.config import MixtureConfig
-
-ROLES = ("down", "up", "core", "rank")
+from qd2mora.mixture.config import MixtureConfig
+from qd2mora.mixture.method import Method, Penalty, experts_by_layer
+from qd2mora.routed.gate import Gate
+from qd2mora.routed.ops import RankStep
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,9 @@ class Place:
     def layer(self) -> int:
         """The decoder layer, 0 where the name tells none."""
         found = re.search(r"\.(\d+)\.", f".{self.key}.")
-        return int(found[1]) if found else 0
+        if not found:
+            return 0
+        return int(found[1])
 
     @property
     def kind(self) -> str:
@@ -42,7 +40,9 @@ class Place:
 
     def scope_key(self, scope: str) -> str:
         """Name what a router of this scope serves."""
-        return {"module": self.key, "block": self.key.rpartition(".")[0], "model": ""}[scope]
+        if scope == "module":
+            return self.key
+        return self.key.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -66,70 +66,70 @@ class LinearSpec:
         return dict(self.step.gates).get(role)
 
 
-def linear_spec(config: "MixtureConfig", place: Place) -> LinearSpec:
+def linear_spec(config: MixtureConfig, place: Place) -> LinearSpec:
     """Resolve a configuration for one linear. Raises InputRefused."""
-    row = config.row
-    down, up, ranks = _experts(config, place)
-    counts = {"down": down, "up": up, "core": row.cores, "rank": ranks[0]}
+    row, experts = config.row, _experts(config, place)
+    counts = row.experts_of(experts.down, experts.up, experts.ranks[0])
     # Among one expert there is nothing to choose: such a bank has no router.
-    gates = {role: gate for role, gate in config.gates_of_row.items() if not gate.is_constant(counts[role])}
-    shapes = _bank_shapes(config, place, down, up, ranks)
+    gates = {role: gate for role, gate in config.routers.items() if not gate.is_constant(counts[role])}
+    shapes = _bank_shapes(config, place, experts)
     rows: list[tuple[str, int]] = []
     for role, gate in gates.items():
-        found = _router_shapes(config, place, role, gate, counts[role], ranks[0])
+        found = _router_shapes(config, place, role, gate, counts[role])
         shapes |= found
         if gate.reads_x:
             rows.append((role, found[f"mixture_router_{role}"][0]))
-    num_shared, scaling = config.shared_rank, config.scaling_of(ranks)
+    scaling = config.scaling_of(experts.ranks)
     step = RankStep(
-        ranks_down=ranks if row.pairing == "tied" else ranks[:1] * down,
-        ranks_up=ranks if row.pairing == "tied" else ranks[:1] * up,
+        ranks_down=experts.ranks,
+        ranks_up=experts.ranks_up,
         pairing=row.pairing,
         core=row.core,
         gates=tuple(gates.items()),
         router_rows=tuple(rows),
-        scales=row.scales if row.core == "kron" else (),
-        shared=num_shared * (2 if config.subtracts_start else 1),
-        shared_scaling=config.shared_scaling / scaling if num_shared else 1.0,
+        scales=row.scales,
+        shared=config.shared_rank * len(config.shared_banks),
+        # The whole update is multiplied by s at the end; the shared expert has a scale of its own.
+        shared_scaling=config.shared_scaling / scaling,
     )
     frozen = tuple(name for name in shapes if name in config.frozen_tensors)
     num_tasks = config.num_tasks or 0
     return LinearSpec(place, step, shapes, frozen, scaling, config.routing_penalties, counts, num_tasks)
 
 
-def experts_by_layer(allocation: str, num_layers: int) -> list[int]:
-    """Return the experts of each layer: "2-4-6-8" gives a quarter of the layers each. Raises InputRefused."""
-    if not re.fullmatch(r"\d+(-\d+)*", allocation, re.ASCII):
-        raise InputRefused(f"adapter.allocation: '{allocation}' will not do: experts by depth, for example 2-4-6-8")
-    groups = [int(part) for part in allocation.split("-")]
-    if min(groups) < 1:
-        raise InputRefused(f"adapter.allocation: '{allocation}' will not do: at least 1 expert in every layer")
-    if len(groups) > num_layers:
-        raise InputRefused(f"adapter.allocation: '{allocation}' has {len(groups)} groups for {num_layers} layers")
-    return [groups[layer * len(groups) // num_layers] for layer in range(num_layers)]
+@dataclass(frozen=True)
+class _Experts:
+    """The experts of one linear, and the ranks of its down and of its up experts."""
+
+    down: int
+    up: int
+    ranks: tuple[int, ...]
+    ranks_up: tuple[int, ...]
 
 
-def _experts(config: "MixtureConfig", place: Place) -> tuple[int, int, tuple[int, ...]]:
-    """Return the down and up experts of a linear and the ranks of its down experts."""
+def _experts(config: MixtureConfig, place: Place) -> _Experts:
     row, rank = config.row, config.rank
     assert rank is not None
     down, up = config.num_down, config.num_up
     if place.kind in row.one_expert:
         down = up = 1
     elif config.allocation is not None:
-        count = experts_by_layer(config.allocation, max(place.num_layers, place.layer + 1))[place.layer]
-        down, up = (count if row.pairing == "tied" else down), count
+        up = experts_by_layer(config.allocation, max(place.num_layers, place.layer + 1))[place.layer]
+        if row.pairing == "tied":
+            down = up
+    if row.pairing == "chain":
+        return _Experts(down, up, (rank,) * down, (rank,) * up)
+    ranks = (rank,) * down
     if config.ranks is not None and down == len(config.ranks):
-        return down, up, tuple(config.ranks)
-    if row.core == "kron":
-        return down, up, tuple(rank * scale for scale in row.scales)
-    return down, up, (rank,) * down
+        ranks = tuple(config.ranks)
+    elif row.core == "kron":
+        # The seed of rank r unfolded at scale s has r s ranks: B_e C_e A_e with A_e = A[:, :D/s] (x) I_s.
+        ranks = tuple(rank * scale for scale in row.scales)
+    return _Experts(down, up, ranks, ranks)
 
 
-def _bank_shapes(
-    config: "MixtureConfig", place: Place, down: int, up: int, ranks: tuple[int, ...]
-) -> dict[str, tuple[int, ...]]:
-    row, rank = config.row, config.rank
+def _bank_shapes(config: MixtureConfig, place: Place, experts: _Experts) -> dict[str, tuple[int, ...]]:
+    row, rank, ranks = config.row, config.rank, experts.ranks
     assert rank is not None
     shapes: dict[str, tuple[int, ...]]
     if row.core == "kron":
@@ -138,25 +138,23 @@ def _bank_shapes(
         shapes["mixture_core"] = (sum(scale * scale for scale in row.scales),)
         return shapes
     if len(set(ranks)) > 1:
+        # No axis of experts where they differ in size: rows of A and columns of B, expert after expert.
         shapes = {"mixture_A": (sum(ranks), place.d_in), "mixture_B": (place.d_out, sum(ranks))}
     else:
-        shapes = {"mixture_A": (down, ranks[0], place.d_in), "mixture_B": (up, place.d_out, ranks[0])}
+        shapes = {"mixture_A": (experts.down, ranks[0], place.d_in), "mixture_B": (experts.up, place.d_out, ranks[0])}
     if row.core != "none":
         cores = {"dense": (rank, rank), "bank": (row.cores, rank, rank), "diagonal": (row.cores, rank)}
         shapes["mixture_core"] = cores[row.core]
-    if config.shared_rank:
-        names = ("shared", "start") if config.subtracts_start else ("shared",)
-        for name in names:
-            shapes[f"mixture_{name}_A"] = (config.shared_rank, place.d_in)
-            shapes[f"mixture_{name}_B"] = (place.d_out, config.shared_rank)
+    for name in config.shared_banks:
+        shapes[f"mixture_{name}_A"] = (config.shared_rank, place.d_in)
+        shapes[f"mixture_{name}_B"] = (place.d_out, config.shared_rank)
     if row.base_scale:
         shapes["mixture_base_scale"] = (1,)
     return shapes
 
 
-def _router_shapes(
-    config: "MixtureConfig", place: Place, role: str, gate: Gate, num: int, rank: int
-) -> dict[str, tuple[int, ...]]:
+def _router_shapes(config: MixtureConfig, place: Place, role: str, gate: Gate, num: int) -> dict[str, tuple[int, ...]]:
+    assert config.rank is not None
     shapes: dict[str, tuple[int, ...]] = {}
     if gate.bias_rate:
         shapes[f"mixture_select_bias_{role}"] = (num,)
@@ -174,8 +172,9 @@ def _router_shapes(
         shapes["mixture_router_task"] = (num, width)
         if gate.input == "task":
             return shapes
+    # A noisy router says how far noise may move each logit too; an MLP's rows are its hidden layer.
     rows = {"noisy": 2 * num, "mlp": gate.width or 0}.get(gate.score, num)
-    reads = {"x": place.d_in, "task+x": place.d_in, "z": rank, "hidden": place.hidden}
+    reads = {"x": place.d_in, "task+x": place.d_in, "z": config.rank, "hidden": place.hidden}
     shapes[f"mixture_router_{role}"] = (rows, reads.get(gate.input, config.external_width or 0))
     if gate.score in ("bias", "mlp"):
         shapes[f"mixture_bias_{role}"] = (rows,)
@@ -193,4 +192,4 @@ def _check_kron(row: Method, place: Place) -> None:
             )
 
 
-__all__ = ["ROLES", "LinearSpec", "Place", "experts_by_layer", "linear_spec"]
+__all__ = ["LinearSpec", "Place", "linear_spec"]

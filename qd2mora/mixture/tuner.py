@@ -1,27 +1,23 @@
-"""MixtureModel: puts mixtures into a model for PEFT, and answers questions about those that are there."""
+"""MixtureModel: puts mixtures into a model for PEFT, and runs it."""
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from qd2mora.errors import InputRefused
-from qd2mora.mixture.block import refuse_open_blocks, refuse_unfit
 from qd2mora.mixture.config import MixtureConfig
-from qd2mora.mixture.hooks import wants_hidden, watch_passes
-from qd2mora.mixture.layer import MixtureLinear, merge_refusal
-from qd2mora.mixture.method import STATIC
-from qd2mora.mixture.penalties import groups_of, pairwise_overlap, subspace_overlap, task_contrast
+from qd2mora.mixture.layer import MixtureLinear, mixture_layers
+from qd2mora.mixture.method import MLP
+from qd2mora.mixture.mlp_layer import MixtureMLPLinear, refuse_open_blocks, refuse_unfit
 from qd2mora.mixture.registration import PREFIX
-from qd2mora.mixture.routing import Routing, prompt_of
-from qd2mora.mixture.spec import Place
-
-LLAMA_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+from qd2mora.mixture.routing import Routing
+from qd2mora.mixture.spec import Place, linear_spec
+from qd2mora.routed.gate import STATIC
+from qd2mora.routed.text import watch_passes
 
 
 class MixtureModel(BaseTuner):
@@ -39,7 +35,25 @@ class MixtureModel(BaseTuner):
         if "routing" not in self.__dict__:
             self.routing = Routing()
             self._router_owners: dict[tuple[str, str], str] = {}
-            watch_passes(model, self)
+            watch_passes(model, self.routing, self.reads_first_pass, self._without_adapters)
+
+    def reads_first_pass(self) -> bool:
+        """Whether a router of an active adapter reads the hidden states of a first pass."""
+        configs = [self.peft_config[name] for name in self.active_adapters if name in self.peft_config]
+        return any(config.routers.reads_first_pass for config in configs)
+
+    @contextmanager
+    def _without_adapters(self, decoder: nn.Module) -> Iterator[None]:
+        """Be the base while the block runs."""
+        layers = [module for module in decoder.modules() if isinstance(module, self.tuner_layer_cls)]
+        enabled = [layer for layer in layers if not layer.disable_adapters]
+        for layer in enabled:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in enabled:
+                layer.enable_adapters(True)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter's layers in. Raises InputRefused where they do not fit together."""
@@ -61,7 +75,10 @@ class MixtureModel(BaseTuner):
         if isinstance(target, MixtureLinear):
             target.update_layer(adapter_name, peft_config, place)
             return
-        layer = MixtureLinear(target, adapter_name, peft_config, self.routing, place)
+        kind = MixtureLinear
+        if place.kind in MLP:  # whatever the method: a second adapter here may mix whole MLPs where the first does not
+            kind = MixtureMLPLinear
+        layer = kind(target, adapter_name, peft_config, self.routing, place)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -69,7 +86,9 @@ class MixtureModel(BaseTuner):
     def _place(self, config: MixtureConfig, adapter_name: str, target: nn.Module, key: str) -> Place:
         text_config: Any = getattr(self.model, "config", None)
         hidden = getattr(text_config, "hidden_size", 0)
-        linear: Any = target.get_base_layer() if isinstance(target, MixtureLinear) else target
+        linear = target
+        if isinstance(target, MixtureLinear):
+            linear = target.get_base_layer()
         if isinstance(linear, nn.Linear):  # bnb.nn.Linear4bit is one
             d_in, d_out = linear.in_features, linear.out_features
         elif config.row.placement == "block" and hidden:
@@ -77,7 +96,7 @@ class MixtureModel(BaseTuner):
         else:
             raise InputRefused(f"adapter.targets: {key} is a {type(linear).__name__}; mixtures go on linears")
         place = Place(key, d_in, d_out, getattr(text_config, "num_hidden_layers", 1), hidden)
-        spec = config.for_linear(place)
+        spec = linear_spec(config, place)
         scopes = {gate.scope for _, gate in spec.step.gates} - {"module"}
         owns = all(
             self._router_owners.setdefault((adapter_name, place.scope_key(scope)), key) == key for scope in scopes
@@ -96,10 +115,11 @@ class MixtureModel(BaseTuner):
         """Run the adapted model; what is said of the rows stays set for the backward pass, until the next call."""
         routing = self.routing
         routing.task_index, routing.group, routing.external = task_index, group, external
-        routing.segments, labels = None, kwargs.get("labels")
-        routing.prompt = None if prompt_mask is None else prompt_mask.bool()
-        if prompt_mask is None and labels is not None:
-            routing.prompt = prompt_of(labels, kwargs.get("attention_mask"))
+        routing.segments = None
+        if prompt_mask is None:
+            routing.read_labels(kwargs.get("labels"), kwargs.get("attention_mask"))
+        else:
+            routing.prompt = prompt_mask.bool()
         return self.model.forward(*args, **kwargs)
 
     def generate(
@@ -110,8 +130,10 @@ class MixtureModel(BaseTuner):
         Rows told before (`read_rows`) stay where this call names none.
         """
         routing = self.routing
-        routing.task_index = routing.task_index if task_index is None else task_index
-        routing.external = routing.external if external is None else external
+        if task_index is not None:
+            routing.task_index = task_index
+        if external is not None:
+            routing.external = external
         routing.prompt = None
         return self.model.generate(*args, **kwargs)
 
@@ -137,132 +159,8 @@ class MixtureModel(BaseTuner):
         super()._check_merge_allowed()
         for name in self.active_adapters:
             config = self.peft_config[name]
-            if config.depends_on != STATIC:
-                raise ValueError(merge_refusal(config))
+            if config.routers.depends_on != STATIC:
+                raise ValueError(config.merge_refusal)
 
 
-def add_adapter(model: nn.Module, config: MixtureConfig, seed: int) -> PeftModel:
-    """Put a mixture on a model; its initial values depend on the seed and the order of the linears alone.
-
-    Raises InputRefused where a target matches no linear.
-    """
-    kinds = nn.Module if config.row.placement == "block" else nn.Linear
-    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
-    targets = config.target_modules
-    if isinstance(targets, str):
-        patterns = {} if targets == "all-linear" else {targets: targets}
-    else:
-        patterns = {target: rf"(.*\.)?{re.escape(target)}" for target in targets or ()}
-    for target, pattern in patterns.items():
-        if not any(re.fullmatch(pattern, name) for name in names):
-            there = sorted({name.rpartition(".")[2] for name in names})
-            raise InputRefused(f"adapter.targets: '{target}' matches no linear; there are {', '.join(there)}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        adapted = get_peft_model(model, _on_backend(config))
-    if getattr(model, "is_gradient_checkpointing", False) and isinstance(model, PreTrainedModel):
-        model.disable_input_require_grads()  # PEFT asks for them as transformers does: see enable_checkpointing
-    return adapted
-
-
-def _on_backend(config: MixtureConfig) -> PeftConfig:
-    """Return the configuration itself, or PEFT's own where the method runs on PEFT's implementation (DoRA)."""
-    if config.row.backend == "ours":
-        return config
-    assert config.rank is not None and config.alpha is not None
-    return LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides by the rank alone
-        lora_dropout=config.dropout,
-        use_rslora=config.rank_stabilized,
-        use_dora=True,
-        target_modules=config.target_modules,
-        exclude_modules=config.exclude_modules,
-        task_type=config.task_type,
-    )
-
-
-def mixture_layers(model: nn.Module) -> dict[str, MixtureLinear]:
-    """Return the adapted linears by their name in the base model."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, MixtureLinear)}
-    return {name.removeprefix("base_model.model."): module for name, module in found.items()}
-
-
-def routing_of(model: nn.Module) -> Routing | None:
-    """Return what a PEFT model's routers are told, None where its adapters are not mixtures."""
-    tuner = getattr(model, "base_model", None)
-    return tuner.routing if isinstance(tuner, MixtureModel) else None
-
-
-def read_rows(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-    """Tell a model's routers what a collated batch says of its rows; where there are none, do nothing."""
-    routing = routing_of(model)
-    if routing is not None:
-        routing.read(batch)
-
-
-def reads_first_pass(model: nn.Module) -> bool:
-    """Whether a router of an active adapter reads a first pass: then there is no cache while decoding."""
-    tuner = getattr(model, "base_model", None)
-    return isinstance(tuner, MixtureModel) and wants_hidden(tuner)
-
-
-def selection_biases(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the tensors that `after_step` moves, by name: part of what a run is, though nothing trains them."""
-    return {name: tensor for name, tensor in model.named_parameters() if ".mixture_select_bias_" in name}
-
-
-def adapter_tensors(model: nn.Module, adapter_name: str = "default") -> list[Tensor]:
-    """Return all tensors of an adapter, trained or not, layer by layer."""
-    return [tensor for layer in mixture_layers(model).values() for tensor in layer.tensors(adapter_name).values()]
-
-
-def after_step(model: nn.Module) -> None:
-    """Do what a model's mixtures do once an optimiser step: move the selection biases against the load."""
-    tuner = getattr(model, "base_model", None)
-    if isinstance(tuner, MixtureModel):
-        tuner.after_step()
-
-
-def orthogonality(model: nn.Module, adapter_name: str = "default") -> tuple[Tensor, Tensor]:
-    """Return the two halves of the orthogonality penalty (down bank, up bank), unweighted float32 scalars."""
-    halves = [pairwise_overlap(_tensors(model, adapter_name, name)) for name in ("mixture_A", "mixture_B")]
-    return halves[0], halves[1]
-
-
-def penalty_terms(
-    model: nn.Module, kind: str, adapter_name: str = "default"
-) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
-    """Yield the terms of one penalty that reads weights: whose tensors, the unweighted float32 scalar, the tensors.
-
-    Terms share no tensor, so each may be differentiated before the next is made: their sum never holds memory.
-    """
-    if kind == "task_contrast":
-        tables = _tensors(model, adapter_name, "mixture_task_embedding")
-        yield "mixture_task_embedding", task_contrast(tables), tables
-        return
-    for axis, name in enumerate(("mixture_A", "mixture_B")):
-        for group in groups_of(_tensors(model, adapter_name, name)):
-            value = subspace_overlap(group, axis) if kind == "diversity_subspace" else pairwise_overlap(group)
-            yield name, value, group
-
-
-def _tensors(model: nn.Module, adapter_name: str, name: str) -> list[Tensor]:
-    found = (layer.tensors(adapter_name).get(name) for layer in mixture_layers(model).values())
-    return [tensor for tensor in found if tensor is not None]
-
-
-__all__ = [
-    "LLAMA_LINEARS",
-    "MixtureModel",
-    "adapter_tensors",
-    "add_adapter",
-    "after_step",
-    "mixture_layers",
-    "orthogonality",
-    "penalty_terms",
-    "read_rows",
-    "reads_first_pass",
-    "routing_of",
-    "selection_biases",
-]
+__all__ = ["MixtureModel"]

@@ -1,10 +1,16 @@
 """The recipe's adapter section: what is trained."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, create_model
 
 from qd2mora.recipe.section import Count, Fraction, Place, Section
+from qd2mora.routed.gate import Role, numbers_of_gates, words_of_gates
+
+SharedInit = Literal["kaiming", "orthogonal", "pissa", "olora", "eva", "loftq"]
+"""How a shared expert starts: `pissa`, `olora`, `loftq` from the weight, `eva` from the data."""
+DownInit = Literal["kaiming", "gaussian", "orthogonal", "sparse"]
+"""How down experts start; up experts start at zero."""
 
 
 class Experts(Section):
@@ -19,29 +25,22 @@ class Shared(Section):
     rank: Count
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Scaled by alpha / rank; twice the rank where left out."""
-    init: Literal["kaiming", "orthogonal", "pissa", "olora", "eva", "loftq"] = "kaiming"
+    init: SharedInit = "kaiming"
     """`pissa`, `olora`: from the weight, its start subtracted again; `eva`: from the data's activations; `loftq`: what
     4-bit quantisation lost."""
 
 
-class GateFields(Section):
-    """Fields of one router; those left out are the method's (`qd2mora methods NAME`)."""
+def _gate_fields() -> type[Section]:
+    """Return the section made of a gate's fields: words as they come, numbers with their ranges."""
+    # `mixture.method` names the words there are once it knows which the method forbids.
+    found: dict[str, Any] = {word: (str | None, None) for word in words_of_gates()}
+    for number, (kind, limits) in numbers_of_gates().items():
+        found[number] = (Annotated[kind, Field(**limits)] | None, None)
+    about = "Fields of one router; those left out are the method's (`qd2mora methods NAME`)."
+    return create_model("GateFields", __base__=Section, __doc__=about, __module__=__name__, **found)
 
-    input: str | None = None
-    granularity: str | None = None
-    scope: str | None = None
-    score: str | None = None
-    select: str | None = None
-    weight: str | None = None
-    top_k: Count | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    temperature: Annotated[float, Field(gt=0)] | None = None
-    entropy_order: Annotated[float, Field(gt=0)] | None = None
-    entropy_limit: Annotated[float, Field(ge=0)] | None = None
-    capacity: Count | None = None
-    omega: Annotated[float, Field(gt=0)] | None = None
-    width: Count | None = None
-    bias_rate: Annotated[float, Field(ge=0)] | None = None
+
+GateFields = _gate_fields()
 
 
 class Adapter(Section):
@@ -66,7 +65,7 @@ class Adapter(Section):
     up: Experts | None = None
     allocation: str | None = None
     """Experts by depth: "2-4-6-8" gives each quarter of the layers so many (MoLA's schedule, for every method)."""
-    gates: dict[Literal["down", "up", "core", "rank"], GateFields] | None = None
+    gates: dict[Role, GateFields] | None = None  # type: ignore[valid-type]  # mypy follows no made class
     """Changes of the method's routers; paired experts have the one called down."""
     penalty: Annotated[float, Field(ge=0)] | None = None
     """Weight of the method's first penalty; D2MoRA's is the orthogonality of experts."""
@@ -74,7 +73,7 @@ class Adapter(Section):
     """Weights of penalties by kind, the method's own or others."""
     shared: Shared | None = None
     """One expert more that no gate touches."""
-    init: Literal["kaiming", "gaussian", "orthogonal", "sparse"] | None = None
+    init: DownInit | None = None
     """How down experts start; up experts start at zero."""
     adapters: Annotated[list[Place], Field(min_length=2)] | None = None
     """Folders of trained LoRAs that become the paired experts, where a method takes them."""
@@ -86,4 +85,4 @@ class Adapter(Section):
     """Width of the task embedding where a method routes by task."""
 
 
-__all__ = ["Adapter", "Experts", "GateFields", "Shared"]
+__all__ = ["Adapter", "DownInit", "Experts", "GateFields", "Shared", "SharedInit"]

@@ -7,8 +7,9 @@ from rich.table import Table
 from qd2mora.base import SHAPES
 from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.counts import llama_linears, trainable_parameters
-from qd2mora.mixture.method import Gate, Method
+from qd2mora.mixture.method import Method
 from qd2mora.mixture.presets import METHODS, find_method
+from qd2mora.routed.gate import Gate
 
 EXPORT = {"static": "exact", "task": "exact per task", "token": "measured"}
 WHAT_IT_MEANS = {
@@ -56,7 +57,7 @@ def method_text(method: Method) -> str:
         "equation": method.equation,
         "source": method.source,
         "formula": formula,
-        "K depends on": f"{method.depends_on}: {WHAT_IT_MEANS[method.depends_on]}",
+        "K depends on": f"{method.gates.depends_on}: {WHAT_IT_MEANS[method.gates.depends_on]}",
         "rank": ", ".join(map(str, method.ranks or (method.rank,))),
         "alpha": f"{method.alpha:g} (scaled by {SCALING[method.scaling_rank]})",
         "experts": experts,
@@ -77,8 +78,8 @@ def parameters_on_7b(method: Method) -> int:
     linears = llama_linears(shape.hidden, shape.intermediate, shape.hidden, shape.hidden)
     config = MixtureConfig(
         method=method.name,
-        num_tasks=8 if method.reads_task else None,
-        external_width=64 if method.reads_vector else None,
+        num_tasks=8 if method.gates.reads_task else None,
+        external_width=64 if method.gates.reads_vector else None,
         target_modules=list(method.targets),
     )
     return trainable_parameters(config, linears, shape.layers, shape.hidden)
@@ -87,15 +88,15 @@ def parameters_on_7b(method: Method) -> int:
 def _export_word(method: Method) -> str:
     if method.placement == "block":
         return "none"
-    if method.reads_vector:
+    if method.gates.reads_vector:
         return "exact per vector"
-    return EXPORT[method.depends_on]
+    return EXPORT[method.gates.depends_on]
 
 
 def _gate_text(gate: Gate) -> str:
     """The six fields, then every number that differs from a plain softmax router's."""
     plain = Gate()
-    numbers = ("top_k", "top_p", "temperature", "entropy_limit", "capacity", "omega", "width", "bias_rate")
+    numbers = ("top_k", "top_p", "temperature", "entropy_limit", "omega", "width", "bias_rate")
     words = f"input {gate.input}, granularity {gate.granularity}, scope {gate.scope}, score {gate.score}, "
     words += f"select {gate.select}, weight {gate.weight}"
     changed = [f"{key} {getattr(gate, key):g}" for key in numbers if getattr(gate, key) != getattr(plain, key)]

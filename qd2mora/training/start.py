@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from qd2mora.base import dense_weight
 from qd2mora.data import TaskRows
 from qd2mora.errors import InputRefused
-from qd2mora.mixture import MixtureConfig, MixtureLinear, mixture_layers, read_rows
-from qd2mora.mixture.given import load_given, read_given
-from qd2mora.mixture.starts import Activations, olora, pissa, residual
+from qd2mora.mixture import MixtureConfig, MixtureLinear, load_experts, mixture_layers, read_rows
+from qd2mora.mixture.initialisers import Activations, olora, pissa, residual
+from qd2mora.mixture.trained_loras import read_trained_loras
 from qd2mora.recipe import Recipe
 
 EVA_BATCHES = 8
@@ -33,7 +33,7 @@ def start_adapter(
     """
     layers = mixture_layers(model)
     if recipe.adapter.adapters:
-        load_given(layers, read_given(list(recipe.adapter.adapters)))
+        load_experts(layers, read_trained_loras(list(recipe.adapter.adapters)))
     if config.shared is None:
         return
     kind = config.shared_init
@@ -56,7 +56,7 @@ def check_rows(config: MixtureConfig, tasks: list[TaskRows]) -> None:
                 f"{name}.group: the localised balance of {config.method} steers rows to halves of the experts: give 0 "
                 "or 1, or set adapter.penalty=0"
             )
-        if not config.row.reads_vector:
+        if not config.row.gates.reads_vector:
             continue
         if task.task.vector is None:
             raise InputRefused(
@@ -72,12 +72,12 @@ def check_rows(config: MixtureConfig, tasks: list[TaskRows]) -> None:
 
 def check_packing(config: MixtureConfig) -> None:
     """Refuse to pack rows for a method that reads or judges each row as a whole. Raises InputRefused."""
-    for role, gate in config.gates_of_row.items():
+    for role, gate in config.routers.items():
         reads = {"task": "the task", "task+x": "the task", "external": "a vector"}.get(gate.input)
         what = f"reads {reads} of each row" if reads else None
         if gate.is_averaged:
             what = "averages over each row"
-        if gate.capacity or gate.select == "sample":
+        if gate.select == "sample":
             what = "counts by whole rows"
         if what:
             raise InputRefused(f"data.packing: gate_{role} of {config.method} {what}, which shared lines hide; false")

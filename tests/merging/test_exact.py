@@ -23,17 +23,17 @@ GROWN |= {"flylora": {"rank": 20}, "mora": {"rank": 20}, "hydralora": {"shared":
 GROWN |= {"noisy_top_k": {"target_modules": ["mlp"]}}
 SMALL = {"dynmole": {"down": {"experts": 3}, "up": {"experts": 3}}}
 MORE_GATES = {
-    "top_p": {"gates": {"down": {"select": "top_p", "weight": "sigmoid"}, "up": {"temperature": 0.5}}},
+    "entropy": {"gates": {"down": {"select": "entropy", "top_k": 1, "weight": "sigmoid"}, "up": {"temperature": 0.5}}},
     "prototype": {"gates": {"down": {"score": "prototype"}, "up": {"score": "bias", "select": "top_k", "top_k": 2}}},
-    "noisy": {"gates": {"down": {"score": "noisy", "select": "switch"}, "up": {"score": "mlp", "width": 5}}},
+    "noisy": {"gates": {"down": {"score": "noisy", "select": "top_k", "top_k": 1}, "up": {"score": "mlp", "width": 5}}},
     "shared_router": {"gates": {"down": {"scope": "block"}}},
-    "prefix": {"gates": {"down": {"granularity": "prefix"}, "up": {"input": "x", "granularity": "sequence"}}},
+    "sequence": {"gates": {"up": {"input": "x", "granularity": "sequence"}}},
     "task": {"num_tasks": 2, "task_embedding": 4, "gates": {"down": {"input": "task", "granularity": "task"}}},
     "fixed": {"num_tasks": 3, "gates": {"down": {"input": "task", "granularity": "task", "select": "fixed"}}},
     "none": {"gates": {"up": {"input": "none", "score": "static"}}},
 }
-ROUTED = sorted(name for name, row in METHODS.items() if row.depends_on == "token")
-WHOLE_TEXT = ("base_gate", "prefix", "xlora")
+ROUTED = sorted(name for name, row in METHODS.items() if row.gates.depends_on == "token")
+WHOLE_TEXT = ("base_gate", "sequence", "xlora")
 
 
 @pytest.fixture(scope="module")

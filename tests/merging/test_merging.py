@@ -21,8 +21,8 @@ from qd2mora.merging import core_lsq, mean_gate, merge
 from qd2mora.merging.fidelity import unexplained
 from qd2mora.merging.statistics import Moments, collect, decode
 from qd2mora.mixture import MixtureConfig, add_adapter, mixture_layers
-from qd2mora.mixture.ops import stack_columns
 from qd2mora.recipe import load_recipe
+from qd2mora.routed.ops import stack_columns
 from qd2mora.run_folder import open_run
 
 

@@ -33,7 +33,7 @@ def make_layer(method: str, linear: nn.Linear | None = None, **changes: object) 
     torch.manual_seed(0)
     linear = linear or nn.Linear(D_IN, D_OUT)
     linear.requires_grad_(False)
-    layer = MixtureLinear(linear, "default", make_config(method, **changes), Routing(torch.tensor([2, 0])))
+    layer = MixtureLinear(linear, "default", make_config(method, **changes), Routing(task_index=torch.tensor([2, 0])))
     for tensor in layer.tensors("default").values():
         nn.init.normal_(tensor)
     return layer

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qd2mora.mixture import MixtureConfig, MixtureLinear, Routing, rank_kernel, rank_space
-from qd2mora.mixture.method import Gate
-from qd2mora.mixture.ops import RankStep, wide
+from qd2mora.routed.gate import Gate
+from qd2mora.routed.ops import RankStep, wide
 
 TOP = Gate(select="top_k", top_k=2, weight="renorm")
 FROM_Z = Gate(input="z", temperature=0.5)

@@ -49,15 +49,15 @@ def test_a_dense_gate_is_the_explicit_sum_over_all_experts() -> None:
     check_against_loop(make(config(3, gates={"down": changes})), 3, "softmax")
 
 
-def test_top_p_uses_as_many_experts_as_it_takes() -> None:
-    changes = {"select": "top_p", "top_k": None, "top_p": 0.6, "weight": "softmax"}
+def test_a_gate_by_entropy_uses_as_many_experts_as_it_takes() -> None:
+    changes = {"select": "entropy", "top_k": 1, "top_p": 0.8, "entropy_limit": 1.0, "weight": "softmax"}
     model = make(config(gates={"down": changes}))
     x = inputs()
     copies = {name: tensor.detach() for name, tensor in tensors(model).items()}
     wanted, numbers = [], set()
     for token in x.detach().reshape(-1, HIDDEN):
         ordered = softmax(copies["gate_proj.mixture_router_down"] @ token).sort(descending=True).values.cumsum(-1)
-        number = int((ordered < 0.6).sum()) + 1
+        number = max(1, int((ordered <= 0.8).sum()))
         numbers.add(number)
         wanted.append(looped(model, token, copies, number, "softmax"))
     assert len(numbers) > 1

@@ -135,8 +135,8 @@ def test_a_7b_has_as_many_trainable_parameters_as_the_rows_formula_says(method: 
     assert sorted(row.targets) == sorted(targets)
     config = MixtureConfig(
         method=method,
-        num_tasks=8 if row.reads_task else None,
-        external_width=64 if row.reads_vector else None,
+        num_tasks=8 if row.gates.reads_task else None,
+        external_width=64 if row.gates.reads_vector else None,
         target_modules=list(targets),
     )
     assert trained_on_a_7b(config)[0] == count == counted_from_sizes(config)

@@ -80,12 +80,12 @@ def test_without_an_update_the_output_is_bitwise_that_of_bitsandbytes(
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_weight_dequantised_slice_by_slice_gives_the_same(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     base = four_bit(bias, shape=(200, D_IN))
-    form, x, dy = frozen.form_of(base), torch.randn(70, D_IN), torch.randn(70, 200)
-    assert form is not None
-    tensors = frozen.tensors_of(base, form)
-    whole = frozen.product(form, tensors, x), frozen.input_gradient(form, tensors, dy)
+    layout, x, dy = frozen.layout_of(base), torch.randn(70, D_IN), torch.randn(70, 200)
+    assert layout is not None
+    tensors = frozen.tensors_of(base, layout)
+    whole = frozen.product(layout, tensors, x), frozen.input_gradient(layout, tensors, dy)
     monkeypatch.setattr(frozen, "CACHED_BYTES", 1)  # 64, 64 and 72 rows at once
-    sliced = frozen.product(form, tensors, x), frozen.input_gradient(form, tensors, dy)
+    sliced = frozen.product(layout, tensors, x), frozen.input_gradient(layout, tensors, dy)
     assert torch.equal(sliced[0], whole[0])
     # float32 sums of 200 terms in another order.
     torch.testing.assert_close(sliced[1], whole[1], rtol=1e-4, atol=1e-4)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from qd2mora.mixture.balance import PENALTIES, View, view
 from qd2mora.mixture.draws import Draws
-from qd2mora.mixture.method import Gate, Penalty
+from qd2mora.mixture.method import Penalty
 from qd2mora.mixture.penalties import pairwise_overlap, subspace_overlap, task_contrast
-from qd2mora.mixture.routers import Gating, decide, log_probability, tsallis_entropy
+from qd2mora.routed.gate import Gate
+from qd2mora.routed.routers import Gating, decide, log_probability, tsallis_entropy
 from qd2mora.training.estimator import leave_one_out
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}

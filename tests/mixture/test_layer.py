@@ -82,7 +82,9 @@ def test_zero_up_experts_are_the_identity_for_any_router(method: str) -> None:
 
 @pytest.mark.parametrize("method", COUNTS)
 def test_a_fresh_adapter_changes_nothing(method: str) -> None:
-    layer = MixtureLinear(nn.Linear(D_IN, D_OUT), "default", make_config(method), Routing(torch.tensor([0, 1])))
+    layer = MixtureLinear(
+        nn.Linear(D_IN, D_OUT), "default", make_config(method), Routing(task_index=torch.tensor([0, 1]))
+    )
     x = torch.randn(2, 5, D_IN)
     assert torch.equal(layer(x), layer.base_layer(x))
 

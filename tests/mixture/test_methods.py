@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qd2mora.mixture import MixtureLinear
 from qd2mora.mixture.draws import Draws
-from qd2mora.mixture.routers import noisy
+from qd2mora.routed.routers import noisy
 
 Twin = Callable[[dict[str, Tensor], twin.Row], Tensor]
 # float64 sums of a few hundred terms, in another order.
@@ -97,10 +97,6 @@ def prompt(row: twin.Row, place: int) -> list[Tensor]:
     return [x for x, is_prompt in zip(row.x, row.prompt, strict=True) if is_prompt]
 
 
-def so_far(row: twin.Row, place: int) -> list[Tensor]:
-    return list(row.x[: place + 1])
-
-
 def linear(t: dict[str, Tensor], h: Tensor) -> Tensor:
     return t["mixture_router_down"] @ h
 
@@ -133,16 +129,11 @@ FIELDS: dict[str, tuple[dict[str, object], Twin]] = {
         TOP | {"weight": "renorm", "temperature": 2.5},
         by_gate(lambda logits: gates.softmax_of_chosen(logits, 2, 2.5)),
     ),
-    "top-p": (
-        {"select": "top_p", "top_p": 0.6},
-        by_gate(lambda logits: softmax(logits) * gates.top_p(softmax(logits), 0.6, 1, inclusive=True)),
-    ),
-    "top-p of one is all": ({"select": "top_p", "top_p": 1.0}, by_gate(softmax)),
     "entropy": (
         {"select": "entropy", "top_k": 1, "top_p": 0.5, "entropy_limit": 0.8, "entropy_order": 1.7},
         by_gate(lambda logits: gates.by_entropy(logits, 1.7, 0.8, 0.5, 1)),
     ),
-    "switch": ({"select": "switch"}, masked(lambda logits: gates.largest(logits, 1), softmax)),
+    "top-p of one is all": ({"select": "entropy", "top_k": 1, "top_p": 1.0, "entropy_limit": 1.0}, by_gate(softmax)),
     "bounded": ({"weight": "bounded"}, by_gate(gates.bounded)),
     "sigmoid": ({"weight": "sigmoid"}, by_gate(lambda logits: 1 / (1 + torch.exp(-logits)))),
     "one": ({"weight": "one"}, by_gate(torch.ones_like)),
@@ -150,11 +141,10 @@ FIELDS: dict[str, tuple[dict[str, object], Twin]] = {
     "prototype": ({"score": "prototype"}, by_logits(lambda t, x: linear(t, x).abs())),
     "mlp": ({"score": "mlp", "width": 6}, by_logits(mlp)),
     "sequence": ({"granularity": "sequence"}, averaged(prompt, linear)),
-    "prefix": ({"granularity": "prefix"}, averaged(so_far, linear)),
     "sequence mlp": ({"granularity": "sequence", "score": "mlp", "width": 6}, averaged(prompt, mlp)),
-    "prefix prototype": (
-        {"granularity": "prefix", "score": "prototype"},
-        averaged(so_far, lambda t, h: linear(t, h).abs()),
+    "sequence prototype": (
+        {"granularity": "sequence", "score": "prototype"},
+        averaged(prompt, lambda t, h: linear(t, h).abs()),
     ),
 }
 
@@ -173,12 +163,12 @@ def test_entropy_routing_uses_few_experts_and_all_of_them_in_the_twin_too() -> N
     assert 4 in counts and len(counts) > 1
 
 
-@pytest.mark.parametrize("gate", [{"granularity": "sequence"}, {"granularity": "prefix"}, {"score": "mlp", "width": 6}])
+@pytest.mark.parametrize("gate", [{"granularity": "sequence"}, {"score": "mlp", "width": 6}])
 def test_a_first_pass_is_averaged_as_x_is(gate: dict[str, object]) -> None:
     score = mlp if gate.get("score") == "mlp" else linear
 
     def update(t: dict[str, Tensor], row: twin.Row) -> Tensor:
-        which = {"sequence": prompt, "prefix": so_far}.get(str(gate.get("granularity")))
+        which = {"sequence": prompt}.get(str(gate.get("granularity")))
         states = twin.Row(row.hidden, prompt=row.prompt)
         read = [which(states, place) if which else [row.hidden[place]] for place in range(len(row.x))]
         weights = [softmax(score(t, sum(each) / len(each)) + bias(t)) for each in read]
@@ -222,8 +212,7 @@ def test_a_block_has_one_router_that_reads_what_its_first_linear_reads() -> None
 
 def test_noise_is_scaled_by_its_own_router_and_added_in_training_alone() -> None:
     clean, spread, noise = (torch.randn(4, 3) for _ in range(3))
-    scores = torch.cat([clean, spread], -1)
-    torch.testing.assert_close(noisy(scores, noise), clean + noise * torch.log1p(spread.exp()))
+    torch.testing.assert_close(noisy(clean, spread, noise), clean + noise * torch.log1p(spread.exp()))
     layer = made.layer_of("noisy_top_k", gates={"down": {"select": "all", "top_k": None, "weight": "softmax"}})
     x = made.input_for("noisy_top_k")
     quiet = layer(x)
@@ -244,33 +233,6 @@ def test_noise_is_scaled_by_its_own_router_and_added_in_training_alone() -> None
     check_against(layer, x, update, made.SCALING["noisy_top_k"])
 
 
-def test_an_expert_turns_tokens_away_once_it_is_full_in_training_alone() -> None:
-    """Capacity one: of a row's real tokens the first at each expert passes; padding fills nothing."""
-    layer = made.layer_of("loramoe", gates={"down": {"select": "switch", "capacity": 1, "weight": "renorm"}})
-    x = made.input_for("loramoe")
-    layer.routing.attended = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]).bool()
-    dropped = 0
-
-    def update(t: dict[str, Tensor], row: twin.Row) -> Tensor:
-        nonlocal dropped
-        number = next(b for b in range(len(x)) if torch.equal(x[b], row.x.detach()))
-        seen: set[int] = set()
-        outputs = []
-        for token, is_real in zip(row.x, layer.routing.attended[number].tolist(), strict=True):
-            (expert,) = gates.largest(t["mixture_router_down"] @ token, 1)
-            passes = is_real and expert not in seen
-            seen |= {expert} if is_real else set()
-            dropped += is_real and not passes
-            # A renormalised single expert weighs one; its logits get no gradient.
-            outputs.append(float(passes) * (t["mixture_B"][expert] @ (t["mixture_A"][expert] @ token)))
-        return torch.stack(outputs)
-
-    everything = masked(lambda logits: gates.largest(logits, 1), torch.ones_like)
-    check_against(layer, x, everything, made.SCALING["loramoe"])
-    check_against(layer.train(), x, update, made.SCALING["loramoe"])
-    assert dropped > 2
-
-
 ANY = {"top_k": 2, "select": "top_k"}
 DIFFERENTIABLE: list[tuple[str, dict[str, dict[str, object]]]] = [
     *((name, {}) for name in made.NAMES if name not in ("smora", "lora_mixer")),
@@ -278,7 +240,7 @@ DIFFERENTIABLE: list[tuple[str, dict[str, dict[str, object]]]] = [
     ("d2mora", {"down": ANY, "up": ANY | {"weight": "renorm"}}),
     ("d2mora", {"up": {"score": "noisy"}, "down": {"score": "mlp", "width": 4}}),
     ("d2mora", {"down": {"input": "external"}, "up": {"input": "hidden", "score": "bias"}}),
-    ("d2mora", {"up": {"input": "none", "score": "static"}, "down": {"granularity": "prefix"}}),
+    ("d2mora", {"up": {"input": "none", "score": "static"}, "down": {"granularity": "sequence"}}),
     ("comol", {"core": {"input": "x", "granularity": "sequence", "score": "noisy"}}),
     ("comol", {"core": {"score": "prototype", **ANY, "weight": "sigmoid"}}),
     ("mofme", {"core": {"score": "linear", "select": "sample", "weight": "softmax"}}),

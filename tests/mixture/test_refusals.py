@@ -19,7 +19,6 @@ from qd2mora.recipe import Adapter
         ("loramoe", "down", {"input": "z"}, "input", "z"),
         ("loramoe", "down", {"input": "self", "score": "activation"}, "input", "self"),
         ("loramoe", "down", {"score": "static"}, "score", "static"),
-        ("loramoe", "down", {"capacity": 3}, "capacity", "3"),
         ("loramoe", "down", {"select": "fixed"}, "select", "fixed"),
         ("loramoe", "down", {"temperature": 0.0}, "temperature", "0.0"),
         ("loramoe", "down", {"scope": "block", "score": "noisy"}, "scope", "noisy"),
@@ -43,7 +42,7 @@ def test_a_number_of_experts_given_beats_the_methods_own_allocation() -> None:
 
 def test_changing_a_static_gate_to_read_x_makes_the_method_depend_on_the_token() -> None:
     config = MixtureConfig(method="cat", gates={"down": {"input": "x", "score": "linear"}})
-    assert (MixtureConfig(method="cat").depends_on, config.depends_on) == ("static", "token")
+    assert (MixtureConfig(method="cat").routers.depends_on, config.routers.depends_on) == ("static", "token")
 
 
 def test_a_penalty_that_aims_tasks_at_experts_needs_as_many_experts_as_tasks() -> None:

@@ -33,8 +33,6 @@ CHANGES: dict[str, dict[str, object]] = {
 # Routers that average over tokens, beside the rows of the table.
 AVERAGED = {
     "sequence": ("loramoe", {"gates": {"down": {"granularity": "sequence"}}}),
-    "prefix": ("loramoe", {"gates": {"down": {"granularity": "prefix"}}}),
-    "model scope": ("loramoe", {"gates": {"down": {"scope": "model"}}}),
 }
 ALL = (*NAMES, *AVERAGED)
 READS_FIRST_PASS = ("xlora",)
@@ -86,9 +84,9 @@ def batch_of(name: str, rows: list[int], side: str = "right", width: int | None 
     batch = {"input_ids": ids, "attention_mask": mask, "prompt_mask": prompt}
     batch["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
     method = AVERAGED.get(name, (name,))[0]
-    if METHODS[method].reads_task:
+    if METHODS[method].gates.reads_task:
         batch["task_index"] = torch.tensor([2, 0, 1])[rows]
-    if METHODS[method].reads_vector:
+    if METHODS[method].gates.reads_vector:
         batch["external"] = torch.eye(3)[rows]
     batch["group"] = torch.tensor([0, 1, 1])[rows]
     return batch
@@ -164,7 +162,7 @@ def greedy(model: PeftModel, name: str, number: int) -> list[list[int]]:
     return rows
 
 
-@pytest.mark.parametrize("name", ["d2mora", "moelora", "reclora", "base_gate", "prefix", "llava_mole", "xlora"])
+@pytest.mark.parametrize("name", ["d2mora", "moelora", "reclora", "base_gate", "sequence", "llava_mole", "xlora"])
 def test_generate_gives_what_whole_passes_give(name: str) -> None:
     model = adapted(name)
     wanted = greedy(model, name, 4)
@@ -231,16 +229,6 @@ def test_recomputing_layers_changes_no_gradient_penalty_or_count(name: str, use_
     assert all(torch.equal(gradient, again[key]) for key, gradient in kept.items())
     assert values_again == pytest.approx(values) and bool(values) == bool(config_of(name).routing_penalties)
     assert counts.keys() == counts_again.keys() and all(torch.equal(counts[k], counts_again[k]) for k in counts)
-
-
-def test_a_router_of_the_whole_model_learns_under_recomputing_or_says_why_not() -> None:
-    model = adapted("model scope")
-    kept = training_gradients(model, batch_of("model scope", [0, 1, 2]))
-    again = training_gradients(model, batch_of("model scope", [0, 1, 2]), use_reentrant=False)
-    for key, gradient in kept.items():
-        torch.testing.assert_close(again[key], gradient, rtol=1e-4, atol=1e-7)
-    with pytest.raises(ValueError, match="use_reentrant"):
-        training_gradients(model, batch_of("model scope", [0, 1, 2]), use_reentrant=True)
 
 
 @pytest.mark.parametrize("name", ["d2mora", "dynmole", "noisy_top_k", "flylora", "llava_mole"])
@@ -319,7 +307,7 @@ def test_unknown_tasks_are_refused_by_number(name: str) -> None:
             logits(model, batch)
 
 
-@pytest.mark.parametrize("name", ["d2mora", "sequence", "prefix"])
+@pytest.mark.parametrize("name", ["d2mora", "sequence"])
 def test_beam_search_takes_the_routing_along(name: str) -> None:
     """With a cache, whose rows beam search reorders, as without one."""
     model = adapted(name)
@@ -332,16 +320,16 @@ def test_beam_search_takes_the_routing_along(name: str) -> None:
 
 
 def test_a_cache_that_is_emptied_and_filled_again_is_followed_once() -> None:
-    model, cache = adapted("prefix"), DynamicCache()
+    model, cache = adapted("sequence"), DynamicCache()
     told = {"input_ids": IDS[:2, :4], "attention_mask": torch.ones(2, 4, dtype=torch.long)}
     routing = routing_of(model)
     for _ in range(2):
         cache.reset()
         with torch.no_grad():
             model(**told, past_key_values=cache, use_cache=True)
-    before = [summed.clone() for summed, _ in routing.pools.values()]
+    before = [mean.clone() for mean in routing.means.values()]
     cache.reorder_cache(torch.tensor([1, 0]))
-    assert all(torch.equal(now, old.flip(0)) for (now, _), old in zip(routing.pools.values(), before, strict=True))
+    assert all(torch.equal(now, old.flip(0)) for now, old in zip(routing.means.values(), before, strict=True))
 
 
 def best_of_beams(model: PeftModel, prompt: Tensor, beams: int, number: int, name: str) -> list[int]:

@@ -19,8 +19,8 @@ from qd2mora.base import load_base
 from qd2mora.data import MicroBatch
 from qd2mora.errors import NotFinite, WillNotFit
 from qd2mora.memory.loss import RowLoss
-from qd2mora.mixture.ops import RankStep
 from qd2mora.recipe import load_recipe
+from qd2mora.routed.ops import RankStep
 from qd2mora.training import numbers, train
 from qd2mora.training.loop import Training
 from qd2mora.training.state import Progress

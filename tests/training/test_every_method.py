@@ -83,7 +83,7 @@ def check_run(folder: Path, method: str) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
     assert any(tensor.any() for name, tensor in tensors.items() if name.endswith(("mixture_B", "lora_B.weight")))
     open_run(folder / "run")
-    task, vector = "first" if row.reads_task else None, [0.0, 1.0, 0.0] if row.reads_vector else None
+    task, vector = "first" if row.gates.reads_task else None, [0.0, 1.0, 0.0] if row.gates.reads_vector else None
     generate(folder / "run", "Say the first word.", TalkOptions(task, vector, max_new_tokens=2))
     if row.placement == "block":
         with pytest.raises(InputRefused, match="no weight can take its update"):
@@ -91,7 +91,7 @@ def check_run(folder: Path, method: str) -> None:
         return
     merge(folder / "run", folder / "out", task=task, vector=vector)
     report = json.loads((folder / "out" / "export_report.json").read_text(encoding="utf-8"))
-    assert report["exact"] == (row.depends_on != "token")
+    assert report["exact"] == (row.gates.depends_on != "token")
     if report["exact"]:
         # float16 rounding of the whole model, on a loss of about 6
         assert abs(report["loss"]["merged"] - report["loss"]["routed"]) < 1e-3

@@ -1,25 +1,17 @@
-"""Trained LoRAs as the experts of a mixture: read from PEFT's folders, checked, copied into the paired banks.
-
-An expert keeps its own scale: B_e is multiplied by s_e / s, where s is the mixture's. A linear that one of them does
-not adapt gets a zero expert there.
-"""
+"""Trained LoRAs that become the experts of a mixture: read from PEFT's folders, and checked."""
 
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from qd2mora.disk.untrusted import check_adapter
 from qd2mora.errors import InputRefused
-
-if TYPE_CHECKING:
-    from qd2mora.mixture.layer import MixtureLinear
 
 # PEFT's own LoRA, and this project's plain one.
 _KEYS = {
@@ -29,7 +21,7 @@ _KEYS = {
 
 
 @dataclass(frozen=True)
-class GivenLora:
+class TrainedLora:
     """One trained LoRA: its rank, its scale, and A (r, d_in), B (d_out, r) of each linear by the linear's name."""
 
     folder: Path
@@ -43,40 +35,12 @@ class GivenLora:
         return {name.rpartition(".")[2] for name in self.pairs}
 
 
-def read_given(folders: list[str], key: str = "adapter.adapters") -> list[GivenLora]:
+def read_trained_loras(folders: list[str], key: str = "adapter.adapters") -> list[TrainedLora]:
     """Read adapters; `key` named them. Raises InputRefused where a folder holds none, or none that is a plain LoRA."""
-    return [_read(Path(folder), key) for folder in folders]
+    return [_read_lora(Path(folder), key) for folder in folders]
 
 
-def load_given(layers: "dict[str, MixtureLinear]", loras: list[GivenLora], adapter_name: str = "default") -> None:
-    """Copy trained LoRAs into the banks of adapted linears, expert e from the e-th.
-
-    Raises InputRefused where a LoRA was trained on a linear of another size, or on linears that are not adapted here.
-    """
-    for lora in loras:
-        missing = sorted(set(lora.pairs) - set(layers))
-        if missing:
-            raise InputRefused(f"adapter.adapters: {lora.folder} adapts {missing[0]}, which is not adapted here")
-    for name, layer in layers.items():
-        spec, tensors = layer.mixture_spec[adapter_name], layer.tensors(adapter_name)
-        downs, ups = [], []
-        for lora, rank in zip(loras, spec.step.ranks_down, strict=True):
-            nothing = (torch.zeros(rank, layer.in_features), torch.zeros(layer.out_features, rank))
-            down, up = lora.pairs.get(name, nothing)
-            if down.shape != (rank, layer.in_features) or up.shape != (layer.out_features, rank):
-                raise InputRefused(
-                    f"adapter.adapters: {lora.folder}: {name} is {up.shape[0]} x {down.shape[1]} there and "
-                    f"{layer.out_features} x {layer.in_features} here: another base?"
-                )
-            downs.append(down)
-            ups.append(up * (lora.scaling / spec.scaling))
-        is_ragged = tensors["mixture_A"].dim() == 2
-        with torch.no_grad():
-            tensors["mixture_A"].copy_(torch.cat(downs) if is_ragged else torch.stack(downs))
-            tensors["mixture_B"].copy_(torch.cat(ups, -1) if is_ragged else torch.stack(ups))
-
-
-def _read(folder: Path, key: str) -> GivenLora:
+def _read_lora(folder: Path, key: str) -> TrainedLora:
     where = f"{key}: {folder}"
     if (folder / "adapter" / "adapter_config.json").is_file():  # a run of ours
         folder = folder / "adapter"
@@ -91,13 +55,15 @@ def _read(folder: Path, key: str) -> GivenLora:
         raise InputRefused(f"{where} is not a plain LoRA")
     down_key, up_key, rank_key, alpha_key = _KEYS[kind]
     rank, alpha = settings[rank_key], settings[alpha_key]
-    stabilized = settings.get("use_rslora") or settings.get("rank_stabilized")
+    divisor = rank
+    if settings.get("use_rslora") or settings.get("rank_stabilized"):
+        divisor = rank**0.5
     pairs = {
         _linear_name(key, down_key): (tensor.float().flatten(0, -2), _flat_up(tensors[key.replace(down_key, up_key)]))
         for key, tensor in tensors.items()
         if key.endswith(down_key)
     }
-    return GivenLora(folder, rank, alpha / (rank**0.5 if stabilized else rank), pairs)
+    return TrainedLora(folder, rank, alpha / divisor, pairs)
 
 
 def _is_special(settings: dict[str, Any]) -> bool:
@@ -113,7 +79,8 @@ def _linear_name(key: str, suffix: str) -> str:
 
 
 def _flat_up(tensor: Tensor) -> Tensor:
-    return tensor.float()[0] if tensor.dim() == 3 else tensor.float()
+    """Return B (d_out, r); ours has an axis of one expert before it."""
+    return tensor.float().reshape(tensor.shape[-2:])
 
 
-__all__ = ["GivenLora", "load_given", "read_given"]
+__all__ = ["TrainedLora", "read_trained_loras"]

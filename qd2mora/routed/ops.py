@@ -12,30 +12,48 @@ experts or cores, Q all ranks of the down bank, P all ranks of the up bank, S ra
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from qd2mora.mixture.draws import Draws
-from qd2mora.mixture.method import Gate
-from qd2mora.mixture.routers import Gating, decide, noisy
+from .gate import Gate
+from .routers import Gating, decide, noisy
 
 Small = Mapping[str, Tensor]
 """What the step reads beside u, by name: `router_up` (N, R), `core`, `logits_down` (..., E) given from outside, ..."""
+Pairing = Literal["chain", "tied"]
+Core = Literal["none", "dense", "bank", "diagonal", "kron"]
 
+# Numbers that keep the draws of a layer's routers apart; dropout masks are numbered from 0.
 _PURPOSE = {"down": 1001, "up": 1002, "core": 1003, "rank": 1004}
+
+
+class Noise(Protocol):
+    """Random numbers of one layer in one pass, each `purpose` its own, in the shape and dtype of `like`."""
+
+    def normal(self, like: Tensor, purpose: int) -> Tensor:
+        """Return standard normal numbers."""
+        ...
+
+    def gumbel(self, like: Tensor, purpose: int) -> Tensor:
+        """Return standard Gumbel numbers."""
+        ...
 
 
 def stack_rows(A_MRD: Tensor) -> Tensor:
     """Return the down experts as one matrix (Q, D): a view of (M, R, D), or (Q, D) itself where ranks differ."""
-    return A_MRD.flatten(0, 1) if A_MRD.dim() == 3 else A_MRD
+    if A_MRD.dim() == 2:
+        return A_MRD
+    return A_MRD.flatten(0, 1)
 
 
 def stack_columns(B_NOR: Tensor) -> Tensor:
     """Return the up experts as one matrix (O, P), expert after expert; (O, P) itself where ranks differ."""
-    return B_NOR.permute(1, 0, 2).flatten(1) if B_NOR.dim() == 3 else B_NOR
+    if B_NOR.dim() == 2:
+        return B_NOR
+    return B_NOR.permute(1, 0, 2).flatten(1)
 
 
 def unstack_columns(B_OP: Tensor, shape: torch.Size) -> Tensor:
@@ -54,7 +72,9 @@ def wide(tensor: Tensor) -> Tensor:
 def unlowered(tensor: Tensor) -> AbstractContextManager[object]:
     """Switch autocast off: it would run the routers' products, and on a CPU their softmax, in 16 bits."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 @dataclass(frozen=True)
@@ -68,8 +88,8 @@ class RankStep:
 
     ranks_down: tuple[int, ...]
     ranks_up: tuple[int, ...]
-    pairing: Literal["chain", "tied"] = "chain"
-    core: Literal["none", "dense", "bank", "diagonal", "kron"] = "none"
+    pairing: Pairing = "chain"
+    core: Core = "none"
     gates: tuple[tuple[str, Gate], ...] = ()
     router_rows: tuple[tuple[str, int], ...] = ()
     scales: tuple[int, ...] = ()
@@ -99,11 +119,11 @@ class RankStep:
         """Entries of u_ext a token."""
         return self.width_down + self.shared + sum(rows for _, rows in self.router_rows)
 
-    def mix(self, u_ext: Tensor, small: Small, draws: Draws | None = None) -> Tensor:
+    def mix(self, u_ext: Tensor, small: Small, draws: Noise | None = None) -> Tensor:
         """Return v (..., P + S) of u_ext (..., features), both in at least float32."""
         return self.route(u_ext, small, draws)[0]
 
-    def route(self, u_ext: Tensor, small: Small, draws: Draws | None = None) -> tuple[Tensor, dict[str, Gating]]:
+    def route(self, u_ext: Tensor, small: Small, draws: Noise | None = None) -> tuple[Tensor, dict[str, Gating]]:
         """Return v and what each router decided. `draws` brings noise, in training only."""
         with unlowered(u_ext):
             u = u_ext[..., : self.width_down]
@@ -112,10 +132,12 @@ class RankStep:
                 v = self._tied(u, u_ext, small, draws, gatings)
             else:
                 v = self._chain(u, u_ext, small, draws, gatings)
-            if self.shared:
-                kept = u_ext[..., self.width_down : self.width_down + self.shared]
-                v = torch.cat([v, self.shared_scaling * kept], -1)
-            return v, gatings
+            return self._beside_shared(v, u_ext), gatings
+
+    def apply(self, u_ext: Tensor, small: Small, gatings: Mapping[str, Gating]) -> Tensor:
+        """Return v with gates that are already decided, by role."""
+        with unlowered(u_ext):
+            return self._beside_shared(self._fixed(u_ext[..., : self.width_down], small, gatings), u_ext)
 
     def mixing(self, u_ext: Tensor, small: Small) -> Tensor:
         """Return K_t of every token, (..., P + S, Q + S): the step's gates, applied to each unit vector in turn."""
@@ -139,33 +161,43 @@ class RankStep:
 
         Where K_t is the gates' product, block by block, no K_t is made: sum_t w_t beta_t alpha_t^T (x) C.
         """
-        if (
-            self.pairing != "chain"
-            or self.core not in ("none", "dense")
-            or not {r for r, _ in self.gates} <= {"down", "up"}
-        ):
+        is_product = self.pairing == "chain" and self.core in ("none", "dense")
+        if not is_product or not {role for role, _ in self.gates} <= {"down", "up"}:
             return torch.einsum("...pq,...->pq", self.mixing(u_ext, small), weight)
         _, gatings = self.route(u_ext, small)
-        gates = [gatings[role].weight if role in gatings else weight.new_ones(1) for role in ("up", "down")]
+        one = weight.new_ones(1)
+        constant = Gating(one, one, one)
+        gates = [gatings.get(role, constant).weight for role in ("up", "down")]
         up, down = (gate.expand(*weight.shape, -1).flatten(0, -2).to(u_ext.dtype) for gate in gates)
-        core = small["core"].to(up.dtype) if self.core == "dense" else torch.eye(self.ranks_up[0]).to(up)
+        core = small.get("core", torch.eye(self.ranks_up[0])).to(up)
         K = torch.kron((up * weight.reshape(-1, 1)).T @ down, core)
+        if not self.shared:
+            return K
         side = weight.sum() * self.shared_scaling * torch.eye(self.shared, dtype=K.dtype, device=K.device)
-        return torch.block_diag(K, side) if self.shared else K
+        return torch.block_diag(K, side)
+
+    def _beside_shared(self, v: Tensor, u_ext: Tensor) -> Tensor:
+        """Return v and below it the shared expert's ranks, which no gate touches; its own scale over the mixture's."""
+        if not self.shared:
+            return v
+        kept = u_ext[..., self.width_down : self.width_down + self.shared]
+        return torch.cat([v, self.shared_scaling * kept], -1)
 
     def _fixed(self, u: Tensor, small: Small, gatings: Mapping[str, Gating]) -> Tensor:
         """Apply the step linearly, with gates that are already decided."""
         if self.pairing == "tied":
             return self._paired(u, small, gatings.get("down"))
+        # The chain of `_chain`, link by link, without deciding.
         z = self._mixed_down(_ranked(u, gatings.get("rank")), gatings.get("down"))
         z = apply_core(z, self.core, small.get("core"), gatings.get("core"))
         return spread_up(z, gatings.get("up"))
 
-    def _tied(self, u: Tensor, u_ext: Tensor, small: Small, draws: Draws | None, gatings: dict[str, Gating]) -> Tensor:
+    def _tied(self, u: Tensor, u_ext: Tensor, small: Small, draws: Noise | None, gatings: dict[str, Gating]) -> Tensor:
         self._decide("down", u_ext, None, small, draws, gatings)
         return self._paired(u, small, gatings.get("down"))
 
-    def _chain(self, u: Tensor, u_ext: Tensor, small: Small, draws: Draws | None, gatings: dict[str, Gating]) -> Tensor:
+    def _chain(self, u: Tensor, u_ext: Tensor, small: Small, draws: Noise | None, gatings: dict[str, Gating]) -> Tensor:
+        """Return beta (x) C (sum_i alpha_i u_i); each gate is decided once what it reads is there, the up gate last."""
         self._decide("rank", u_ext, u, small, draws, gatings)
         self._decide("down", u_ext, None, small, draws, gatings)
         z = self._mixed_down(_ranked(u, gatings.get("rank")), gatings.get("down"))
@@ -187,6 +219,7 @@ class RankStep:
             return u
         if len(set(self.ranks_down)) == 1:
             return (gating.weight.unsqueeze(-1) * u.unflatten(-1, (len(self.ranks_down), -1))).flatten(-2)
+        # `output_size` spares a GPU the wait for the sum of the ranks.
         repeats = torch.tensor(self.ranks_down, device=u.device)
         return gating.weight.repeat_interleave(repeats, -1, output_size=self.width_down) * u
 
@@ -196,7 +229,7 @@ class RankStep:
         u_ext: Tensor,
         z: Tensor | None,
         small: Small,
-        draws: Draws | None,
+        draws: Noise | None,
         gatings: dict[str, Gating],
     ) -> None:
         gate = dict(self.gates).get(role)
@@ -205,12 +238,13 @@ class RankStep:
         scores = self._scores(role, gate, u_ext, z, small)
         noise = None
         if gate.score == "noisy":
-            halves = scores.chunk(2, -1)[0]
-            scores = noisy(scores, None if draws is None else draws.normal(halves, _PURPOSE[role]))
+            # Two products a router: the logits, and how far noise may move each. Noise in training only.
+            scores, spread = scores.chunk(2, -1)
+            if draws is not None:
+                scores = noisy(scores, spread, draws.normal(scores, _PURPOSE[role]))
         elif gate.select == "sample" and draws is not None:
             noise = draws.gumbel(scores, _PURPOSE[role])
-        bias, counted = small.get(f"select_bias_{role}"), small.get("counted")
-        gatings[role] = decide(gate, scores, bias=bias, noise=noise, counted=counted)
+        gatings[role] = decide(gate, scores, bias=small.get(f"select_bias_{role}"), noise=noise)
 
     def _scores(self, role: str, gate: Gate, u_ext: Tensor, z: Tensor | None, small: Small) -> Tensor:
         given = small.get(f"logits_{role}")
@@ -226,7 +260,9 @@ class RankStep:
             assert given is not None
             return given.to(u_ext.dtype)
         scores = finish_scores(gate, scores, small.get(f"bias_{role}"), small.get(f"out_{role}"))
-        return scores if given is None else scores + given.to(scores.dtype)
+        if given is None:
+            return scores
+        return scores + given.to(scores.dtype)
 
 
 def finish_scores(gate: Gate, scores: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
@@ -235,13 +271,17 @@ def finish_scores(gate: Gate, scores: Tensor, bias: Tensor | None, out: Tensor |
         scores = scores + bias.to(scores.dtype)
     if out is not None:
         scores = F.linear(scores.relu(), out.to(scores.dtype))
-    return scores.abs() if gate.score == "prototype" else scores
+    if gate.score == "prototype":
+        scores = scores.abs()
+    return scores
 
 
 def features(x: Tensor, rows: list[Tensor]) -> Tensor:
     """Return u_ext = [rows] x, (..., features), one product in the dtype of x; `rows` are (R, D) or (M, R, D)."""
     stacked = [stack_rows(matrix).to(x.dtype) for matrix in rows]
-    return F.linear(x, stacked[0] if len(stacked) == 1 else torch.cat(stacked))
+    if len(stacked) == 1:
+        return F.linear(x, stacked[0])
+    return F.linear(x, torch.cat(stacked))
 
 
 def apply_core(z: Tensor, kind: str, core: Tensor | None, gating: Gating | None) -> Tensor:
@@ -253,11 +293,15 @@ def apply_core(z: Tensor, kind: str, core: Tensor | None, gating: Gating | None)
         return z
     if kind == "dense":
         return F.linear(z, core.to(z.dtype))
-    weight = None if gating is None else gating.weight
     if kind == "diagonal":
-        return z * (core[0] if weight is None else weight @ core.to(z.dtype))
+        if gating is None:
+            return z * core[0]
+        return z * (gating.weight @ core.to(z.dtype))
+    # All cores in one product, then their mean: never a core of a token's own, which would be R times as large.
     each = (z @ core.to(z.dtype).permute(1, 0, 2).flatten(1)).unflatten(-1, (core.shape[0], core.shape[2]))
-    return each.squeeze(-2) if weight is None else (weight.unsqueeze(-1) * each).sum(-2)
+    if gating is None:
+        return each.squeeze(-2)
+    return (gating.weight.unsqueeze(-1) * each).sum(-2)
 
 
 def spread_up(z: Tensor, gating: Gating | None) -> Tensor:
@@ -272,25 +316,38 @@ def up_product(v: Tensor, columns_OP: Tensor, scaling: float, dtype: torch.dtype
     return F.linear((v * scaling).to(dtype), columns_OP.to(dtype))
 
 
-def average(scores: Tensor, counted_BT: Tensor, granularity: str) -> Tensor:
-    """Return scores (B, T, E) averaged over the counted tokens of a row, (B, 1, E), or over those so far, (B, T, E).
+def prompt_mean(scores: Tensor, prompt_BT: Tensor) -> Tensor:
+    """Return scores (B, T, E) averaged over the prompt's tokens, (B, 1, E).
 
-    By linearity this is the router's product with the average of what it reads.
+    By linearity this is the router's product with the average of what it reads, and T scores are fewer than T inputs.
     """
-    counted = counted_BT.to(scores.dtype).unsqueeze(-1)
-    if granularity == "sequence":
-        return (scores * counted).sum(-2, keepdim=True) / counted.sum(-2, keepdim=True).clamp_min(1)
-    return (scores * counted).cumsum(-2) / counted.cumsum(-2).clamp_min(1)
+    weight = prompt_BT.to(scores.dtype).unsqueeze(-1)
+    return (scores * weight).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True).clamp_min(1)
 
 
 def _ranked(u: Tensor, gating: Gating | None) -> Tensor:
-    return u if gating is None else gating.weight * u
+    if gating is None:
+        return u
+    return gating.weight * u
 
 
 def _across(gating: Gating) -> Gating:
     """Return the gating with an axis more before the experts, to be applied to many vectors of one token."""
     weight = gating.weight.unsqueeze(-2)
     return Gating(weight, weight, weight)
+
+
+def kron_banks(seed_RD: Tensor, seed_OR: Tensor, scales: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return A_e = A[:, :D/s] (x) I_s one below the other, and B_e = B[:O/s] (x) I_s side by side, for every scale s.
+
+    With a core I_r (x) K_e between them, B_e C_e A_e = (B A)[:O/s, :D/s] (x) K_e (EPT, reconstruction).
+    """
+    rows, columns = [], []
+    for scale in scales:
+        unit = torch.eye(scale, dtype=seed_RD.dtype, device=seed_RD.device)
+        rows.append(torch.kron(seed_RD[:, : seed_RD.shape[1] // scale].contiguous(), unit))
+        columns.append(torch.kron(seed_OR[: seed_OR.shape[0] // scale].contiguous(), unit))
+    return torch.cat(rows), torch.cat(columns, -1)
 
 
 def _kron_cores(u: Tensor, kernels: Tensor, ranks: tuple[int, ...], scales: tuple[int, ...]) -> Tensor:
@@ -304,12 +361,16 @@ def _kron_cores(u: Tensor, kernels: Tensor, ranks: tuple[int, ...], scales: tupl
 
 
 __all__ = [
+    "Core",
+    "Noise",
+    "Pairing",
     "RankStep",
     "Small",
     "apply_core",
-    "average",
     "features",
     "finish_scores",
+    "kron_banks",
+    "prompt_mean",
     "spread_up",
     "stack_columns",
     "stack_rows",

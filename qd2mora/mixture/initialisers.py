@@ -1,0 +1,158 @@
+"""How tensors start. At step 0 the adapted model is the base for any router, because routed up experts are zero.
+
+Initialisers that make B A differ from zero go to the shared expert alone, and its start is subtracted again (`start`),
+so that even there nothing changes at step 0, on any base, 4-bit included: y += s (B A - B_0 A_0) x. That differs from
+PiSSA and OLoRA as published, which take s B_0 A_0 out of the base weight: the same function and the same gradients of A
+and B, but the base stays what it is on disk (4-bit weights are not quantised anew), and the adapter loads on it as any
+other. The one exception is LoftQ's: it starts at what 4-bit quantisation lost, so the adapted model starts nearer to
+the 16-bit base than its 4-bit base does.
+
+Those that look at the weight, or at what flows into it, are pure functions of tensors in float32, and return A (r,
+d_in) and B (d_out, r). Names of initialisers are the recipe's (`recipe.adapter`).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from qd2mora.mixture.config import MixtureConfig
+from qd2mora.mixture.spec import LinearSpec
+from qd2mora.recipe.adapter import DownInit
+
+
+def initial_tensor(name: str, shape: tuple[int, ...], config: MixtureConfig, spec: LinearSpec) -> Tensor:
+    """Return the start of one tensor, from torch's generator; B zero, the rest as each method's code does."""
+    row, tensor = config.row, torch.empty(shape)
+    if name in ("mixture_B", "mixture_shared_B", "mixture_start_A", "mixture_start_B", "mixture_base_scale"):
+        return tensor.zero_()
+    if name.startswith(("mixture_select_bias", "mixture_bias")):
+        return tensor.zero_()
+    if name == "mixture_A":
+        return initial_down(tensor, config.init or "kaiming", row.init_std or 1 / shape[-2], spec)
+    if name == "mixture_core":
+        return _initial_core(tensor, row.core, row.scales)
+    if name == "mixture_task_embedding":
+        return nn.init.normal_(tensor)
+    if name.startswith("mixture_logits"):
+        if row.base_scale:
+            return tensor.zero_()
+        return tensor.normal_()
+    if name.startswith("mixture_router") and row.router_std is not None:
+        return nn.init.normal_(tensor, std=row.router_std)
+    return kaiming(tensor)
+
+
+def initial_down(tensor: Tensor, kind: DownInit, std: float, spec: LinearSpec) -> Tensor:
+    """Start down experts: kaiming, gaussian with `std`, orthogonal rows over the whole bank, or frozen sparse rows."""
+    match kind:
+        case "gaussian":
+            return nn.init.normal_(tensor, std=std)
+        case "orthogonal" if not tensor.is_meta:
+            # Rows of all experts orthogonal to each other, at Kaiming's size: experts start as different as can be.
+            rows = nn.init.orthogonal_(tensor.flatten(0, -2))
+            return rows.mul_(1 / math.sqrt(3)).view(tensor.shape)
+        case "sparse" if not tensor.is_meta:
+            return sparse(tensor, _active_share(spec))
+    return kaiming(tensor)
+
+
+def kaiming(tensor: Tensor) -> Tensor:
+    """Kaiming uniform with a = sqrt(5) over the last axis: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    bound = 1 / math.sqrt(tensor.shape[-1])
+    return nn.init.uniform_(tensor, -bound, bound)
+
+
+def sparse(tensor: Tensor, share: float) -> Tensor:
+    """Give each row floor(share * d) entries ~ N(0, 1/r^2) at random places, the rest zero (FlyLoRA; r its rank)."""
+    rank, d_in = tensor.shape[-2], tensor.shape[-1]
+    number = max(1, int(share * d_in))
+    places = torch.rand(tensor.shape).topk(number, -1).indices
+    return tensor.zero_().scatter_(-1, places, torch.randn(*tensor.shape[:-1], number) / rank)
+
+
+def _active_share(spec: LinearSpec) -> float:
+    gate = spec.gate("rank")
+    if gate is None or gate.top_k is None:
+        return 1.0
+    return gate.top_k / spec.step.width_down
+
+
+def _initial_core(tensor: Tensor, kind: str, scales: tuple[int, ...]) -> Tensor:
+    if kind == "diagonal":
+        # Near one, so that a bank of modulations starts near plain LoRA and its experts differ.
+        return nn.init.normal_(tensor, mean=1.0, std=0.1)
+    if kind == "kron":
+        kernels = [nn.init.normal_(torch.empty(scale, scale, device=tensor.device), std=1 / scale) for scale in scales]
+        return torch.cat([kernel.flatten() for kernel in kernels])
+    return kaiming(tensor)
+
+
+def pissa(W_OD: Tensor, rank: int, scaling: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the top singular part of W split evenly: s B A = U_r S_r V_r^T (arXiv 2404.02948)."""
+    up, values, right = top_singular(W_OD, rank, generator)
+    root = (values / scaling).sqrt()
+    return root.unsqueeze(-1) * right, up * root
+
+
+def olora(W_OD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return B = Q_r, A = R_r of W = Q R, orthonormal up columns (arXiv 2406.01775)."""
+    unit, upper = torch.linalg.qr(W_OD.float())
+    return upper[:rank].contiguous(), unit[:, :rank].contiguous()
+
+
+def residual(
+    original_OD: Tensor, kept_OD: Tensor, rank: int, scaling: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return the low-rank part of what quantisation lost: s B A ~ W - W_4bit (LoftQ, arXiv 2310.08659, one round)."""
+    return pissa(original_OD.float() - kept_OD.float(), rank, scaling, generator)
+
+
+def top_singular(W_OD: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U_r (O, r), S_r (r), V_r^T (r, D) by a randomised range finder with four power iterations."""
+    W = W_OD.float()
+    probe = torch.randn(W.shape[1], min(2 * rank + 8, *W.shape), generator=generator).to(W.device)
+    basis = torch.linalg.qr(W @ probe)[0]
+    for _ in range(4):
+        basis = torch.linalg.qr(W @ torch.linalg.qr(W.T @ basis)[0])[0]
+    left, values, right = torch.linalg.svd(basis.T @ W, full_matrices=False)
+    return (basis @ left)[:, :rank], values[:rank], right[:rank]
+
+
+class Activations:
+    """Top right singular vectors of all that flows into a linear, kept as a sketch of `rank` + 8 rows (EVA).
+
+    Source: arXiv 2410.07170, with incremental SVD; ranks are not redistributed over linears.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.sketch: Tensor | None = None
+
+    def add(self, x_TD: Tensor) -> None:
+        """Take in tokens."""
+        rows = x_TD.detach().float()
+        if self.sketch is not None:
+            rows = torch.cat([self.sketch, rows])
+        _, values, right = torch.linalg.svd(rows, full_matrices=False)
+        kept = self.rank + 8
+        self.sketch = values[:kept].unsqueeze(-1) * right[:kept]
+
+    def directions(self) -> Tensor:
+        """Return the `rank` strongest directions, (rank, d_in), orthonormal; zero rows where fewer were seen."""
+        assert self.sketch is not None
+        found = torch.linalg.svd(self.sketch, full_matrices=False)[2][: self.rank]
+        return torch.cat([found, found.new_zeros(self.rank - len(found), found.shape[1])])
+
+
+__all__ = [
+    "Activations",
+    "initial_down",
+    "initial_tensor",
+    "kaiming",
+    "olora",
+    "pissa",
+    "residual",
+    "sparse",
+    "top_singular",
+]

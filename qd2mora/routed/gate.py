@@ -1,0 +1,149 @@
+"""What a router is: a row of data, by six words and the numbers they take.
+
+The one place where a gate's fields, words and ranges stand: a recipe's keys (`recipe.adapter`) and what is refused
+(`mixture.method`) follow from `Gate`; `routers` and `ops` turn it into numbers.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Literal, TypedDict, cast, get_args, get_type_hints
+
+STATIC, TASK, TOKEN = "static", "task", "token"
+
+Role = Literal["down", "up", "core", "rank"]
+Input = Literal["x", "z", "self", "task", "task+x", "external", "hidden", "none"]
+Granularity = Literal["token", "sequence", "task"]
+Scope = Literal["module", "block"]
+Score = Literal["linear", "bias", "mlp", "noisy", "prototype", "static", "activation"]
+Select = Literal["all", "top_k", "entropy", "fixed", "sample"]
+Weight = Literal["softmax", "renorm", "sigmoid", "uniform", "one", "straight_through", "bounded"]
+
+ROLES: tuple[Role, ...] = get_args(Role)
+
+# Weights that sum to one over the experts: over a single expert such a gate is the constant 1 and has no router.
+_SUM_TO_ONE = ("softmax", "renorm", "straight_through", "one")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A router by six fields, and the numbers they take; `metadata` is a number's range, in pydantic's words.
+
+    input: `x` the linear's input, undropped; `z` the mixed code in rank space; `self` the rank units' own activations;
+        `task` an embedding of the row's task; `task+x` both; `external` a vector of the row; `hidden` the last hidden
+        states of a first pass without adapters; `none`.
+    granularity: `token`; `sequence`, the mean over the prompt's tokens, kept while decoding; `task`. A mean over the
+        batch does not exist: it would let rows see each other.
+    scope: one router for each `module`, or one for each `block` (attention or MLP), read where its first adapted linear
+        stands.
+    score, select, weight: see `routers`. Weight `one` gives the router no gradient of its own; `straight_through` is
+        omega on what is chosen, with the gradient of the softmax.
+    """
+
+    input: Input = "x"
+    granularity: Granularity = "token"
+    scope: Scope = "module"
+    score: Score = "linear"
+    select: Select = "all"
+    weight: Weight = "softmax"
+    top_k: int | None = field(default=None, metadata={"ge": 1})
+    top_p: float = field(default=0.75, metadata={"gt": 0, "le": 1})
+    temperature: float = field(default=1.0, metadata={"gt": 0})
+    entropy_order: float = field(default=1.1, metadata={"gt": 0})
+    entropy_limit: float = field(default=0.9, metadata={"ge": 0})
+    omega: float = field(default=1.0, metadata={"gt": 0})
+    width: int | None = field(default=None, metadata={"ge": 1})
+    bias_rate: float = field(default=0.0, metadata={"ge": 0})
+
+    @property
+    def depends_on(self) -> str:
+        """What this gate's weights depend on."""
+        if self.input == "none":
+            return STATIC
+        return TASK if self.input in ("task", "external") else TOKEN
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether its scores are averaged over tokens; a vector of the row is the same at each."""
+        return self.granularity == "sequence" and self.input != "external"
+
+    @property
+    def reads_x(self) -> bool:
+        """Whether its router's rows stand in the one product over x."""
+        return self.input in ("x", "task+x") and self.scope == "module" and self.granularity == "token"
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it draws random numbers in training."""
+        return self.score == "noisy" or self.select == "sample"
+
+    def is_constant(self, num_experts: int) -> bool:
+        """Whether the weights are 1 whatever is read."""
+        return num_experts == 1 and self.weight in _SUM_TO_ONE
+
+
+class Gates(dict[str, Gate]):
+    """The routers of an adapter by role; none at all is an update that depends on nothing."""
+
+    @property
+    def depends_on(self) -> str:
+        """What K depends on: `static` merges exactly, `task` exactly for one task or vector, `token` approximately."""
+        found = {gate.depends_on for gate in self.values()}
+        for most in (TOKEN, TASK):
+            if most in found:
+                return most
+        return STATIC
+
+    @property
+    def reads_task(self) -> bool:
+        """Whether one needs the row's task, alone or beside x."""
+        return any(gate.input in ("task", "task+x") for gate in self.values())
+
+    @property
+    def reads_vector(self) -> bool:
+        """Whether one needs a vector of the row."""
+        return any(gate.input == "external" for gate in self.values())
+
+    @property
+    def reads_first_pass(self) -> bool:
+        """Whether one needs the last hidden states of a pass without adapters, before the pass itself."""
+        return any(gate.input == "hidden" for gate in self.values())
+
+
+def words_of_gates() -> dict[str, tuple[str, ...]]:
+    """Return the fields that take a word, each with the words there are."""
+    kinds = get_type_hints(Gate)
+    return {each.name: get_args(kinds[each.name]) for each in fields(Gate) if not each.metadata}
+
+
+class Limits(TypedDict, total=False):
+    """A number's range: at least `ge` or above `gt`, at most `le`."""
+
+    ge: float
+    gt: float
+    le: float
+
+
+def numbers_of_gates() -> dict[str, tuple[type[int] | type[float], Limits]]:
+    """Return the fields that take a number, each with its type and its range."""
+    found: dict[str, tuple[type[int] | type[float], Limits]] = {}
+    kinds = get_type_hints(Gate)
+    for each in fields(Gate):
+        if each.metadata:
+            kind = kinds[each.name]
+            if kind is not float:  # int | None
+                kind = int
+            found[each.name] = (kind, cast(Limits, dict(each.metadata)))
+    return found
+
+
+__all__ = [
+    "ROLES",
+    "STATIC",
+    "TASK",
+    "TOKEN",
+    "Gate",
+    "Gates",
+    "Limits",
+    "Role",
+    "numbers_of_gates",
+    "words_of_gates",
+]
