@@ -7,10 +7,10 @@ that the import itself costs no torch.
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 __version__ = "0.1.0"
 
@@ -42,7 +42,11 @@ class _RegisterAfter(Loader):
 class _PeftFinder(MetaPathFinder):
     """Finds `peft` once, as it would be found anyway, and adds the registration."""
 
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+    # PEFT 0.21 looks for no methods in other packages: no entry points, no list to add a name to before it is imported.
+    # Ends with the first release that does. Importing PEFT here instead would make `qd2mora --help` wait for torch.
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname != "peft":
             return None
         sys.meta_path.remove(self)
@@ -52,7 +56,7 @@ class _PeftFinder(MetaPathFinder):
         return spec
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _LAZY:
         raise AttributeError(f"module 'qd2mora' has no attribute '{name}'")
     value = getattr(importlib.import_module(_LAZY[name]), name)

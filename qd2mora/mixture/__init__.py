@@ -3,7 +3,12 @@
 Importing this part registers the method with PEFT.
 """
 
-from qd2mora.mixture.adapted_model import (
+from qd2mora.mixture.config import MixtureConfig
+from qd2mora.mixture.layer import MixtureLinear, mixture_layers
+from qd2mora.mixture.registration import register
+from qd2mora.mixture.routing import Routing
+from qd2mora.mixture.tuner import (
+    MixtureModel,
     adapter_tensors,
     add_adapter,
     after_step,
@@ -15,11 +20,6 @@ from qd2mora.mixture.adapted_model import (
     routing_of,
     selection_biases,
 )
-from qd2mora.mixture.config import MixtureConfig
-from qd2mora.mixture.layer import MixtureLinear, mixture_layers
-from qd2mora.mixture.registration import register
-from qd2mora.mixture.routing import Routing
-from qd2mora.mixture.tuner import MixtureModel
 
 register(MixtureConfig, MixtureModel)
 

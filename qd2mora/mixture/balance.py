@@ -48,6 +48,7 @@ class View:
 def view(gating: Gating, counted_BT: Tensor, by_row: bool, group: Tensor | None, task: Tensor | None) -> View:
     """Arrange a gating over rows and tokens; gates of a whole row count once a row. `group`, `task`: (B,)."""
     num_rows = counted_BT.shape[0]
+    # Gates of a whole row come as (B, 1, E), static ones as (E,).
     shape = torch.broadcast_shapes(gating.probs.shape, (num_rows, 1, gating.probs.shape[-1]))
     is_of_rows = shape[1] == 1 and counted_BT.shape[1] > 1
     counted = counted_BT
@@ -78,6 +79,7 @@ def _mixtral(routed: View, penalty: Penalty) -> Tensor:
 def _mola(routed: View, penalty: Penalty) -> Tensor:
     """E sum_e f_e mean(p_e) with f the share of all choices, least at 1 (GCYZSL/MoLA)."""
     used = routed.mean(routed.used.detach())
+    # Of all choices: k a token, so that the least does not depend on k.
     share = used / used.sum(-1, keepdim=True)
     return routed.probs.shape[-1] * (share * routed.mean(routed.probs)).sum(-1)
 
@@ -114,6 +116,7 @@ def _localized(routed: View, penalty: Penalty) -> Tensor:
     summed = (routed.probs * routed.counted.unsqueeze(-1)).sum(1)
     same = routed.group[:, :1] == of_expert
     weighed = summed * (1 + penalty.delta * (2 * same.to(summed.dtype) - 1))
+    # One value for the batch; every group gets it, so that the mean over groups is it.
     value = weighed.var() / (weighed.mean().square() + 1e-10)
     return value.expand(len(weighed))
 
@@ -121,6 +124,7 @@ def _localized(routed: View, penalty: Penalty) -> Tensor:
 def _cross_entropy(routed: View, penalty: Penalty) -> Tensor:
     """Mean cross entropy of the router against the number of the row's task, one expert a task (MeteoRA)."""
     assert routed.task is not None
+    # The logits themselves, before any top-k: an expert that was not chosen learns that it should have been.
     losses = F.cross_entropy(routed.logits.flatten(0, 1), routed.task.flatten(), reduction="none")
     return routed.mean(losses.view(routed.task.shape))
 

@@ -1,7 +1,7 @@
 """The fast form as operators of torch.library, so that torch.compile takes a layer whole, without a graph break.
 
 `forward` and `backward` of `fused` run inside the operators as they do under eager autograd; the compiler sees tensors,
-names and the number of an entry that knows the rest. Keys of dropout and noise are drawn inside the forward operator
+names and a number that stands for the rest. Keys of dropout and noise are drawn inside the forward operator
 and come out as a tensor, for the backward operator to draw the same numbers.
 
 Deviation from eager: what watches the gates (penalties, load counts) reads the routing as it is when the backward pass
@@ -67,7 +67,7 @@ def _forward(
     else:
         out = y.clone(memory_format=torch.contiguous_format)
     u = fused.forward(call, out, x, tensors)
-    return out, u, _packed(draws, _num_rows(x))
+    return out, u, _keys_of(draws, _num_rows(x))
 
 
 @_forward.register_fake
@@ -95,7 +95,7 @@ def _backward(
 ) -> list[Tensor]:
     """Return the gradients of x and the tensors, empty ones where none is needed; `saved` are x, u and the keys."""
     adapter, (x, u, keys) = _adapters[number], saved
-    call = replace(adapter.call, draws=_unpacked(keys), observe=adapter.observer(x))
+    call = replace(adapter.call, draws=_draws_of(keys), observe=adapter.observer(x))
     with _autograd_inside():
         dx, grads = fused.backward(call, dy.contiguous(), x, u, list(base), tensors, needs)
     return [dy.new_empty(0) if grad is None else _alone(grad) for grad in (dx, *grads)]
@@ -137,9 +137,7 @@ _forward.register_autograd(_gradients, setup_context=_save_for_backward)
 
 def _alone(grad: Tensor) -> Tensor:
     """Return a tensor that owns its memory: what an operator returns may not share any."""
-    if grad.untyped_storage().nbytes() != grad.nbytes:
-        return grad.clone()
-    return grad.contiguous()
+    return grad.contiguous() if grad.untyped_storage().nbytes() == grad.nbytes else grad.clone()
 
 
 @contextmanager
@@ -155,12 +153,10 @@ def _autograd_inside() -> Iterator[None]:
 
 def _num_rows(x: Tensor) -> int:
     """Return the rows that have keys of their own; tokens without an axis of rows share one."""
-    if x.dim() != 3:
-        return 1
-    return x.shape[0]
+    return x.shape[0] if x.dim() == 3 else 1
 
 
-def _packed(draws: Draws | None, num_rows: int) -> Tensor:
+def _keys_of(draws: Draws | None, num_rows: int) -> Tensor:
     """Return keys and lengths (2, rows) int64, and lines and starts of packed rows below them, (4, rows).
 
     A single key stands in every row, with length -1.
@@ -172,7 +168,7 @@ def _packed(draws: Draws | None, num_rows: int) -> Tensor:
     return torch.tensor([draws.keys, draws.lengths, *zip(*draws.places or (), strict=True)])
 
 
-def _unpacked(keys: Tensor) -> Draws | None:
+def _draws_of(keys: Tensor) -> Draws | None:
     if not keys.numel():
         return None
     key, lengths, *places = keys.tolist()

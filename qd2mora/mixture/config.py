@@ -74,6 +74,7 @@ class MixtureConfig(PeftConfig):
 
     def _take_experts(self, method: Method) -> None:
         """Take what is not given of experts and ranks from the method, or from what is given of them."""
+        # A number of experts that is given is meant for every layer, whatever the method's schedule.
         if self.down is None and self.up is None and self.allocation is None:
             self.allocation = method.allocation
         if self.ranks is None and self.rank is None and method.ranks is not None:
@@ -157,6 +158,7 @@ class MixtureConfig(PeftConfig):
     @property
     def frozen_tensors(self) -> frozenset[str]:
         """Names of tensors that are never trained."""
+        # Selection biases move by the load (`after_step`), never by a gradient.
         names = {"mixture_start_A", "mixture_start_B", *(f"mixture_select_bias_{role}" for role in ROLES)}
         if self.init == "sparse":
             names.add("mixture_A")
@@ -167,6 +169,7 @@ class MixtureConfig(PeftConfig):
     @cached_property
     def all_penalties(self) -> tuple[Penalty, ...]:
         """The method's penalties with this configuration's weights; those of weight 0 are left out."""
+        # Of a kind that the method has, a weight alone is changed: its order, its delta and what it averages over stay.
         weights = dict(self.penalties or {})
         kept = [replace(each, weight=weights.pop(each.kind, each.weight)) for each in self.row.penalties]
         kept += [Penalty(kind, weight) for kind, weight in weights.items()]
@@ -190,7 +193,7 @@ class MixtureConfig(PeftConfig):
             "matrix equals it; `qd2mora merge` exports the best static approximation and measures it"
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return plain values; sets become sorted lists so that files compare equal."""
         content = super().to_dict()
         return {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
@@ -208,11 +211,7 @@ class MixtureConfig(PeftConfig):
         if row.gates.reads_task or _reads_task(content.get("gates")):
             content["num_tasks"] = num_tasks
         targets = adapter.targets or content.pop("targets", None) or list(row.targets)
-        config = cls(
-            **content,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
-        )
+        config = cls(**content, target_modules=targets, task_type="CAUSAL_LM")
         config._check_aims(num_tasks)
         return config
 
@@ -256,7 +255,7 @@ class MixtureConfig(PeftConfig):
         if self.allocation is not None:
             if method.pairing == "chain" and method.gate_up is None:
                 raise InputRefused(f"adapter.allocation: {method.name} has one up expert everywhere")
-            experts_by_layer(self.allocation, 1 << 16)
+            experts_by_layer(self.allocation, 1 << 16)  # of any depth: the model is not known yet
         if self.ranks is None:
             return
         if method.pairing != "tied":
@@ -280,6 +279,7 @@ class MixtureConfig(PeftConfig):
                     f"adapter.gates.{role}.granularity: 'batch' is refused: its mean would let rows see each other"
                 )
         counts = method.experts_of(self.num_down, self.num_up, self.rank or 1)
+        # A top-k must find enough experts in the layer that has fewest, but for those that have one and no router.
         if self.allocation is not None:
             several = [count for count in map(int, self.allocation.split("-")) if count > 1]
             counts["up"] = min(several, default=1)

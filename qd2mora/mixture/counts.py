@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from qd2mora.mixture.config import MixtureConfig
 from qd2mora.mixture.spec import Place, linear_spec
@@ -22,9 +23,8 @@ def trainable_parameters(
             if place.kind not in _targets(config, linears):
                 continue
             shared = {place.scope_key(gate.scope) for gate in config.routers.values() if gate.scope != "module"}
-            owns = not shared & owners
+            spec = linear_spec(config, replace(place, owns_router=not shared & owners))
             owners |= shared
-            spec = linear_spec(config, Place(place.key, d_in, d_out, num_layers, hidden, owns))
             total += sum(math.prod(shape) for key, shape in spec.shapes.items() if key not in spec.frozen)
             total += d_out if config.row.backend == "peft" else 0  # DoRA's magnitudes
     return total

@@ -38,10 +38,12 @@ class Draws:
         p is taken to the nearest 1 / 65,536: four masks' numbers come from each 64-bit draw, several times as fast on a
         CPU as one draw a number.
         """
+        # Never all of them: the scale 1 / (1 - p) stays finite.
         dropped = min(round(probability * _LEVELS), _LEVELS - 1)
 
         def draw(part: Tensor, generator: torch.Generator) -> Tensor:
             for block in part.view(-1).split(_BLOCK.get(part.device.type, _LONG_BLOCK)):
+                # Shifted by half the levels, because a draw of 16 bits is signed.
                 words = torch.empty(-(-block.numel() // 4), dtype=torch.int64, device=part.device)
                 levels = words.random_(-(1 << 63), None, generator=generator).view(torch.int16)
                 torch.ge(levels[: block.numel()], dropped - _LEVELS // 2, out=block)
@@ -60,7 +62,7 @@ class Draws:
         return -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log()
 
     def _fill(self, like: Tensor, purpose: int, draw: Fill) -> Tensor:
-        if self.lengths is None:
+        if self.lengths is None:  # one key for all: other people's trainers tell no rows
             return draw(
                 torch.empty_like(like, memory_format=torch.contiguous_format),
                 self._generator(like, self.keys[0], purpose),
@@ -80,6 +82,7 @@ class Draws:
 
 def mixed(*parts: int) -> int:
     """Return one 63-bit key of several numbers (splitmix64's finaliser, part by part)."""
+    # Neighbouring keys (rows 7 and 8, purposes 0 and 1) must give streams that have nothing in common.
     key = 0
     for part in parts:
         key = ((key ^ part) + _PRIME) & ((1 << 64) - 1)

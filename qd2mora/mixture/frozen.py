@@ -42,20 +42,23 @@ def layout_of(linear: nn.Module) -> WeightLayout | None:
     """Return a linear's layout; None where its own forward must run: trained, hooked, packed, or of another kind."""
     if not isinstance(linear, nn.Linear) or _is_watched(linear):
         return None
-    bias: Any = linear.bias
-    if linear.weight.requires_grad or (bias is not None and bias.requires_grad):
+    if any(parameter.requires_grad for parameter in linear.parameters(recurse=False)):
         return None
     if type(linear) is nn.Linear and type(linear.weight) is nn.Parameter:
-        return WeightLayout(linear.weight.dtype, (linear.out_features, linear.in_features), bias is not None)
+        shape, has_bias = (linear.out_features, linear.in_features), linear.bias is not None
+        return WeightLayout(linear.weight.dtype, shape, has_bias)
     return _four_bit_layout(linear)
 
 
-def tensors_of(linear: nn.Linear, layout: WeightLayout) -> list[Tensor]:
-    """Return the tensors that `layout` speaks of."""
-    weight: Any = linear.weight
-    tensors = [weight]
+def tensors_of(linear: nn.Module, layout: WeightLayout | None) -> list[Tensor]:
+    """Return the tensors that `layout` speaks of; none without one."""
+    if layout is None:
+        return []
+    assert isinstance(linear, nn.Linear)
+    tensors: list[Tensor] = [linear.weight]
     if layout.blocksize:
-        state = weight.quant_state
+        packed: Any = linear.weight
+        state = packed.quant_state
         tensors.append(state.absmax)
         if layout.nested:
             tensors += [state.offset, state.state2.absmax, state.state2.code]
@@ -78,6 +81,7 @@ def product(layout: WeightLayout, tensors: list[Tensor], x: Tensor) -> Tensor:
         bias = tensors[-1].to(layout.dtype)
     x_TD, cuts = flat(x).to(layout.dtype), _cuts(layout, tensors[0])
     if x_TD.shape[0] < MIN_TOKENS or len(cuts) == 1:
+        # As nn.Linear itself would, so that a base without an adapter and one with B = 0 agree to the bit.
         return F.linear(x.to(layout.dtype), weight(layout, tensors), bias).to(x.dtype)
     y_TO, scales = x_TD.new_empty(x_TD.shape[0], layout.shape[0]), _scales(layout, tensors)
     for start, stop in cuts:
@@ -140,7 +144,7 @@ def _rows(layout: WeightLayout, tensors: list[Tensor], scales: Tensor, start: in
     """Return rows of the dense weight, fresh; all of them in any layout, some where `_cuts` says so."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
-    # A first axis of 1 would make bitsandbytes return the transpose.
+    # (N, 1): a first axis of 1 would make bitsandbytes return the transpose.
     packed_N1, d_in = tensors[0].view(-1, 1), layout.shape[1]
     if stop - start < layout.shape[0]:
         packed_N1 = packed_N1[start * d_in // 2 : stop * d_in // 2]
@@ -164,25 +168,25 @@ def _is_watched(linear: nn.Module) -> bool:
 
 
 def _four_bit_layout(linear: nn.Linear) -> WeightLayout | None:
-    weight: Any = linear.weight
     # Only a 4-bit linear has both; its subclasses may do something else in their forward, so the class must match.
-    if type(linear).__name__ not in ("Linear4bit", "LinearNF4", "LinearFP4") or not hasattr(weight, "quant_state"):
+    is_four_bit = type(linear).__name__ in ("Linear4bit", "LinearNF4", "LinearFP4")
+    if not is_four_bit or not hasattr(linear.weight, "quant_state"):
         return None
-    state, module = weight.quant_state, linear
-    compute: Any = module.compute_dtype
+    module: Any = linear  # bitsandbytes has no types
+    state, dtype = module.weight.quant_state, module.compute_dtype
+    shape = (linear.out_features, linear.in_features)
     # Without a quantisation state the module finds it itself, and without a compute dtype it takes the first input's.
-    if (
-        state is None
-        or compute not in _FOUR_BIT_DTYPES
-        or tuple(state.shape) != (linear.out_features, linear.in_features)
-    ):
+    if state is None or dtype not in _FOUR_BIT_DTYPES or tuple(state.shape) != shape:
         return None
+    # The layout that bitsandbytes 0.50 makes for AVX512 is undone by no public function.
     if hasattr(state, "packing_format_for_cpu") and state.packing_format_for_cpu:
         return None
-    nested = state.state2.blocksize if state.nested else 0
+    nested = 0
+    if state.nested:
+        nested = state.state2.blocksize
     if nested not in (0, 256):  # bitsandbytes refuses others in its own product
         return None
-    return WeightLayout(compute, tuple(state.shape), linear.bias is not None, state.blocksize, nested, state.quant_type)
+    return WeightLayout(dtype, shape, linear.bias is not None, state.blocksize, nested, state.quant_type)
 
 
 __all__ = ["WeightLayout", "flat", "input_gradient", "layout_of", "product", "tensors_of", "weight"]

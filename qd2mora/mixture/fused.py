@@ -7,7 +7,7 @@ the backward pass: x (which the base's own backward does not need) and u. Dropou
 numbers. Where the base's product is somebody else's (trained, hooked, under autocast), or another adapter came first, y
 is given and added into.
 
-`forward` and `backward` are pure functions of tensors and a `FusedCall`; `_Mixture` calls them for eager autograd,
+`forward` and `backward` are pure functions of tensors and a `FusedCall`; `_FusedMixture` calls them for eager autograd,
 `compiled` as operators of torch.library.
 
 Deviation from the plain form in `ops`: none in exact arithmetic; in 16 bits the update is rounded once, with y.
@@ -17,10 +17,11 @@ Shapes: T tokens, D d_in, O d_out, F all rows that read x, P all ranks of the up
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, once_differentiable
 
 from qd2mora.mixture import frozen, rank_space
 from qd2mora.mixture.draws import Draws
@@ -77,6 +78,7 @@ class FusedCall:
 def forward(call: FusedCall, y: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Add the mixture of x (..., D) into y (..., O), contiguous, in place; return u (..., F) in the dtype of y."""
     downs, ups, small = call.parts(tensors)
+    # In the dtype of y, which autocast or a 4-bit base may have made narrower than x.
     u = _features(call, x.to(y.dtype), downs)
     v = rank_space.mix(call.step, u, small, call.draws)
     if call.watch is not None:
@@ -102,9 +104,11 @@ def backward(
     downs, ups, small = call.parts(tensors)
     num_downs, num_large = call.num_downs, call.num_downs + call.num_ups
     dy_TO = flat(dy)
+    # The scale goes into the narrow tensor, P wide, and not into dy, O wide.
     dv_TP = (dy_TO @ _columns(ups, dy.dtype)).mul_(call.scaling)
     dv = dv_TP.view(*u.shape[:-1], -1)
     v, du, dsmall = rank_space.through(call.step, u, small, dv, needs[num_large:], call.draws, call.observe)
+    # Gates were differentiated in float32; the large products run in the dtype of y again.
     du_TF = flat(du).to(dy.dtype)
     dups: list[Tensor | None] = [None] * len(ups)
     if any(needs[num_downs:num_large]):
@@ -119,20 +123,11 @@ def backward(
     return dx, [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
-class _MixtureContext(FunctionCtx):
-    saved_tensors: tuple[Tensor, ...]
-    needs_input_grad: tuple[bool, ...]
-    call: FusedCall
-    base: list[Tensor]
-
-
-class _Mixture(torch.autograd.Function):
+class _FusedMixture(torch.autograd.Function):
     """y (..., O) or None, x (..., D), the call, the base's tensors, then the call's tensors."""
 
     @staticmethod
-    def forward(
-        ctx: _MixtureContext, y: Tensor | None, x: Tensor, call: FusedCall, base: list[Tensor], *tensors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, y: Tensor | None, x: Tensor, call: FusedCall, base: list[Tensor], *tensors: Tensor) -> Tensor:
         if y is None:
             assert call.layout is not None
             y = frozen.product(call.layout, base, x)
@@ -146,9 +141,10 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _MixtureContext, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, u, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        # y is the base's output plus ours, so its gradient goes on to the base as it is.
         dx, grads = backward(ctx.call, dy, x, u, ctx.base, tensors, (needs[1], *needs[4:]))
         return (dy if needs[0] else None, dx, None, None, *grads)
 
@@ -161,7 +157,7 @@ def mixed_linear(
     `x` is (..., D); `downs` are (rows, D) or (M, R, D), banks first, then the routers of `step.router_rows`; `ups` are
     banks (N, O, R) or (O, ranks); `small` is what the step reads besides. Routers read x undropped.
     """
-    y: Tensor = _Mixture.apply(None, x, call, base, *downs, *ups, *small.values())
+    y: Tensor = _FusedMixture.apply(None, x, call, base, *downs, *ups, *small.values())
     return y
 
 
@@ -176,15 +172,13 @@ def add_mixture(
     # forbids adding into such a view.
     is_locked = y._is_view() and isinstance(y.grad_fn, BackwardCFunction)
     y = y.clone() if is_locked else y.contiguous()
-    added: Tensor = _Mixture.apply(y, x, call, [], *downs, *ups, *small.values())
+    added: Tensor = _FusedMixture.apply(y, x, call, [], *downs, *ups, *small.values())
     return added
 
 
 def _columns(ups: list[Tensor], dtype: torch.dtype) -> Tensor:
     columns = [ops.stack_columns(up).to(dtype) for up in ups]
-    if len(columns) == 1:
-        return columns[0]
-    return torch.cat(columns, -1)
+    return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
 
 
 def _features(call: FusedCall, x: Tensor, downs: list[Tensor]) -> Tensor:
@@ -193,6 +187,7 @@ def _features(call: FusedCall, x: Tensor, downs: list[Tensor]) -> Tensor:
         return ops.features(x, downs)
     banks = torch.cat([ops.stack_rows(bank) for bank in downs[: call.num_banks]])
     groups = call.dropout.groups(banks, len(banks))
+    # Routers read x undropped, as in the authors' code: dropout regularises experts and must not shake their choice.
     parts = [ops.features(_mask(call, x, number).mul_(x), [bank]) for number, bank in enumerate(groups)]
     if call.num_banks < len(downs):
         parts.append(ops.features(x, downs[call.num_banks :]))
@@ -222,6 +217,7 @@ def _row_gradients(
         num = _num_rows(downs[: call.num_banks])
         parts = []
         for number, du in enumerate(call.dropout.groups(du_TF[:, :num].T, num)):
+            # The mask is drawn anew from its key, and x dropped into it: nothing of either was kept.
             parts.append(du @ flat(_mask(call, x_TD.view(shape), number)).mul_(x_TD))
         d_FD = torch.cat([*parts, du_TF[:, num:].T @ x_TD])
     pieces = d_FD.split([_num_rows([matrix]) for matrix in downs])
@@ -230,6 +226,7 @@ def _row_gradients(
 
 def _column_gradients(call: FusedCall, dy_TO: Tensor, v_TP: Tensor, ups: list[Tensor]) -> list[Tensor | None]:
     """Return the gradients of the up banks."""
+    # One product for all banks, laid out as B's columns are; cut and turned by bank afterwards.
     dB_OP = (dy_TO.T @ v_TP).mul_(call.scaling)
     widths = [up.numel() // len(dB_OP) for up in ups]  # N R of a bank (N, O, R), the ranks of one (O, ranks)
     parts = zip(ups, dB_OP.split(widths, -1), strict=True)
@@ -242,6 +239,7 @@ def _input_gradient(
     """Return dx in the shape and dtype of x: what was dropped first, so that no mask lives beside the dense weight."""
     dx_TD, num, rest = None, 0, downs
     if call.dropout is not None:
+        # Dropped experts' part of dx lies under their masks, so it is made apart, before anything else is added.
         num, rest = _num_rows(downs[: call.num_banks]), downs[call.num_banks :]
         banks = _rows(downs[: call.num_banks], du_TF.dtype)
         duos = zip(call.dropout.groups(du_TF[:, :num].T, num), call.dropout.groups(banks, num), strict=True)

@@ -1,4 +1,8 @@
-"""Scores that do not come out of a linear's one product: of the task, a row's vector, a first pass, or a block."""
+"""Scores that do not come out of a linear's one product: of the task, a row's vector, a first pass, or a block.
+
+Routers that read a token's x stand in the product u = [A; routers] x, and those that read z come after it; for both
+`ops.RankStep` needs nothing from here. All others are scored before the step, which takes their logits as given.
+"""
 
 import torch
 from torch import Tensor
@@ -24,6 +28,7 @@ def given_logits(
         return None
     if gate.scope == "module":
         return _scores(role, x, tensors, routing, (adapter, f"{place.key}:{role}"), spec)
+    # One router for a block: its first adapted linear runs first, scores, and leaves the scores to the others.
     key = (adapter, f"{place.scope_key(gate.scope)}:{role}")
     if place.owns_router:
         routing.scores[key] = _scores(role, x, tensors, routing, key, spec)
@@ -36,6 +41,7 @@ def _scores(role: str, x: Tensor, tensors: dict[str, Tensor], routing: Routing, 
     if gate.input == "none":
         return tensors[f"mixture_logits_{role}"]
     if gate.select == "fixed":
+        # The row's number is the choice; an embedding has nothing to add.
         return _one_hot(_known_tasks(x, routing, spec), spec.counts[role], x)
     if gate.input == "task" or gate.reads_x:  # the latter beside the product that u holds
         return _task_scores(x, tensors, routing, spec)
@@ -50,6 +56,7 @@ def _what_is_read(gate: Gate, x: Tensor, routing: Routing) -> Tensor:
         if routing.external is None:
             raise ValueError("this adapter reads a vector of each row: pass external=(batch, width) to the model")
         vector = _for_rows(routing.external.to(x.device), x)
+        # (B, 1, W) for x (B, T, D): the same at each of the row's tokens.
         return vector.view(vector.shape[0], *([1] * (x.dim() - 2)), vector.shape[1])
     if gate.input == "hidden":
         if routing.hidden is None or routing.hidden.shape[:-1] != x.shape[:-1]:

@@ -35,9 +35,7 @@ def initial_tensor(name: str, shape: tuple[int, ...], config: MixtureConfig, spe
     if name == "mixture_task_embedding":
         return nn.init.normal_(tensor)
     if name.startswith("mixture_logits"):
-        if row.base_scale:
-            return tensor.zero_()
-        return tensor.normal_()
+        return tensor.zero_() if row.base_scale else tensor.normal_()
     if name.startswith("mixture_router") and row.router_std is not None:
         return nn.init.normal_(tensor, std=row.router_std)
     return kaiming(tensor)
@@ -66,6 +64,7 @@ def kaiming(tensor: Tensor) -> Tensor:
 def sparse(tensor: Tensor, share: float) -> Tensor:
     """Give each row floor(share * d) entries ~ N(0, 1/r^2) at random places, the rest zero (FlyLoRA; r its rank)."""
     rank, d_in = tensor.shape[-2], tensor.shape[-1]
+    # Drawn place by place for each row, without replacement: the k largest of d uniform numbers.
     number = max(1, int(share * d_in))
     places = torch.rand(tensor.shape).topk(number, -1).indices
     return tensor.zero_().scatter_(-1, places, torch.randn(*tensor.shape[:-1], number) / rank)
@@ -91,6 +90,7 @@ def _initial_core(tensor: Tensor, kind: str, scales: tuple[int, ...]) -> Tensor:
 def pissa(W_OD: Tensor, rank: int, scaling: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return the top singular part of W split evenly: s B A = U_r S_r V_r^T (arXiv 2404.02948)."""
     up, values, right = top_singular(W_OD, rank, generator)
+    # Half of each singular value on either side, as published.
     root = (values / scaling).sqrt()
     return root.unsqueeze(-1) * right, up * root
 
@@ -113,6 +113,7 @@ def top_singular(W_OD: Tensor, rank: int, generator: torch.Generator) -> tuple[T
     W = W_OD.float()
     probe = torch.randn(W.shape[1], min(2 * rank + 8, *W.shape), generator=generator).to(W.device)
     basis = torch.linalg.qr(W @ probe)[0]
+    # Powers of W W^T part the top from the rest, and orthonormalising in between keeps small directions alive.
     for _ in range(4):
         basis = torch.linalg.qr(W @ torch.linalg.qr(W.T @ basis)[0])[0]
     left, values, right = torch.linalg.svd(basis.T @ W, full_matrices=False)
@@ -135,6 +136,7 @@ class Activations:
         if self.sketch is not None:
             rows = torch.cat([self.sketch, rows])
         _, values, right = torch.linalg.svd(rows, full_matrices=False)
+        # A few directions more than wanted: what is weak now may still grow.
         kept = self.rank + 8
         self.sketch = values[:kept].unsqueeze(-1) * right[:kept]
 

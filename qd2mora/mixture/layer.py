@@ -1,5 +1,8 @@
 """MixtureLinear: a frozen linear (or block) with one or more mixtures beside it.
 
+A forward pass gathers what `fused` needs and leaves the arithmetic to it: the banks, what `gating` scores outside the
+product over x, and the frozen base where its product may join. `spec` says what an adapter has here, `ops` what K_t is.
+
 Tensors of an adapter (safetensors keys end in these); a linear has those that its method names:
 mixture_A (M, r, d_in), mixture_B (N, d_out, r), or (Q, d_in) and (d_out, P) where ranks differ; mixture_router_down
 (M, d_in), mixture_router_up (N, r) or (N, d_in) where it reads x; mixture_core; mixture_task_embedding
@@ -12,7 +15,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -73,10 +76,11 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         if place is None:
-            linear: Any = self.get_base_layer()
+            linear = cast(nn.Linear, self.get_base_layer())
             place = Place("", linear.in_features, linear.out_features)
         self.in_features, self.out_features = place.d_in, place.d_out
         self.place_key = place.key
+        # A layer's random numbers follow its name: the same whatever other linears are adapted, and in every process.
         self.layer_key = zlib.crc32(place.key.encode())
         self.routing = routing
         self.mixture_config: dict[str, MixtureConfig] = {}
@@ -131,6 +135,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         if spec.step.core == "kron":
             down, up = ops.kron_banks(down[0], up[0], spec.step.scales)
         downs, ups = [down], [up]
+        # The start comes negated, so that adding it takes it away.
         for name in ("shared", "start"):
             if f"mixture_{name}_A" in tensors:
                 downs.append(tensors[f"mixture_{name}_A"])
@@ -183,7 +188,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         """Whether a pass leaves routing out: adapters are switched off, or folded into the weight."""
         return bool(self.disable_adapters or self.merged)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return the base output plus the active adapters' (..., d_out), in the base output's dtype."""
         if self.runs_base_alone:
             if self.merged and self.disable_adapters:
@@ -207,11 +212,13 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         """Return the frozen base's layout where its product joins the first adapter's autograd function."""
         if not names or not torch.is_grad_enabled():
             return None
+        # A scaled base must be there before the mixture; under autocast the base's own forward picks its dtype.
         tensors = self.tensors(names[0])
         if names[0] in self.static_updates:
             tensors |= self.static_updates[names[0]].tensors()
         if "mixture_base_scale" in tensors or torch.is_autocast_enabled(x.device.type):
             return None
+        # Where nothing needs a gradient, nothing is saved either, and the base's own forward is as good.
         if not (x.requires_grad or any(tensor.requires_grad for tensor in tensors.values())):
             return None
         layout = frozen.layout_of(self.base_layer)
@@ -237,7 +244,8 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             y = y.clone()  # a block's last operation may need its output in the backward pass; no adding into that
         (downs, ups), small = self.banks(name), self._small(x, name)
         downs = downs + self._routers_of_x(name)
-        base = self._base_tensors(layout)
+        base = frozen.tensors_of(self.base_layer, layout)
+        # Under a compiler the call's rest (draws, observers) cannot be passed on, only a number that stands for it.
         if torch.compiler.is_compiling():
             number = self._traced(name, layout is not None, len(downs), len(ups), ",".join(small))
             return compiled.mixture(number, y, x, base, [*downs, *ups, *small.values()])
@@ -248,11 +256,6 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         if y is None:
             return mixed_linear(call, base, x, downs, ups, small)
         return add_mixture(call, y, x, downs, ups, small)
-
-    def _base_tensors(self, layout: frozen.WeightLayout | None) -> list[Tensor]:
-        if layout is None:
-            return []
-        return frozen.tensors_of(cast(nn.Linear, self.base_layer), layout)
 
     def _call(
         self, name: str, layout: frozen.WeightLayout | None, num_downs: int, num_ups: int, names: tuple[str, ...]
@@ -292,7 +295,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         update = self.static_updates[name]
         call = FusedCall(1, 1, (), ops.RankStep((update.rank,), (update.rank,)), update.scaling, layout)
         if y is None:
-            return mixed_linear(call, self._base_tensors(layout), x, [update.down], [update.up], {})
+            return mixed_linear(call, frozen.tensors_of(self.base_layer, layout), x, [update.down], [update.up], {})
         return add_mixture(call, y, x, [update.down], [update.up], {})
 
     def _features(self, x: Tensor, name: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -325,6 +328,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         if not self.mixture_config[name].row.stages or self.routing.stage is None:
             return tensors
         number = torch.arange(tensors["mixture_A"].shape[0], device=tensors["mixture_A"].device)
+        # Experts of later stages are zero (B starts there) and take no part.
         now, before = number == self.routing.stage, number < self.routing.stage
         trained = {"mixture_A": now.view(-1, 1, 1), "mixture_B": now.view(-1, 1, 1), "mixture_logits_down": before}
         return tensors | {key: torch.where(mask, tensors[key], tensors[key].detach()) for key, mask in trained.items()}
@@ -336,6 +340,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             raise ValueError(config.merge_refusal)
         with torch.no_grad():
             rows = self.rows(adapter_name).float()
+            # A static K is the same for every token: any one shows it.
             K = self.mixing(rows.new_zeros(1, 1, rows.shape[1]), adapter_name)[0, 0]
             return self.scaling(adapter_name) * self.columns(adapter_name).float() @ (K @ rows)
 
@@ -358,13 +363,13 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             weight, delta = self._dense_weight(name), self.get_delta_weight(name)
             weight.data = (weight.data.float() - delta).to(weight.dtype)
 
-    def _dense_weight(self, name: str) -> nn.Parameter:
-        linear: Any = self.get_base_layer()
+    def _dense_weight(self, name: str) -> Tensor:
+        linear = self.get_base_layer()
         if "mixture_base_scale" in self.tensors(name) or not isinstance(linear, nn.Linear):
             raise ValueError("this adapter scales its base or stands beside a block; use `qd2mora merge`")
         if not linear.weight.is_floating_point():
             raise ValueError("a 4-bit base cannot take a merge: the update is lost in rounding; use `qd2mora merge`")
-        return cast(nn.Parameter, linear.weight)
+        return linear.weight
 
     def __repr__(self) -> str:
         return "mixture." + super().__repr__()
@@ -377,15 +382,11 @@ def mixture_layers(model: nn.Module) -> dict[str, MixtureLinear]:
 
 
 def _draws_of(routing: Routing, layer_key: int, is_random: bool) -> Draws | None:
-    if not is_random:
-        return None
-    return routing.draws(layer_key)
+    return routing.draws(layer_key) if is_random else None
 
 
 def _observer_of(spec: LinearSpec, routing: Routing, name: str, is_training: bool, x: Tensor) -> Observer | None:
-    if not is_training:
-        return None
-    return Observer.of(spec, routing, name, x)
+    return Observer.of(spec, routing, name, x) if is_training else None
 
 
 __all__ = ["TENSORS", "MixtureLinear", "mixture_layers"]

@@ -94,13 +94,10 @@ class Method:
         """Return what a router of each role chooses among, in a linear of so many experts of this rank."""
         return {"down": down, "up": up, "core": self.cores, "rank": rank}
 
-    def penalty_weight(self, kind: str) -> float:
-        """Return the weight of one kind of penalty; 0 where the method has none."""
-        return sum(penalty.weight for penalty in self.penalties if penalty.kind == kind)
-
 
 def check_counts(method: Method, down: int, up: int) -> None:
     """Refuse expert counts that a method forbids. Raises InputRefused."""
+    # Several experts under no gate would be a single one, their sum.
     for bank, count, gate in (("down", down, method.gate_down), ("up", up, method.gate_up)):
         if method.pairing == "chain" and gate is None and count != 1:
             raise InputRefused(f"adapter.{bank}.experts: {method.name} has one {bank} expert, {count} given")

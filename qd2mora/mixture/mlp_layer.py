@@ -25,10 +25,9 @@ expert's.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qd2mora.errors import InputRefused
 from qd2mora.mixture.config import MixtureConfig
@@ -55,7 +54,7 @@ class MixtureMLPLinear(MixtureLinear):
         is_part = config.row.placement == "mlp" and spec.place.kind in MLP and spec.gate("down") is not None
         return is_part and not (spec.place.kind == LAST and spec.place.owns_router)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return (K, ..., O) of x (..., D) in an MLP's first linears, (..., O) of (K, ..., D) in its last.
 
         Where no active adapter mixes whole MLPs, or a static one stands in for it, what `MixtureLinear` returns. Raises
@@ -75,6 +74,7 @@ class MixtureMLPLinear(MixtureLinear):
         found = [name for name in names if name not in self.static_updates and self.mixes_whole_mlps(name)]
         if not found:
             return None
+        # Its slots are an axis that another adapter's linears would not know.
         if len(names) > 1:
             others = ", ".join(name for name in names if name != found[0])
             raise ValueError(f"adapter '{found[0]}' mixes whole MLPs and runs alone on them; deactivate {others}")
@@ -91,6 +91,7 @@ class MixtureMLPLinear(MixtureLinear):
             assert logits is not None
             of_mlp = MLPGate(gate, tensors.get("mixture_select_bias_down"))
             self.routing.slots[_key(spec.place, name)] = of_mlp.slots(logits, x.shape[:-1])
+        # The base reads the token alone and so runs once; slots differ in rank space, and in what is added to it.
         y = self.base_layer(x)
         slots = self._slots(name)
         u = self._slot_features(x, name, y.dtype, slots)
@@ -107,7 +108,8 @@ class MixtureMLPLinear(MixtureLinear):
         """Sum over slots before the base: sum_k g_k W2 h_k = W2 (sum_k g_k h_k), because W2 is linear."""
         spec, slots = self.mixture_spec[name], self._slots(name)
         y: Tensor = self.base_layer(slots.mean(h))
-        linear: Any = self.get_base_layer()
+        linear = self.get_base_layer()
+        assert isinstance(linear, nn.Linear)
         if linear.bias is not None and not slots.is_mean:
             # The base added its bias once; every slot has it, as often as the slot counts.
             y = y + ((slots.weight.sum(0) - 1).unsqueeze(-1) * linear.bias).to(y.dtype)

@@ -50,19 +50,19 @@ class Observer:
             gate = self.spec.gate(role)
             assert gate is not None
             if gate.bias_rate:
+                # Counted here and not in the forward pass, which recomputing layers runs twice.
                 used = gating.used.detach() * self.counted.to(gating.probs.dtype).unsqueeze(-1)
                 self.routing.add_counts((self.adapter, f"{self.spec.place.key}:{role}"), used.flatten(0, -2).sum(0))
             if gate.select == "sample" and self.routing.advantage is not None:
                 terms.append(self._policy(gating, gate.temperature))
+            # A router that several linears share is punished once, where it stands.
             if gate.scope == "module" or self.spec.place.owns_router:
                 terms += [self._penalty(gating, number) for number in range(len(self.spec.penalties))]
         if not terms:
             return None
         total = torch.stack(terms).sum()
         # A router that is not trained, or has nothing to learn, gives a value without a gradient.
-        if not total.requires_grad:
-            return None
-        return total
+        return total if total.requires_grad else None
 
     def _penalty(self, gating: Gating, number: int) -> Tensor:
         penalty = self.spec.penalties[number]
@@ -75,9 +75,7 @@ class Observer:
         value = balance.PENALTIES[penalty.kind](seen, penalty).mean()
         # A mean over rows counts by this micro batch's share of the step's rows, one over tokens by that of its tokens.
         of_tokens, of_rows = self.routing.share
-        share = of_tokens
-        if by_row or seen.is_of_rows:
-            share = of_rows
+        share = of_rows if by_row or seen.is_of_rows else of_tokens
         weighed = penalty.weight * share * value
         self.routing.add_value(penalty.kind, weighed.detach())
         return self.routing.loss_scale * weighed

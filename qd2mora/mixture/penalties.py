@@ -33,6 +33,7 @@ def pairwise_overlap(banks: Iterable[Tensor]) -> Tensor:
 
 def groups_of(banks: Iterable[Tensor]) -> list[list[Tensor]]:
     """Return the banks that count, those of one shape together, at most `AT_ONCE` entries or one bank in a group."""
+    # Sorted by shape, so that all modules of one kind (q_proj of every layer) stack.
     several = sorted((bank for bank in banks if bank.dim() == 3 and bank.shape[0] > 1), key=_shape)
     groups = []
     for _, group in groupby(several, key=_shape):
@@ -53,6 +54,7 @@ def _overlap_of_one_shape(banks: Tensor) -> Tensor:
     # sqrt has an infinite slope at zero; a zero expert must get a zero gradient instead.
     is_zero = squared_LE <= 0
     norm_LE = torch.where(is_zero, torch.zeros_like(squared_LE), torch.where(is_zero, 1.0, squared_LE).sqrt()) + EPS
+    # eps outside the root, as in the authors' code.
     cos_LEE = gram_LEE / (norm_LE.unsqueeze(1) * norm_LE.unsqueeze(2))
     return cos_LEE.abs().triu(1).sum()
 
@@ -68,6 +70,7 @@ def subspace_overlap(banks: Iterable[Tensor], axis: int) -> Tensor:
     for bank in banks:
         if bank.dim() == 3 and bank.shape[0] > 1:
             rows_ERX = bank.movedim(1 + axis, 1).float()
+            # |P_i P_j^T|_F^2 for all pairs: blocks of one Gram matrix over all ranks of all experts.
             num, rank, _ = rows_ERX.shape
             stacked = rows_ERX.flatten(0, 1)
             gram = (stacked @ stacked.T).view(num, rank, num, rank).square().sum((1, 3))
@@ -83,6 +86,7 @@ def task_contrast(tables: Iterable[Tensor], temperature: float = 0.1) -> Tensor:
     """
     losses = []
     for table in tables:
+        # Each task is its own positive: what is left to learn is to be unlike the others.
         unit = torch.nn.functional.normalize(table[:-1].float(), dim=-1)
         likeness = unit @ unit.T / temperature
         losses.append((likeness.logsumexp(-1) - likeness.diagonal()).mean())

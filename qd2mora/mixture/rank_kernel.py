@@ -11,7 +11,6 @@ Shapes: T tokens, F rows that read x, M down experts, N up experts, R rank, P = 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -60,11 +59,14 @@ def through(step: RankStep, u_ext: Tensor, small: Small, dv: Tensor) -> tuple[Te
     v_TP = torch.empty(len(u_TF), step.width_up + step.shared, dtype=torch.float32, device=u_TF.device)
     du_TF = torch.empty(u_TF.shape, dtype=torch.float32, device=u_TF.device)
     router, grid = small.get("router_up"), kernel.grid(len(u_TF))
-    # Each block's share of the router's gradient, added up afterwards in a fixed order.
-    parts = v_TP if router is None else v_TP.new_empty(grid[0], *router.shape)
-    given = u_TF if router is None else router.contiguous()
+    parts, given = v_TP, u_TF  # any pointers do for a router that is not there
+    if router is not None:
+        # Each block's share of the router's gradient, added up afterwards in a fixed order: no atomics.
+        parts, given = v_TP.new_empty(grid[0], *router.shape), router.contiguous()
     _backward[grid](u_TF, given, dv_TP, v_TP, du_TF, parts, len(u_TF), **kernel.constants)
-    drouter = None if router is None else parts.sum(0).to(router.dtype)
+    drouter = None
+    if router is not None:
+        drouter = parts.sum(0).to(router.dtype)
     lead = u_ext.shape[:-1]
     return v_TP.view(*lead, -1), du_TF.view(*lead, -1), drouter
 
@@ -73,7 +75,7 @@ def through(step: RankStep, u_ext: Tensor, small: Small, dv: Tensor) -> tuple[Te
 class _KernelConstants:
     """A step as the kernels' compile-time constants."""
 
-    constants: dict[str, Any]
+    constants: dict[str, int | bool | float]
 
     @classmethod
     def of(cls, step: RankStep) -> "_KernelConstants":
@@ -88,8 +90,8 @@ class _KernelConstants:
                 **widths,
                 "SHARED": step.shared_scaling,
                 "TIED": step.pairing == "tied",
-                "DOWN_AT": step.places["down"].start if "down" in step.places else -1,
-                "UP_AT": step.places["up"].start if "up" in step.places else -1,
+                "DOWN_AT": _first_row(step, "down"),
+                "UP_AT": _first_row(step, "up"),
                 "UP_Z": up is not None and up.input == "z",
                 **_fields("DOWN", down, num_down),
                 **_fields("UP", up, num_up),
@@ -100,12 +102,24 @@ class _KernelConstants:
         return (triton.cdiv(tokens, self.constants["BT"]),)
 
 
-def _fields(role: str, gate: Gate | None, num_experts: int) -> dict[str, Any]:
-    chosen = 0 if gate is None or gate.select == "all" or (gate.top_k or 0) >= num_experts else gate.top_k
+def _first_row(step: RankStep, role: str) -> int:
+    """Return where a router's rows stand in u, -1 where they do not."""
+    if role not in step.places:
+        return -1
+    return int(step.places[role].start)
+
+
+def _fields(role: str, gate: Gate | None, num_experts: int) -> dict[str, int | bool | float]:
+    """Return a gate as constants: how many are chosen (0 is all), whether they are renormalised, 1 / temperature."""
+    if gate is None:
+        return {f"{role}_K": 0, f"{role}_RENORM": False, f"{role}_SHARP": 1.0}
+    chosen = gate.top_k or 0
+    if gate.select == "all" or chosen >= num_experts:
+        chosen = 0
     return {
         f"{role}_K": chosen,
-        f"{role}_RENORM": gate is not None and gate.weight == "renorm",
-        f"{role}_SHARP": 1.0 if gate is None else 1.0 / gate.temperature,
+        f"{role}_RENORM": gate.weight == "renorm",
+        f"{role}_SHARP": 1.0 / gate.temperature,
     }
 
 
@@ -132,6 +146,7 @@ def _decide(scores, is_expert, K: tl.constexpr, RENORM: tl.constexpr, SHARP: tl.
     probs = powers / tl.sum(powers, 1)[:, None]
     chosen = tl.where(is_expert[None, :], 1.0, 0.0) + tl.zeros_like(probs)
     if K > 0:
+        # The best of what is left, K times; of equal scores the first.
         number = tl.arange(0, EP)[None, :] + tl.zeros(scores.shape, tl.int32)
         left, chosen = masked, tl.zeros_like(probs)
         for _ in tl.static_range(K):
@@ -149,6 +164,7 @@ def _decide(scores, is_expert, K: tl.constexpr, RENORM: tl.constexpr, SHARP: tl.
 @triton.jit
 def _decide_back(dweight, probs, chosen, weight, RENORM: tl.constexpr, SHARP: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the gradient of the scores."""
+    # The softmax's own gradient, over the chosen where they are renormalised, over all where they are not.
     if RENORM:
         return weight * (dweight - tl.sum(weight * dweight, 1)[:, None]) * SHARP
     dprobs = dweight * chosen
@@ -185,7 +201,7 @@ def _forward(  # type: ignore[no-untyped-def]
 ):
     t, m, n, r = _places(BT, MP, NP, RP)
     is_token, is_down, is_up, is_rank = t < T, m < M, n < N, r < R
-    at = t.to(tl.int64)
+    at = t.to(tl.int64)  # T x F passes 2^31 in long batches
     u = _cube(u_ptr, at, m, r, is_token, is_down, is_rank, F, R)
     if DOWN_AT >= 0:
         scores = _square(u_ptr + DOWN_AT, at, m, is_token, is_down, F)
@@ -246,6 +262,7 @@ def _backward(  # type: ignore[no-untyped-def]
     is_token, is_down, is_up, is_rank = t < T, m < M, n < N, r < R
     at = t.to(tl.int64)
     u = _cube(u_ptr, at, m, r, is_token, is_down, is_rank, F, R)
+    # The forward pass again, then back through it; gates and z are never stored between the passes.
     mixed = u
     if DOWN_AT >= 0:
         scores = _square(u_ptr + DOWN_AT, at, m, is_token, is_down, F)
@@ -273,6 +290,7 @@ def _backward(  # type: ignore[no-untyped-def]
             dscores = _decide_back(dup, up_probs, up_chosen, up, UP_RENORM, UP_SHARP)
             if UP_Z:
                 dz += tl.sum(dscores[:, :, None] * router[None, :, :], 1)
+                # Tokens past the end add nothing to the sum over tokens.
                 live = tl.where(is_token[:, None], dscores, 0.0)
                 drouter = tl.sum(live[:, :, None] * z[:, None, :], 0)
                 place = drouter_ptr + tl.program_id(0) * N * R + n[:, None] * R + r[None, :]

@@ -38,9 +38,11 @@ def through(
     What `observe` makes of the gates (penalties on routing) joins the loss here; it needs the twin's autograd.
     """
     kernel = _kernel_for(step, u, small)
+    # Penalties want gradients of probabilities and logits, which the kernels do not hand out.
     if kernel is not None and observe is None:
         v, du, drouter = kernel.through(step, u, small, dv.float())
         return v, du, [drouter if need else None for need in needs]
+    # A graph of its own, for tensors of rank width alone: the outer one never sees the step's many small operations.
     leaf = wide(u).detach().requires_grad_()
     leaves = {
         name: tensor.detach().requires_grad_(need) for (name, tensor), need in zip(small.items(), needs, strict=True)
@@ -56,7 +58,7 @@ def through(
         grads.append(torch.ones_like(extra))
     wanted = [leaf, *(tensor for tensor in leaves.values() if tensor.requires_grad)]
     du, *found = torch.autograd.grad(outputs, wanted, grads, allow_unused=True)
-    if du is None:  # no gate and no rank read u: a step may be constant
+    if du is None:  # autograd found no way from v to u
         du = torch.zeros_like(leaf)
     of_leaf = iter(found)
     return v.detach(), du, [next(of_leaf) if tensor.requires_grad else None for tensor in leaves.values()]
@@ -64,6 +66,7 @@ def through(
 
 def runs_kernels(u: Tensor) -> bool:
     """Tell whether a tensor lies where kernels run: really on a GPU, not a stand-in for shapes alone."""
+    # FakeTensor and DTensor are Tensors on "cuda" as well; a kernel would take their storage for real.
     return u.is_cuda and type(u) in (Tensor, torch.nn.Parameter)
 
 
@@ -79,9 +82,8 @@ def _kernel_for(step: RankStep, u: Tensor, small: dict[str, Tensor]) -> ModuleTy
 @functools.cache
 def _kernel() -> ModuleType | None:
     """Return the kernels' module; Triton comes with torch where there is a GPU, and is not needed elsewhere."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module("qd2mora.mixture.rank_kernel")
+    found = importlib.util.find_spec("triton") is not None
+    return importlib.import_module("qd2mora.mixture.rank_kernel") if found else None
 
 
 __all__ = ["Observe", "mix", "runs_kernels", "through"]

@@ -53,6 +53,7 @@ class Routing(Text):
 
     def tasks_among(self, num_tasks: int) -> Tensor:
         """Return task_index, looked at once a pass: a look waits for the device. Raises ValueError."""
+        # Every layer asks; the device is waited for once, at the first.
         index = self.task_index
         if index is None:
             raise ValueError("this adapter routes by task: pass task_index=(batch,) to the model's forward")
@@ -72,9 +73,7 @@ class Routing(Text):
 
     def counted(self, like: Tensor) -> Tensor:
         """Return (B, T) of ones at the tokens that count, for `like` (B, T, ...); zeros for rows that no one counts."""
-        if not self.is_counted:
-            return torch.zeros(like.shape[:2], device=like.device)
-        return super().counted(like)
+        return super().counted(like) if self.is_counted else torch.zeros(like.shape[:2], device=like.device)
 
     def add_value(self, name: str, value: Tensor) -> None:
         """Add what a penalty adds to the loss in this micro batch to the step's sum."""

@@ -9,10 +9,11 @@ of what is averaged.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from qd2mora.mixture.draws import Draws
 from qd2mora.mixture.rank_space import Observe
@@ -41,6 +42,7 @@ class Slots:
         else:
             repeats = torch.tensor(sizes, device=self.which.device)
             chosen = self.which.repeat_interleave(repeats, -1, output_size=sum(sizes))
+        # A shared expert takes part in every slot.
         if not step.shared:
             return chosen
         shared = chosen.new_full((*chosen.shape[:-1], step.shared), step.shared_scaling)
@@ -72,7 +74,7 @@ class MLPGate:
         """Return the slots of logits that broadcast to (*tokens, E)."""
         gating = self.gating(logits)
         num_experts = logits.shape[-1]
-        # Chosen experts before others, likelier ones first.
+        # Chosen experts before others, likelier ones first: `used` is 0 or 1, probabilities stay within 1.
         order = (2 * gating.used + gating.probs).detach()
         places = order.topk(num_slots(self.gate, num_experts), -1).indices
         which = torch.zeros(*places.shape, num_experts, dtype=order.dtype, device=order.device)
@@ -85,7 +87,7 @@ class MLPGate:
         match self.gate.weight:
             case "renorm":
                 return True
-            case "straight_through":
+            case "straight_through":  # omega on each of the k chosen
                 return self.gate.omega * (self.gate.top_k or 1) == 1
             case "softmax":
                 return self.gate.select in ("all", "fixed")
@@ -100,11 +102,6 @@ def num_slots(gate: Gate, num_experts: int) -> int:
     return min(limits.get(gate.select, num_experts), num_experts)
 
 
-class _WeightedSlotsContext(FunctionCtx):
-    saved_tensors: tuple[Tensor, Tensor]
-    is_mean: bool
-
-
 class _WeightedSlots(torch.autograd.Function):
     """sum_k g_k h_k (..., F) of h (K, ..., F); where the weights sum to one, h_0 + sum_{k>0} g_k (h_k - h_0).
 
@@ -113,7 +110,7 @@ class _WeightedSlots(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: _WeightedSlotsContext, h: Tensor, weight: Tensor, is_mean: bool) -> Tensor:
+    def forward(ctx: Any, h: Tensor, weight: Tensor, is_mean: bool) -> Tensor:
         ctx.save_for_backward(h, weight)
         ctx.is_mean = is_mean
         first, rest = ops.wide(h[0]), zip(h[1:], weight[1:].unsqueeze(-1), strict=True)
@@ -129,9 +126,10 @@ class _WeightedSlots(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _WeightedSlotsContext, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         h, weight = ctx.saved_tensors
         dh, dweight = torch.empty_like(h), torch.zeros_like(weight)
+        # Slot by slot: a product over all of them would be K times the width of the MLP in float32.
         wide_dy = ops.wide(dy)
         first: Tensor | float = 0.0
         if ctx.is_mean:
@@ -165,12 +163,6 @@ class SlotDropout:
         return torch.stack([self.draws.keep(like, self.probability, number) for number in range(self.masks)])
 
 
-class _DroppedContext(FunctionCtx):
-    dropout: SlotDropout
-    shape: torch.Size
-    has_slots: bool
-
-
 class _Dropped(torch.autograd.Function):
     """x times its mask, each mask drawn again in the backward pass instead of kept.
 
@@ -178,22 +170,16 @@ class _Dropped(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: _DroppedContext, x: Tensor, dims: int, dropout: SlotDropout) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dims: int, dropout: SlotDropout) -> Tensor:
         ctx.dropout, ctx.shape, ctx.has_slots = dropout, x.shape, x.dim() > dims
         return x * dropout.mask(x[0] if ctx.has_slots else x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _DroppedContext, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        # x without slots, several masks: dy has an axis that x lacks, and sums over it.
         like = dy[0] if dy.dim() > len(ctx.shape) or ctx.has_slots else dy
         return (dy * ctx.dropout.mask(like)).sum_to_size(ctx.shape), None, None
-
-
-class _ObservedContext(FunctionCtx):
-    saved_tensors: tuple[Tensor]
-    needs_input_grad: tuple[bool, ...]
-    gating: Callable[[Tensor], Gating]
-    observe: Observe
 
 
 class Observed(torch.autograd.Function):
@@ -203,16 +189,14 @@ class Observed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: _ObservedContext, y: Tensor, logits: Tensor, gating: Callable[[Tensor], Gating], observe: Observe
-    ) -> Tensor:
+    def forward(ctx: Any, y: Tensor, logits: Tensor, gating: Callable[[Tensor], Gating], observe: Observe) -> Tensor:
         ctx.save_for_backward(logits)
         ctx.gating, ctx.observe = gating, observe
         return y.view_as(y)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _ObservedContext, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (logits,) = ctx.saved_tensors
         leaf = logits.detach().requires_grad_()
         with torch.enable_grad():

@@ -29,9 +29,7 @@ class Place:
     def layer(self) -> int:
         """The decoder layer, 0 where the name tells none."""
         found = re.search(r"\.(\d+)\.", f".{self.key}.")
-        if not found:
-            return 0
-        return int(found[1])
+        return int(found[1]) if found else 0
 
     @property
     def kind(self) -> str:
@@ -40,9 +38,7 @@ class Place:
 
     def scope_key(self, scope: str) -> str:
         """Name what a router of this scope serves."""
-        if scope == "module":
-            return self.key
-        return self.key.rpartition(".")[0]
+        return self.key if scope == "module" else self.key.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -158,12 +154,13 @@ def _router_shapes(config: MixtureConfig, place: Place, role: str, gate: Gate, n
     shapes: dict[str, tuple[int, ...]] = {}
     if gate.bias_rate:
         shapes[f"mixture_select_bias_{role}"] = (num,)
+    # A load bias steers this linear's choice; the router itself stands in the first linear of its scope.
     if gate.scope != "module" and not place.owns_router:
         return shapes
     if gate.input == "none":
         return shapes | {f"mixture_logits_{role}": (num,)}
     if gate.input == "self" or gate.select == "fixed":
-        return shapes
+        return shapes  # ranks score themselves, and a task's number is its expert
     if gate.input in ("task", "task+x"):
         width = config.task_embedding
         assert config.num_tasks is not None and width is not None

@@ -2,9 +2,9 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -66,7 +66,7 @@ def _read_lora(folder: Path, key: str) -> TrainedLora:
     return TrainedLora(folder, rank, alpha / divisor, pairs)
 
 
-def _is_special(settings: dict[str, Any]) -> bool:
+def _is_special(settings: Mapping[str, object]) -> bool:
     """Whether a configuration does more than s B A, or not the same everywhere."""
     if settings["peft_type"] == "QD2MORA":
         return settings.get("method") != "lora" or bool(settings.get("shared"))

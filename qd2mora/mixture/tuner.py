@@ -1,21 +1,28 @@
-"""MixtureModel: puts mixtures into a model for PEFT, and runs it."""
+"""MixtureModel: puts mixtures into a model for PEFT and runs it; and what others ask of an adapted model."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qd2mora.errors import InputRefused
 from qd2mora.mixture.config import MixtureConfig
 from qd2mora.mixture.layer import MixtureLinear, mixture_layers
 from qd2mora.mixture.method import MLP
 from qd2mora.mixture.mlp_layer import MixtureMLPLinear, refuse_open_blocks, refuse_unfit
+from qd2mora.mixture.penalties import groups_of, pairwise_overlap, subspace_overlap, task_contrast
 from qd2mora.mixture.registration import PREFIX
 from qd2mora.mixture.routing import Routing
 from qd2mora.mixture.spec import Place, linear_spec
+from qd2mora.mixture.trained_loras import TrainedLora
+from qd2mora.routed import ops
 from qd2mora.routed.gate import STATIC
 from qd2mora.routed.text import watch_passes
 
@@ -55,9 +62,16 @@ class MixtureModel(BaseTuner):
             for layer in enabled:
                 layer.enable_adapters(True)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
         """Put the adapter's layers in. Raises InputRefused where they do not fit together."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         refuse_open_blocks(mixture_layers(model).values(), adapter_name)
 
     def _create_and_replace(  # type: ignore[override]  # meets its own configuration only
@@ -68,7 +82,7 @@ class MixtureModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional_kwargs: Any,
+        **optional_kwargs: object,
     ) -> None:
         refuse_unfit(peft_config, current_key)
         place = self._place(peft_config, adapter_name, target, current_key)
@@ -79,13 +93,14 @@ class MixtureModel(BaseTuner):
         if place.kind in MLP:  # whatever the method: a second adapter here may mix whole MLPs where the first does not
             kind = MixtureMLPLinear
         layer = kind(target, adapter_name, peft_config, self.routing, place)
+        # An adapter that is added beside an active one waits untrained, as PEFT's own do.
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _place(self, config: MixtureConfig, adapter_name: str, target: nn.Module, key: str) -> Place:
-        text_config: Any = getattr(self.model, "config", None)
-        hidden = getattr(text_config, "hidden_size", 0)
+        model_config = getattr(self.model, "config", None)
+        hidden = getattr(model_config, "hidden_size", 0)
         linear = target
         if isinstance(target, MixtureLinear):
             linear = target.get_base_layer()
@@ -95,23 +110,24 @@ class MixtureModel(BaseTuner):
             d_in = d_out = hidden
         else:
             raise InputRefused(f"adapter.targets: {key} is a {type(linear).__name__}; mixtures go on linears")
-        place = Place(key, d_in, d_out, getattr(text_config, "num_hidden_layers", 1), hidden)
+        place = Place(key, d_in, d_out, getattr(model_config, "num_hidden_layers", 1), hidden)
         spec = linear_spec(config, place)
+        # PEFT meets linears in the order of the model's modules, which is that of execution: the first owns.
         scopes = {gate.scope for _, gate in spec.step.gates} - {"module"}
         owns = all(
             self._router_owners.setdefault((adapter_name, place.scope_key(scope)), key) == key for scope in scopes
         )
-        return Place(key, d_in, d_out, place.num_layers, hidden, owns)
+        return replace(place, owns_router=owns)
 
     def forward(
         self,
-        *args: Any,
+        *args: object,
         task_index: Tensor | None = None,
         group: Tensor | None = None,
         external: Tensor | None = None,
         prompt_mask: Tensor | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> object:
         """Run the adapted model; what is said of the rows stays set for the backward pass, until the next call."""
         routing = self.routing
         routing.task_index, routing.group, routing.external = task_index, group, external
@@ -123,8 +139,8 @@ class MixtureModel(BaseTuner):
         return self.model.forward(*args, **kwargs)
 
     def generate(
-        self, *args: Any, task_index: Tensor | None = None, external: Tensor | None = None, **kwargs: Any
-    ) -> Any:
+        self, *args: object, task_index: Tensor | None = None, external: Tensor | None = None, **kwargs: object
+    ) -> object:
         """Continue texts with the routed adapter inside; the whole input is the prompt, whose routing is kept.
 
         Rows told before (`read_rows`) stay where this call names none.
@@ -146,6 +162,7 @@ class MixtureModel(BaseTuner):
         for (adapter, key), used in self.routing.counts.items():
             name, _, role = key.rpartition(":")
             layer = layers[name]
+            # Every process counted its own rows; the bias must move alike everywhere.
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(used)
             gate = layer.mixture_spec[adapter].gate(role)
@@ -163,4 +180,165 @@ class MixtureModel(BaseTuner):
                 raise ValueError(config.merge_refusal)
 
 
-__all__ = ["MixtureModel"]
+def add_adapter(model: nn.Module, config: MixtureConfig, seed: int) -> PeftModel:
+    """Put a mixture on a model; its initial values depend on the seed and the order of the linears alone.
+
+    Raises InputRefused where a target matches no linear.
+    """
+    _refuse_unmatched(model, config)
+    # Initial values come from torch's global generator (PEFT hands none on), which is put back afterwards.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, _on_backend(config))
+    if getattr(model, "is_gradient_checkpointing", False) and isinstance(model, PreTrainedModel):
+        model.disable_input_require_grads()  # PEFT asks for them as transformers does: see enable_checkpointing
+    return adapted
+
+
+def _refuse_unmatched(model: nn.Module, config: MixtureConfig) -> None:
+    """Raise InputRefused where a target matches no linear, or no module where the method stands beside any."""
+    is_beside_blocks = config.row.placement == "block"
+    names = [name for name, module in model.named_modules() if is_beside_blocks or isinstance(module, nn.Linear)]
+    for target, pattern in _patterns(config.target_modules).items():
+        if not any(re.fullmatch(pattern, name) for name in names):
+            there = sorted({name.rpartition(".")[2] for name in names})
+            raise InputRefused(f"adapter.targets: '{target}' matches no linear; there are {', '.join(there)}")
+
+
+def _patterns(targets: list[str] | str | None) -> dict[str, str]:
+    """Return what each target matches: a list names the last parts of modules, a text is itself a pattern."""
+    if targets == "all-linear":
+        return {}
+    if isinstance(targets, str):
+        return {targets: targets}
+    return {target: rf"(.*\.)?{re.escape(target)}" for target in targets or ()}
+
+
+def _on_backend(config: MixtureConfig) -> PeftConfig:
+    """Return the configuration itself, or PEFT's own where the method runs on PEFT's implementation (DoRA)."""
+    if config.row.backend == "ours":
+        return config
+    assert config.rank is not None and config.alpha is not None
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides by the rank alone
+        lora_dropout=config.dropout,
+        use_rslora=config.rank_stabilized,
+        use_dora=True,
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        task_type=config.task_type,
+    )
+
+
+def load_experts(layers: dict[str, MixtureLinear], loras: list[TrainedLora], adapter_name: str = "default") -> None:
+    """Copy trained LoRAs into the paired banks of adapted linears, expert e from the e-th.
+
+    An expert keeps its own scale: B_e is multiplied by s_e / s, where s is the mixture's. A linear that one of them
+    does not adapt gets a zero expert there. Raises InputRefused where a LoRA was trained on a linear of another size,
+    or on linears that are not adapted here.
+    """
+    for lora in loras:
+        missing = sorted(set(lora.pairs) - set(layers))
+        if missing:
+            raise InputRefused(f"adapter.adapters: {lora.folder} adapts {missing[0]}, which is not adapted here")
+    for name, layer in layers.items():
+        spec, tensors = layer.mixture_spec[adapter_name], layer.tensors(adapter_name)
+        downs, ups = [], []
+        for lora, rank in zip(loras, spec.step.ranks_down, strict=True):
+            nothing = (torch.zeros(rank, layer.in_features), torch.zeros(layer.out_features, rank))
+            down, up = lora.pairs.get(name, nothing)
+            if down.shape != (rank, layer.in_features) or up.shape != (layer.out_features, rank):
+                raise InputRefused(
+                    f"adapter.adapters: {lora.folder}: {name} is {up.shape[0]} x {down.shape[1]} there and "
+                    f"{layer.out_features} x {layer.in_features} here: another base?"
+                )
+            downs.append(down)
+            ups.append(up * (lora.scaling / spec.scaling))
+        with torch.no_grad():
+            # One below the other, side by side: a bank of equal ranks is the same, cut by expert.
+            tensors["mixture_A"].copy_(torch.cat(downs).view(tensors["mixture_A"].shape))
+            tensors["mixture_B"].copy_(ops.unstack_columns(torch.cat(ups, -1), tensors["mixture_B"].shape))
+
+
+def routing_of(model: nn.Module) -> Routing | None:
+    """Return what a PEFT model's routers are told, None where its adapters are not mixtures."""
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, MixtureModel):
+        return None
+    return tuner.routing
+
+
+def read_rows(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """Tell a model's routers what a collated batch says of its rows; where there are none, do nothing."""
+    routing = routing_of(model)
+    if routing is not None:
+        routing.read(batch)
+
+
+def reads_first_pass(model: nn.Module) -> bool:
+    """Whether a router of an active adapter reads a first pass: then there is no cache while decoding."""
+    tuner = getattr(model, "base_model", None)
+    return isinstance(tuner, MixtureModel) and tuner.reads_first_pass()
+
+
+def selection_biases(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the tensors that `after_step` moves, by name: part of what a run is, though nothing trains them."""
+    return {name: tensor for name, tensor in model.named_parameters() if ".mixture_select_bias_" in name}
+
+
+def adapter_tensors(model: nn.Module, adapter_name: str = "default") -> list[Tensor]:
+    """Return all tensors of an adapter, trained or not, layer by layer."""
+    return [tensor for layer in mixture_layers(model).values() for tensor in layer.tensors(adapter_name).values()]
+
+
+def after_step(model: nn.Module) -> None:
+    """Do what a model's mixtures do once an optimiser step: move the selection biases against the load."""
+    tuner = getattr(model, "base_model", None)
+    if isinstance(tuner, MixtureModel):
+        tuner.after_step()
+
+
+def orthogonality(model: nn.Module, adapter_name: str = "default") -> tuple[Tensor, Tensor]:
+    """Return the two halves of the orthogonality penalty (down bank, up bank), unweighted float32 scalars."""
+    halves = [pairwise_overlap(_tensors(model, adapter_name, name)) for name in ("mixture_A", "mixture_B")]
+    return halves[0], halves[1]
+
+
+def penalty_terms(
+    model: nn.Module, kind: str, adapter_name: str = "default"
+) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
+    """Yield the terms of one penalty that reads weights: whose tensors, the unweighted float32 scalar, the tensors.
+
+    Terms share no tensor, so each may be differentiated before the next is made: their sum never holds memory.
+    """
+    if kind == "task_contrast":
+        tables = _tensors(model, adapter_name, "mixture_task_embedding")
+        yield "mixture_task_embedding", task_contrast(tables), tables
+        return
+    for axis, name in enumerate(("mixture_A", "mixture_B")):
+        for group in groups_of(_tensors(model, adapter_name, name)):
+            if kind == "diversity_subspace":
+                yield name, subspace_overlap(group, axis), group
+            else:
+                yield name, pairwise_overlap(group), group
+
+
+def _tensors(model: nn.Module, adapter_name: str, name: str) -> list[Tensor]:
+    found = (layer.tensors(adapter_name).get(name) for layer in mixture_layers(model).values())
+    return [tensor for tensor in found if tensor is not None]
+
+
+__all__ = [
+    "MixtureModel",
+    "adapter_tensors",
+    "add_adapter",
+    "after_step",
+    "load_experts",
+    "orthogonality",
+    "penalty_terms",
+    "read_rows",
+    "reads_first_pass",
+    "routing_of",
+    "selection_biases",
+]

@@ -56,6 +56,7 @@ class Gate:
     @property
     def depends_on(self) -> str:
         """What this gate's weights depend on."""
+        # A vector of the row is as good as a task: it stays the same over the row's tokens, so one export serves it.
         if self.input == "none":
             return STATIC
         return TASK if self.input in ("task", "external") else TOKEN

@@ -8,13 +8,13 @@ routers] x, a step in rank space v = K_t u (`ops`), one product B v. K_t is what
 the token, or of the text (`text`). config.json holds, by name of a linear, what `LinearContent` says.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from .gate import Gate, Gates
 from .ops import RankStep, features, up_product, wide
@@ -49,14 +49,15 @@ class MixtureLlamaForCausalLM(LlamaForCausalLM):
     config_class = MixtureLlamaConfig
     _keep_in_fp32_modules_strict = ("mixture",)
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: MixtureLlamaConfig) -> None:
         super().__init__(config)
         self.text = Text(takes_all=True)
-        found = {name: Mixture(name, content, self.text) for name, content in config.mixture.items()}
+        found = {name: RoutedUpdate(name, content, self.text) for name, content in config.mixture.items()}
         for name, mixture in found.items():
             parent, _, child = name.rpartition(".")
             owner = self.get_submodule(parent)
             setattr(owner, child, RoutedLinear(getattr(owner, child), mixture))
+        # Linears of whole-MLP experts run once for each expert, so their MLP has to know.
         for layer in self.model.layers:
             if any(isinstance(part, RoutedLinear) and part.mixture.is_of_whole_mlp for part in layer.mlp.children()):
                 layer.mlp = RoutedMLP(layer.mlp, self.text)
@@ -64,9 +65,9 @@ class MixtureLlamaForCausalLM(LlamaForCausalLM):
         self.reads_first_pass = any(gate.input == "hidden" for gate in gates)
         self.keeps_means = any(gate.is_averaged for gate in gates)
         self.register_forward_pre_hook(_read_labels, with_kwargs=True)
-        watch_passes(self, self.text, lambda: self.reads_first_pass, _base_alone)
+        watch_passes(self, self.text, lambda: self.reads_first_pass)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: object, **kwargs: object) -> object:
         """Generate as ever; a first pass has no cache, and means are kept beside one."""
         if self.reads_first_pass or self.keeps_means:
             kwargs["use_cache"] = not self.reads_first_pass
@@ -80,19 +81,14 @@ class MixtureLlamaForCausalLM(LlamaForCausalLM):
         return super().train(mode)
 
 
-def _read_labels(model: MixtureLlamaForCausalLM, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _read_labels(model: MixtureLlamaForCausalLM, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
     model.text.read_labels(kwargs.get("labels"), kwargs.get("attention_mask"))
-
-
-def _base_alone(decoder: nn.Module) -> AbstractContextManager[None]:
-    """Nothing to switch: the linears below ask `text.is_first_pass` themselves."""
-    return nullcontext()
 
 
 class RoutedLinear(nn.Module):
     """y = base_layer(x) + s B K_t A x."""
 
-    def __init__(self, base_layer: nn.Module, mixture: "Mixture") -> None:
+    def __init__(self, base_layer: nn.Module, mixture: "RoutedUpdate") -> None:
         super().__init__()
         self.base_layer, self.mixture = base_layer, mixture
 
@@ -106,7 +102,7 @@ class RoutedLinear(nn.Module):
 class RoutedMLP(nn.Module):
     """y = sum_e g_e W2_e (act(W1_e x) * W3_e x), W_e = W + s B_e A_e: a token runs the experts it uses, in turn."""
 
-    def __init__(self, mlp: Any, text: Text) -> None:
+    def __init__(self, mlp: LlamaMLP, text: Text) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         self.act_fn, self.text = mlp.act_fn, text
@@ -114,6 +110,7 @@ class RoutedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.text.is_first_pass:
             return self.expert(x)
+        # Expert by expert, as the formula has it; training's one pass for all slots gives the same up to rounding.
         parts = [part.mixture for part in self.children() if isinstance(part, RoutedLinear)]
         gates = next(part for part in parts if part.owns_router).gate_of_mlp(x)
         values, experts = gates.topk(int((gates > 0).sum(-1).max()), -1)
@@ -130,7 +127,7 @@ class RoutedMLP(nn.Module):
         return y
 
 
-class Mixture(nn.Module):
+class RoutedUpdate(nn.Module):
     """s B K_t A x of one linear.
 
     Tensors, those that the method has: down (Q + shared + router rows, D), up (O, P + shared), core, and for each role
@@ -145,6 +142,7 @@ class Mixture(nn.Module):
         super().__init__()
         step = content["step"]
         self.gates = Gates({role: Gate(**fields) for role, fields in step["gates"].items()})
+        # JSON knows lists, and objects without an order; the rows' order is that of u.
         lists = {key: tuple(step[key]) for key in ("ranks_down", "ranks_up", "scales")}
         rows = tuple((role, number) for role, number in step["router_rows"])
         self.step = RankStep(**(step | lists | {"gates": tuple(self.gates.items()), "router_rows": rows}))

@@ -9,7 +9,7 @@ Shapes: ... leading axes (rows, tokens), D d_in, O d_out, R rank of one expert, 
 experts or cores, Q all ranks of the down bank, P all ranks of the up bank, S rank of the shared expert.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -44,16 +44,12 @@ class Noise(Protocol):
 
 def stack_rows(A_MRD: Tensor) -> Tensor:
     """Return the down experts as one matrix (Q, D): a view of (M, R, D), or (Q, D) itself where ranks differ."""
-    if A_MRD.dim() == 2:
-        return A_MRD
-    return A_MRD.flatten(0, 1)
+    return A_MRD if A_MRD.dim() == 2 else A_MRD.flatten(0, 1)
 
 
 def stack_columns(B_NOR: Tensor) -> Tensor:
     """Return the up experts as one matrix (O, P), expert after expert; (O, P) itself where ranks differ."""
-    if B_NOR.dim() == 2:
-        return B_NOR
-    return B_NOR.permute(1, 0, 2).flatten(1)
+    return B_NOR if B_NOR.dim() == 2 else B_NOR.permute(1, 0, 2).flatten(1)
 
 
 def unstack_columns(B_OP: Tensor, shape: torch.Size) -> Tensor:
@@ -98,6 +94,7 @@ class RankStep:
     places: dict[str, slice] = field(init=False, repr=False, hash=False, compare=False)
 
     def __post_init__(self) -> None:
+        # Where each router's rows stand in u_ext: behind the banks, in the order of `router_rows`.
         places, start = {}, self.width_down + self.shared
         for role, rows in self.router_rows:
             places[role] = slice(start, start + rows)
@@ -125,27 +122,34 @@ class RankStep:
 
     def route(self, u_ext: Tensor, small: Small, draws: Noise | None = None) -> tuple[Tensor, dict[str, Gating]]:
         """Return v and what each router decided. `draws` brings noise, in training only."""
+        gates, gatings = dict(self.gates), dict[str, Gating]()
+
+        def decided(role: str, z: Tensor | None) -> Gating | None:
+            if role in gates:
+                scores = self._scores(role, gates[role], u_ext, z, small)
+                gatings[role] = self._decide(role, gates[role], scores, small, draws)
+            return gatings.get(role)
+
+        # Routers' rows stand in u_ext too, but no gate is a linear function of them: they never join the walk itself.
         with unlowered(u_ext):
-            u = u_ext[..., : self.width_down]
-            gatings: dict[str, Gating] = {}
-            if self.pairing == "tied":
-                v = self._tied(u, u_ext, small, draws, gatings)
-            else:
-                v = self._chain(u, u_ext, small, draws, gatings)
+            v = self._walk(u_ext[..., : self.width_down], small, decided)
             return self._beside_shared(v, u_ext), gatings
 
     def apply(self, u_ext: Tensor, small: Small, gatings: Mapping[str, Gating]) -> Tensor:
         """Return v with gates that are already decided, by role."""
         with unlowered(u_ext):
-            return self._beside_shared(self._fixed(u_ext[..., : self.width_down], small, gatings), u_ext)
+            v = self._walk(u_ext[..., : self.width_down], small, lambda role, _: gatings.get(role))
+            return self._beside_shared(v, u_ext)
 
     def mixing(self, u_ext: Tensor, small: Small) -> Tensor:
         """Return K_t of every token, (..., P + S, Q + S): the step's gates, applied to each unit vector in turn."""
         _, gatings = self.route(u_ext, small)
         fixed = {role: _across(gating) for role, gating in gatings.items()}
+        # With its gates decided the step is linear, so its images of unit vectors are the columns of K.
         unit = torch.eye(self.width_down, dtype=u_ext.dtype, device=u_ext.device)
         with unlowered(u_ext):
-            columns = self._fixed(unit, small, fixed)
+            columns = self._walk(unit, small, lambda role, _: fixed.get(role))
+        # Where all gates are constant there is one K for all tokens.
         columns = columns.expand(*u_ext.shape[:-1], *columns.shape[-2:])
         K = columns.mT
         if not self.shared:
@@ -176,35 +180,23 @@ class RankStep:
         side = weight.sum() * self.shared_scaling * torch.eye(self.shared, dtype=K.dtype, device=K.device)
         return torch.block_diag(K, side)
 
+    def _walk(self, u: Tensor, small: Small, gating: Callable[[str, Tensor | None], Gating | None]) -> Tensor:
+        """Return K_t u, (..., P): the up gates (x) C_t (sum_i alpha_i u_i), or the pairs' gates times their own ranks.
+
+        `gating` is asked for each role once what its router reads is there (u or z, where it reads either).
+        """
+        if self.pairing == "tied":
+            return self._paired(u, small, gating("down", None))
+        z = self._mixed_down(_ranked(u, gating("rank", u)), gating("down", None))
+        z = apply_core(z, self.core, small.get("core"), gating("core", z))
+        return spread_up(z, gating("up", z))
+
     def _beside_shared(self, v: Tensor, u_ext: Tensor) -> Tensor:
         """Return v and below it the shared expert's ranks, which no gate touches; its own scale over the mixture's."""
         if not self.shared:
             return v
         kept = u_ext[..., self.width_down : self.width_down + self.shared]
         return torch.cat([v, self.shared_scaling * kept], -1)
-
-    def _fixed(self, u: Tensor, small: Small, gatings: Mapping[str, Gating]) -> Tensor:
-        """Apply the step linearly, with gates that are already decided."""
-        if self.pairing == "tied":
-            return self._paired(u, small, gatings.get("down"))
-        # The chain of `_chain`, link by link, without deciding.
-        z = self._mixed_down(_ranked(u, gatings.get("rank")), gatings.get("down"))
-        z = apply_core(z, self.core, small.get("core"), gatings.get("core"))
-        return spread_up(z, gatings.get("up"))
-
-    def _tied(self, u: Tensor, u_ext: Tensor, small: Small, draws: Noise | None, gatings: dict[str, Gating]) -> Tensor:
-        self._decide("down", u_ext, None, small, draws, gatings)
-        return self._paired(u, small, gatings.get("down"))
-
-    def _chain(self, u: Tensor, u_ext: Tensor, small: Small, draws: Noise | None, gatings: dict[str, Gating]) -> Tensor:
-        """Return beta (x) C (sum_i alpha_i u_i); each gate is decided once what it reads is there, the up gate last."""
-        self._decide("rank", u_ext, u, small, draws, gatings)
-        self._decide("down", u_ext, None, small, draws, gatings)
-        z = self._mixed_down(_ranked(u, gatings.get("rank")), gatings.get("down"))
-        self._decide("core", u_ext, z, small, draws, gatings)
-        z = apply_core(z, self.core, small.get("core"), gatings.get("core"))
-        self._decide("up", u_ext, z, small, draws, gatings)
-        return spread_up(z, gatings.get("up"))
 
     def _mixed_down(self, u: Tensor, gating: Gating | None) -> Tensor:
         if len(self.ranks_down) == 1 and gating is None:
@@ -216,26 +208,15 @@ class RankStep:
         if self.core == "kron":
             u = _kron_cores(u, small["core"], self.ranks_down, self.scales)
         if gating is None:
-            return u
+            return u  # one pair, or pairs that all count 1
+        # A pair's gate multiplies its own ranks: v keeps the width of u, and B sums over experts by itself.
         if len(set(self.ranks_down)) == 1:
             return (gating.weight.unsqueeze(-1) * u.unflatten(-1, (len(self.ranks_down), -1))).flatten(-2)
         # `output_size` spares a GPU the wait for the sum of the ranks.
         repeats = torch.tensor(self.ranks_down, device=u.device)
         return gating.weight.repeat_interleave(repeats, -1, output_size=self.width_down) * u
 
-    def _decide(
-        self,
-        role: str,
-        u_ext: Tensor,
-        z: Tensor | None,
-        small: Small,
-        draws: Noise | None,
-        gatings: dict[str, Gating],
-    ) -> None:
-        gate = dict(self.gates).get(role)
-        if gate is None:
-            return
-        scores = self._scores(role, gate, u_ext, z, small)
+    def _decide(self, role: str, gate: Gate, scores: Tensor, small: Small, draws: Noise | None) -> Gating:
         noise = None
         if gate.score == "noisy":
             # Two products a router: the logits, and how far noise may move each. Noise in training only.
@@ -244,10 +225,11 @@ class RankStep:
                 scores = noisy(scores, spread, draws.normal(scores, _PURPOSE[role]))
         elif gate.select == "sample" and draws is not None:
             noise = draws.gumbel(scores, _PURPOSE[role])
-        gatings[role] = decide(gate, scores, bias=small.get(f"select_bias_{role}"), noise=noise)
+        return decide(gate, scores, bias=small.get(f"select_bias_{role}"), noise=noise)
 
     def _scores(self, role: str, gate: Gate, u_ext: Tensor, z: Tensor | None, small: Small) -> Tensor:
         given = small.get(f"logits_{role}")
+        # Ranks that choose themselves have no router: what they hold is their score.
         if gate.score == "activation":
             assert z is not None
             return z
@@ -260,15 +242,14 @@ class RankStep:
             assert given is not None
             return given.to(u_ext.dtype)
         scores = finish_scores(gate, scores, small.get(f"bias_{role}"), small.get(f"out_{role}"))
-        if given is None:
-            return scores
-        return scores + given.to(scores.dtype)
+        return scores if given is None else scores + given.to(scores.dtype)
 
 
 def finish_scores(gate: Gate, scores: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
     """Return logits from a router's product: bias added, an MLP's second layer, or |.| of a prototype's product."""
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
+    # An MLP's first layer is among the rows that read x or z; only its second, E wide, comes here.
     if out is not None:
         scores = F.linear(scores.relu(), out.to(scores.dtype))
     if gate.score == "prototype":
@@ -308,11 +289,13 @@ def spread_up(z: Tensor, gating: Gating | None) -> Tensor:
     """Return v with block j = gate_j z, (..., N*R); z itself without a gate."""
     if gating is None:
         return z
+    # sum_j beta_j B_j z = [B_1 .. B_N] (beta (x) z): R N numbers a token instead of N vectors of d_out.
     return (gating.weight.unsqueeze(-1) * z.unsqueeze(-2)).flatten(-2)
 
 
 def up_product(v: Tensor, columns_OP: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """Return s * B v, (..., O), one product in `dtype`."""
+    # Scaled before the product: P numbers a token instead of d_out, and still in float32.
     return F.linear((v * scaling).to(dtype), columns_OP.to(dtype))
 
 
@@ -326,9 +309,7 @@ def prompt_mean(scores: Tensor, prompt_BT: Tensor) -> Tensor:
 
 
 def _ranked(u: Tensor, gating: Gating | None) -> Tensor:
-    if gating is None:
-        return u
-    return gating.weight * u
+    return u if gating is None else gating.weight * u
 
 
 def _across(gating: Gating) -> Gating:
@@ -352,6 +333,7 @@ def kron_banks(seed_RD: Tensor, seed_OR: Tensor, scales: tuple[int, ...]) -> tup
 
 def _kron_cores(u: Tensor, kernels: Tensor, ranks: tuple[int, ...], scales: tuple[int, ...]) -> Tensor:
     """Apply I_r (x) K_e to each expert's ranks, ordered rank-major, (r, s_e); `kernels` holds all K_e flat."""
+    # (I_r (x) K) u is a product with K on each rank's s entries: no Kronecker product is formed.
     parts, start = [], 0
     for part, scale in zip(u.split(list(ranks), -1), scales, strict=True):
         kernel = kernels[start : start + scale * scale].view(scale, scale).to(u.dtype)

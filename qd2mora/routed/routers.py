@@ -37,9 +37,7 @@ class Gating:
     @property
     def used(self) -> Tensor:
         """1 where an expert is used, else 0."""
-        if self.chosen is None:
-            return torch.ones_like(self.probs)
-        return self.chosen
+        return torch.ones_like(self.probs) if self.chosen is None else self.chosen
 
 
 def decide(gate: Gate, logits: Tensor, *, bias: Tensor | None = None, noise: Tensor | None = None) -> Gating:
@@ -112,9 +110,7 @@ def _select(gate: Gate, probs: Tensor, rank: Tensor) -> Tensor | None:
             return None
         case "top_k" | "sample":
             assert gate.top_k is not None
-            if gate.top_k >= num_experts:
-                return None
-            return top_k_mask(rank, gate.top_k)
+            return None if gate.top_k >= num_experts else top_k_mask(rank, gate.top_k)
         case "fixed":
             return probs.detach()  # one-hot already: the logits are -inf at all experts but the row's own
         case "entropy":
@@ -160,9 +156,7 @@ def _weigh(gate: Gate, logits: Tensor, probs: Tensor, chosen: Tensor | None) -> 
 
 
 def _soft(scores: Tensor, temperature: float) -> Tensor:
-    if temperature != 1:
-        scores = scores / temperature
-    return scores.softmax(-1)
+    return (scores if temperature == 1 else scores / temperature).softmax(-1)
 
 
 __all__ = ["Gating", "decide", "log_probability", "noisy", "top_k_mask", "tsallis_entropy"]

@@ -5,9 +5,9 @@ at different doors. It stays as it is for the backward pass of recomputed layers
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,12 @@ IGNORE = -100
 
 Key = tuple[str, str]
 """The adapter's name, and what a router serves: a linear or a block, and the role."""
+
+
+class _Cache(Protocol):
+    reorder_cache: Callable[[Tensor], None]
+
+    def get_seq_length(self) -> int: ...
 
 
 @dataclass
@@ -58,12 +64,13 @@ class Text:
             return torch.ones(like.shape[:2], device=like.device)
         return self.attended.to(like.device)
 
-    def read_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def read_pass(self, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
         """Take from a decoder's arguments the padding, and whether this continues a cached pass."""
         inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         if args:
             inputs = args[0]
         cache = kwargs.get("past_key_values", kwargs.get("cache"))
+        # A cache that is there but empty is about to be filled: this pass is the prompt.
         self.keeps_means = cache is not None or kwargs.get("use_cache") is True
         self.is_decoding = cache is not None and cache.get_seq_length() > 0
         if cache is not None and not self.is_decoding:
@@ -77,13 +84,15 @@ class Text:
             self.prompt = None
 
     def _attended(self, mask: object, length: int) -> Tensor | None:
+        # The mask covers what the cache holds as well; this pass is its end.
         if isinstance(mask, Tensor) and mask.dim() == 2 and length:
             return mask[:, -length:].bool()
+        # Packed lines come with positions and no mask; their padding is in no row.
         if mask is None and self.segments is not None and self.segments.shape[1] == length:
             return self.segments >= 0
         return None
 
-    def _follow_beams(self, cache: Any) -> None:
+    def _follow_beams(self, cache: _Cache) -> None:
         """Let the means go where a new cache's rows go when beam search reorders them.
 
         transformers 5.24 tells a cache, or a model class that has `_reorder_cache`, and no one else.
@@ -108,7 +117,7 @@ class Text:
         Over the prompt alone, so that no answer leaks into its own routing. Raises ValueError where no prompt is known.
         """
         if self.is_decoding:
-            return self.means[key]
+            return self.means[key]  # one token of the answer tells nothing of the prompt
         prompt = self.prompt
         if prompt is None:
             if not (self.keeps_means or self.takes_all):
@@ -152,24 +161,20 @@ def prompt_of(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     return (before & attended) | first
 
 
-@runtime_checkable
-class _HasDecoder(Protocol):
-    def get_decoder(self) -> nn.Module: ...
-
-
 def watch_passes(
     model: nn.Module,
     text: Text,
     reads_first_pass: Callable[[], bool],
-    without_adapters: Callable[[nn.Module], AbstractContextManager[None]],
+    without_adapters: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     """Fill `text` before each pass through a model's decoder, or through the model itself where it has none.
 
     reads_first_pass: whether a router wants the states of a first pass now. without_adapters: a context in which the
-    decoder is the base.
+    decoder is the base, where its linears do not look at `text.is_first_pass` themselves.
     """
 
-    def before(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(decoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
+        # The first pass is a pass as well, of the same text, inside this hook.
         if text.is_first_pass:
             return
         text.read_pass(args, kwargs)
@@ -181,13 +186,12 @@ def watch_passes(
             finally:
                 text.is_first_pass = False
 
-    decoder = model
-    if isinstance(model, _HasDecoder):
-        decoder = model.get_decoder()
+    whole: Any = model
+    decoder: nn.Module = whole.get_decoder() if hasattr(model, "get_decoder") else model
     decoder.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def _first_pass(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _first_pass(decoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return a decoder's last hidden states, (B, T, H), without gradient (X-LoRA's first pass).
 
     A cached pass would need a second cache for the plain model; it is refused, and `generate` runs without one.

@@ -1,5 +1,7 @@
 """The exact export: the routed model itself, loaded by transformers alone where this package cannot be imported."""
 
+import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from qd2mora.merging.source import Source
 from qd2mora.mixture import read_rows
 from qd2mora.mixture.presets import METHODS
 from qd2mora.recipe import Base
+from qd2mora.routed import modeling_mixture
 
 GROWN = {"flexmore": {"rank": None, "ranks": [2, 4, 3, 5]}, "mola": {"allocation": "2-3"}, "smora": {"rank": 20}}
 GROWN |= {"flylora": {"rank": 20}, "mora": {"rank": 20}, "hydralora": {"shared": {"rank": 3, "init": "kaiming"}}}
@@ -157,3 +160,18 @@ try:
 except ValueError as error:
     print("refused")""")
     assert said.strip() == "refused"
+
+
+def test_the_code_files_are_the_packages_own_and_import_nothing_but_torch_and_each_other(tmp_path: Path) -> None:
+    merge(make_run(tmp_path, "d2mora"), tmp_path / "out", to="exact")
+    home = Path(modeling_mixture.__file__).parent
+    assert {path.name for path in (tmp_path / "out").glob("*.py")} == set(modeling_mixture.FILES)
+    for name in modeling_mixture.FILES:
+        assert (tmp_path / "out" / name).read_bytes() == (home / name).read_bytes()
+        for node in ast.walk(ast.parse((home / name).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert f"{node.module}.py" in modeling_mixture.FILES
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
+                parts = {str(each).partition(".")[0] for each in names}
+                assert parts <= {"torch", "transformers"} | sys.stdlib_module_names

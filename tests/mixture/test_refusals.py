@@ -1,10 +1,15 @@
 """Values that a method forbids end in one line that names the key and the value."""
 
+from dataclasses import fields
+
 import pytest
+from pydantic import ValidationError
 
 from qd2mora.errors import InputRefused
 from qd2mora.mixture import MixtureConfig
 from qd2mora.recipe import Adapter
+from qd2mora.recipe.adapter import GateFields
+from qd2mora.routed.gate import Gate, numbers_of_gates
 
 
 @pytest.mark.parametrize(
@@ -33,6 +38,22 @@ def test_a_gate_that_cannot_be_is_refused_in_one_line(
         MixtureConfig(method=method, gates={role: fields})
     line = str(refused.value)
     assert line.startswith(f"adapter.gates.{role}") and key in line and value in line and "\n" not in line
+
+
+@pytest.mark.parametrize("name", numbers_of_gates())
+def test_a_gates_number_out_of_range_is_refused_by_recipe_and_configuration_alike(name: str) -> None:
+    kind, limits = numbers_of_gates()[name]
+    outside = [limits.get("ge", 1) - 1, limits["gt"]] if "gt" in limits else [limits["ge"] - 1]
+    outside += [limits["le"] + 1] if "le" in limits else []
+    for value in (*map(kind, outside), "2", True):
+        with pytest.raises(ValidationError):
+            Adapter(gates={"down": {name: value}})
+        with pytest.raises(InputRefused, match=rf"adapter\.gates\.down\.{name}: .* will not do"):
+            MixtureConfig(method="mola", gates={"down": {name: value}})
+
+
+def test_a_recipes_gate_has_the_fields_of_a_gate() -> None:
+    assert list(GateFields.model_fields) == [field.name for field in fields(Gate)]
 
 
 def test_a_number_of_experts_given_beats_the_methods_own_allocation() -> None:
