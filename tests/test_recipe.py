@@ -176,3 +176,12 @@ def test_two_thousand_mangled_recipes_are_accepted_or_refused_in_one_line() -> N
             refused += 1
             assert len(str(error).splitlines()) == 1
     assert refused > 1000
+
+
+def test_a_resolved_recipe_of_before_opens_though_a_key_of_gates_is_no_more() -> None:
+    content = parse_yaml(EXAMPLE, "example")
+    content["adapter"]["gates"] = {"down": {"temperature": 0.7, "capacity": None}}
+    assert parse_recipe(content).adapter.gates["down"].temperature == 0.7
+    content["adapter"]["gates"]["down"]["capacity"] = 4
+    with pytest.raises(InputRefused, match="capacity"):
+        parse_recipe(content)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, create_model
+from pydantic import Field, create_model, model_validator
 
 from qd2mora.recipe.section import Count, Fraction, Place, Section
 from qd2mora.routed.gate import Role, numbers_of_gates, words_of_gates
@@ -30,6 +30,18 @@ class Shared(Section):
     4-bit quantisation lost."""
 
 
+class _Gate(Section):
+    """What a gate's fields are added to."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pass_over_retired(cls, content: object) -> object:
+        # Resolved recipes of old runs name every key; one that is no more changed nothing where it was left empty.
+        if isinstance(content, dict) and content.get("capacity", 0) is None:
+            return {key: value for key, value in content.items() if key != "capacity"}
+        return content
+
+
 def _gate_fields() -> type[Section]:
     """Return the section made of a gate's fields: words as they come, numbers with their ranges."""
     # `mixture.method` names the words there are once it knows which the method forbids.
@@ -37,7 +49,7 @@ def _gate_fields() -> type[Section]:
     for number, (kind, limits) in numbers_of_gates().items():
         found[number] = (Annotated[kind, Field(**limits)] | None, None)
     about = "Fields of one router; those left out are the method's (`qd2mora methods NAME`)."
-    return create_model("GateFields", __base__=Section, __doc__=about, __module__=__name__, **found)
+    return create_model("GateFields", __base__=_Gate, __doc__=about, __module__=__name__, **found)
 
 
 GateFields = _gate_fields()
