@@ -4,7 +4,6 @@ An adapter is a correction of one base in one quantisation. On another it still 
 without a word; so its manifest carries the base's fingerprint, and another base is refused unless told.
 """
 
-import hashlib
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 
 from qd2mora.base import fingerprint
 from qd2mora.disk.durable import save_pretrained, staged_folder
+from qd2mora.disk.file_hash import size_and_hash
 from qd2mora.disk.sealed import open_manifest, read_listed, seal_folder
 from qd2mora.errors import DamagedFile, InputRefused, NotFinite
 from qd2mora.recipe import Base
@@ -41,7 +41,7 @@ def save_adapter(model: PeftModel, folder: Path, identity: dict[str, Any]) -> No
         raise NotFinite(f"the adapter is not saved: {bad[0]} is not finite")
     with staged_folder(folder) as stage:
         save_pretrained(model, stage)
-        files = {name: _size_and_hash((stage / name).read_bytes()) for name in (CONFIG, WEIGHTS)}
+        files = {name: size_and_hash(stage / name) for name in (CONFIG, WEIGHTS)}
         for name in files:
             (stage / name).chmod(0o666 & ~_umask())  # safetensors 0.8 makes files that others cannot read
         seal_folder(stage, files, {"identity": identity, "inventory": _inventory(wanted)})
@@ -85,10 +85,6 @@ def _inventory(tensors: dict[str, Any]) -> dict[str, list[Any]]:
     return {
         name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in sorted(tensors.items())
     }
-
-
-def _size_and_hash(content: bytes) -> tuple[int, str]:
-    return len(content), hashlib.sha256(content).hexdigest()
 
 
 def _umask() -> int:

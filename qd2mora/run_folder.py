@@ -33,6 +33,11 @@ class RunFolder:
     path: Path
 
     @property
+    def name(self) -> str:
+        """What the run is called: the folder's own name, wherever it is named from."""
+        return self.path.resolve().name
+
+    @property
     def recipe(self) -> Path:
         return self.path / "recipe.yaml"
 

@@ -1,6 +1,5 @@
 """From recipe to token rows: reading, holding out, tokenising, masking, counting what was cut."""
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -17,10 +16,10 @@ from qd2mora.data.read import HUB, Pair, Skipped, content_hash, find_format, ite
 from qd2mora.data.store import Source, TokenStore, open_store
 from qd2mora.data.template import ChatTemplate
 from qd2mora.data.tokenise import Tokeniser, special_tokens, tokenizer_text
+from qd2mora.disk.file_hash import hash_of_bytes
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Data, Task
 
-IGNORE = -100
 MAX_DROPPED = 0.05
 """Share of training rows that may lose their whole answer to `max_length` where bad rows are errors."""
 MANY_CUT = 0.05
@@ -199,7 +198,7 @@ def _store(data: Data, task: Task, path: str, tokenizer: PreTrainedTokenizerBase
     names = ("format", "fields", "select", "limit", "vector", "template")
     key: dict[str, Any] = {name: getattr(task, name) for name in names}
     key |= {"file": content_hash(path), "path": path, "on_bad_row": data.on_bad_row}
-    key["tokenizer"] = hashlib.sha256(tokenizer_text(tokenizer).encode()).hexdigest()
+    key["tokenizer"] = hash_of_bytes(tokenizer_text(tokenizer).encode())
     return open_store(Source(task.name, read, key, os.path.getsize(path)), tokeniser)
 
 
@@ -249,4 +248,4 @@ def _hold_out(number: int, task: Task, seed: int) -> tuple[NDArray[np.int64], ND
     return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
 
-__all__ = ["IGNORE", "Row", "TaskRows", "TokenRows", "encode", "prepare"]
+__all__ = ["Row", "TaskRows", "TokenRows", "encode", "prepare"]

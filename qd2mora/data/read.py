@@ -1,14 +1,15 @@
 """Rows of a task as text, checked: a row that cannot be learned from stops the run, or is left out and counted."""
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from qd2mora.data import chat, completion, instruction, multiple_choice
 from qd2mora.data.rows import HUB, MAX_ROW_BYTES, BadRow, Repeated, rows_of
 from qd2mora.data.template import ChatTemplate
+from qd2mora.disk.file_hash import hash_of_bytes, hash_of_file
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.recipe import Task
 
@@ -134,9 +135,8 @@ def iterate_pairs(
 def content_hash(path: str) -> str:
     """Return the SHA-256 of a data file, or of the name of a hub data set."""
     if path.startswith(HUB):
-        return hashlib.sha256(path.encode()).hexdigest()
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hash_of_bytes(path.encode())
+    return hash_of_file(Path(path))
 
 
 def _selected(task: Task, path: str) -> Iterator[tuple[str, Any]]:

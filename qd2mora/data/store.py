@@ -5,7 +5,6 @@ at reading. Stores of large files are kept in a cache under a hash of all that w
 anew, one that is long unused is removed.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -28,7 +27,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from qd2mora.data.cache import PARTIAL, kept_tokens, limit_bytes, mark_used, prune
 from qd2mora.data.read import Pair, Skipped
 from qd2mora.data.tokenise import Tokeniser, Tokens, tokenised
-from qd2mora.disk.sealed import open_manifest, seal_folder, verify_folder
+from qd2mora.disk.file_hash import hash_of_bytes
+from qd2mora.disk.sealed import open_manifest, seal_whole_folder, verify_folder
 from qd2mora.errors import DamagedFile
 
 VERSION = 1
@@ -132,7 +132,7 @@ def open_store(source: Source, tokeniser: Tokeniser) -> TokenStore:
     if source.key is None or source.size < SMALLEST_KEPT:
         return _in_memory(source, tokeniser)
     text = json.dumps({"version": VERSION, **source.key}, sort_keys=True)
-    folder = kept_tokens() / hashlib.sha256(text.encode()).hexdigest()[:32]
+    folder = kept_tokens() / hash_of_bytes(text.encode())[:32]
     if folder.exists():
         try:
             opened = _opened(folder)
@@ -166,10 +166,7 @@ def _kept(source: Source, tokeniser: Tokeniser, folder: Path) -> TokenStore:
     try:
         with pa.OSFile(str(stage / _FILE), "wb") as sink:
             skipped = _write(sink, source, tokeniser)
-        with (stage / _FILE).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        content = {"skipped": skipped.places, "duplicates": skipped.duplicates}
-        seal_folder(stage, {_FILE: ((stage / _FILE).stat().st_size, digest)}, content)
+        seal_whole_folder(stage, {}, {"skipped": skipped.places, "duplicates": skipped.duplicates})
         if not folder.exists():
             os.rename(stage, folder)
             return _mapped(folder, skipped)  # just hashed: no need to read it all again

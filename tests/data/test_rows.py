@@ -9,7 +9,8 @@ import tiny
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qd2mora.data import IGNORE, Mixture, Pair, Row, TaskRows, collate, encode, prepare, share_lines
+from qd2mora.base.passes import IGNORE
+from qd2mora.data import Mixture, Pair, Row, TaskRows, collate, encode, prepare, share_lines
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Data, Task
 

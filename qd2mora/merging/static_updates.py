@@ -3,8 +3,8 @@
 A strategy returns `Statics`, name of the linear in the base model -> `LowRank` (A (q, d_in), B (d_out, q), scaling,
 float32 on any device). q is at most min(P, Q + S + E): what comes in, or what goes out, whichever is narrower, so a
 writer stores it as a plain LoRA of rank q (alpha = scaling * q) without loss, or folds it into the base's weight.
-`folds` does that, and covers what no LoRA can carry: a method that scales its base (`base_change`), and PEFT's DoRA,
-whose linears are not among the statics.
+`updated_weights` does that, and covers what no LoRA can carry: a method that scales its base (`base_change`), and
+PEFT's DoRA, whose linears are not among the statics.
 """
 
 from collections.abc import Iterator, Mapping
