@@ -1,4 +1,4 @@
-"""A tokenizer's chat template, rendered in a child process with limits: see `template_child.py`.
+"""A tokenizer's chat template, rendered in a child process with limits: see `chat_template_child.py`.
 
 A template comes with the tokenizer or is one of ours by name (`chat.TEMPLATES`); a recipe holds none.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from qd2mora.data.rows import BadRow
+from qd2mora.data.file_rows import BadRow
 from qd2mora.errors import InputRefused
 
 WAIT_S = 2.0
@@ -41,7 +41,7 @@ class ChatTemplate:
 
     def __enter__(self) -> Self:
         self.child = subprocess.Popen(
-            [sys.executable, "-I", str(Path(__file__).with_name("template_child.py"))],
+            [sys.executable, "-I", str(Path(__file__).with_name("chat_template_child.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -31,7 +31,7 @@ class Share:
     asked: float | None
 
 
-class Mixture:
+class TaskMix:
     """Endless sequence of training rows; `rows(start, count)` is the same however it is asked for."""
 
     def __init__(self, data: Data, tasks: list[TaskRows], seed: int) -> None:
@@ -141,4 +141,4 @@ def share_lines(shares: list[Share], by_tokens: bool) -> Iterator[str]:
         )
 
 
-__all__ = ["Mixture", "Share", "share_lines"]
+__all__ = ["Share", "TaskMix", "share_lines"]
