@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qd2mora.disk.durable import staged_folder
-from qd2mora.disk.file_hash import hash_of_bytes
+from qd2mora.disk.file_hash import hash_of_bytes, short_hash
 from qd2mora.disk.sealed import open_manifest, seal_whole_folder, verify_folder
 from qd2mora.disk.shards import write_shards
 from qd2mora.disk.tensor_file import tensor_at_hand
@@ -91,7 +91,7 @@ class CachedWeights:
         except DamagedFile as error:
             self.say_made_anew(str(error))
             return False
-        was, now = (_short(content.get(other[0])) for content in (there, self.made_of))
+        was, now = (short_hash(str(content.get(other[0]))) for content in (there, self.made_of))
         self.say_made_anew(f"'{self.folder}' was made with {other[0]} {was}, and now it is {now}")
         return False
 
@@ -115,11 +115,6 @@ class CachedWeights:
 
     def _say_not_kept(self, why: str) -> None:
         _log.warning("base.cache: 4-bit weights are not kept in '%s': %s", self.folder.parent, why)
-
-
-def _short(value: object) -> str:
-    """Return a value as people read it: of a hash, the beginning."""
-    return str(value)[:12] if len(str(value)) == 64 else str(value)
 
 
 __all__ = ["CachedWeights"]

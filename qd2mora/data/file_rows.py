@@ -11,8 +11,8 @@ from pathlib import Path
 
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Task
+from qd2mora.recipe.data import HUB
 
-HUB = "hub:"
 MAX_ROW_BYTES = 8 << 20
 
 
@@ -223,4 +223,4 @@ def _hub_rows(path: str, task: Task) -> Iterator[object]:
         raise InputRefused(f"data.tasks.{task.name}: '{path}' cannot be got: {str(error).splitlines()[0]}") from error
 
 
-__all__ = ["HUB", "MAX_ROW_BYTES", "BadRow", "Repeated", "parse_row", "rows_of"]
+__all__ = ["MAX_ROW_BYTES", "BadRow", "Repeated", "parse_row", "rows_of"]

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from qd2mora.data import chat
 from qd2mora.data.chat_template import ChatTemplate
-from qd2mora.data.file_rows import HUB
 from qd2mora.data.formats import find_format
 from qd2mora.data.text_pairs import Pair, Skipped, content_hash, iterate_pairs
 from qd2mora.data.token_store import RowsToStore, TokenStore, open_store
@@ -21,6 +20,7 @@ from qd2mora.data.tokenise import Tokeniser, special_tokens, tokenizer_text
 from qd2mora.disk.file_hash import hash_of_bytes
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Data, Task
+from qd2mora.recipe.data import HUB
 
 MAX_DROPPED = 0.05
 """Share of training rows that may lose their whole answer to `max_length` where bad rows are errors."""

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from qd2mora.data import chat
 from qd2mora.data.chat_template import ChatTemplate
-from qd2mora.data.file_rows import HUB, MAX_ROW_BYTES, BadRow, Repeated, rows_of
+from qd2mora.data.file_rows import MAX_ROW_BYTES, BadRow, Repeated, rows_of
 from qd2mora.data.formats import find_format
 from qd2mora.data.row_format import Fields, RowFormat
 from qd2mora.disk.file_hash import hash_of_bytes, hash_of_file
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Task
+from qd2mora.recipe.data import HUB
 
 Vector = tuple[float, ...]
 

@@ -37,4 +37,11 @@ def size_and_hash(path: Path) -> SizeAndHash:
     return SizeAndHash(path.stat().st_size, hash_of_file(path))
 
 
-__all__ = ["SizeAndHash", "hash_of_bytes", "hash_of_file", "hashes_of_files", "size_and_hash"]
+def short_hash(value: str) -> str:
+    """Return a value as people read it in a line: of a hash, the beginning."""
+    if len(value) == 64:
+        return value[:12]
+    return value
+
+
+__all__ = ["SizeAndHash", "hash_of_bytes", "hash_of_file", "hashes_of_files", "short_hash", "size_and_hash"]

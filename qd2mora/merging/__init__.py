@@ -106,10 +106,7 @@ def merge(
     find_strategy(strategy)
     form = export_form(to, base, dtype, max_shard, with_vocabulary)
     refuse_taken(Path(out), "--out")
-    if form.is_routed and strategy != DEFAULT:
-        raise InputRefused(f"--strategy: --to {to} keeps the routing, nothing is made static; leave it out")
-    if not form.is_routed:
-        _check_placement(run)
+    _refuse_unfit(run, form, strategy)
     opened = open_run(run, allow_changed=allow_changed)
     weights = open_weights(opened, form)
     if form.is_routed:
@@ -138,7 +135,12 @@ def merge_tasks(run: str | Path, out: str | Path, **options: Any) -> dict[str, E
     return {name: replace(export, folder=Path(out) / name) for name, export in exports.items()}
 
 
-def _check_placement(run: str | Path) -> None:
+def _refuse_unfit(run: str | Path, form: ExportForm, strategy: str) -> None:
+    """Refuse what a method or a rung cannot do, before anything is loaded. Raises InputRefused."""
+    if form.is_routed:
+        if strategy != DEFAULT:
+            raise InputRefused(f"--strategy: --to {form.to} keeps the routing, nothing is made static; leave it out")
+        return
     row = find_method(read_recipe(run).adapter.method)
     if row.placement == "block":
         raise InputRefused(

@@ -62,8 +62,9 @@ class BaseWeights:
     @property
     def quantized(self) -> set[str]:
         """Names of the weights that the adapter saw in NF4: all linears but the output matrix."""
-        is_nf4 = self.base.quantization == "nf4" or self.is_packed
-        return {f"{name}.weight" for name in self.linears if name != "lm_head"} if is_nf4 else set()
+        if self.base.quantization != "nf4" and not self.is_packed:
+            return set()
+        return {f"{name}.weight" for name in self.linears if name != "lm_head"}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a weight's shape when dense."""
@@ -83,11 +84,14 @@ class BaseWeights:
     def _cuts(self, name: str) -> list[tuple[int, int]]:
         """Return rows to handle at once: a multiple of 64, so that no quantisation block of 64 numbers is cut."""
         shape = self.shape(name)
-        step = max(64, BLOCK_BYTES // (4 * shape[1]) // 64 * 64) if len(shape) == 2 else shape[0]
+        step = shape[0]
+        if len(shape) == 2:
+            step = max(64, BLOCK_BYTES // (4 * shape[1]) // 64 * 64)
         return [(start, min(shape[0], start + step)) for start in range(0, shape[0], step)]
 
     def _through_nf4(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """Yield blocks of a weight quantised and dequantised."""
+        # bitsandbytes takes long to import, and exports of original or 16-bit weights never need it.
         from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 
         packed, whole = self.quantize(name)
@@ -118,6 +122,7 @@ class BaseWeights:
             nibbles, state = quantize_4bit(rows, blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False)
             packed.append(nibbles.cpu())
             scales.append(state.absmax)
+        # The offset is the mean of all scales: a block's alone would be another, and so would every rounded scale.
         absmax, offset, second = torch.cat(scales), None, None
         if self.base.double_quant:
             offset = absmax.mean()
@@ -130,7 +135,6 @@ class BaseWeights:
         import bitsandbytes as bnb
 
         weight = self.stored[name].read()
-
         state = {each: self.stored[each].read() for each in self.stored if each.startswith(f"{name}.")}
         shape = self.shape(name)
         linear = bnb.nn.Linear4bit(shape[1], shape[0], bias=False, compute_dtype=self.dtype, device="meta")

@@ -16,13 +16,14 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from qd2mora import modeling_mixture
+from qd2mora.base.device import FLOATS
 from qd2mora.disk.durable import save_pretrained
 from qd2mora.disk.shards import write_shards
 from qd2mora.disk.tensor_file import TensorToWrite, tensor_at_hand
 from qd2mora.errors import InputRefused
 from qd2mora.merging.base_weights import BaseWeights
 from qd2mora.merging.hf_folder import config_of, write_config
-from qd2mora.merging.rung import DTYPES, SHARD_BYTES, ExportForm, Rung, WriteFolder, Written
+from qd2mora.merging.rung import SHARD_BYTES, ExportForm, Rung, WriteFolder, Written
 from qd2mora.merging.static_updates import Statics
 from qd2mora.merging.updated_weights import updated_weights
 from qd2mora.mixture import MixtureLinear, mixture_layers
@@ -93,7 +94,7 @@ def write_exact(
     The adapter stays float32. Raises InputRefused, NotFinite.
     """
     written = Written()
-    entries = _packed(source) if dtype == "nf4" else updated_weights(source, {}, DTYPES[dtype], {})
+    entries = _packed(source) if dtype == "nf4" else updated_weights(source, {}, FLOATS[dtype], {})
     base = [_moved(each, routed) for each in entries]
     added = [
         tensor_at_hand(f"{name}.mixture.{key}", tensor)

@@ -9,12 +9,13 @@ from typing import Any
 
 from transformers import LlamaConfig
 
+from qd2mora.base.device import FLOATS
 from qd2mora.disk.file_hash import SizeAndHash, size_and_hash
 from qd2mora.errors import InputRefused
 from qd2mora.merging.base_weights import BaseWeights
 from qd2mora.merging.gguf_file import gguf_package, heads_of, rotated_in_pairs
 from qd2mora.merging.lora import factors_of
-from qd2mora.merging.rung import DTYPES, ExportForm, Rung, WriteFolder, Written
+from qd2mora.merging.rung import ExportForm, Rung, WriteFolder, Written
 from qd2mora.merging.static_updates import Statics
 from qd2mora.run_folder import OpenRun
 
@@ -24,7 +25,7 @@ def write_gguf_lora(
 ) -> dict[str, SizeAndHash]:
     """Write NAME-lora.gguf. Raises InputRefused where llama.cpp has no place for an update, NotFinite."""
     gguf = gguf_package()
-    rank, factors = factors_of(statics, "--to gguf_lora", DTYPES[dtype])
+    rank, factors = factors_of(statics, "--to gguf_lora", FLOATS[dtype])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, weights.config.num_hidden_layers)
     path = folder / f"{name}-lora.gguf"
     writer: Any = gguf.GGUFWriter(path, "llama")

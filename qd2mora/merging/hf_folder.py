@@ -6,10 +6,11 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from qd2mora.base.device import FLOATS
 from qd2mora.disk.durable import save_pretrained
 from qd2mora.disk.shards import write_shards
 from qd2mora.merging.base_weights import BaseWeights
-from qd2mora.merging.rung import DTYPES, SHARD_BYTES, ExportForm, Rung, WriteFolder, Written
+from qd2mora.merging.rung import SHARD_BYTES, ExportForm, Rung, WriteFolder, Written
 from qd2mora.merging.static_updates import Statics
 from qd2mora.merging.updated_weights import (
     OUTPUT,
@@ -35,7 +36,7 @@ def write_model(
     Raises NotFinite where a weight does not fit the dtype, InputRefused where the base lacks what is to be changed.
     """
     written = Written()
-    tensors = updated_weights(weights, updates, DTYPES[dtype], written.rounding)
+    tensors = updated_weights(weights, updates, FLOATS[dtype], written.rounding)
     written.files = write_shards(folder, tensors, limit)
     config = config_of(weights, dtype)
     if OUTPUT in weights_changed_by(updates):

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from qd2mora.base.device import FLOATS
 from qd2mora.disk.durable import save_pretrained, write_file
 from qd2mora.disk.file_hash import SizeAndHash
 from qd2mora.disk.tensor_file import tensor_at_hand, write_tensors
 from qd2mora.errors import InputRefused, NotFinite
 from qd2mora.merging.base_weights import BaseWeights
-from qd2mora.merging.rung import DTYPES, ExportForm, Rung, WriteFolder, Written
+from qd2mora.merging.rung import ExportForm, Rung, WriteFolder, Written
 from qd2mora.merging.static_updates import Statics
 from qd2mora.mixture.low_rank import LowRank
 from qd2mora.run_folder import OpenRun
@@ -104,7 +105,7 @@ def _prepare(opened: OpenRun, weights: BaseWeights, statics: Statics, form: Expo
     updates, tokenizer = dict(statics), opened.tokenizer
 
     def write(folder: Path) -> Written:
-        files = write_lora(updates, weights.base.model, weights.linears, folder, dtype=DTYPES[form.dtype])
+        files = write_lora(updates, weights.base.model, weights.linears, folder, dtype=FLOATS[form.dtype])
         save_pretrained(tokenizer, folder)
         return Written(files)
 

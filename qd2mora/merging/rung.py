@@ -7,15 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from qd2mora.disk.file_hash import SizeAndHash
 from qd2mora.merging.base_weights import BaseWeights
 from qd2mora.merging.static_updates import Statics
 from qd2mora.run_folder import OpenRun
 
 SHARD_BYTES = 5 * 10**9
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass
@@ -77,4 +74,4 @@ class Rung:
     may_lack_vocabulary: bool = False
 
 
-__all__ = ["DTYPES", "SHARD_BYTES", "ExportForm", "Rung", "WriteFolder", "Written"]
+__all__ = ["SHARD_BYTES", "ExportForm", "Rung", "WriteFolder", "Written"]
