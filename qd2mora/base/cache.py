@@ -40,6 +40,7 @@ class CachedWeights:
     @classmethod
     def of(cls, cache: Path, model: str, settings: dict[str, object], content: dict[str, object]) -> "CachedWeights":
         """Return the entry of a model in some settings, each of which has its own; `content` may change under it."""
+        # `content` is no part of the name: a base that changed replaces its old weights, and does not stand beside.
         text = json.dumps({"model": model, **settings}, sort_keys=True)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2])[:60].strip(".-")
         folder = cache / f"{name}-{hash_of_bytes(text.encode())[:12]}"

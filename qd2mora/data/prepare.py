@@ -246,6 +246,7 @@ def _hold_out(number: int, task: Task, seed: int) -> tuple[NDArray[np.int64], ND
         raise InputRefused(
             f"data.tasks.{task.name}.validation: {task.validation} rows to hold out of {number} leave none to learn"
         )
+    # By the name and not by the task's number: a task that is added or moved changes no other task's held-out rows.
     order = np.random.default_rng([seed, *task.name.encode()]).permutation(number)
     is_held = np.zeros(number, dtype=bool)
     is_held[order[: task.validation]] = True

@@ -116,6 +116,7 @@ def _selected(task: Task, path: str) -> Iterator[tuple[str, object]]:
         has_rows = True
         if isinstance(row, dict):
             seen |= row.keys() & wanted.keys()
+            # As texts: a recipe's values are texts, and a file may hold a number or a truth value.
             if any(str(row.get(name)) != value for name, value in wanted.items()):
                 continue
         yield place, row

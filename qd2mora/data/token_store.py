@@ -170,6 +170,7 @@ def _store_in_cache(rows: RowsToStore, tokeniser: Tokeniser, folder: Path) -> To
         with pa.OSFile(str(stage / _FILE), "wb") as sink:
             skipped = _write_rows(sink, rows, tokeniser)
         seal_whole_folder(stage, {}, {"skipped": skipped.places, "duplicates": skipped.duplicates})
+        # A folder that holds files is never renamed onto: of two runs at once the slower one takes the other's.
         if not folder.exists():
             os.rename(stage, folder)
             return _mapped_store(folder, skipped)  # just hashed: no need to read it all again

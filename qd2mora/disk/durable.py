@@ -75,6 +75,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     Whatever stood there stays whole until then; where the block fails, nothing is left behind.
     """
     stage = stage_of(target)
+    # What a killed process left under this name is half of something.
     shutil.rmtree(stage, ignore_errors=True)
     os.makedirs(stage)
     try:
@@ -114,6 +115,7 @@ def _sync_below(stage: Path) -> None:
 def _publish(stage: Path, target: Path) -> None:
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
+    # A folder cannot be renamed onto one that holds files; between the two renames, what was there has another name.
     if target.exists():
         os.rename(target, old)
     os.rename(stage, target)

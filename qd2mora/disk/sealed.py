@@ -24,6 +24,7 @@ Manifest = dict[str, Any]
 
 def seal_text(content: Mapping[str, object]) -> str:
     """Return a mapping as JSON that carries its own hash. Raises ValueError for numbers that JSON cannot hold."""
+    # Sorted and without NaN: the same content is the same bytes, and any JSON reader takes them.
     body = json.dumps(content, sort_keys=True, indent=1, allow_nan=False)
     sealed = {**content, _HASH: hash_of_bytes(body.encode())}
     return json.dumps(sealed, sort_keys=True, indent=1, allow_nan=False) + "\n"
@@ -34,6 +35,7 @@ def unseal_text(text: bytes, where: str) -> Manifest:
     try:
         content = json.loads(text)
         del content[_HASH]
+        # Written again and compared: a changed space, or a number written in another way, counts as damage too.
         is_whole = seal_text(content).encode() == text
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DamagedFile(f"{where} is damaged: {error}") from error
@@ -108,6 +110,7 @@ def sealed_in(folder: Path) -> list[Path]:
 def _read_at_most(path: Path, limit: int) -> bytes:
     """Read at most one byte more than `limit`: a file that grew cannot fill the memory."""
     try:
+        # No link is followed out of the folder, and a pipe in a file's place does not make us wait.
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(handle, "rb") as file:
             return file.read(limit + 1)

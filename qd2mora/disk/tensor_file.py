@@ -119,6 +119,7 @@ def _tensors_of(path: Path) -> dict[str, StoredTensor]:
             dtype, shape, begin, end = _checked_entry(name, entry, path)
             found[name] = StoredTensor(path, dtype, shape, data + begin)
             spans.append((begin, end))
+    # Side by side without overlap or gap, up to the end of the file: no byte is read twice, and none hides between.
     place = 0
     for begin, end in sorted(spans):
         if begin != place:

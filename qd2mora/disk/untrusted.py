@@ -56,6 +56,7 @@ def check_weights(folder: Path) -> list[Path]:
 
     Raises InputRefused, DamagedFile.
     """
+    # A base's fingerprint is taken of all of them: one that leads elsewhere is refused though no index names it.
     for path in folder.glob("*.safetensors"):
         is_there(folder, path.name)
     names = [WHOLE] if is_there(folder, WHOLE) else _files_of_index(folder)

@@ -23,6 +23,7 @@ def auto(inputs: StrategyInputs) -> dict[str, LowRank]:
         "mean_gate": of_cores(inputs.model, {name: mean_gate.mixing(each) for name, each in moments.items()}),
     }
     teacher = Teacher(inputs.model, keeps=True)
+    # A run of very few rows has none to spare for checking.
     checking = inputs.checking or inputs.calibration
 
     def distance(statics: dict[str, LowRank]) -> float:

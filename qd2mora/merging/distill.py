@@ -67,6 +67,7 @@ def distill(inputs: StrategyInputs, start: Mapping[str, LowRank], steps: int) ->
     }
     optimizer = _optimizer(parameters, inputs.eight_bit)
     per_step = max(1, round(ROWS_A_STEP / max(1, len(batches[0]["labels"]))))
+    # States are kept only where a batch comes twice.
     teacher = Teacher(model, keeps=steps * per_step > len(batches))
     if inputs.recomputes:
         enable_checkpointing(model.get_base_model())
@@ -162,6 +163,7 @@ def _factor(step: int, steps: int) -> float:
 
 def _trainable(static: LowRank) -> LowRank:
     """Return the same update with factors of equal size and scaling 1: one learning rate is right for both."""
+    # The SVD of the small product of the two triangular parts, never of B A itself, which is d_out x d_in.
     out_basis, out_part = torch.linalg.qr(static.scaling * static.up.float())
     in_basis, in_part = torch.linalg.qr(static.down.float().T)
     left, sizes, right = torch.linalg.svd(out_part @ in_part.T, full_matrices=False)

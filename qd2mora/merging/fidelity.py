@@ -59,6 +59,7 @@ def unexplained(moments: Moments, core_PF: Tensor, up_OP: Tensor) -> float:
     cross = core_PF @ moments.vu[:, :width].T
     error = moments.vv - cross - cross.T + core_PF @ moments.uu[:width, :width] @ core_PF.T
     total = float((gram * moments.vv).sum())
+    # Where nothing is missed, rounding may leave a little less than nothing.
     return max(0.0, float((gram * error).sum())) / total if total > 0 else 0.0
 
 
@@ -79,6 +80,7 @@ def missed(
         def observe(name: str, layer: MixtureLinear, x: Tensor, attended: Tensor) -> None:
             v = layer.rank_space(x, adapter_name)[1][attended]
             mean = layer.mean_input(x, adapter_name)[attended].float()
+            # With the update's part negated, the joint Gram matrix sums |s B v - s' B' A' x|^2 in one go.
             joint = torch.cat([v.float(), -mean @ statics[name].down.to(mean).T], 1)
             second = (joint.T @ joint).double().cpu()
             num = v.shape[1]

@@ -246,6 +246,7 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, tokenizer: PreTrainedTo
     ):
         if number is not None:
             add(number)
+    # What a tokenizer puts around a text is seen on a letter: its files say so in several ways.
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
@@ -265,6 +266,7 @@ def _llama3_factors(config: LlamaConfig) -> Numbers | None:
     rope = _rope(config)
     if rope["rope_type"] != "llama3":
         return None
+    # As in transformers' `_compute_llama3_parameters` (5.24); llama.cpp wants what frequencies are divided by.
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
     waves = 2 * math.pi * float(rope["rope_theta"]) ** half
     factor, length = rope["factor"], rope["original_max_position_embeddings"]

@@ -74,6 +74,7 @@ def sample_rows(opened: OpenRun, number: int | None, share: float = 1.0) -> Samp
     sample = Sample([], [], [], [], trained)
     for task in chosen:
         order = generator.permutation(len(task.train)).tolist()
+        # Checking rows are set aside first, so that neither calibration nor distillation ever sees them.
         num_checking = min(math.ceil(checked / len(chosen)), len(order) // 5)
         sample.checking.extend(task.train[place] for place in sorted(order[:num_checking]))
         sample.training.extend(task.train[place] for place in order[num_checking:])

@@ -32,6 +32,7 @@ def of_core(layer: MixtureLinear, core: Tensor, adapter_name: str = "default") -
     """
     rows = layer.linear_rows(adapter_name).detach().float()[: core.shape[1]]
     columns, core = layer.columns(adapter_name).detach().float(), core.float().to(rows.device)
+    # K is multiplied onto the wider side, which makes the rank that of the narrower one.
     down, up = (core @ rows, columns) if len(core) < len(rows) else (rows, columns @ core)
     return LowRank(down, up, layer.scaling(adapter_name), _base_change(layer, adapter_name))
 
@@ -52,7 +53,9 @@ def replaced(model: PeftModel, statics: Statics, adapter_name: str = "default") 
 def _base_change(layer: MixtureLinear, adapter_name: str) -> float:
     """Return a_0 - 1 where a method scales its base, else 0."""
     scale = layer.tensors(adapter_name).get("mixture_base_scale")
-    return 0.0 if scale is None else 0.2 * float(scale.detach().float().tanh())
+    if scale is None:
+        return 0.0
+    return 0.2 * float(scale.detach().float().tanh())
 
 
 __all__ = ["Statics", "of_core", "of_cores", "replaced"]

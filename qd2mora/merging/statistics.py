@@ -63,6 +63,7 @@ class Moments:
 
         The sums stay there until `collect` is done: fetching them would wait for the device at every linear.
         """
+        # Rows scaled by the root of their weight: one product then gives all three second moments, weighted.
         joint_TW = torch.cat([u.to(v.dtype), v], -1).mul_(root.unsqueeze(-1)).flatten(0, -2)
         self.second = self.second.to(v.device).add_(joint_TW.T @ joint_TW)
         if mixing_PQ is not None:
