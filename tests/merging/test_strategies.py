@@ -252,7 +252,7 @@ def test_per_task_wants_a_task_and_all_makes_an_export_of_each(run: Path, tmp_pa
         report = json.loads((tmp_path / "out" / name / "export_report.json").read_text(encoding="utf-8"))
         assert report["task"] == name and report["strategy"] == "per_task"
         assert set(report["tasks"]) == {name}
-        assert (tmp_path / "out" / name / "model.safetensors").is_file() and export.made.task == name
+        assert (tmp_path / "out" / name / "model.safetensors").is_file() and export.updates.task == name
 
 
 def test_one_task_is_fitted_better_by_its_own_rows(opened: OpenRun) -> None:
