@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +21,7 @@ from qd2mora.redact import redacted
 class Saves(Protocol):
     """What transformers, PEFT and tokenizers write by themselves: a model, a configuration, a tokenizer."""
 
-    def save_pretrained(self, save_directory: str, /) -> object: ...
+    save_pretrained: Callable[[str], object]
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> SizeAndHash:
