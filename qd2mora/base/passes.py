@@ -32,7 +32,7 @@ class Adapted(Protocol):
     def get_base_model(self) -> nn.Module: ...
 
 
-AnyModel: TypeAlias = PreTrainedModel | Adapted
+Model: TypeAlias = PreTrainedModel | Adapted
 
 
 @dataclass(frozen=True)
@@ -43,31 +43,32 @@ class CachedText:
     cache: Cache
 
 
-def last_states(model: AnyModel, batch: Mapping[str, Tensor]) -> Tensor:
+def last_states(model: Model, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the final hidden states of a collated batch, (rows, length, hidden), in the compute dtype."""
     # Packed rows bring positions instead of a mask: transformers bounds attention where positions restart.
     told = {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}
-    decoder: Any = _transformers_model(model).get_decoder()
+    decoder: nn.Module = _transformers_model(model).get_decoder()
     states: Tensor = decoder(input_ids=batch["input_ids"], **told, use_cache=False).last_hidden_state
     return states
 
 
-def read_on(model: AnyModel, batch: Mapping[str, Tensor], before: CachedText | None = None) -> CachedText:
+def read_on(model: Model, batch: Mapping[str, Tensor], before: CachedText | None = None) -> CachedText:
     """Read a batch with its attention_mask and position_ids, after the text that was read before, keeping a cache.
 
     `attention_mask` covers the cached tokens too. The cache of `before` grows and is the one returned.
     """
-    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    cached: dict[str, Cache] = {}
     if before is not None:
-        inputs["past_key_values"] = before.cache
-    decoder: Any = _transformers_model(model).get_decoder()
-    read = decoder(**inputs, use_cache=True)
+        cached["past_key_values"] = before.cache
+    decoder: nn.Module = _transformers_model(model).get_decoder()
+    read = decoder(**inputs, **cached, use_cache=True)
     return CachedText(read.last_hidden_state, read.past_key_values)
 
 
-def output_head(model: AnyModel) -> nn.Module:
+def output_head(model: Model) -> nn.Module:
     """Return the linear from hidden states to logits."""
-    head: Any = _transformers_model(model).get_output_embeddings()
+    head: nn.Module = _transformers_model(model).get_output_embeddings()
     return head
 
 
@@ -158,19 +159,20 @@ def _logits(states: Tensor, weight: Tensor) -> Tensor:
     return F.linear(states.to(weight.dtype), weight).float()
 
 
-def _transformers_model(model: AnyModel) -> PreTrainedModel:
+def _transformers_model(model: Model) -> PreTrainedModel:
     """Return the transformers model, adapters inside."""
     if isinstance(model, PreTrainedModel):
         return model
-    inner: Any = model.get_base_model()
+    inner = model.get_base_model()
+    assert isinstance(inner, PreTrainedModel)
     return inner
 
 
 __all__ = [
     "CHUNK",
     "IGNORE",
-    "AnyModel",
     "CachedText",
+    "Model",
     "labelled",
     "labels_of",
     "last_states",

@@ -36,7 +36,7 @@ class ChatTemplate:
             raise InputRefused(f"{where}: a chat template of {len(template)} characters (limit {LONGEST_TEMPLATE})")
         self.where = where
         self.end = tokens.get("eos_token", "")
-        self.settings: dict[str, Any] = {"path": sys.path, "template": template, "tokens": tokens}
+        self.settings: dict[str, object] = {"path": sys.path, "template": template, "tokens": tokens}
         self.settings |= {"memory": MEMORY, "seconds": SECONDS, "longest": LONGEST}
 
     def __enter__(self) -> Self:
@@ -72,7 +72,7 @@ class ChatTemplate:
             raise BadRow("the chat template refuses it", f": {answer['refused']}")
         return answer["texts"]
 
-    def _send(self, content: Any) -> None:
+    def _send(self, content: object) -> None:
         try:
             self._pipe(self.child.stdin).write(json.dumps(content).encode() + b"\n")
             self._pipe(self.child.stdin).flush()

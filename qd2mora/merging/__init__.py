@@ -118,8 +118,7 @@ def merge(
     with staged_folder(Path(out)) as stage:
         export = Export(Path(out), updates, write(stage), form)
         write_json(stage / "export_report.json", export.to_json())
-        sealed = {"kind": "export", "base": weights.base.model_dump()}
-        seal_whole_folder(stage, export.written.files, sealed)
+        seal_whole_folder(stage, export.written.files, {"kind": "export", "base": weights.base.model_dump()})
     return export
 
 

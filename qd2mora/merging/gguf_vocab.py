@@ -46,7 +46,7 @@ class Vocabulary:
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
     """Return the vocabulary of a tokenizer for an embedding of `rows`. Raises InputRefused."""
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)  # slow tokenizers have none
     if backend is None:
         raise InputRefused(f"--to gguf: the tokenizer has no tokenizer.json; {_WAYS}")
     content = json.loads(backend.to_str())
