@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from qd2mora.adapter_folder import load_adapter
 from qd2mora.base import load_base, load_tokenizer
-from qd2mora.disk.durable import staged_folder, write_atomically, write_json
 from qd2mora.disk.untrusted import check_adapter
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.mixture import MixtureConfig
@@ -133,7 +132,4 @@ __all__ = [
     "open_run",
     "read_recipe",
     "refuse_taken",
-    "staged_folder",
-    "write_atomically",
-    "write_json",
 ]

@@ -16,7 +16,7 @@ from qd2mora.composition.extract import extract
 from qd2mora.composition.inputs import PREFIX, Settings, base_of, read_loras, read_mixture, read_weights, trained_on
 from qd2mora.composition.learned import learn
 from qd2mora.composition.upcycle import upcycle
-from qd2mora.disk.durable import save_pretrained
+from qd2mora.disk.durable import save_pretrained, staged_folder
 from qd2mora.disk.file_hash import SizeAndHash
 from qd2mora.disk.sealed import seal_whole_folder
 from qd2mora.disk.tensor_file import tensor_at_hand, write_tensors
@@ -26,7 +26,7 @@ from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.given import GivenLora
 from qd2mora.mixture.low_rank import LowRank
 from qd2mora.recipe import load_recipe
-from qd2mora.run_folder import is_run, refuse_taken, staged_folder
+from qd2mora.run_folder import is_run, refuse_taken
 
 STEPS = 100
 """Of `learn`, where none are given."""

@@ -16,12 +16,12 @@ import torch
 from qd2mora.base.passes import last_states, output_head
 from qd2mora.data import Row
 from qd2mora.data.text_pairs import Pair
+from qd2mora.disk.durable import write_json
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.answer_file import HarnessFile, TaskNumbers, digest
 from qd2mora.evaluation.answering import batch_of
 from qd2mora.evaluation.scoring import ROWS_AT_ONCE
 from qd2mora.evaluation.subject import Subject, model_mark, open_subject
-from qd2mora.run_folder import write_json
 
 try:
     import lm_eval
