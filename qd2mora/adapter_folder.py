@@ -4,18 +4,17 @@ An adapter is a correction of one base in one quantisation. On another it still 
 without a word; so its manifest carries the base's fingerprint, and another base is refused unless told.
 """
 
-import hashlib
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load as load_tensors
-from torch import nn
+from torch import Tensor, nn
 
 from qd2mora.base import fingerprint
 from qd2mora.disk.durable import save_pretrained, staged_folder
+from qd2mora.disk.file_hash import short_hash, size_and_hash
 from qd2mora.disk.sealed import open_manifest, read_listed, seal_folder
 from qd2mora.errors import DamagedFile, InputRefused, NotFinite
 from qd2mora.recipe import Base
@@ -24,13 +23,15 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 
-def base_identity(base: Base, mark: str | None = None) -> dict[str, Any]:
+def base_identity(base: Base, mark: str | None = None) -> dict[str, str]:
     """Return what an adapter remembers of its base; `mark` is its fingerprint where it is known already."""
-    quantization = f"{base.quantization}, double" if base.quantization == "nf4" and base.double_quant else None
-    return {"base": mark or fingerprint(base), "base.quantization": quantization or base.quantization}
+    quantization: str = base.quantization
+    if base.quantization == "nf4" and base.double_quant:
+        quantization = "nf4, double"
+    return {"base": mark or fingerprint(base), "base.quantization": quantization}
 
 
-def save_adapter(model: PeftModel, folder: Path, identity: dict[str, Any]) -> None:
+def save_adapter(model: PeftModel, folder: Path, identity: Mapping[str, str]) -> None:
     """Write the adapter whole or not at all, read back and compared before it takes its name.
 
     Raises NotFinite, OSError, and DamagedFile where the disk gave back something else.
@@ -41,7 +42,7 @@ def save_adapter(model: PeftModel, folder: Path, identity: dict[str, Any]) -> No
         raise NotFinite(f"the adapter is not saved: {bad[0]} is not finite")
     with staged_folder(folder) as stage:
         save_pretrained(model, stage)
-        files = {name: _size_and_hash((stage / name).read_bytes()) for name in (CONFIG, WEIGHTS)}
+        files = {name: size_and_hash(stage / name) for name in (CONFIG, WEIGHTS)}
         for name in files:
             (stage / name).chmod(0o666 & ~_umask())  # safetensors 0.8 makes files that others cannot read
         seal_folder(stage, files, {"identity": identity, "inventory": _inventory(wanted)})
@@ -71,34 +72,28 @@ def load_adapter(model: nn.Module, base: Base, folder: Path, allow_changed: Coll
     return adapted
 
 
-def refuse_another_base(before: dict[str, Any], now: dict[str, Any], allowed: Collection[str]) -> None:
+def refuse_another_base(before: Mapping[str, str], now: Mapping[str, str], allowed: Collection[str]) -> None:
     """Compare an adapter's base with the one it is put on. Raises InputRefused."""
     for name, value in now.items():
         if before[name] != value and name not in allowed:
+            was, found = short_hash(before[name]), short_hash(value)
             raise InputRefused(
-                f"{name}: the adapter was trained on {_short(before[name])}, this is {_short(value)}; give it back its "
-                f"base, or insist with --allow-changed {name}"
+                f"{name}: the adapter was trained on {was}, this is {found}; give it back its base, or insist with "
+                f"--allow-changed {name}"
             )
 
 
-def _inventory(tensors: dict[str, Any]) -> dict[str, list[Any]]:
+def _inventory(tensors: Mapping[str, Tensor]) -> dict[str, list[object]]:
+    """Return dtype and shape by name as JSON gives them back; the dtypes are torch's words, and stay so."""
     return {
         name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in sorted(tensors.items())
     }
-
-
-def _size_and_hash(content: bytes) -> tuple[int, str]:
-    return len(content), hashlib.sha256(content).hexdigest()
 
 
 def _umask() -> int:
     """The process's mask, read without changing it."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Umask:"))
     return int(line.split()[1], 8)
-
-
-def _short(value: str) -> str:
-    return value[:12] if len(value) == 64 else value
 
 
 __all__ = ["base_identity", "load_adapter", "refuse_another_base", "save_adapter"]

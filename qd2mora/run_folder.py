@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from qd2mora.adapter_folder import load_adapter
 from qd2mora.base import load_base, load_tokenizer
-from qd2mora.disk.durable import staged_folder, write_atomically, write_json
 from qd2mora.disk.untrusted import check_adapter
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.mixture import MixtureConfig
@@ -26,59 +25,28 @@ MAY_CHANGE = ("base", "base.quantization")
 """What of a run may differ from its training, where it is asked for by name."""
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Paths of one run."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.manifest = path / "manifest.json"
+        self.adapter = path / "adapter"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.best = path / "best"
+        self.export = path / "export"
+        self.routing = path / "routing.json"
+        self.scores = path / "scores.json"
+        self.samples = path / "samples.json"
+        self.report = path / "report.html"
+        self.lock = path / "LOCK"
 
     @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def manifest(self) -> Path:
-        return self.path / "manifest.json"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def best(self) -> Path:
-        return self.path / "best"
-
-    @property
-    def export(self) -> Path:
-        return self.path / "export"
-
-    @property
-    def routing(self) -> Path:
-        return self.path / "routing.json"
-
-    @property
-    def scores(self) -> Path:
-        return self.path / "scores.json"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples.json"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def lock(self) -> Path:
-        return self.path / "LOCK"
+    def name(self) -> str:
+        """What the run is called: the folder's own name, wherever it is named from."""
+        return self.path.resolve().name
 
     def base(self, recipe: Recipe) -> Base:
         """Return a run's base; its 4-bit weights are kept beside the run where the recipe leaves that open."""
@@ -161,7 +129,4 @@ __all__ = [
     "open_run",
     "read_recipe",
     "refuse_taken",
-    "staged_folder",
-    "write_atomically",
-    "write_json",
 ]

@@ -25,7 +25,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from qd2mora.data import Mixture, TaskRows, lines_together, prepare
+from qd2mora.data import TaskMix, TaskRows, lines_together, prepare
 from qd2mora.data.instruction import split
 from qd2mora.data.pack import MULTIPLE
 from qd2mora.recipe import Data, Task
@@ -128,7 +128,7 @@ def _times(path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast, tim
 
 def _waste(data: Data, tasks: list[TaskRows]) -> list[dict[str, Any]]:
     """Return the share of a step's positions that are padding, over 200 steps of each size."""
-    mixture, lengths = Mixture(data, tasks, 0), tasks[0].lengths
+    mixture, lengths = TaskMix(data, tasks, 0), tasks[0].lengths
     found = []
     for rows, lines in BATCHES:
         shares = {}

@@ -27,9 +27,9 @@ from export_cases import CASES, trained
 from qd2mora.disk.durable import write_json
 from qd2mora.merging import core_lsq
 from qd2mora.merging.fidelity import Fidelity, measure
-from qd2mora.merging.making import setting_of
+from qd2mora.merging.measured_updates import strategy_inputs_of
 from qd2mora.merging.sample import PaddedBatches, batches_of, sample_rows
-from qd2mora.merging.static import Statics, of_cores
+from qd2mora.merging.static_updates import Statics, of_cores
 from qd2mora.merging.statistics import balanced, collect, decode
 from qd2mora.merging.strategies import STRATEGIES
 from qd2mora.mixture import mixture_layers
@@ -95,7 +95,7 @@ def _held_out(opened: OpenRun) -> PaddedBatches:
 
 
 def _exported(opened: OpenRun, strategy: str, held_out: PaddedBatches, training_s: float) -> dict[str, Any]:
-    setting = setting_of(opened, sample_rows(opened, None, STRATEGIES[strategy].share), None)
+    setting = strategy_inputs_of(opened, sample_rows(opened, None, STRATEGIES[strategy].share), None)
     began = time.process_time()
     statics = STRATEGIES[strategy].make(setting)
     spent = time.process_time() - began
@@ -109,7 +109,7 @@ def _by_task(opened: OpenRun, strategy: str) -> dict[str, Any]:
     kept, sums = {}, torch.zeros(3, dtype=torch.float64)
     for number, task in enumerate(opened.recipe.data.tasks):
         rows = sample_rows(opened, number, STRATEGIES["auto"].share)
-        statics = STRATEGIES[strategy].make(setting_of(opened, rows, None))
+        statics = STRATEGIES[strategy].make(strategy_inputs_of(opened, rows, None))
         found = measure(opened.model, statics, batches_of(opened, rows.held_out[:20]))
         kept[task.name] = found.gain_kept
         sums += found.tokens * torch.tensor([found.base, found.routed, found.merged], dtype=torch.float64)

@@ -18,7 +18,7 @@ import torch
 from qd2mora.data import collate, prepare
 from qd2mora.inspection import RoutingWatch, routing_report
 from qd2mora.inspection.finished_run import rows_to_watch
-from qd2mora.memory.loss import IGNORE, labelled_states
+from qd2mora.memory.loss import labelled_states
 from qd2mora.run_folder import open_run
 
 ROWS_AT_ONCE = 16
@@ -41,7 +41,7 @@ def main() -> None:
         began = time.perf_counter()
         with watch.watching() if is_watched else nullcontext(), torch.no_grad():
             for batch in batches:
-                labelled_states(opened.model, batch, batch["labels"][:, 1:] != IGNORE)
+                labelled_states(opened.model, batch)
         if opened.model.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began

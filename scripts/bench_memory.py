@@ -39,10 +39,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qd2mora.mixture.draws as draws
 from qd2mora.base import SHAPES, Shape, random_base
+from qd2mora.base.passes import CHUNK, last_states, output_head, token_losses
 from qd2mora.memory.boundaries import decoder_layers, recompute_layers
 from qd2mora.memory.lean import make_lean
 from qd2mora.memory.ledger import Setting
-from qd2mora.memory.loss import CHUNK, labelled_states, output_head, token_losses
 from qd2mora.memory.prepared import prepare_base
 from qd2mora.memory.sizes import optimizer_bytes
 from qd2mora.memory.streaming import LayerStream
@@ -119,7 +119,7 @@ def micro_batch(model: Any, mode: Mode, tokens: int, device: torch.device) -> Ca
         labelled: Any = (torch.zeros(tokens - 1, dtype=torch.long, device=device), ids.new_zeros(tokens - 1))
 
         def ours() -> None:
-            hidden = labelled_states(model, {"input_ids": ids}, labelled)
+            hidden = last_states(model, {"input_ids": ids})[:, :-1][labelled]
             losses = token_losses(hidden, ids[0, 1:], output_head(model), mode.chunk)
             del hidden
             (losses.sum() / tokens).backward()

@@ -28,11 +28,13 @@ from qd2mora.base import load_tokenizer
 from qd2mora.data.chat import TEMPLATES
 from qd2mora.errors import InputRefused
 from qd2mora.merging import make_static
+from qd2mora.merging.base_weights import BaseWeights
 from qd2mora.merging.gguf_file import write_gguf
 from qd2mora.merging.gguf_vocab import vocabulary_of
-from qd2mora.merging.rungs import form_of, open_source, prepare_rung
+from qd2mora.merging.rung import ExportForm
+from qd2mora.merging.rungs import export_form, open_weights
 from qd2mora.merging.sample import sample_rows
-from qd2mora.merging.source import Source
+from qd2mora.merging.static_updates import Statics
 from qd2mora.recipe import Base
 from qd2mora.run_folder import is_run, open_run
 
@@ -49,9 +51,9 @@ def export(subject: str, folder: Path) -> list[str]:
         tokenizer = with_template(load_tokenizer(base.model))
         for dtype in ("float16", "q8_0"):
             (folder / dtype).mkdir()
-            known = is_known(tokenizer, Source(base).config.vocab_size)
+            known = is_known(tokenizer, BaseWeights(base).config.vocab_size)
             where = folder / dtype
-            write_gguf(Source(base), tokenizer, {}, where, name="model", dtype=dtype, with_vocabulary=known)
+            write_gguf(BaseWeights(base), tokenizer, {}, where, name="model", dtype=dtype, with_vocabulary=known)
         (folder / "hf").symlink_to(base.model)
         return [
             "Once upon a time",
@@ -66,16 +68,20 @@ def export(subject: str, folder: Path) -> list[str]:
     opened = open_run(subject)
     with_template(opened.tokenizer)
     vocabulary = is_known(opened.tokenizer, opened.model.config.vocab_size)
+
+    def write(form: ExportForm, statics: Statics, place: Path) -> None:
+        form.rung.prepare(opened, open_weights(opened, form), statics, form)(place)
+
     made = make_static(opened, "core_lsq")
-    forms = {"hf": form_of("hf"), "lora": form_of("lora"), "gguf_lora": form_of("gguf_lora")}
-    forms |= {dtype: form_of("gguf", dtype=dtype, with_vocabulary=vocabulary) for dtype in ("float16", "q8_0")}
+    forms = {"hf": export_form("hf"), "lora": export_form("lora"), "gguf_lora": export_form("gguf_lora")}
+    forms |= {dtype: export_form("gguf", dtype=dtype, with_vocabulary=vocabulary) for dtype in ("float16", "q8_0")}
     for name, form in forms.items():
         (folder / name).mkdir()
-        prepare_rung(opened, open_source(opened, form), made.statics, form)(folder / name)
+        write(form, made.statics, folder / name)
     for name, to in {"base": "gguf", "base_hf": "hf"}.items():
         (folder / name).mkdir()
-        form = form_of(to, with_vocabulary=vocabulary or to != "gguf")
-        prepare_rung(opened, open_source(opened, form), {}, form)(folder / name)
+        form = export_form(to, with_vocabulary=vocabulary or to != "gguf")
+        write(form, {}, folder / name)
     held_out = sample_rows(opened, None).held_out
     step = max(1, len(held_out) // PROMPTS)
     return [row.pair.prompt for row in held_out[::step][:PROMPTS]]

@@ -132,9 +132,9 @@ GATES: dict[str, Gate] = {
         {"GATE_FLIPS": 300, "GATE_CUTS": 50},
         (
             never("disk/sealed.py:unseal_text", "not"),
-            ignoring("disk/sealed.py:read_listed", "hexdigest"),
+            ignoring("disk/sealed.py:read_listed", "hash_of_bytes"),
             never("disk/sealed.py:open_manifest", "is_foreign"),
-            instead("disk/sealed.py:_read", "O_NOFOLLOW", "O_RDONLY", by="os.O_RDONLY | os.O_CLOEXEC"),
+            instead("disk/sealed.py:_read_at_most", "O_NOFOLLOW", "O_RDONLY", by="os.O_RDONLY | os.O_CLOEXEC"),
             never("training/checkpoint.py:read", "step"),
         ),
     ),
@@ -227,8 +227,8 @@ GATES: dict[str, Gate] = {
         {"GATE_MERGES": 200},
         {},
         (
-            instead("merging/folds.py:_low_rank.fold", "scaling", by="0.97 * static.scaling"),
-            instead("merging/writer.py:_rounded_blocks", "to", by="exact.to(torch.bfloat16).to"),
+            instead("merging/updated_weights.py:_low_rank.update", "scaling", by="0.97 * static.scaling"),
+            instead("merging/updated_weights.py:_UpdatedWeight._narrow", "to", by="exact.to(torch.bfloat16).to"),
         ),
     ),
     "W1": Gate(

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from qd2mora.base import load_base
-from qd2mora.base.cache import Entry
+from qd2mora.base.cache import CachedWeights
 from qd2mora.disk.sealed import open_manifest, seal_text, unseal_text, verify_folder
-from qd2mora.disk.tensor_file import tensors_on_disk
+from qd2mora.disk.tensor_file import stored_tensors
 from qd2mora.recipe import Base, load_recipe
 from qd2mora.training import train
 
@@ -98,14 +98,14 @@ def test_nothing_is_kept_unasked(keep_from: int | None, cache: str, folder: Path
 
 
 def _flip(place: Path) -> None:
-    shard = place / "model-00000.safetensors"
+    shard = place / "model.safetensors"
     content = bytearray(shard.read_bytes())
     content[-100] ^= 4
     shard.write_bytes(content)
 
 
 def _cut(place: Path) -> None:
-    shard = place / "model-00000.safetensors"
+    shard = place / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-64])
 
 
@@ -175,7 +175,7 @@ def test_each_setting_has_weights_of_its_own(folder: Path, tmp_path: Path) -> No
 
 
 def test_writers_at_once_leave_one_whole_entry(tmp_path: Path) -> None:
-    entry = Entry(tmp_path / "entry", {"base": "x"})
+    entry = CachedWeights(tmp_path / "entry", {"base": "x"})
     tensors = {"weight": torch.arange(1 << 16)}
 
     def act(number: int) -> bool:
@@ -184,7 +184,7 @@ def test_writers_at_once_leave_one_whole_entry(tmp_path: Path) -> None:
             return True
         with entry.opened() as is_whole:
             # Where it is there it is whole, until the block ends.
-            shard = entry.folder / "model-00000.safetensors"
+            shard = entry.folder / "model.safetensors"
             return not is_whole or torch.equal(load(shard.read_bytes())["weight"], tensors["weight"])
 
     with ThreadPoolExecutor(6) as pool:
@@ -232,7 +232,7 @@ def test_a_manifest_sealed_by_somebody_else_opens_no_other_file(
 
 def test_tensors_are_read_into_memory_of_their_own(tmp_path: Path) -> None:
     path = tiny.save_base(tmp_path) / "model.safetensors"
-    there, wanted = tensors_on_disk([path]), load(path.read_bytes())
+    there, wanted = stored_tensors([path]), load(path.read_bytes())
     assert there.keys() == wanted.keys()
     for name, tensor in there.items():
         assert torch.equal(tensor[...], wanted[name])

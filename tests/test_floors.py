@@ -17,7 +17,7 @@ FLOORS = {
     "stopping": 2,
     "recipe": 3,
     "base": 4,
-    "data": 4,
+    "data": 5,
     "mixture": 4,
     "memory": 5,
     "adapter_folder": 5,

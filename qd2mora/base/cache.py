@@ -7,7 +7,6 @@ replaces it. Readers share a lock, a writer has it alone; where it is taken, not
 """
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -16,33 +15,35 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from qd2mora.disk.durable import staged_folder, write_file
-from qd2mora.disk.sealed import open_manifest, seal_folder, verify_folder
-from qd2mora.disk.tensor_file import encoded
+from qd2mora.disk.durable import staged_folder
+from qd2mora.disk.file_hash import hash_of_bytes, short_hash
+from qd2mora.disk.sealed import open_manifest, seal_whole_folder, verify_folder
+from qd2mora.disk.shards import write_shards
+from qd2mora.disk.tensor_file import tensor_at_hand
 from qd2mora.errors import DamagedFile
 
 SHARD_BYTES = 256 << 20
-"""Few enough to be copied from a device one shard at a time, and many enough files to be checked side by side."""
+"""Of one file: several are hashed side by side when they are read."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Entry:
+class CachedWeights:
     """One base's weights in a cache; `made_of` is what they must have been made of."""
 
     folder: Path
-    made_of: dict[str, Any]
+    made_of: dict[str, object]
 
     @classmethod
-    def of(cls, cache: Path, model: str, settings: dict[str, Any], content: dict[str, Any]) -> "Entry":
+    def of(cls, cache: Path, model: str, settings: dict[str, object], content: dict[str, object]) -> "CachedWeights":
         """Return the entry of a model in some settings, each of which has its own; `content` may change under it."""
+        # `content` is no part of the name: a base that changed replaces its old weights, and does not stand beside.
         text = json.dumps({"model": model, **settings}, sort_keys=True)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2])[:60].strip(".-")
-        folder = cache / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        folder = cache / f"{name}-{hash_of_bytes(text.encode())[:12]}"
         return cls(folder, {**settings, **content})
 
     @contextmanager
@@ -51,7 +52,7 @@ class Entry:
         if not self.folder.is_dir():
             yield False
             return
-        with self._locked(fcntl.LOCK_SH):
+        with self._with_lock(fcntl.LOCK_SH):
             yield self._is_whole()
 
     def write(self, tensors: dict[str, Tensor], configs: Callable[[Path], object]) -> None:
@@ -66,14 +67,11 @@ class Entry:
             if state.f_bavail * state.f_frsize < 2 * size:  # the run itself has something to write
                 self._say_not_kept(f"its disk is short of room for {size / 2**30:.1f} GiB")
                 return
-            with self._locked(fcntl.LOCK_EX | fcntl.LOCK_NB), staged_folder(self.folder) as stage:
+            with self._with_lock(fcntl.LOCK_EX | fcntl.LOCK_NB), staged_folder(self.folder) as stage:
                 configs(stage)
-                files = {path.name: _hashed(path) for path in stage.iterdir()}
-                for number, shard in enumerate(_shards(tensors)):
-                    name = f"model-{number:05}.safetensors"
-                    content = {key: tensor.detach().cpu() for key, tensor in shard.items()}
-                    files[name] = write_file(stage / name, encoded(content))
-                seal_folder(stage, files, {"made_of": self.made_of})
+                entries = [tensor_at_hand(name, tensor) for name, tensor in tensors.items()]
+                files = write_shards(stage, entries, SHARD_BYTES)
+                seal_whole_folder(stage, files, {"made_of": self.made_of})
         except BlockingIOError:
             return  # another process is at it, or reads what is there
         except OSError as error:
@@ -94,12 +92,12 @@ class Entry:
         except DamagedFile as error:
             self.say_made_anew(str(error))
             return False
-        was, now = (_short(content.get(other[0])) for content in (there, self.made_of))
+        was, now = (short_hash(str(content.get(other[0]))) for content in (there, self.made_of))
         self.say_made_anew(f"'{self.folder}' was made with {other[0]} {was}, and now it is {now}")
         return False
 
     @contextmanager
-    def _locked(self, how: int) -> Iterator[None]:
+    def _with_lock(self, how: int) -> Iterator[None]:
         """Hold the entry's lock; without one where a disk cannot be written, and so nothing be replaced."""
         path = self.folder.with_name(f".{self.folder.name}.lock")
         flags = os.O_CLOEXEC | os.O_NOFOLLOW
@@ -120,23 +118,4 @@ class Entry:
         _log.warning("base.cache: 4-bit weights are not kept in '%s': %s", self.folder.parent, why)
 
 
-def _shards(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if shard and sum(each.nbytes for each in shard.values()) + tensor.nbytes > SHARD_BYTES:
-            yield shard
-            shard = {}
-        shard[name] = tensor
-    yield shard
-
-
-def _hashed(path: Path) -> tuple[int, str]:
-    content = path.read_bytes()
-    return len(content), hashlib.sha256(content).hexdigest()
-
-
-def _short(value: Any) -> str:
-    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
-
-
-__all__ = ["Entry"]
+__all__ = ["CachedWeights"]

@@ -6,6 +6,9 @@ import torch
 
 from qd2mora.recipe import Base
 
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What a recipe and an export call them."""
+
 
 def default_device() -> torch.device:
     """Return this process's CUDA device where there is one, else the CPU."""
@@ -17,10 +20,12 @@ def default_device() -> torch.device:
 def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
     """Return the dtype that products run in: bfloat16 or float16 on a GPU, float32 on a CPU (16-bit is slow there)."""
     if base.compute_dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[base.compute_dtype]
+        return FLOATS[base.compute_dtype]
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float16
 
 
-__all__ = ["compute_dtype", "default_device"]
+__all__ = ["FLOATS", "compute_dtype", "default_device"]

@@ -1,6 +1,5 @@
 """A model's files: the folder they lie in, fetched from the hub where they are not here, and a hash of them."""
 
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -10,6 +9,7 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 
+from qd2mora.disk.file_hash import hash_of_bytes, hash_of_file
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Base
 
@@ -34,24 +34,24 @@ def fingerprint(base: Base) -> str:
     A hub id is hashed by what is in the local cache, which loading fills; random weights by the shape's name. Files are
     read side by side at about 1 GB/s each, once in a process, and are in the page cache then.
     """
-    digest = hashlib.sha256()
     folder = local_folder(base.model)
     if folder is None:
-        digest.update(base.model.encode())
-        return digest.hexdigest()
+        return hash_of_bytes(base.model.encode())
     paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for path, content in zip(paths, pool.map(_hash_of, paths), strict=True):
-            digest.update(f"{path.name} {content}".encode())
-    return digest.hexdigest()
+        hashes = pool.map(_remembered_hash, paths)
+        names = [f"{path.name} {content}" for path, content in zip(paths, hashes, strict=True)]
+    return hash_of_bytes("".join(names).encode())
 
 
 def local_folder(model: str) -> Path | None:
     """Return where a model's files lie on this machine."""
     if Path(model).is_dir():
         return Path(model)
+    if model.startswith(RANDOM):
+        return None
     try:
-        cached = None if model.startswith(RANDOM) else try_to_load_from_cache(model, "config.json")
+        cached = try_to_load_from_cache(model, "config.json")
     except HFValidationError:  # a path that is not there is no name on the hub
         return None
     return Path(cached).parent if isinstance(cached, str) else None
@@ -84,20 +84,22 @@ def _refuse_missing(model: str, needs: str = "config.json") -> None:
 
 
 def first_line(error: Exception) -> str:
+    """Return what an error says in one line, and the next where the first only announces it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    if lines[0].endswith(":") and len(lines) > 1:
+        return f"{lines[0]} {lines[1].strip()}"
+    return lines[0]
 
 
-def _hash_of(path: Path) -> str:
+def _remembered_hash(path: Path) -> str:
     state = path.stat()
-    return _hashed(path, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+    return _hash_in_state(path, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 
 @lru_cache(maxsize=256)
-def _hashed(path: Path, *state: int) -> str:
-    """Return a file's hash; it is asked for as long as the file's state is the same only once."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _hash_in_state(path: Path, *state: int) -> str:
+    """Return a file's hash; as long as the file's state is the same, it is read only once."""
+    return hash_of_file(path)
 
 
 __all__ = ["RANDOM", "UNLOADABLE", "fingerprint", "first_line", "folder_of", "local_folder"]

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from qd2mora.base.cache import Entry
+from qd2mora.base.cache import CachedWeights
 from qd2mora.base.device import compute_dtype, default_device
 from qd2mora.base.files import RANDOM, UNLOADABLE, fingerprint, first_line, folder_of
 from qd2mora.base.host_memory import give_back_large_blocks
@@ -29,8 +29,8 @@ from qd2mora.base.nf4 import is_nf4, nf4_config, settled
 from qd2mora.base.random_weights import random_base
 from qd2mora.base.shapes import shape_of
 from qd2mora.disk.durable import save_pretrained
-from qd2mora.disk.tensor_file import tensors_on_disk
-from qd2mora.disk.untrusted import check_config, check_safetensors, check_weights
+from qd2mora.disk.tensor_file import stored_tensors
+from qd2mora.disk.untrusted import check_config, check_weights
 from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.recipe import Base
 
@@ -67,27 +67,27 @@ def load_base(
     if not base.model.startswith(RANDOM):
         base_config(base)
         check_weights(folder_of(base.model, _MODEL_PATTERNS))  # there and plain files: an entry's hash is taken of them
-    entry = _cache_entry(base, device, dtype)
-    model = _kept(entry, base, device, dtype)
+    cached = _cached_weights(base, device, dtype)
+    model = None if cached is None else _from_cache(cached, base.model, device, dtype)
     if model is None:
-        model = _made(base, device, dtype)
-        if entry is not None and keep_from is not None:
-            _keep(entry, model, keep_from, nf4_config(base, dtype))
+        model = _build_model(base, device, dtype)
+        if cached is not None and keep_from is not None:
+            _write_cache(cached, model, keep_from, nf4_config(base, dtype))
     # What an adapter is said to belong to; PEFT would look for a folder of random weights.
     name = "" if base.model.startswith(RANDOM) else base.model
     model.name_or_path = model.config._name_or_path = name
     return settled(model)
 
 
-def _made(base: Base, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def _build_model(base: Base, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Build a model from the files of its base, or from random numbers."""
     if base.model.startswith(RANDOM):
         return random_base(shape_of(base.model), base, device, dtype=dtype)
     folder = folder_of(base.model, _MODEL_PATTERNS)
-    return _read(folder, check_weights(folder), base.model, device, dtype, nf4_config(base, dtype))
+    return _from_files(folder, check_weights(folder), base.model, device, dtype, nf4_config(base, dtype))
 
 
-def _read(
+def _from_files(
     folder: Path,
     files: list[Path],
     name: str,
@@ -103,7 +103,7 @@ def _read(
         model, loading = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
             None,
             config=config,
-            state_dict=tensors_on_disk(files),
+            state_dict=stored_tensors(files),
             quantization_config=quantization,
             dtype=dtype,
             device_map={"": device},
@@ -119,36 +119,39 @@ def _read(
     return model
 
 
-def _cache_entry(base: Base, device: torch.device, dtype: torch.dtype) -> Entry | None:
+def _cached_weights(base: Base, device: torch.device, dtype: torch.dtype) -> CachedWeights | None:
     """Return where 4-bit weights of a base are kept; None where they are not."""
     if base.cache in ("auto", "none") or base.quantization != "nf4":
         return None
-    place = os.path.abspath(base.model) if os.path.isdir(base.model) else base.model
-    settings = {"double_quant": base.double_quant, "compute_dtype": str(dtype), "device": device.type}
+    place = base.model
+    if os.path.isdir(base.model):
+        place = os.path.abspath(base.model)
+    settings: dict[str, object] = {
+        "double_quant": base.double_quant,
+        "compute_dtype": str(dtype),
+        "device": device.type,
+    }
     versions = {package: version(package) for package in ("bitsandbytes", "torch", "transformers")}
-    return Entry.of(Path(base.cache), place, settings, {"base": fingerprint(base), **versions})
+    return CachedWeights.of(Path(base.cache), place, settings, {"base": fingerprint(base), **versions})
 
 
-def _kept(entry: Entry | None, base: Base, device: torch.device, dtype: torch.dtype) -> PreTrainedModel | None:
-    """Return the model of a cache entry; None where there is none that is whole."""
-    if entry is None:
-        return None
-    with entry.opened() as is_whole:
+def _from_cache(cached: CachedWeights, name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel | None:
+    """Return the model of cached weights; None where there are none that are whole."""
+    with cached.opened() as is_whole:
         if not is_whole:
             return None
         try:
-            check_config(entry.folder)
-            files = sorted(entry.folder.glob("*.safetensors"))
-            for path in files:
-                check_safetensors(path)
-            return _read(entry.folder, files, base.model, device, dtype, None)
+            check_config(cached.folder)
+            return _from_files(cached.folder, sorted(cached.folder.glob("*.safetensors")), name, device, dtype, None)
         except (InputRefused, DamagedFile) as error:  # somebody else's, sealed as ours are
-            entry.say_made_anew(str(error))
+            cached.say_made_anew(str(error))
             return None
 
 
-def _keep(entry: Entry, model: PreTrainedModel, least: int, quantization: BitsAndBytesConfig | None) -> None:
-    """Write the weights of a model that was quantised just now, if they are large enough."""
+def _write_cache(
+    cached: CachedWeights, model: PreTrainedModel, least: int, quantization: BitsAndBytesConfig | None
+) -> None:
+    """Write the weights of a model that was quantised just now, if they take `least` bytes."""
     tensors: dict[str, Tensor] = {}
     seen = set()
     for name, tensor in model.state_dict().items():
@@ -165,7 +168,7 @@ def _keep(entry: Entry, model: PreTrainedModel, least: int, quantization: BitsAn
         if model.generation_config is not None:
             save_pretrained(model.generation_config, folder)
 
-    entry.write(tensors, configs)
+    cached.write(tensors, configs)
 
 
 def _refuse_partial(model: PreTrainedModel, loading: dict[str, Any], name: str) -> None:
@@ -175,11 +178,10 @@ def _refuse_partial(model: PreTrainedModel, loading: dict[str, Any], name: str) 
         raise InputRefused(f"base.model: '{name}' is not whole: no weights for {missing[0]} ({len(missing)} missing)")
     # Of 4-bit weights only the quantisation state remembers the shape, and transformers 5.23 does not compare it.
     packed: list[tuple[str, Any]] = [pair for pair in model.named_modules() if is_nf4(pair[1])]
-    wrong = sorted(key for key, *_ in loading["mismatched_keys"]) + [
-        f"{key}.weight"
-        for key, linear in packed
-        if tuple(linear.weight.quant_state.shape) != (linear.out_features, linear.in_features)
-    ]
+    wrong = sorted(key for key, *_ in loading["mismatched_keys"])
+    for key, linear in packed:
+        if tuple(linear.weight.quant_state.shape) != (linear.out_features, linear.in_features):
+            wrong.append(f"{key}.weight")
     if wrong:
         raise InputRefused(f"base.model: '{name}': the size of {wrong[0]} is not the one its config.json gives")
 

@@ -5,7 +5,6 @@ LoRAs come out as PEFT's own folders, mixtures as this package's. Operations, se
 LoRA).
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,16 +16,17 @@ from qd2mora.composition.extract import extract
 from qd2mora.composition.inputs import PREFIX, Settings, base_of, read_loras, read_mixture, read_weights, trained_on
 from qd2mora.composition.learned import learn
 from qd2mora.composition.upcycle import upcycle
-from qd2mora.disk.durable import save_pretrained
-from qd2mora.disk.sealed import seal_folder
+from qd2mora.disk.durable import save_pretrained, staged_folder
+from qd2mora.disk.file_hash import SizeAndHash
+from qd2mora.disk.sealed import seal_whole_folder
+from qd2mora.disk.tensor_file import tensor_at_hand, write_tensors
 from qd2mora.errors import InputRefused, nearest
-from qd2mora.merging.lora import write_lora
-from qd2mora.merging.shards import File, entry, write_tensors
+from qd2mora.merging.lora import WEIGHTS, write_lora
 from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.low_rank import LowRank
 from qd2mora.mixture.trained_loras import TrainedLora
 from qd2mora.recipe import load_recipe
-from qd2mora.run_folder import is_run, refuse_taken, staged_folder
+from qd2mora.run_folder import is_run, refuse_taken
 
 STEPS = 100
 """Of `learn`, where none are given."""
@@ -184,21 +184,16 @@ def write_mixture(
     """
     config.base_model_name_or_path, config.inference_mode = base, True
     save_pretrained(config, folder)
-    entries = [entry(PREFIX + name, tensor.contiguous()) for name, tensor in tensors.items()]
-    _seal(folder, [write_tensors(folder / "adapter_model.safetensors", entries)], settings)
+    entries = [tensor_at_hand(PREFIX + name, tensor.contiguous()) for name, tensor in tensors.items()]
+    _seal(folder, {WEIGHTS: write_tensors(folder / WEIGHTS, entries)}, settings)
 
 
-def _seal(folder: Path, files: list[File], settings: Settings | None) -> None:
+def _seal(folder: Path, files: Mapping[str, SizeAndHash], settings: Settings | None) -> None:
     """Write the manifest; with the base that was trained on, `generate` loads it quantised as it was."""
-    known = {file.name: (file.num_bytes, file.sha256) for file in files}
-    for path in folder.iterdir():
-        if path.name not in known:
-            content = path.read_bytes()
-            known[path.name] = (len(content), hashlib.sha256(content).hexdigest())
     about: dict[str, object] = {"kind": "composed"}
     if settings:
         about["base"] = settings
-    seal_folder(folder, known, about)
+    seal_whole_folder(folder, files, about)
 
 
 __all__ = ["OPERATIONS", "ComposeOptions", "Composed", "compose", "write_mixture"]

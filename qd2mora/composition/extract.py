@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qd2mora.base import local_folder
 from qd2mora.errors import InputRefused
-from qd2mora.merging.source import Source
+from qd2mora.merging.base_weights import BaseWeights
 from qd2mora.mixture.low_rank import LowRank
 from qd2mora.recipe import Base
 
@@ -29,7 +29,7 @@ def extract(tuned: str, base: str, rank: int) -> Extracted:
     for name in (tuned, base):
         if local_folder(name) is None:
             raise InputRefused(f"extract: the files of '{name}' are not on this machine")
-    after, before = (Source(Base(model=name, quantization="none")) for name in (tuned, base))
+    after, before = (BaseWeights(Base(model=name, quantization="none")) for name in (tuned, base))
     if after.names != before.names or any(after.shape(name) != before.shape(name) for name in after.names):
         raise InputRefused(f"extract: '{tuned}' and '{base}' are models of different shapes")
     linears = {f"{name}.weight": name for name in after.linears}
@@ -66,7 +66,7 @@ def truncated(matrix_OD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return root.unsqueeze(1) * right[:rank], left[:, :rank] * root
 
 
-def _whole(source: Source, name: str) -> Tensor:
+def _whole(source: BaseWeights, name: str) -> Tensor:
     return torch.cat([rows for _, rows in source.blocks(name)])
 
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from qd2mora.base import load_base, load_tokenizer
+from qd2mora.base.passes import labelled, labels_of, last_states, output_head, token_losses
 from qd2mora.composition.inputs import all_linears
-from qd2mora.data import IGNORE, Row, collate, prepare
+from qd2mora.data import Row, collate, prepare
 from qd2mora.errors import InputRefused
 from qd2mora.memory.checkpointing import enable_checkpointing
-from qd2mora.memory.loss import token_losses
 from qd2mora.mixture.trained_loras import TrainedLora
 from qd2mora.recipe import Recipe
 
@@ -131,11 +131,8 @@ def _mean_loss(model: Any, batches: list[dict[str, Tensor]]) -> float:
 
 def _losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Return the loss of every labelled token, (tokens,)."""
-    targets = batch["labels"][:, 1:]
-    keep = targets != IGNORE
-    told = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    hidden = model.get_decoder()(**told, use_cache=False).last_hidden_state[:, :-1][keep]
-    return token_losses(hidden, targets[keep], model.get_output_embeddings())
+    states = last_states(model, batch)[:, :-1][labelled(batch)]
+    return token_losses(states, labels_of(batch), output_head(model))
 
 
 __all__ = ["LEARNING_RATE", "Learned", "learn"]

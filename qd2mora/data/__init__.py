@@ -1,22 +1,22 @@
 """Data: files to rows, rows to tokens, tokens to batches, in an order that is a pure function of the seed."""
 
 from qd2mora.data.collate import collate
-from qd2mora.data.mix import Mixture, Share, share_lines
+from qd2mora.data.formats import FORMATS
 from qd2mora.data.pack import MULTIPLE, MicroBatch, dealt, lines_together, packed
-from qd2mora.data.prepare import IGNORE, Row, TaskRows, TokenRows, encode, lengths_of, prepare
-from qd2mora.data.read import FORMATS, Pair, Skipped, content_hash, read_pairs
+from qd2mora.data.prepare import Row, TaskRows, TokenRows, encode, lengths_of, prepare
+from qd2mora.data.task_mix import Share, TaskMix, share_lines
+from qd2mora.data.text_pairs import Pair, Skipped, content_hash, read_pairs
 from qd2mora.data.tokenise import tokenizer_text
 
 __all__ = [
     "FORMATS",
-    "IGNORE",
     "MULTIPLE",
     "MicroBatch",
-    "Mixture",
     "Pair",
     "Row",
     "Share",
     "Skipped",
+    "TaskMix",
     "TaskRows",
     "TokenRows",
     "collate",

@@ -5,13 +5,12 @@ what the answer adds, the sign that ends the turn included, is learned. What fol
 """
 
 from collections.abc import Mapping
-from typing import Any
 
-from qd2mora.data.rows import BadRow
-from qd2mora.data.template import ChatTemplate
+from qd2mora.data.chat_template import ChatTemplate
+from qd2mora.data.file_rows import BadRow
+from qd2mora.data.row_format import RowFormat
 
-FIELDS = ("messages",)
-INNER = ("role", "content")
+FORMAT = RowFormat(("messages",), None, texts=(), inner=("role", "content"))
 ROLES = ("system", "user", "assistant")
 # Names of other collections of conversations for the same roles.
 _SAME = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
@@ -30,15 +29,16 @@ TEMPLATES = {
 """Templates by name, for tokenizers that bring none."""
 
 
-def check(messages: Any, names: Mapping[str, str]) -> list[dict[str, str]]:
+def check(messages: object, names: Mapping[str, str]) -> list[dict[str, str]]:
     """Return a conversation's roles and contents; `names`: what these two are called in it. Raises BadRow."""
-    role_name, content_name = (names.get(name, name) for name in INNER)
+    role_name, content_name = (names.get(name, name) for name in FORMAT.inner)
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         raise BadRow("'messages' should be a list of objects")
     found: list[dict[str, str]] = []
     for message in messages:
         role, content = message.get(role_name), message.get(content_name)
-        role = _SAME.get(role, role) if isinstance(role, str) else role
+        if isinstance(role, str):
+            role = _SAME.get(role, role)
         if role not in ROLES or (role == "system" and found):
             raise BadRow("a message's role should be user or assistant, the first may be system", f"; {_short(role)}")
         if not isinstance(content, str):
@@ -64,14 +64,17 @@ def segments(messages: list[dict[str, str]], template: ChatTemplate) -> tuple[st
         if not before.startswith(done) or not after.startswith(before):
             raise BadRow("the chat template rewrites earlier turns", ", so what is learned cannot be told")
         content, answer = messages[turn]["content"].rstrip(), after[len(before) :]
-        is_open = answer.rstrip().endswith(content)
-        parts += [before[len(done) :], answer + template.end if is_open else answer]
+        if answer.rstrip().endswith(content):  # the template leaves the turn open
+            answer += template.end
+        parts += [before[len(done) :], answer]
         done = after
     return tuple(parts)
 
 
-def _short(value: Any) -> str:
-    return repr(value)[:40] if isinstance(value, str | int | float | bool | None) else type(value).__name__
+def _short(value: object) -> str:
+    if isinstance(value, str | int | float | bool | None):
+        return repr(value)[:40]
+    return type(value).__name__
 
 
-__all__ = ["FIELDS", "INNER", "ROLES", "TEMPLATES", "check", "segments"]
+__all__ = ["FORMAT", "ROLES", "TEMPLATES", "check", "segments"]

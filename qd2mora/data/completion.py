@@ -1,13 +1,13 @@
 """The completion format: a `prompt` that is given and a `completion` that is learned, joined as they are."""
 
-from typing import Any
-
-FIELDS = ("prompt", "completion")
+from qd2mora.data.row_format import Fields, RowFormat
 
 
-def split(row: dict[str, Any]) -> tuple[str, str]:
+def split(row: Fields) -> tuple[str, str]:
     """Return (prompt, answer)."""
     return row["prompt"], row["completion"]
 
 
-__all__ = ["FIELDS", "split"]
+FORMAT = RowFormat(("prompt", "completion"), split, texts=("prompt", "completion"))
+
+__all__ = ["FORMAT", "split"]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qd2mora.data.components import cluster, elbow, embedded
 from qd2mora.data.prepare import TaskRows
+from qd2mora.data.prompt_clusters import cluster, elbow, embedded
 from qd2mora.errors import InputRefused
 
 PROMPTS = 1500

@@ -3,7 +3,7 @@
 The odd spaces are that project's: its template is an indented Python string. Reproducing published numbers needs them.
 """
 
-from typing import Any
+from qd2mora.data.row_format import Fields, RowFormat
 
 _INDENT = " " * 16
 _WITH_INPUT = (
@@ -17,11 +17,8 @@ _WITHOUT_INPUT = (
     f"{_INDENT}### Instruction:\n{_INDENT}{{instruction}}\n{_INDENT}\n{_INDENT}### Response:\n{_INDENT}"
 )
 
-FIELDS = ("instruction", "output")
-OPTIONAL = ("input",)
 
-
-def split(row: dict[str, Any]) -> tuple[str, str]:
+def split(row: Fields) -> tuple[str, str]:
     """Return (prompt, answer) of a row with `instruction`, `output` and, where there is one, `input`."""
     if row.get("input"):
         # Not str.format: braces in the data are data.
@@ -31,4 +28,12 @@ def split(row: dict[str, Any]) -> tuple[str, str]:
     return _WITHOUT_INPUT.replace("{instruction}", row["instruction"], 1), row["output"]
 
 
-__all__ = ["FIELDS", "OPTIONAL", "split"]
+FORMAT = RowFormat(
+    ("instruction", "output"),
+    split,
+    texts=("instruction", "output"),
+    optional=("input",),
+    asks=("instruction", "input"),
+)
+
+__all__ = ["FORMAT", "split"]

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qd2mora.base.passes import IGNORE
 from qd2mora.data.collate import collate
-from qd2mora.data.prepare import IGNORE, Row
+from qd2mora.data.prepare import Row
 
 MULTIPLE = 8
 ENOUGH = 0.005

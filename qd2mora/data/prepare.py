@@ -1,26 +1,27 @@
 """From recipe to token rows: reading, holding out, tokenising, masking, counting what was cut."""
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qd2mora.data import chat
-from qd2mora.data.read import HUB, Pair, Skipped, content_hash, find_format, iterate_pairs
-from qd2mora.data.store import Source, TokenStore, open_store
-from qd2mora.data.template import ChatTemplate
+from qd2mora.data.chat_template import ChatTemplate
+from qd2mora.data.formats import find_format
+from qd2mora.data.text_pairs import Pair, Skipped, content_hash, iterate_pairs
+from qd2mora.data.token_store import RowsToStore, TokenStore, open_store
 from qd2mora.data.tokenise import Tokeniser, special_tokens, tokenizer_text
+from qd2mora.disk.file_hash import hash_of_bytes
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Data, Task
+from qd2mora.recipe.data import HUB
 
-IGNORE = -100
 MAX_DROPPED = 0.05
 """Share of training rows that may lose their whole answer to `max_length` where bad rows are errors."""
 MANY_CUT = 0.05
@@ -159,10 +160,10 @@ def _prepare_task(
     data: Data, index: int, tokenizer: PreTrainedTokenizerBase, tokeniser: Tokeniser, seed: int
 ) -> TaskRows:
     task = data.tasks[index]
-    store = _store(data, task, task.path, tokenizer, tokeniser)
+    store = _stored_rows(data, task, task.path, tokenizer, tokeniser)
     skipped = store.skipped
     if isinstance(task.validation, str):
-        places, other = np.arange(len(store)), _store(data, task, task.validation, tokenizer, tokeniser)
+        places, other = np.arange(len(store)), _stored_rows(data, task, task.validation, tokenizer, tokeniser)
         held_out = TokenRows(other, np.arange(len(other)), index, data.max_length, "last", task.group or 0)
         for reason, found in other.skipped.places.items():
             skipped.places.setdefault(reason, []).extend(found)
@@ -186,7 +187,9 @@ def _prepare_task(
     return result
 
 
-def _store(data: Data, task: Task, path: str, tokenizer: PreTrainedTokenizerBase, tokeniser: Tokeniser) -> TokenStore:
+def _stored_rows(
+    data: Data, task: Task, path: str, tokenizer: PreTrainedTokenizerBase, tokeniser: Tokeniser
+) -> TokenStore:
     """Return a file's rows as tokens. A hub data set is read each time: its name does not tell what is in it."""
     find_format(task)
 
@@ -195,12 +198,12 @@ def _store(data: Data, task: Task, path: str, tokenizer: PreTrainedTokenizerBase
             yield from iterate_pairs(task, path, skipped if data.on_bad_row == "skip" else None, template)
 
     if path.startswith(HUB) or not os.path.isfile(path):
-        return open_store(Source(task.name, read, None, 0), tokeniser)
+        return open_store(RowsToStore(task.name, read, None, 0, path, task.limit), tokeniser)
     names = ("format", "fields", "select", "limit", "vector", "template")
-    key: dict[str, Any] = {name: getattr(task, name) for name in names}
+    key: dict[str, object] = {name: getattr(task, name) for name in names}
     key |= {"file": content_hash(path), "path": path, "on_bad_row": data.on_bad_row}
-    key["tokenizer"] = hashlib.sha256(tokenizer_text(tokenizer).encode()).hexdigest()
-    return open_store(Source(task.name, read, key, os.path.getsize(path)), tokeniser)
+    key["tokenizer"] = hash_of_bytes(tokenizer_text(tokenizer).encode())
+    return open_store(RowsToStore(task.name, read, key, os.path.getsize(path), path, task.limit), tokeniser)
 
 
 @contextmanager
@@ -243,10 +246,11 @@ def _hold_out(number: int, task: Task, seed: int) -> tuple[NDArray[np.int64], ND
         raise InputRefused(
             f"data.tasks.{task.name}.validation: {task.validation} rows to hold out of {number} leave none to learn"
         )
+    # By the name and not by the task's number: a task that is added or moved changes no other task's held-out rows.
     order = np.random.default_rng([seed, *task.name.encode()]).permutation(number)
     is_held = np.zeros(number, dtype=bool)
     is_held[order[: task.validation]] = True
     return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
 
-__all__ = ["IGNORE", "Row", "TaskRows", "TokenRows", "encode", "prepare"]
+__all__ = ["Row", "TaskRows", "TokenRows", "encode", "prepare"]

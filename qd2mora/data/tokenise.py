@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from qd2mora.data.read import Pair
+from qd2mora.data.text_pairs import Pair
 
 CHUNK = 2048
 """Rows that are tokenised together, at most."""
@@ -42,11 +42,10 @@ class Tokeniser:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.end = tokenizer.eos_token_id
-        self._slow: Any = tokenizer
-        self._fast: Any = None
+        self._slow = tokenizer
+        self._fast: Tokenizer | None = None
         if tokenizer.is_fast:
-            backend: Any = tokenizer.backend_tokenizer
-            self._fast = Tokenizer.from_str(backend.to_str())
+            self._fast = Tokenizer.from_str(_backend_text(tokenizer))
             self._fast.no_padding()
             self._fast.no_truncation()
 
@@ -83,7 +82,7 @@ class Tokeniser:
             self._cut(encoding, parts) or self._piecewise(parts) for encoding, parts in zip(found, talks, strict=True)
         ]
 
-    def _cut(self, encoding: Any, parts: tuple[str, ...]) -> Tokens | None:
+    def _cut(self, encoding: Encoding, parts: tuple[str, ...]) -> Tokens | None:
         """Return a conversation cut at its boundaries; None where a token lies across one."""
         bounds = []
         for place in itertools.accumulate(map(len, parts[:-1])):
@@ -132,10 +131,19 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     return {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
 
 
+def _backend_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a fast tokenizer in the JSON of the library that runs it."""
+    backend: Any = tokenizer
+    text: str = backend.backend_tokenizer.to_str()
+    return text
+
+
 def tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return all that a tokenizer is: vocabulary, merges, added tokens, special ones, chat template."""
-    fast: Any = tokenizer
-    whole = fast.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab().items()))
+    if tokenizer.is_fast:
+        whole = _backend_text(tokenizer)
+    else:
+        whole = json.dumps(sorted(tokenizer.get_vocab().items()))
     return "\0".join([whole, str(tokenizer.special_tokens_map), str(tokenizer.chat_template)])
 
 

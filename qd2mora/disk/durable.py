@@ -9,15 +9,22 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
+from qd2mora.disk.file_hash import SizeAndHash
 from qd2mora.redact import redacted
 
 
-def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, str]:
+class Saves(Protocol):
+    """What transformers, PEFT and tokenizers write by themselves: a model, a configuration, a tokenizer."""
+
+    save_pretrained: Callable[[str], object]
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> SizeAndHash:
     """Write a new file and force it to disk; return its size and the SHA-256 of what was meant to be written."""
     digest, size = hashlib.sha256(), 0
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
@@ -31,7 +38,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, s
         os.fsync(handle)
     finally:
         os.close(handle)
-    return size, digest.hexdigest()
+    return SizeAndHash(size, digest.hexdigest())
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -42,12 +49,12 @@ def write_atomically(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write JSON atomically, indented."""
     write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
-def save_pretrained(what: Any, folder: Path) -> None:
+def save_pretrained(what: Saves, folder: Path) -> None:
     """Let a library write its files. Raises OSError also where it writes in Rust, whose errors are of other types.
 
     safetensors has a type of its own for them, tokenizers raises bare ones; both quote the number that the system gave.
@@ -68,6 +75,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     Whatever stood there stays whole until then; where the block fails, nothing is left behind.
     """
     stage = stage_of(target)
+    # What a killed process left under this name is half of something.
     shutil.rmtree(stage, ignore_errors=True)
     os.makedirs(stage)
     try:
@@ -107,6 +115,7 @@ def _sync_below(stage: Path) -> None:
 def _publish(stage: Path, target: Path) -> None:
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
+    # A folder cannot be renamed onto one that holds files; between the two renames, what was there has another name.
     if target.exists():
         os.rename(target, old)
     os.rename(stage, target)

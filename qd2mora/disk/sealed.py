@@ -4,34 +4,38 @@ A manifest is JSON in one fixed form; it is read by parsing it, writing it again
 changed bit is seen, in a space as in a number.
 """
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qd2mora.disk.durable import write_file
+from qd2mora.disk.file_hash import SizeAndHash, hash_of_bytes, hashes_of_files, size_and_hash
 from qd2mora.errors import DamagedFile
 
 MANIFEST = "manifest.json"
 _MAX_MANIFEST_BYTES = 16 << 20
 _HASH = "sha256"
 
+Manifest = dict[str, Any]
+"""What JSON holds; whoever reads a field checks it."""
 
-def seal_text(content: dict[str, Any]) -> str:
+
+def seal_text(content: Mapping[str, object]) -> str:
     """Return a mapping as JSON that carries its own hash. Raises ValueError for numbers that JSON cannot hold."""
+    # Sorted and without NaN: the same content is the same bytes, and any JSON reader takes them.
     body = json.dumps(content, sort_keys=True, indent=1, allow_nan=False)
-    sealed = {**content, _HASH: hashlib.sha256(body.encode()).hexdigest()}
+    sealed = {**content, _HASH: hash_of_bytes(body.encode())}
     return json.dumps(sealed, sort_keys=True, indent=1, allow_nan=False) + "\n"
 
 
-def unseal_text(text: bytes, where: str) -> dict[str, Any]:
+def unseal_text(text: bytes, where: str) -> Manifest:
     """Return what `seal_text` was given. Raises DamagedFile where one byte differs."""
     try:
         content = json.loads(text)
         del content[_HASH]
+        # Written again and compared: a changed space, or a number written in another way, counts as damage too.
         is_whole = seal_text(content).encode() == text
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DamagedFile(f"{where} is damaged: {error}") from error
@@ -40,18 +44,24 @@ def unseal_text(text: bytes, where: str) -> dict[str, Any]:
     return content
 
 
-def seal_folder(folder: Path, files: dict[str, tuple[int, str]], content: dict[str, Any]) -> None:
+def seal_folder(folder: Path, files: Mapping[str, tuple[int, str]], content: Mapping[str, object]) -> None:
     """Write the manifest of a folder whose `files`, name to size and hash, are all on disk."""
     listed = {name: {"bytes": size, _HASH: digest} for name, (size, digest) in files.items()}
     write_file(folder / MANIFEST, [seal_text({**content, "files": listed}).encode()])
 
 
-def open_manifest(folder: Path, is_foreign: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
+def seal_whole_folder(folder: Path, written: Mapping[str, SizeAndHash], content: Mapping[str, object]) -> None:
+    """Write a folder's manifest: of files `written` here, what was meant to be written; of the rest, what is there."""
+    rest = [path for path in sorted(folder.iterdir()) if path.name not in written and path.name != MANIFEST]
+    seal_folder(folder, dict(written) | {path.name: size_and_hash(path) for path in rest}, content)
+
+
+def open_manifest(folder: Path, is_foreign: Callable[[str], bool] = lambda name: True) -> Manifest:
     """Return a sealed folder's manifest after comparing its list of files with what is there.
 
     `is_foreign` says of a name that is not listed whether it is out of place. Raises DamagedFile.
     """
-    content = unseal_text(_read(folder / MANIFEST, _MAX_MANIFEST_BYTES), str(folder / MANIFEST))
+    content = unseal_text(_read_at_most(folder / MANIFEST, _MAX_MANIFEST_BYTES), str(folder / MANIFEST))
     listed = content.get("files")
     if not isinstance(listed, dict):
         raise DamagedFile(f"{folder / MANIFEST} lists no files")
@@ -64,13 +74,13 @@ def open_manifest(folder: Path, is_foreign: Callable[[str], bool] = lambda name:
     return content
 
 
-def read_listed(folder: Path, manifest: dict[str, Any], name: str) -> bytes:
+def read_listed(folder: Path, manifest: Manifest, name: str) -> bytes:
     """Return the bytes of a listed file: what is checked is what is used. Raises DamagedFile."""
     entry = manifest["files"].get(name)
     if entry is None:
         raise DamagedFile(f"{folder / MANIFEST} does not list {name!r}")
-    content = _read(folder / name, entry["bytes"])
-    if len(content) != entry["bytes"] or hashlib.sha256(content).hexdigest() != entry[_HASH]:
+    content = _read_at_most(folder / name, entry["bytes"])
+    if len(content) != entry["bytes"] or hash_of_bytes(content) != entry[_HASH]:
         raise DamagedFile(f"{folder / name} is not what was written")
     return content
 
@@ -81,16 +91,14 @@ def verify_folder(folder: Path, is_foreign: Callable[[str], bool] = lambda name:
     `is_foreign` as for `open_manifest`. Raises DamagedFile.
     """
     files = open_manifest(folder, is_foreign)["files"]
-    for name, digest in zip(files, hashes_of([folder / name for name in files]), strict=True):
-        if digest != files[name][_HASH]:
-            raise DamagedFile(f"{folder / name} is not what was written")
+    paths = [folder / name for name in files]
+    try:
+        for path, digest in zip(paths, hashes_of_files(paths), strict=True):
+            if digest != files[path.name][_HASH]:
+                raise DamagedFile(f"{path} is not what was written")
+    except OSError as error:
+        raise DamagedFile(f"{error.filename or folder} cannot be read: {error.strerror}") from error
     return sum(entry["bytes"] for entry in files.values())
-
-
-def hashes_of(paths: Sequence[Path]) -> Iterator[str]:
-    """Yield the SHA-256 of files, several of which are read at once. Raises DamagedFile."""
-    with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1) or 1) as pool:
-        yield from pool.map(_hash_of, paths)
 
 
 def sealed_in(folder: Path) -> list[Path]:
@@ -99,17 +107,10 @@ def sealed_in(folder: Path) -> list[Path]:
     return [each for each in found if not (each / "recipe.yaml").is_file()]
 
 
-def _hash_of(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, _HASH).hexdigest()
-    except OSError as error:
-        raise DamagedFile(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _read(path: Path, limit: int) -> bytes:
+def _read_at_most(path: Path, limit: int) -> bytes:
     """Read at most one byte more than `limit`: a file that grew cannot fill the memory."""
     try:
+        # No link is followed out of the folder, and a pipe in a file's place does not make us wait.
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(handle, "rb") as file:
             return file.read(limit + 1)
@@ -119,11 +120,12 @@ def _read(path: Path, limit: int) -> bytes:
 
 __all__ = [
     "MANIFEST",
-    "hashes_of",
+    "Manifest",
     "open_manifest",
     "read_listed",
     "seal_folder",
     "seal_text",
+    "seal_whole_folder",
     "sealed_in",
     "unseal_text",
     "verify_folder",

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qd2mora.data import IGNORE, Row, collate
+from qd2mora.base.passes import labelled, labels_of, last_states, output_head, read_on, token_losses
+from qd2mora.data import Row, collate
 from qd2mora.evaluation.subject import Subject
-from qd2mora.memory.loss import token_losses
 
 # transformers 5.24 calls `past_key_values` `cache`; 5.17 knows only the old name.
 warnings.filterwarnings("ignore", r".*past_key_values", FutureWarning)
@@ -41,12 +41,9 @@ def answer_losses(subject: Subject, rows: list[Row]) -> list[float]:
     """Return the summed cross-entropy of each row's own answer, in nats."""
     batch = batch_of(subject, rows, "right")
     subject.route(batch)
-    keep = batch["labels"][:, 1:] != IGNORE
-    hidden = subject.plain.get_decoder()(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    )
-    states = hidden.last_hidden_state[:, :-1][keep]
-    losses = token_losses(states, batch["labels"][:, 1:][keep], subject.plain.get_output_embeddings())
+    keep = labelled(batch)
+    states = last_states(subject.plain, batch)[:, :-1][keep]
+    losses = token_losses(states, labels_of(batch), output_head(subject.plain))
     return _sums(losses, keep)
 
 
@@ -68,25 +65,22 @@ def _forked(subject: Subject, rows: list[Row], choices: list[list[list[int]]]) -
     copies = len(choices[0])
     prompts = [Row(row.task, row.ids[: row.masked], row.masked, row.pair) for row in rows]
     batch = batch_of(subject, prompts, "left")
-    mask, decoder = batch["attention_mask"], subject.plain.get_decoder()
+    mask = batch["attention_mask"]
     subject.route(batch)
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    first = decoder(input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=True)
-    cache = first.past_key_values
-    cache.batch_repeat_interleave(copies)
+    first = read_on(subject.plain, batch | {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)})
+    first.cache.batch_repeat_interleave(copies)
     ids, keep = _padded([each for offered in choices for each in offered], subject)
     subject.route(batch, copies)
     starts = mask.sum(-1).repeat_interleave(copies)
-    second = decoder(
-        input_ids=ids,
-        attention_mask=torch.cat([mask.repeat_interleave(copies, 0), keep.long()], 1),
-        position_ids=starts[:, None] + torch.arange(ids.shape[1], device=ids.device),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    before = first.last_hidden_state[:, -1:].repeat_interleave(copies, 0)
-    states = torch.cat([before, second.last_hidden_state[:, :-1]], 1)
-    losses = _sums(token_losses(states[keep], ids[keep], subject.plain.get_output_embeddings()), keep)
+    continued = {
+        "input_ids": ids,
+        "attention_mask": torch.cat([mask.repeat_interleave(copies, 0), keep.long()], 1),
+        "position_ids": starts[:, None] + torch.arange(ids.shape[1], device=ids.device),
+    }
+    second = read_on(subject.plain, continued, first)
+    before = first.states[:, -1:].repeat_interleave(copies, 0)
+    states = torch.cat([before, second.states[:, :-1]], 1)
+    losses = _sums(token_losses(states[keep], ids[keep], output_head(subject.plain)), keep)
     return [losses[start : start + copies] for start in range(0, len(losses), copies)]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+from qd2mora.disk.durable import write_json
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.answer_file import AnswerFile, digest
 from qd2mora.evaluation.display import asking
@@ -14,7 +15,7 @@ from qd2mora.evaluation.score import Record, Score, refuse_not_finite
 from qd2mora.evaluation.scoring import ROWS_AT_ONCE, score_task
 from qd2mora.evaluation.subject import Subject, model_mark, open_subject
 from qd2mora.recipe import load_recipe
-from qd2mora.run_folder import is_run, read_recipe, write_json
+from qd2mora.run_folder import is_run, read_recipe
 
 
 def evaluate(

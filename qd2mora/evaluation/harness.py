@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from qd2mora.base.passes import last_states, output_head
 from qd2mora.data import Row
-from qd2mora.data.read import Pair
+from qd2mora.data.text_pairs import Pair
+from qd2mora.disk.durable import write_json
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.answer_file import HarnessFile, TaskNumbers, digest
 from qd2mora.evaluation.answering import batch_of
 from qd2mora.evaluation.scoring import ROWS_AT_ONCE
 from qd2mora.evaluation.subject import Subject, model_mark, open_subject
-from qd2mora.run_folder import write_json
 
 try:
     import lm_eval
@@ -161,14 +162,11 @@ class HarnessModel(TemplateLM):
     def _weigh(self, rows: list[Row]) -> list[tuple[float, bool]]:
         batch = batch_of(self.subject, rows, "right")
         self.subject.route(batch)
-        plain = self.subject.plain
-        states = plain.get_decoder()(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).last_hidden_state
+        states, head = last_states(self.subject.plain, batch), output_head(self.subject.plain)
         found = []
         for number, row in enumerate(rows):
             first, last = max(row.masked, 1), len(row.ids)
-            logits = plain.get_output_embeddings()(states[number, first - 1 : last - 1]).float().log_softmax(-1)
+            logits = head(states[number, first - 1 : last - 1]).float().log_softmax(-1)
             targets = batch["input_ids"][number, first:last]
             total = float(logits.gather(-1, targets[:, None]).double().sum())
             found.append((total, bool((logits.argmax(-1) == targets).all())))

@@ -3,13 +3,14 @@
 from dataclasses import asdict, replace
 
 from qd2mora.data import prepare
+from qd2mora.disk.durable import write_json
 from qd2mora.evaluation.evaluate import score_all
 from qd2mora.evaluation.questions import ask_held_out
 from qd2mora.evaluation.samples import answer_samples, sampled_rows
 from qd2mora.evaluation.score import Score
 from qd2mora.evaluation.subject import open_subject
 from qd2mora.recipe import Recipe
-from qd2mora.run_folder import RunFolder, write_json
+from qd2mora.run_folder import RunFolder
 
 
 def score_run(folder: RunFolder, recipe: Recipe) -> dict[str, dict[str, Score]]:

@@ -1,6 +1,5 @@
 """What is asked: a run with its routed adapter, or any model folder."""
 
-import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qd2mora.base import compute_dtype, default_device, fingerprint, load_base, load_tokenizer
+from qd2mora.disk.file_hash import hash_of_bytes, hash_of_file, hashes_of_files
 from qd2mora.disk.sealed import MANIFEST, open_manifest
 from qd2mora.disk.untrusted import check_adapter, check_config, check_weights
 from qd2mora.errors import InputRefused
@@ -115,12 +115,12 @@ def open_subject(path: str | Path, allow_changed: Collection[str] = ()) -> Subje
 def model_mark(path: str | Path) -> str:
     """Return a hash that two runs or model folders share only if they answer alike."""
     if is_run(path):
-        return hashlib.sha256((RunFolder(Path(path)).adapter / MANIFEST).read_bytes()).hexdigest()
+        return hash_of_file(RunFolder(Path(path)).adapter / MANIFEST)
     if (Path(path) / "adapter_config.json").is_file():
         base = _lora_base(Path(path))
         files = [Path(path) / "adapter_config.json", *sorted(Path(path).glob("*.safetensors"))]
-        hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-        return hashlib.sha256("\n".join([base.model_dump_json(), fingerprint(base), *hashes]).encode()).hexdigest()
+        parts = [base.model_dump_json(), fingerprint(base), *hashes_of_files(files)]
+        return hash_of_bytes("\n".join(parts).encode())
     return fingerprint(Base(model=str(path), quantization="none"))
 
 

@@ -16,9 +16,9 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from qd2mora.data import chat as chat_format
+from qd2mora.data.chat_template import ChatTemplate
+from qd2mora.data.file_rows import BadRow
 from qd2mora.data.instruction import split
-from qd2mora.data.rows import BadRow
-from qd2mora.data.template import ChatTemplate
 from qd2mora.data.tokenise import special_tokens
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.evaluation.subject import Subject, open_subject, until

@@ -11,7 +11,7 @@ from qd2mora.data import Row, TaskRows, collate, prepare
 from qd2mora.inspection.counting import RoutingWatch
 from qd2mora.inspection.routing_report import RoutingReport, write_routing
 from qd2mora.inspection.routing_summary import routing_report
-from qd2mora.memory.loss import IGNORE, labelled_states
+from qd2mora.memory.loss import labelled_states
 from qd2mora.run_folder import RunFolder, is_run, open_run
 
 ROWS_OF_A_TASK = 256
@@ -66,7 +66,7 @@ def _run_through(rows: list[Row], model: PeftModel, pad: int) -> None:
     for start in range(0, len(by_length), ROWS_AT_ONCE):
         batch = collate(by_length[start : start + ROWS_AT_ONCE], pad)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        labelled_states(model, batch, batch["labels"][:, 1:] != IGNORE)
+        labelled_states(model, batch)
 
 
 __all__ = ["ROWS_OF_A_TASK", "TRAINING_ROWS", "inspect_run", "inspect_where_due", "rows_seen", "rows_to_watch"]

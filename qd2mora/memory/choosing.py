@@ -13,9 +13,9 @@ from itertools import product
 
 import torch
 
+from qd2mora.base.passes import CHUNK
 from qd2mora.errors import InputRefused
 from qd2mora.memory.ledger import Setting, ledger
-from qd2mora.memory.loss import CHUNK
 from qd2mora.memory.shapes import Shapes
 from qd2mora.recipe import Recipe
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from qd2mora.base.passes import CHUNK
 from qd2mora.memory.activations import (
     IN_FLIGHT,
     Pass,
@@ -22,7 +23,6 @@ from qd2mora.memory.activations import (
     loss_bytes,
     recomputed_bytes,
 )
-from qd2mora.memory.loss import CHUNK
 from qd2mora.memory.shapes import Shapes
 from qd2mora.memory.sizes import (
     BLOCK,

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qd2mora.base.passes import CHUNK
 from qd2mora.memory.choosing import GIB, KEPT_WITHOUT_BUDGET, LARGEST_MICRO_BATCH, Search, reads_weights_at_start
 from qd2mora.memory.ledger import Setting
-from qd2mora.memory.loss import CHUNK
 
 
 @dataclass(frozen=True)

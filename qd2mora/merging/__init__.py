@@ -9,14 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qd2mora.disk.durable import staged_folder, write_json
+from qd2mora.disk.sealed import seal_whole_folder
 from qd2mora.errors import InputRefused
 from qd2mora.merging.fidelity import Fidelity
-from qd2mora.merging.making import Made, constant_mixing, make_static, measure_routed
-from qd2mora.merging.rungs import Form, form_of, open_source, prepare_rung, seal
+from qd2mora.merging.measured_updates import MeasuredUpdates, constant_mixing, make_static, measure_routed
+from qd2mora.merging.rung import ExportForm, Written
+from qd2mora.merging.rungs import export_form, open_weights
 from qd2mora.merging.strategies import STRATEGIES, find_strategy
-from qd2mora.merging.writer import Written
 from qd2mora.mixture.presets import find_method
-from qd2mora.run_folder import open_run, read_recipe, refuse_taken, staged_folder, write_json
+from qd2mora.run_folder import open_run, read_recipe, refuse_taken
 
 DEFAULT = "auto"
 
@@ -26,49 +28,54 @@ class Export:
     """What a merge made, and how near it is to the routed model."""
 
     folder: Path
-    made: Made
+    updates: MeasuredUpdates
     written: Written
-    form: Form
+    form: ExportForm
 
     @property
     def strategy(self) -> str:
-        return self.made.strategy
+        return self.updates.strategy
 
     @property
     def exact(self) -> bool:
-        return self.made.exact
+        return self.updates.exact
 
     @property
     def unexplained(self) -> dict[str, float]:
-        return self.made.unexplained
+        return self.updates.unexplained
 
     @property
     def fidelity(self) -> Fidelity | None:
         """How near the export is on the base that it was written on."""
-        return self.made.bases.get(self.form.base)
+        return self.updates.bases.get(self.form.base)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the content of `export_report.json`."""
-        unmeasured = {"loss": None, "gain_kept": None, "kl_per_token": None, "held_out_tokens": 0}
+        kept: dict[str, object] = {"loss": None, "gain_kept": None, "kl_per_token": None, "held_out_tokens": 0}
+        if self.fidelity is not None:
+            kept = self.fidelity.to_json()
+        measured = f"before rounding to {self.form.dtype}"
+        if self.form.dtype == "nf4":
+            measured = "as written"
         return {
             "to": self.form.to,
             "base": self.form.base,
             "dtype": self.form.dtype,
-            "measured": "as written" if self.form.dtype == "nf4" else f"before rounding to {self.form.dtype}",
+            "measured": measured,
             "strategy": self.strategy,
             "exact": self.exact,
-            "task": self.made.task,
-            **(self.fidelity.to_json() if self.fidelity else unmeasured),
-            "bases": {name: each.to_json() for name, each in self.made.bases.items()},
-            "calibration_rows": self.made.calibration_rows,
-            "notes": self.made.notes,
-            "seconds": self.made.seconds,
+            "task": self.updates.task,
+            **kept,
+            "bases": {name: each.to_json() for name, each in self.updates.bases.items()},
+            "calibration_rows": self.updates.calibration_rows,
+            "notes": self.updates.notes,
+            "seconds": self.updates.seconds,
             "modules": {
                 name: {"unexplained": share, "rounding": self.written.rounding.get(name, 0.0)}
                 for name, share in self.unexplained.items()
             },
             "bytes": self.written.num_bytes,
-            "files": [file.name for file in self.written.files],
+            "files": list(self.written.files),
         }
 
 
@@ -97,22 +104,21 @@ def merge(
     DamagedFile; `out` appears whole or not at all.
     """
     find_strategy(strategy)
-    form = form_of(to, base, dtype, max_shard, with_vocabulary)
+    form = export_form(to, base, dtype, max_shard, with_vocabulary)
     refuse_taken(Path(out), "--out")
-    if form.is_routed and strategy != DEFAULT:
-        raise InputRefused(f"--strategy: --to {to} keeps the routing, nothing is made static; leave it out")
-    if not form.is_routed:
-        _check_placement(run)
+    _refuse_unfit(run, form, strategy)
     opened = open_run(run, allow_changed=allow_changed)
-    source = open_source(opened, form)
-    made = measure_routed(opened, task, vector) if form.is_routed else make_static(opened, strategy, task, vector)
-    write = prepare_rung(opened, source, made.statics, form)
+    weights = open_weights(opened, form)
+    if form.is_routed:
+        updates = measure_routed(opened, task, vector)
+    else:
+        updates = make_static(opened, strategy, task, vector)
+    write = form.rung.prepare(opened, weights, updates.statics, form)
     del opened  # the writing needs one weight at a time
     with staged_folder(Path(out)) as stage:
-        written = write(stage)
-        export = Export(Path(out), made, written, form)
+        export = Export(Path(out), updates, write(stage), form)
         write_json(stage / "export_report.json", export.to_json())
-        seal(stage, written, source.base)
+        seal_whole_folder(stage, export.written.files, {"kind": "export", "base": weights.base.model_dump()})
     return export
 
 
@@ -128,7 +134,12 @@ def merge_tasks(run: str | Path, out: str | Path, **options: Any) -> dict[str, E
     return {name: replace(export, folder=Path(out) / name) for name, export in exports.items()}
 
 
-def _check_placement(run: str | Path) -> None:
+def _refuse_unfit(run: str | Path, form: ExportForm, strategy: str) -> None:
+    """Refuse what a method or a rung cannot do, before anything is loaded. Raises InputRefused."""
+    if form.is_routed:
+        if strategy != DEFAULT:
+            raise InputRefused(f"--strategy: --to {form.to} keeps the routing, nothing is made static; leave it out")
+        return
     row = find_method(read_recipe(run).adapter.method)
     if row.placement == "block":
         raise InputRefused(
@@ -136,4 +147,4 @@ def _check_placement(run: str | Path) -> None:
         )
 
 
-__all__ = ["STRATEGIES", "Export", "Made", "constant_mixing", "make_static", "merge", "merge_tasks"]
+__all__ = ["STRATEGIES", "Export", "MeasuredUpdates", "constant_mixing", "make_static", "merge", "merge_tasks"]

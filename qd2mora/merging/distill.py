@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
+from qd2mora.base.passes import labelled, output_head
 from qd2mora.memory.checkpointing import enable_checkpointing
-from qd2mora.memory.loss import IGNORE, output_head
-from qd2mora.merging.setting import Batches, Setting
-from qd2mora.merging.static import replaced
+from qd2mora.merging.static_updates import replaced
 from qd2mora.merging.statistics import decode
+from qd2mora.merging.strategy_inputs import Batches, StrategyInputs
 from qd2mora.mixture.low_rank import LowRank
 
 ROWS_A_STEP = 8
@@ -56,25 +56,26 @@ class Teacher:
         return states
 
 
-def distill(setting: Setting, start: Mapping[str, LowRank], steps: int) -> dict[str, LowRank]:
+def distill(inputs: StrategyInputs, start: Mapping[str, LowRank], steps: int) -> dict[str, LowRank]:
     """Return `start` trained for `steps` steps of about ROWS_A_STEP rows, at least one batch, each."""
-    model, batches = setting.model, setting.training
+    model, batches = inputs.model, inputs.training
     student = {name: _trainable(static) for name, static in start.items()}
     parameters = [nn.Parameter(factor) for static in student.values() for factor in (static.down, static.up)]
     student = {
         name: LowRank(parameters[2 * place], parameters[2 * place + 1], 1.0, static.base_change)
         for place, (name, static) in enumerate(student.items())
     }
-    optimizer = _optimizer(parameters, setting.eight_bit)
+    optimizer = _optimizer(parameters, inputs.eight_bit)
     per_step = max(1, round(ROWS_A_STEP / max(1, len(batches[0]["labels"]))))
+    # States are kept only where a batch comes twice.
     teacher = Teacher(model, keeps=steps * per_step > len(batches))
-    if setting.recomputes:
+    if inputs.recomputes:
         enable_checkpointing(model.get_base_model())
     for step in range(steps):
         numbers = [place % len(batches) for place in range(step * per_step, (step + 1) * per_step)]
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * _factor(step, steps)
-        _add_gradients(setting, student, teacher, numbers)
+        _add_gradients(inputs, student, teacher, numbers)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -89,7 +90,7 @@ def mean_divergence(model: PeftModel, statics: Mapping[str, LowRank], batches: B
             wanted = teacher.states(number, batch)
             with replaced(model, statics):
                 total += float(divergence(model, batch, decode(model, batch), wanted))
-            tokens += int(_labelled(batch).sum())
+            tokens += int(labelled(batch).sum())
     return total / max(1, tokens)
 
 
@@ -98,7 +99,7 @@ def divergence(model: PeftModel, batch: dict[str, Tensor], states: Tensor, wante
 
     A chunk's logits are made again in the backward pass, so that one chunk's are there at a time.
     """
-    head, keep = output_head(model), _labelled(batch)
+    head, keep = output_head(model), labelled(batch)
     states, wanted = states[:, :-1][keep], wanted[:, :-1][keep]
     chunks = list(zip(states.split(CHUNK), wanted.split(CHUNK), strict=True))
     if len(chunks) == 1 or not torch.is_grad_enabled():
@@ -119,27 +120,29 @@ def _divergence(mine: Tensor, theirs: Tensor, head: nn.Module) -> Tensor:
     return F.kl_div(head(mine).float().log_softmax(-1), target, reduction="sum", log_target=True)
 
 
-def _add_gradients(setting: Setting, student: Mapping[str, LowRank], teacher: Teacher, numbers: list[int]) -> None:
+def _add_gradients(
+    inputs: StrategyInputs, student: Mapping[str, LowRank], teacher: Teacher, numbers: list[int]
+) -> None:
     """Add the gradient of the mean KL over the labelled tokens of some batches."""
-    batches = [setting.training[number] for number in numbers]
-    tokens = sum(int(_labelled(batch).sum()) for batch in batches)
+    batches = [inputs.training[number] for number in numbers]
+    tokens = sum(int(labelled(batch).sum()) for batch in batches)
     for number, batch in zip(numbers, batches, strict=True):
         wanted = teacher.states(number, batch)
-        with replaced(setting.model, student), _recomputing(setting):
-            states = decode(setting.model, batch)
-            loss = divergence(setting.model, batch, states, wanted) / max(1, tokens)
+        with replaced(inputs.model, student), _recomputing(inputs):
+            states = decode(inputs.model, batch)
+            loss = divergence(inputs.model, batch, states, wanted) / max(1, tokens)
             loss = loss + STATES_WEIGHT / len(batches) * _relative_error(states, wanted, batch["attention_mask"].bool())
             loss.backward()
 
 
 @contextmanager
-def _recomputing(setting: Setting) -> Iterator[None]:
+def _recomputing(inputs: StrategyInputs) -> Iterator[None]:
     """Recompute activations where training did; transformers' layers do so in training mode alone."""
-    setting.model.train(setting.recomputes)
+    inputs.model.train(inputs.recomputes)
     try:
         yield
     finally:
-        setting.model.eval()
+        inputs.model.eval()
 
 
 def _optimizer(parameters: list[nn.Parameter], eight_bit: bool) -> torch.optim.Optimizer:
@@ -148,10 +151,6 @@ def _optimizer(parameters: list[nn.Parameter], eight_bit: bool) -> torch.optim.O
     import bitsandbytes as bnb
 
     return bnb.optim.AdamW8bit(parameters, lr=LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.98))
-
-
-def _labelled(batch: dict[str, Tensor]) -> Tensor:
-    return batch["labels"][:, 1:] != IGNORE
 
 
 def _factor(step: int, steps: int) -> float:
@@ -164,6 +163,7 @@ def _factor(step: int, steps: int) -> float:
 
 def _trainable(static: LowRank) -> LowRank:
     """Return the same update with factors of equal size and scaling 1: one learning rate is right for both."""
+    # The SVD of the small product of the two triangular parts, never of B A itself, which is d_out x d_in.
     out_basis, out_part = torch.linalg.qr(static.scaling * static.up.float())
     in_basis, in_part = torch.linalg.qr(static.down.float().T)
     left, sizes, right = torch.linalg.svd(out_part @ in_part.T, full_matrices=False)

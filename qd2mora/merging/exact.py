@@ -4,7 +4,6 @@ The folder loads with AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_
 installed. Its code files are those of `qd2mora/routed`, copied as they are; weights are safetensors alone.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -15,23 +14,29 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
+from qd2mora.base.device import FLOATS
 from qd2mora.disk.durable import save_pretrained
+from qd2mora.disk.shards import write_shards
+from qd2mora.disk.tensor_file import TensorToWrite, tensor_at_hand
 from qd2mora.errors import InputRefused
-from qd2mora.merging.shards import Entry, entry, write_shards
-from qd2mora.merging.source import Source
-from qd2mora.merging.writer import DTYPES, SHARD_BYTES, Written, config_of, entries_of
+from qd2mora.merging.base_weights import BaseWeights
+from qd2mora.merging.hf_folder import config_of, write_config
+from qd2mora.merging.rung import SHARD_BYTES, ExportForm, Rung, WriteFolder, Written
+from qd2mora.merging.static_updates import Statics
+from qd2mora.merging.updated_weights import updated_weights
 from qd2mora.mixture import MixtureLinear, mixture_layers
 from qd2mora.mixture.gating import given_logits
 from qd2mora.routed import modeling_mixture
 from qd2mora.routed.gate import TOKEN
 from qd2mora.routed.modeling_mixture import LinearContent
+from qd2mora.run_folder import OpenRun
 
 _SAME_EVERYWHERE = ("task", "none", "task+x")
 """Inputs of gates whose scores, or a part of them, are the same for every token of what is exported."""
 _STATIC = "--to hf or --to lora exports its best static update"
 
 
-def refuse_unfit(model: PeftModel, source: Source, adapter_name: str = "default") -> None:
+def refuse_unfit(model: PeftModel, source: BaseWeights, adapter_name: str = "default") -> None:
     """Refuse what the code file does not run, in one line that names the way out. Raises InputRefused."""
     if type(source.config) is not LlamaConfig:
         raise InputRefused(f"--to exact: the base is a {source.config.model_type}; the code file runs LLaMA alone")
@@ -70,7 +75,7 @@ def routed_parts(model: PeftModel, adapter_name: str = "default") -> Routed:
 
 def write_exact(
     routed: Routed,
-    source: Source,
+    source: BaseWeights,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
@@ -82,10 +87,10 @@ def write_exact(
     The adapter stays float32. Raises InputRefused, NotFinite.
     """
     written = Written()
-    entries = _packed(source, written) if dtype == "nf4" else entries_of(source, {}, DTYPES[dtype], written)
+    entries = _packed(source) if dtype == "nf4" else updated_weights(source, {}, FLOATS[dtype], {})
     base = [_moved(each, routed) for each in entries]
     added = [
-        entry(f"{name}.mixture.{key}", tensor)
+        tensor_at_hand(f"{name}.mixture.{key}", tensor)
         for name, found in routed.tensors.items()
         for key, tensor in found.items()
     ]
@@ -95,7 +100,7 @@ def write_exact(
     return written
 
 
-def _write_code(source: Source, folder: Path, dtype: str, contents: dict[str, LinearContent]) -> None:
+def _write_code(source: BaseWeights, folder: Path, dtype: str, contents: dict[str, LinearContent]) -> None:
     content = config_of(source, "float32" if dtype == "nf4" else dtype) | {
         "model_type": modeling_mixture.MixtureLlamaConfig.model_type,
         "architectures": [modeling_mixture.MixtureLlamaForCausalLM.__name__],
@@ -111,38 +116,40 @@ def _write_code(source: Source, folder: Path, dtype: str, contents: dict[str, Li
             "bnb_4bit_compute_dtype": str(source.dtype).removeprefix("torch."),
             "bnb_4bit_quant_storage": "uint8",
         }
-    (folder / "config.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_config(content, folder)
     for name in modeling_mixture.FILES:
         shutil.copyfile(Path(modeling_mixture.__file__).with_name(name), folder / name)
 
 
-def _moved(each: Entry, routed: Routed) -> Entry:
+def _moved(each: TensorToWrite, routed: Routed) -> TensorToWrite:
     """Rename a weight of an adapted linear: the wrapper holds the linear as `base_layer`."""
     for name in routed.contents:
         if each.name.startswith(f"{name}."):
             rest = each.name.removeprefix(f"{name}.")
-            return Entry(f"{name}.base_layer.{rest}", each.dtype, each.shape, each.blocks)
+            return TensorToWrite(f"{name}.base_layer.{rest}", each.dtype, each.shape, each.blocks)
     return each
 
 
-def _packed(source: Source, written: Written) -> list[Entry]:
+def _packed(source: BaseWeights) -> list[TensorToWrite]:
     """Return the base's weights as they were trained on: NF4 with its quantisation state, the others in 16 bits."""
     if source.base.quantization != "nf4":
         raise InputRefused("--dtype nf4: the base was trained on in 16 bits; float16, bfloat16 or float32 will do")
     entries = []
-    for each in entries_of(source, {}, source.dtype, written):
+    for each in updated_weights(source, {}, source.dtype, {}):
         if each.name not in source.quantized:
             entries.append(each)
             continue
         # The state's length is not known before; the weight itself is made again when its turn comes.
         packed, state = source.quantize(each.name)
         shape = (sum(len(block) for block in packed), 1)
-        entries.append(Entry(each.name, torch.uint8, shape, _packed_blocks(source, each.name)))
-        entries += [entry(f"{each.name}.{key}", value.cpu()) for key, value in state.as_dict(packed=True).items()]
+        entries.append(TensorToWrite(each.name, torch.uint8, shape, _packed_blocks(source, each.name)))
+        entries += [
+            tensor_at_hand(f"{each.name}.{key}", value.cpu()) for key, value in state.as_dict(packed=True).items()
+        ]
     return entries
 
 
-def _packed_blocks(source: Source, name: str) -> Callable[[], Iterator[Tensor]]:
+def _packed_blocks(source: BaseWeights, name: str) -> Callable[[], Iterator[Tensor]]:
     return lambda: iter(source.quantize(name)[0])
 
 
@@ -179,4 +186,15 @@ def _tensors(layer: MixtureLinear, adapter_name: str) -> dict[str, Tensor]:
     return {name: tensor.detach().float().cpu().clone() for name, tensor in found.items()}
 
 
-__all__ = ["Routed", "refuse_unfit", "routed_parts", "write_exact"]
+def _refuse_unfit(opened: OpenRun, weights: BaseWeights, form: ExportForm) -> None:
+    refuse_unfit(opened.model, weights)
+
+
+def _prepare(opened: OpenRun, weights: BaseWeights, statics: Statics, form: ExportForm) -> WriteFolder:
+    routed, tokenizer = routed_parts(opened.model), opened.tokenizer
+    return lambda folder: write_exact(routed, weights, tokenizer, folder, dtype=form.dtype, limit=form.limit)
+
+
+RUNG = Rung(_prepare, ("float16", "bfloat16", "float32", "nf4"), _refuse_unfit, is_routed=True, has_shards=True)
+
+__all__ = ["RUNG", "Routed", "refuse_unfit", "routed_parts", "write_exact"]

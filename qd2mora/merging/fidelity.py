@@ -2,15 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from qd2mora.memory.loss import IGNORE, labelled_states, output_head
-from qd2mora.merging.static import Statics, replaced
+from qd2mora.base.passes import labelled, labels_of, output_head
+from qd2mora.memory.loss import labelled_states
+from qd2mora.merging.static_updates import Statics, replaced
 from qd2mora.merging.statistics import Moments, decode, observed
 from qd2mora.mixture import MixtureLinear, mixture_layers
 
@@ -35,16 +35,18 @@ class Fidelity:
         gain = self.base - self.routed
         return (self.base - self.merged) / gain if gain > 0 else None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return plain numbers, the tasks' below `tasks`."""
-        content: dict[str, Any] = {
+        content: dict[str, object] = {
             "loss": {key: getattr(self, key) for key in ("base", "routed", "merged")},
             "gain_kept": self.gain_kept,
             "kl_per_token": self.kl_per_token,
             "greedy_agreement": self.agreement,
             "held_out_tokens": self.tokens,
         }
-        return content | ({"tasks": {name: each.to_json() for name, each in self.tasks.items()}} if self.tasks else {})
+        if self.tasks:
+            content["tasks"] = {name: each.to_json() for name, each in self.tasks.items()}
+        return content
 
 
 def unexplained(moments: Moments, core_PF: Tensor, up_OP: Tensor) -> float:
@@ -57,6 +59,7 @@ def unexplained(moments: Moments, core_PF: Tensor, up_OP: Tensor) -> float:
     cross = core_PF @ moments.vu[:, :width].T
     error = moments.vv - cross - cross.T + core_PF @ moments.uu[:width, :width] @ core_PF.T
     total = float((gram * moments.vv).sum())
+    # Where nothing is missed, rounding may leave a little less than nothing.
     return max(0.0, float((gram * error).sum())) / total if total > 0 else 0.0
 
 
@@ -77,6 +80,7 @@ def missed(
         def observe(name: str, layer: MixtureLinear, x: Tensor, attended: Tensor) -> None:
             v = layer.rank_space(x, adapter_name)[1][attended]
             mean = layer.mean_input(x, adapter_name)[attended].float()
+            # With the update's part negated, the joint Gram matrix sums |s B v - s' B' A' x|^2 in one go.
             joint = torch.cat([v.float(), -mean @ statics[name].down.to(mean).T], 1)
             second = (joint.T @ joint).double().cpu()
             num = v.shape[1]
@@ -115,19 +119,20 @@ def measure(
     other = model if merged_on is None else merged_on
     with torch.no_grad():
         for batch in batches:
-            keep = batch["labels"][:, 1:] != IGNORE
-            targets = batch["labels"][:, 1:][keep]
-            routed = labelled_states(model, batch, keep)
+            targets = labels_of(batch)
+            routed = labelled_states(model, batch)
             with replaced(other, statics):
-                static = labelled_states(other, batch, keep)
+                static = labelled_states(other, batch)
             with other.disable_adapter():
-                base = labelled_states(other, batch, keep)
+                base = labelled_states(other, batch)
             compared = _compare(base, routed, static, targets, output_head(model))
-            task = (
-                batch["task_index"][keep.nonzero()[:, 0]].cpu() if len(tasks) > 1 else torch.zeros(len(targets)).long()
-            )
+            task = torch.zeros(len(targets), dtype=torch.int64)
+            if len(tasks) > 1:
+                task = batch["task_index"][labelled(batch).nonzero()[:, 0]].cpu()
             sums.index_add_(0, task, compared)
-    parts = {name: _fidelity(part) for name, part in zip(tasks, sums, strict=True) if part[5]} if len(tasks) > 1 else {}
+    parts = {}
+    if len(tasks) > 1:
+        parts = {name: _fidelity(part) for name, part in zip(tasks, sums, strict=True) if part[5]}
     return _fidelity(sums.sum(0), parts)
 
 

@@ -4,10 +4,10 @@ The architecture is llama's: rows of q and k are reordered within each head, bec
 pairs where transformers rotates halves. Vectors stay float32, as llama.cpp wants them.
 """
 
-import hashlib
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,25 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from qd2mora.disk.durable import save_pretrained
+from qd2mora.disk.file_hash import size_and_hash
+from qd2mora.disk.tensor_file import TensorToWrite
 from qd2mora.errors import InputRefused
-from qd2mora.merging.folds import Fold
+from qd2mora.merging.base_weights import BaseWeights
 from qd2mora.merging.gguf_vocab import Vocabulary, vocabulary_of
-from qd2mora.merging.shards import Entry, File
-from qd2mora.merging.source import Source
-from qd2mora.merging.writer import Written, entries_of
+from qd2mora.merging.rung import ExportForm, Rung, WriteFolder, Written
+from qd2mora.merging.static_updates import Statics
+from qd2mora.merging.updated_weights import WeightUpdate, updated_weights, weight_updates_of
+from qd2mora.run_folder import OpenRun
 
 BLOCK = 32
 """Numbers that share one scale in Q8_0."""
 
+_FILE_ENDS = {"float16": "f16", "q8_0": "q8_0"}
 
-def package() -> Any:
+Numbers = NDArray[np.generic]
+
+
+def gguf_package() -> Any:
     """Return the `gguf` module. Raises InputRefused where it is not installed."""
     try:
         import gguf
@@ -39,24 +46,26 @@ def package() -> Any:
     return gguf
 
 
-def refuse_unfit(
-    source: Source, tokenizer: PreTrainedTokenizerBase, *, with_vocabulary: bool = True
+def vocabulary_for(
+    weights: BaseWeights, tokenizer: PreTrainedTokenizerBase, *, with_vocabulary: bool = True
 ) -> Vocabulary | None:
     """Return the vocabulary, where one is wanted; refuse a model that llama.cpp's llama is not. Raises InputRefused."""
-    package()
-    config = source.config
+    gguf_package()
+    config = weights.config
     if type(config) is not LlamaConfig:
         raise InputRefused(f"--to gguf: the base is a {config.model_type}; --to hf and llama.cpp's converter will do")
     kind = _rope(config)["rope_type"]
     if kind not in ("default", "linear", "llama3"):
         raise InputRefused(f"--to gguf: position scaling '{kind}' is not written; --to hf will do")
-    return vocabulary_of(tokenizer, config.vocab_size) if with_vocabulary else None
+    if not with_vocabulary:
+        return None
+    return vocabulary_of(tokenizer, config.vocab_size)
 
 
 def write_gguf(
-    source: Source,
+    weights: BaseWeights,
     tokenizer: PreTrainedTokenizerBase,
-    folds: Mapping[str, Fold],
+    updates: Mapping[str, WeightUpdate],
     folder: Path,
     *,
     name: str,
@@ -67,81 +76,115 @@ def write_gguf(
 
     Raises InputRefused where llama.cpp has no such model or tokenizer, NotFinite where a weight does not fit float16.
     """
-    gguf, written = package(), Written()
-    vocabulary = refuse_unfit(source, tokenizer, with_vocabulary=with_vocabulary)
-    path = folder / f"{name}-{'f16' if dtype == 'float16' else dtype}.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    _add_settings(writer, source.config, name, dtype)
+    written, path = Written(), folder / f"{name}-{_FILE_ENDS[dtype]}.gguf"
+    vocabulary = vocabulary_for(weights, tokenizer, with_vocabulary=with_vocabulary)
+    writer = gguf_package().GGUFWriter(path, "llama")
+    _add_settings(writer, weights.config, name, dtype)
     if vocabulary is None:
         writer.add_tokenizer_model("none")
         save_pretrained(tokenizer, folder)
     else:
         _add_vocabulary(writer, vocabulary, tokenizer)
-    # Float32 until here, so that an 8-bit number is rounded once.
-    narrow = torch.float16 if dtype == "float16" else torch.float32
-    read_back = _dequantized if dtype == "q8_0" else None
-    tensors = [_Tensor(each, source.config, dtype) for each in entries_of(source, folds, narrow, written, read_back)]
-    if _rope(source.config)["rope_type"] == "llama3":
-        writer.add_tensor("rope_freqs.weight", _llama3_factors(source.config))
+    _write_tensors(writer, _tensors(weights, updates, dtype, written.rounding), _llama3_factors(weights.config))
+    written.files = {path.name: size_and_hash(path)}
+    return written
+
+
+def _tensors(
+    weights: BaseWeights, updates: Mapping[str, WeightUpdate], dtype: str, rounding: dict[str, float]
+) -> "list[_GgufTensor]":
+    if dtype == "float16":
+        entries = updated_weights(weights, updates, torch.float16, rounding)
+    else:  # float32 until the file: an 8-bit number is rounded once
+        entries = updated_weights(weights, updates, torch.float32, rounding, _read_back_from_q8)
+    return [_GgufTensor.of(each, weights.config, is_q8=dtype == "q8_0") for each in entries]
+
+
+def _write_tensors(writer: Any, tensors: "list[_GgufTensor]", rope_factors: Numbers | None) -> None:
+    """Write all that was added to a file, and tensors one by one: what they are stands before what they hold."""
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors)
     for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.byte_shape, np.dtype(tensor.kind), tensor.num_bytes, tensor.raw_kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    if _rope(source.config)["rope_type"] == "llama3":
-        writer.write_tensor_data(_llama3_factors(source.config))
+    if rope_factors is not None:
+        writer.write_tensor_data(rope_factors)
     for tensor in tensors:
         writer.write_tensor_data(tensor.content())
     writer.close()
-    with path.open("rb") as file:
-        written.files = [File(path.name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())]
-    return written
 
 
-class _Tensor:
+@dataclass(frozen=True)
+class _GgufTensor:
     """One tensor of the file: its name there, its kind, and its numbers, made when its turn comes."""
 
-    def __init__(self, entry: Entry, config: LlamaConfig, dtype: str) -> None:
-        gguf = package()
+    entry: TensorToWrite
+    name: str
+    kind: str
+    heads: int | None
+
+    @classmethod
+    def of(cls, entry: TensorToWrite, config: LlamaConfig, *, is_q8: bool) -> "_GgufTensor":
+        """Find a tensor's place in llama.cpp's llama. Raises InputRefused."""
+        gguf = gguf_package()
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
         found = names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise InputRefused(f"--to gguf: llama.cpp's llama has no place for {entry.name}")
-        self.entry, self.name, self.config = entry, found, config
-        is_matrix = len(entry.shape) == 2
-        self.is_q8 = dtype == "q8_0" and _takes_q8(entry.shape)
-        self.kind = "uint8" if self.is_q8 else "float16" if is_matrix else "float32"
-        self.raw_kind = gguf.GGMLQuantizationType.Q8_0 if self.is_q8 else None
-        width = entry.shape[-1] // BLOCK * (BLOCK + 2) if self.is_q8 else entry.shape[-1]
-        self.byte_shape = (*entry.shape[:-1], width)
-        self.num_bytes = math.prod(self.byte_shape) * np.dtype(self.kind).itemsize
+        kind = "float32"
+        if is_q8 and _takes_q8(entry.shape):
+            kind = "uint8"
+        elif len(entry.shape) == 2:
+            kind = "float16"
+        return cls(entry, found, kind, heads_of(entry.name.rpartition(".")[0], config))
 
-    def content(self) -> NDArray[Any]:
+    @property
+    def byte_shape(self) -> tuple[int, ...]:
+        """Its shape; of 8-bit numbers, the last axis counts bytes."""
+        if self.kind != "uint8":
+            return self.entry.shape
+        return (*self.entry.shape[:-1], self.entry.shape[-1] // BLOCK * (BLOCK + 2))
+
+    @property
+    def raw_kind(self) -> object:
+        """The format's own name of a kind that numpy does not have."""
+        if self.kind != "uint8":
+            return None
+        return gguf_package().GGMLQuantizationType.Q8_0
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.byte_shape) * np.dtype(self.kind).itemsize
+
+    def content(self) -> Numbers:
         """Return all numbers as the file holds them."""
         parts = [self._narrow(block) for block in self.entry.blocks()]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        heads = heads_of(self.entry.name.rpartition(".")[0], self.config)
-        return whole if heads is None else np.ascontiguousarray(rotated_in_pairs(whole, heads))
+        return np.ascontiguousarray(rotated_in_pairs(whole, self.heads))
 
-    def _narrow(self, block: Tensor) -> NDArray[Any]:
-        return _quantized(block) if self.is_q8 else block.float().numpy().astype(self.kind)
+    def _narrow(self, block: Tensor) -> Numbers:
+        if self.kind == "uint8":
+            return _quantized(block)
+        return block.float().numpy().astype(self.kind)
 
 
 def _takes_q8(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and shape[-1] % BLOCK == 0
 
 
-def _quantized(block: Tensor) -> NDArray[Any]:
-    gguf = package()
-    quantized: NDArray[Any] = gguf.quants.quantize(block.numpy(), gguf.GGMLQuantizationType.Q8_0)
+def _quantized(block: Tensor) -> Numbers:
+    gguf = gguf_package()
+    quantized: Numbers = gguf.quants.quantize(block.numpy(), gguf.GGMLQuantizationType.Q8_0)
     return quantized
 
 
-def _dequantized(block: Tensor) -> Tensor:
-    """Return the numbers of a weight's rows as a Q8_0 file gives them back: matrices that do not divide are float16."""
+def _read_back_from_q8(block: Tensor) -> Tensor:
+    """Return a weight's rows as a Q8_0 file gives them back, float32: matrices that do not divide are float16 there."""
     if not _takes_q8(tuple(block.shape)):
-        return block.half()
-    gguf = package()
+        return block.half().float()
+    gguf = gguf_package()
     return torch.from_numpy(gguf.quants.dequantize(_quantized(block), gguf.GGMLQuantizationType.Q8_0))
 
 
@@ -149,17 +192,21 @@ def heads_of(linear: str, config: LlamaConfig) -> int | None:
     """Return how many heads the rows of a linear belong to, for q and k; None for others."""
     if linear.endswith(".q_proj"):
         return config.num_attention_heads
-    return config.num_key_value_heads if linear.endswith(".k_proj") else None
+    if linear.endswith(".k_proj"):
+        return config.num_key_value_heads
+    return None
 
 
-def rotated_in_pairs(rows: NDArray[Any], heads: int) -> NDArray[Any]:
-    """Reorder each head's rows from halves (0, 1, ..., h/2, ...) to pairs (0, h/2, 1, h/2 + 1, ...)."""
+def rotated_in_pairs(rows: Numbers, heads: int | None) -> Numbers:
+    """Reorder each head's rows from halves (0, 1, ..., h/2, ...) to pairs (0, h/2, 1, h/2 + 1, ...), if of heads."""
+    if heads is None:
+        return rows
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _add_settings(writer: Any, config: Any, name: str, dtype: str) -> None:
-    gguf, rope = package(), _rope(config)
+def _add_settings(writer: Any, config: LlamaConfig, name: str, dtype: str) -> None:
+    gguf, rope = gguf_package(), _rope(config)
     writer.add_name(name)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -173,14 +220,15 @@ def _add_settings(writer: Any, config: Any, name: str, dtype: str) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(float(rope["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if dtype == "float16" else gguf.LlamaFileType.MOSTLY_Q8_0)
+    kinds = {"float16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
+    writer.add_file_type(kinds[dtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
 
 
-def _add_vocabulary(writer: Any, vocabulary: Vocabulary, tokenizer: Any) -> None:
+def _add_vocabulary(writer: Any, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.cut)
     writer.add_token_list(vocabulary.tokens)
@@ -198,6 +246,7 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, tokenizer: Any) -> None
     ):
         if number is not None:
             add(number)
+    # What a tokenizer puts around a text is seen on a letter: its files say so in several ways.
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
@@ -205,20 +254,42 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, tokenizer: Any) -> None
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _rope(config: Any) -> dict[str, Any]:
+def _rope(config: LlamaConfig) -> dict[str, Any]:
     return dict(config.rope_parameters)
 
 
-def _llama3_factors(config: Any) -> NDArray[Any]:
-    """Return what llama.cpp divides each rotation's frequency by: 1 for short waves, the factor for long ones."""
+def _llama3_factors(config: LlamaConfig) -> Numbers | None:
+    """Return what llama.cpp divides each rotation's frequency by: 1 for short waves, the factor for long ones.
+
+    None where a model does not scale its positions as LLaMA 3.1 does.
+    """
     rope = _rope(config)
+    if rope["rope_type"] != "llama3":
+        return None
+    # As in transformers' `_compute_llama3_parameters` (5.24); llama.cpp wants what frequencies are divided by.
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
     waves = 2 * math.pi * float(rope["rope_theta"]) ** half
     factor, length = rope["factor"], rope["original_max_position_embeddings"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     smooth = ((length / waves - low) / (high - low)).clamp(0, 1)
-    factors: NDArray[Any] = (1 / ((1 - smooth) / factor + smooth)).float().numpy()
+    factors: Numbers = (1 / ((1 - smooth) / factor + smooth)).float().numpy()
     return factors
 
 
-__all__ = ["heads_of", "package", "refuse_unfit", "rotated_in_pairs", "write_gguf"]
+def _refuse_unfit(opened: OpenRun, weights: BaseWeights, form: ExportForm) -> None:
+    vocabulary_for(weights, opened.tokenizer, with_vocabulary=form.with_vocabulary)
+
+
+def _prepare(opened: OpenRun, weights: BaseWeights, statics: Statics, form: ExportForm) -> WriteFolder:
+    updates, tokenizer, name = weight_updates_of(opened.model, statics), opened.tokenizer, opened.folder.name
+
+    def write(folder: Path) -> Written:
+        how = {"name": name, "dtype": form.dtype}
+        return write_gguf(weights, tokenizer, updates, folder, **how, with_vocabulary=form.with_vocabulary)
+
+    return write
+
+
+RUNG = Rung(_prepare, ("float16", "q8_0"), _refuse_unfit, may_lack_vocabulary=True)
+
+__all__ = ["RUNG", "gguf_package", "heads_of", "rotated_in_pairs", "vocabulary_for", "write_gguf"]

@@ -4,34 +4,29 @@ What `lora` writes for PEFT, under llama.cpp's names: A (q, d_in) and B (d_out, 
 in llama.cpp's order of rotation.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from transformers import LlamaConfig
 
+from qd2mora.base.device import FLOATS
+from qd2mora.disk.file_hash import SizeAndHash, size_and_hash
 from qd2mora.errors import InputRefused
-from qd2mora.merging.gguf_file import heads_of, package, rotated_in_pairs
+from qd2mora.merging.base_weights import BaseWeights
+from qd2mora.merging.gguf_file import gguf_package, heads_of, rotated_in_pairs
 from qd2mora.merging.lora import factors_of
-from qd2mora.merging.shards import File
-from qd2mora.merging.source import Source
-from qd2mora.merging.static import Statics
-from qd2mora.merging.writer import DTYPES
+from qd2mora.merging.rung import ExportForm, Rung, WriteFolder, Written
+from qd2mora.merging.static_updates import Statics
+from qd2mora.run_folder import OpenRun
 
 
-def refuse_unfit(source: Source) -> None:
-    """Refuse a base that llama.cpp's llama is not. Raises InputRefused."""
-    package()
-    if type(source.config) is not LlamaConfig:
-        kind = source.config.model_type
-        raise InputRefused(f"--to gguf_lora: the base is a {kind}; --to lora and llama.cpp's converter will do")
-
-
-def write_gguf_lora(statics: Statics, source: Source, folder: Path, *, name: str, dtype: str = "float32") -> list[File]:
+def write_gguf_lora(
+    statics: Statics, weights: BaseWeights, folder: Path, *, name: str, dtype: str = "float32"
+) -> dict[str, SizeAndHash]:
     """Write NAME-lora.gguf. Raises InputRefused where llama.cpp has no place for an update, NotFinite."""
-    gguf = package()
-    rank, factors = factors_of(statics, "--to gguf_lora", DTYPES[dtype])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, source.config.num_hidden_layers)
+    gguf = gguf_package()
+    rank, factors = factors_of(statics, "--to gguf_lora", FLOATS[dtype])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, weights.config.num_hidden_layers)
     path = folder / f"{name}-lora.gguf"
     writer: Any = gguf.GGUFWriter(path, "llama")
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -40,17 +35,29 @@ def write_gguf_lora(statics: Statics, source: Source, folder: Path, *, name: str
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
     for linear, (down, up) in factors.items():
         found = names.get_name(linear)
-        if found is None or f"{linear}.weight" not in source.names:
+        if found is None or f"{linear}.weight" not in weights.names:
             raise InputRefused(f"--to gguf_lora: llama.cpp's llama has no matrix for {linear}; --to gguf will do")
-        heads, rows = heads_of(linear, source.config), up.numpy()
         writer.add_tensor(f"{found}.weight.lora_a", down.numpy())
-        writer.add_tensor(f"{found}.weight.lora_b", rows if heads is None else rotated_in_pairs(rows, heads))
+        writer.add_tensor(f"{found}.weight.lora_b", rotated_in_pairs(up.numpy(), heads_of(linear, weights.config)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with path.open("rb") as file:
-        return [File(path.name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())]
+    return {path.name: size_and_hash(path)}
 
 
-__all__ = ["refuse_unfit", "write_gguf_lora"]
+def _refuse_unfit(opened: OpenRun, weights: BaseWeights, form: ExportForm) -> None:
+    gguf_package()
+    if type(weights.config) is not LlamaConfig:
+        kind = weights.config.model_type
+        raise InputRefused(f"--to gguf_lora: the base is a {kind}; --to lora and llama.cpp's converter will do")
+
+
+def _prepare(opened: OpenRun, weights: BaseWeights, statics: Statics, form: ExportForm) -> WriteFolder:
+    updates, name, dtype = dict(statics), opened.folder.name, form.dtype
+    return lambda folder: Written(write_gguf_lora(updates, weights, folder, name=name, dtype=dtype))
+
+
+RUNG = Rung(_prepare, ("float32", "float16"), _refuse_unfit, holds_no_base=True)
+
+__all__ = ["RUNG", "write_gguf_lora"]

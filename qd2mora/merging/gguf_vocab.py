@@ -24,6 +24,10 @@ _LLAMA_3 = (
 _CUTS = {_LLAMA_3: "llama-bpe", _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
 
 
+TokenizerJson = dict[str, Any]
+"""A tokenizer, or a part of one, as the tokenizers library writes it (0.22); its fields depend on its type."""
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """What llama.cpp reads: `model` is llama (SentencePiece) or gpt2 (bytes), `cut` the name of the rule for cutting.
@@ -42,7 +46,7 @@ class Vocabulary:
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
     """Return the vocabulary of a tokenizer for an embedding of `rows`. Raises InputRefused."""
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)  # slow tokenizers have none
     if backend is None:
         raise InputRefused(f"--to gguf: the tokenizer has no tokenizer.json; {_WAYS}")
     content = json.loads(backend.to_str())
@@ -58,7 +62,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
     return Vocabulary("gpt2", _cut(content), tokens, kinds, None, merges, False)
 
 
-def _tokens(content: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
+def _tokens(content: TokenizerJson, rows: int) -> tuple[list[str], list[int]]:
     found: dict[int, tuple[str, int]] = {place: (token, NORMAL) for token, place in content["model"]["vocab"].items()}
     if content["model"].get("byte_fallback"):
         for place, (token, _) in list(found.items()):
@@ -66,7 +70,11 @@ def _tokens(content: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
                 found[place] = (token, BYTE)
     unknown = content["model"].get("unk_token")
     for each in content.get("added_tokens", []):
-        kind = UNKNOWN if each["content"] == unknown else CONTROL if each["special"] else USER_DEFINED
+        kind = USER_DEFINED
+        if each["content"] == unknown:
+            kind = UNKNOWN
+        elif each["special"]:
+            kind = CONTROL
         found[each["id"]] = (each["content"], kind)
     if max(found) >= rows:
         raise InputRefused(f"--to gguf: the tokenizer has token {max(found)}, the embedding {rows} rows")
@@ -80,13 +88,12 @@ def _scores(tokens: list[str], kinds: list[int], merges: list[str]) -> list[floa
     for place, merge in enumerate(merges):
         rank.setdefault(merge.replace(" ", "", 1), place)
     last = float(len(merges))
-    return [
-        0.0 if kind != NORMAL else -float(rank[token]) if token in rank else -last
-        for token, kind in zip(tokens, kinds, strict=True)
-    ]
+    # Letters, which no merge makes, come last; what is no text (a control token, a byte) is never joined.
+    ranks = [float(rank.get(token, last)) for token in tokens]
+    return [-number if kind == NORMAL else 0.0 for number, kind in zip(ranks, kinds, strict=True)]
 
 
-def _marks_spaces(content: dict[str, Any]) -> bool | None:
+def _marks_spaces(content: TokenizerJson) -> bool | None:
     """Tell whether text gets a marked space in front; None where spaces are not marked at all."""
     normalizer, cutting = content.get("normalizer"), content.get("pre_tokenizer")
     steps = _steps(normalizer, "normalizers")
@@ -100,7 +107,7 @@ def _marks_spaces(content: dict[str, Any]) -> bool | None:
     return None
 
 
-def _cut(content: dict[str, Any]) -> str:
+def _cut(content: TokenizerJson) -> str:
     """Return llama.cpp's name of a byte-level tokenizer's rule for cutting. Raises InputRefused."""
     steps = _steps(content.get("pre_tokenizer"), "pretokenizers")
     is_plain = not _steps(content.get("normalizer"), "normalizers") or content["normalizer"] == {"type": "NFC"}
@@ -114,10 +121,12 @@ def _cut(content: dict[str, Any]) -> str:
     raise InputRefused(f"--to gguf: llama.cpp has no rule that cuts text as this tokenizer does; {_WAYS}")
 
 
-def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+def _steps(part: TokenizerJson | None, key: str) -> list[TokenizerJson]:
     if part is None:
         return []
-    return list(part[key]) if part["type"] == "Sequence" else [part]
+    if part["type"] == "Sequence":
+        return list(part[key])
+    return [part]
 
 
 __all__ = ["Vocabulary", "vocabulary_of"]

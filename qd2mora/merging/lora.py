@@ -7,16 +7,21 @@ ones padded with zero ranks, because some loaders know one rank alone; alpha is 
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from qd2mora.disk.durable import write_file
+from qd2mora.base.device import FLOATS
+from qd2mora.disk.durable import save_pretrained, write_file
+from qd2mora.disk.file_hash import SizeAndHash
+from qd2mora.disk.tensor_file import tensor_at_hand, write_tensors
 from qd2mora.errors import InputRefused, NotFinite
-from qd2mora.merging.shards import File, entry, write_tensors
+from qd2mora.merging.base_weights import BaseWeights
+from qd2mora.merging.rung import ExportForm, Rung, WriteFolder, Written
+from qd2mora.merging.static_updates import Statics
 from qd2mora.mixture.low_rank import LowRank
+from qd2mora.run_folder import OpenRun
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -28,7 +33,7 @@ def write_lora(
     folder: Path,
     *,
     dtype: torch.dtype = torch.float32,
-) -> list[File]:
+) -> dict[str, SizeAndHash]:
     """Write a PEFT LoRA folder for a base that has these `linears` (None: targets by whole names).
 
     Raises InputRefused where an update is more than a LoRA, NotFinite where a number does not fit the dtype.
@@ -38,16 +43,14 @@ def write_lora(
     for name, (down, up) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = down
         tensors[f"base_model.model.{name}.lora_B.weight"] = up
-    file = write_tensors(folder / WEIGHTS, [entry(name, tensor) for name, tensor in tensors.items()])
-    text = (
-        json.dumps(
-            _config(sorted(statics) if linears is None else targets_of(statics, linears), base, rank),
-            indent=1,
-            sort_keys=True,
-        )
-        + "\n"
-    )
-    return [file, File(CONFIG, *write_file(folder / CONFIG, [text.encode()]))]
+    targets = sorted(statics)
+    if linears is not None:
+        targets = targets_of(statics, linears)
+    text = json.dumps(_config(targets, base, rank), indent=1, sort_keys=True) + "\n"
+    return {
+        WEIGHTS: write_tensors(folder / WEIGHTS, [tensor_at_hand(*each) for each in tensors.items()]),
+        CONFIG: write_file(folder / CONFIG, [text.encode()]),
+    }
 
 
 def factors_of(
@@ -78,10 +81,12 @@ def targets_of(adapted: Iterable[str], linears: Iterable[str]) -> list[str]:
     """Return the last parts of names (what loaders expect) where they pick just the adapted linears, else all names."""
     wanted = set(adapted)
     kinds = {name.rpartition(".")[2] for name in wanted}
-    return sorted(kinds if {name for name in linears if name.rpartition(".")[2] in kinds} == wanted else wanted)
+    if {name for name in linears if name.rpartition(".")[2] in kinds} == wanted:
+        return sorted(kinds)
+    return sorted(wanted)
 
 
-def _config(targets: list[str], base: str, rank: int) -> dict[str, Any]:
+def _config(targets: list[str], base: str, rank: int) -> dict[str, object]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -96,4 +101,17 @@ def _config(targets: list[str], base: str, rank: int) -> dict[str, Any]:
     }
 
 
-__all__ = ["factors_of", "targets_of", "write_lora"]
+def _prepare(opened: OpenRun, weights: BaseWeights, statics: Statics, form: ExportForm) -> WriteFolder:
+    updates, tokenizer = dict(statics), opened.tokenizer
+
+    def write(folder: Path) -> Written:
+        files = write_lora(updates, weights.base.model, weights.linears, folder, dtype=FLOATS[form.dtype])
+        save_pretrained(tokenizer, folder)
+        return Written(files)
+
+    return write
+
+
+RUNG = Rung(_prepare, ("float32", "float16", "bfloat16"), holds_no_base=True)
+
+__all__ = ["RUNG", "factors_of", "targets_of", "write_lora"]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qd2mora.data import Mixture, Row, collate, prepare
+from qd2mora.data import Row, TaskMix, collate, prepare
 from qd2mora.run_folder import OpenRun
 
 CALIBRATION_ROWS, CHECKING_ROWS, HELD_OUT_ROWS = 512, 128, 512
@@ -62,7 +62,7 @@ def sample_rows(opened: OpenRun, number: int | None, share: float = 1.0) -> Samp
     tasks = prepare(opened.recipe.data, opened.tokenizer, opened.recipe.train.seed)
     train = opened.recipe.train
     epochs = train.epochs or 0
-    mixture = Mixture(opened.recipe.data, tasks, train.seed)
+    mixture = TaskMix(opened.recipe.data, tasks, train.seed)
     if train.steps:
         trained = train.steps * train.global_batch
     else:
@@ -74,6 +74,7 @@ def sample_rows(opened: OpenRun, number: int | None, share: float = 1.0) -> Samp
     sample = Sample([], [], [], [], trained)
     for task in chosen:
         order = generator.permutation(len(task.train)).tolist()
+        # Checking rows are set aside first, so that neither calibration nor distillation ever sees them.
         num_checking = min(math.ceil(checked / len(chosen)), len(order) // 5)
         sample.checking.extend(task.train[place] for place in sorted(order[:num_checking]))
         sample.training.extend(task.train[place] for place in order[num_checking:])

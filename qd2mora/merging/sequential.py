@@ -7,9 +7,9 @@ pass over the calibration rows for each decoder layer.
 from peft import PeftModel
 
 from qd2mora.merging import core_lsq
-from qd2mora.merging.setting import Batches
-from qd2mora.merging.static import of_cores, replaced
+from qd2mora.merging.static_updates import of_cores, replaced
 from qd2mora.merging.statistics import balanced, collect
+from qd2mora.merging.strategy_inputs import Batches
 from qd2mora.mixture import mixture_layers
 from qd2mora.mixture.low_rank import LowRank
 

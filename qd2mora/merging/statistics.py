@@ -10,14 +10,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from qd2mora.memory.loss import IGNORE
+from qd2mora.base.passes import labelled, last_states
 from qd2mora.mixture import MixtureLinear, mixture_layers, read_rows
 from qd2mora.routed.ops import wide
 
@@ -63,6 +62,7 @@ class Moments:
 
         The sums stay there until `collect` is done: fetching them would wait for the device at every linear.
         """
+        # Rows scaled by the root of their weight: one product then gives all three second moments, weighted.
         joint_TW = torch.cat([u.to(v.dtype), v], -1).mul_(root.unsqueeze(-1)).flatten(0, -2)
         self.second = self.second.to(v.device).add_(joint_TW.T @ joint_TW)
         if mixing_PQ is not None:
@@ -84,7 +84,7 @@ def balanced(batch: Batch) -> Tensor:
     Answers are short and prompts long: with every token alike, what decides an answer hardly counts.
     """
     every = batch["attention_mask"].float()
-    answer = F.pad((batch["labels"][:, 1:] != IGNORE).float(), (0, 1)) * every
+    answer = F.pad(labelled(batch).float(), (0, 1)) * every
     parts = (answer, every - answer)
     return torch.stack([0.5 * part / part.sum(1, keepdim=True).clamp_min(1) for part in parts]).sum(0)
 
@@ -160,13 +160,10 @@ def _watched(
             layer.watchers.pop(adapter_name, None)
 
 
-def decode(model: PeftModel, batch: dict[str, Tensor]) -> Tensor:
+def decode(model: PeftModel, batch: Batch) -> Tensor:
     """Return the final hidden states (rows, length, hidden), with the rows' tasks known to the routers."""
-    tuner: Any = model.base_model
     read_rows(model, batch)
-    decoder = tuner.model.get_decoder()
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    return decoder(**inputs, use_cache=False).last_hidden_state
+    return last_states(model, batch)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The table of strategies, by name: each makes one static update for every routed linear, all in `Setting`'s terms."""
+"""The table of strategies, by name: each makes one static update for every routed linear from the same inputs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from qd2mora.merging import core_lsq, mean_gate
 from qd2mora.merging.auto import SHARE, auto
 from qd2mora.merging.distill import ROWS_A_STEP, distill
 from qd2mora.merging.sequential import sequential
-from qd2mora.merging.setting import Setting
-from qd2mora.merging.setting import Strategy as Make
-from qd2mora.merging.static import of_cores
+from qd2mora.merging.static_updates import of_cores
 from qd2mora.merging.statistics import Moments
+from qd2mora.merging.strategy_inputs import Strategy as Make
+from qd2mora.merging.strategy_inputs import StrategyInputs
 from qd2mora.mixture.low_rank import LowRank
 
 DISTILL_STEPS = 300
@@ -33,9 +33,9 @@ class Strategy:
 
 
 def _in_closed_form(mixing: Callable[[Moments], Tensor], *, with_mixing: bool = False) -> Make:
-    def make(setting: Setting) -> dict[str, LowRank]:
-        moments = setting.moments(with_mixing=with_mixing)
-        return of_cores(setting.model, {name: mixing(each) for name, each in moments.items()})
+    def make(inputs: StrategyInputs) -> dict[str, LowRank]:
+        moments = inputs.moments(with_mixing=with_mixing)
+        return of_cores(inputs.model, {name: mixing(each) for name, each in moments.items()})
 
     return make
 
@@ -43,14 +43,14 @@ def _in_closed_form(mixing: Callable[[Moments], Tensor], *, with_mixing: bool = 
 _core_lsq = _in_closed_form(core_lsq.mixing)
 
 
-def _sequential(setting: Setting) -> dict[str, LowRank]:
-    return sequential(setting.model, setting.calibration)
+def _sequential(inputs: StrategyInputs) -> dict[str, LowRank]:
+    return sequential(inputs.model, inputs.calibration)
 
 
-def _distill(setting: Setting) -> dict[str, LowRank]:
-    steps = max(1, min(DISTILL_STEPS, setting.trained_rows // ROWS_A_STEP))
-    setting.notes["steps"] = steps
-    return distill(setting, _core_lsq(setting), steps)
+def _distill(inputs: StrategyInputs) -> dict[str, LowRank]:
+    steps = max(1, min(DISTILL_STEPS, inputs.trained_rows // ROWS_A_STEP))
+    inputs.notes["steps"] = steps
+    return distill(inputs, _core_lsq(inputs), steps)
 
 
 STRATEGIES: dict[str, Strategy] = {

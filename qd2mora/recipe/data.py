@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from qd2mora.recipe.section import Count, Place, Section
 
+HUB = "hub:"
+"""How the name of a data set on the hub begins."""
+
 
 class Task(Section):
     """One data set."""
@@ -74,11 +77,11 @@ class Data(Section):
         if self.stop and self.tasks[0].weight is None:
             raise ValueError("stop needs a weight on every task; without weights all tasks end together")
         for task in self.tasks:
-            if task.streaming and not task.path.startswith("hub:"):
+            if task.streaming and not task.path.startswith(HUB):
                 raise ValueError(
                     f"task '{task.name}': streaming is for hub data sets; files are read as they come anyway"
                 )
         return self
 
 
-__all__ = ["Data", "Task"]
+__all__ = ["HUB", "Data", "Task"]

@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -29,7 +28,7 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     return _anchored(parse_recipe(content, str(path)), path.parent)
 
 
-def parse_recipe(content: Any, where: str = "recipe") -> Recipe:
+def parse_recipe(content: object, where: str = "recipe") -> Recipe:
     """Check a plain mapping. Raises InputRefused."""
     _refuse_texts(content, where, ())
     try:
@@ -42,23 +41,30 @@ def _anchored(recipe: Recipe, folder: Path) -> Recipe:
     def anchor(text: str) -> str:
         beside = folder / text
         # os.path: an impossible name (too long, say) is not there, where Path.exists raises.
-        return str(beside.resolve()) if not Path(text).is_absolute() and os.path.exists(beside) else text
+        if not Path(text).is_absolute() and os.path.exists(beside):
+            return str(beside.resolve())
+        return text
 
     tasks = []
     for task in recipe.data.tasks:
-        held_out = anchor(task.validation) if isinstance(task.validation, str) else task.validation
+        held_out = task.validation
+        if isinstance(held_out, str):
+            held_out = anchor(held_out)
         tasks.append(task.model_copy(update={"path": anchor(task.path), "validation": held_out}))
     base = recipe.base.model_copy(update={"model": anchor(recipe.base.model)})
     return recipe.model_copy(update={"base": base, "data": recipe.data.model_copy(update={"tasks": tasks})})
 
 
-def _refuse_texts(node: Any, where: str, location: tuple[str | int, ...]) -> None:
+def _refuse_texts(node: object, where: str, location: tuple[str | int, ...]) -> None:
     """Refuse a text that holds a secret, in a value or a key, or that is too long to be anything here."""
-    if isinstance(node, dict | list):
-        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+    if isinstance(node, dict):
+        for key, child in node.items():
             if isinstance(key, str):
                 _refuse_texts(key, where, (*location, "a key"))
             _refuse_texts(child, where, (*location, key))
+    elif isinstance(node, list):
+        for number, child in enumerate(node):
+            _refuse_texts(child, where, (*location, number))
     elif isinstance(node, str):
         if len(node) > MAX_TEXT:
             raise InputRefused(f"{where}: {dotted(location)}: {len(node)} characters (limit {MAX_TEXT})")

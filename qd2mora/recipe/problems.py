@@ -3,7 +3,6 @@
 import difflib
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -61,14 +60,18 @@ def first_problem(error: ValidationError, schema: type[BaseModel]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     shown = problem["input"]
+    if problem["type"] == "value_error" and not key:
+        return message
     if problem["type"] == "value_error":
-        return f"{key}: {message}" if key else message
+        return f"{key}: {message}"
     return f"{key}: {_short(shown)} will not do: {message}"
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    if len(text) <= 60:
+        return text
+    return text[:57] + "..."
 
 
 def dotted(location: Sequence[str | int]) -> str:
@@ -103,7 +106,7 @@ def _key_names(model: type[BaseModel], prefix: str = "") -> list[str]:
     return names
 
 
-def _nested(annotation: Any) -> list[type[BaseModel]]:
+def _nested(annotation: object) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     arguments = getattr(annotation, "__args__", ())

@@ -1,11 +1,11 @@
 """The recipe: everything a run depends on, typed and strict. Nothing here looks at devices, models or data."""
 
-import hashlib
 import json
 from typing import Any
 
 from pydantic import model_validator
 
+from qd2mora.disk.file_hash import hash_of_bytes
 from qd2mora.recipe.adapter import Adapter
 from qd2mora.recipe.base import Base
 from qd2mora.recipe.data import Data
@@ -52,7 +52,7 @@ class Recipe(Section):
 
     def fingerprint(self) -> str:
         """Return a hash of everything that decides the trained weights."""
-        return hashlib.sha256(json.dumps(self.deciding(), sort_keys=True).encode()).hexdigest()
+        return hash_of_bytes(json.dumps(self.deciding(), sort_keys=True).encode())
 
 
 __all__ = ["Recipe"]

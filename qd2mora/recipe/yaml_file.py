@@ -5,8 +5,9 @@ limited.
 """
 
 import re
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import yaml
 
@@ -17,8 +18,15 @@ MAX_DEPTH = 32
 MAX_DIGITS = 4000  # Python itself converts no longer ones
 
 
-def _marked(problem: str, place: Any) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
+YamlValue: TypeAlias = object
+"""What a text in YAML says: mappings, lists and plain values, not checked yet."""
+Inner: TypeAlias = dict[str, object] | list[object]
+
+
+def _marked(problem: str, place: yaml.Event | yaml.Node) -> yaml.MarkedYAMLError:
+    mark = place.start_mark
+    assert isinstance(mark, yaml.error.Mark)  # what the loader in Python makes; the one in C has marks of its own
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 class _Loader(yaml.SafeLoader):
@@ -26,7 +34,7 @@ class _Loader(yaml.SafeLoader):
 
     depth = 0
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
         if self.depth > MAX_DEPTH:
             raise _marked(f"nested more than {MAX_DEPTH} deep", event)
@@ -42,8 +50,8 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
+        seen: set[Hashable] = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise _marked("a key is a word", key_node)
@@ -75,7 +83,7 @@ for _place in (_Loader, _Dumper):
     _place.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> YamlValue:
     """Parse YAML text; `where` names it in errors. Raises InputRefused with the line."""
     if len(text) > MAX_BYTES:
         raise InputRefused(f"{where}: {len(text)} bytes is too long for a recipe (limit {MAX_BYTES})")
@@ -83,7 +91,9 @@ def parse_yaml(text: str, where: str) -> Any:
         return _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "line 1, column 1"
+        place = "line 1, column 1"
+        if mark:
+            place = f"line {mark.line + 1}, column {mark.column + 1}"
         raise InputRefused(f"{where}, {place}: not valid YAML: {error.problem}") from error
     except yaml.reader.ReaderError as error:
         raise InputRefused(f"{where}, {_end_of(text[: error.position])}: not valid YAML: {error.reason}") from error
@@ -94,12 +104,12 @@ def _end_of(before: str) -> str:
     return f"line {before.count(chr(10)) + 1}, column {len(before) - before.rfind(chr(10))}"
 
 
-def dump_yaml(content: dict[str, Any]) -> str:
+def dump_yaml(content: dict[str, object]) -> str:
     """Return YAML text that `parse_yaml` reads back equal."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120)
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, object]:
     """Read a recipe file into a plain mapping. Raises InputRefused."""
     try:
         size = path.stat().st_size
@@ -123,7 +133,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
-def apply_override(content: dict[str, Any], override: str) -> None:
+def apply_override(content: dict[str, object], override: str) -> None:
     """Set one dotted `key=value` in place; a number in the path indexes a list. Raises InputRefused."""
     path, separator, text = override.partition("=")
     if not separator or not path:
@@ -131,7 +141,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     override = f"{path}=..."  # the value may be a secret under a key that does not exist
     value = parse_yaml(text, f"override {override!r}")
     keys = path.split(".")
-    node: Any = content
+    node: Inner = content
     for key in keys[:-1]:
         node = _descend(node, key, override)
     if isinstance(node, list):
@@ -140,7 +150,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         node[keys[-1]] = value
 
 
-def _descend(node: Any, key: str, override: str) -> Any:
+def _descend(node: Inner, key: str, override: str) -> Inner:
     if isinstance(node, list):
         child = node[_list_index(node, key, override)]
     else:
@@ -152,9 +162,11 @@ def _descend(node: Any, key: str, override: str) -> Any:
     return child
 
 
-def _list_index(node: list[Any], key: str, override: str) -> int:
+def _list_index(node: list[object], key: str, override: str) -> int:
     if not key.isdecimal() or int(key) >= len(node):
-        known = f"should be a position from 0 to {len(node) - 1}" if node else "is a position in a list that is empty"
+        known = "is a position in a list that is empty"
+        if node:
+            known = f"should be a position from 0 to {len(node) - 1}"
         raise InputRefused(f"override {override!r}: {key!r} {known}")
     return int(key)
 

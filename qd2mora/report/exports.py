@@ -67,14 +67,14 @@ def warning(export: Export) -> str | None:
     fidelity = export.fidelity
     if fidelity is None or fidelity.gain_kept is None or fidelity.gain_kept >= ENOUGH:
         return None
-    made, better = export.made, []
-    if made.strategy != "distill" and not made.exact:
+    updates, better = export.updates, []
+    if updates.strategy != "distill" and not updates.exact:
         better.append("--strategy distill")
-    if made.task is None and len(fidelity.tasks) > 1:
+    if updates.task is None and len(fidelity.tasks) > 1:
         better.append("--task all (one export for each task)")
     if export.form.base == "original":
         better.append("--base dequantized")
-    if not made.exact:
+    if not updates.exact:
         better.append("--to exact (the routed model itself, nothing lost)")
     ways = "; ".join(better)
     return (
@@ -87,22 +87,22 @@ def _how(export: Export) -> str:
         return "on the 4-bit weights that were trained on, bit for bit"
     if export.exact:
         return f"exact up to {export.form.dtype} rounding"
-    words, notes = export.strategy, export.made.notes
+    words, notes = export.strategy, export.updates.notes
     if "chosen" in notes:
         words += f" took {notes['chosen']}"
     if notes.get("steps"):
         words += f" ({notes['steps']} steps)"
     words += ", an approximation"
-    if "making" in export.made.seconds:
-        words += f", made in {export.made.seconds['making']:.0f} s"
+    if "making" in export.updates.seconds:
+        words += f", made in {export.updates.seconds['making']:.0f} s"
     return words
 
 
 def _bases(export: Export) -> str | None:
     """Compare both bases, where both were measured."""
-    if len(export.made.bases) < 2:
+    if len(export.updates.bases) < 2:
         return None
-    losses = ", ".join(f"{name} {each.merged:.4f}" for name, each in export.made.bases.items())
+    losses = ", ".join(f"{name} {each.merged:.4f}" for name, each in export.updates.bases.items())
     written = "it holds neither" if export.form.holds_no_base else f"written: {export.form.base}"
     return f"loss by the base that the update is added to: {losses}; {written}"
 

@@ -11,7 +11,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from qd2mora.base import load_tokenizer
-from qd2mora.data import Mixture, Row, TaskRows, TokenRows, prepare
+from qd2mora.data import Row, TaskMix, TaskRows, TokenRows, prepare
 from qd2mora.recipe import Recipe
 from qd2mora.report.cells import with_columns, written
 
@@ -109,7 +109,7 @@ def _lengths(tasks: list[TaskRows], max_length: int) -> Table:
 
 def _shares(recipe: Recipe, tasks: list[TaskRows]) -> Table:
     """What each task gets of the run, or of its first epoch."""
-    mixture = Mixture(recipe.data, tasks, recipe.train.seed)
+    mixture = TaskMix(recipe.data, tasks, recipe.train.seed)
     if recipe.train.steps:
         count = recipe.train.steps * recipe.train.global_batch
     elif recipe.data.stop is None:

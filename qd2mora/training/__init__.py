@@ -21,7 +21,7 @@ from qd2mora.base import (
     load_base,
     load_tokenizer,
 )
-from qd2mora.data import Mixture, TaskRows, collate, prepare, share_lines
+from qd2mora.data import TaskMix, TaskRows, collate, prepare, share_lines
 from qd2mora.disk.durable import save_pretrained
 from qd2mora.errors import InputRefused, WillNotFit
 from qd2mora.evaluation import AskedTask, Subject, ask_held_out
@@ -104,7 +104,7 @@ def train(
         return _train_locked(recipe, folder, accelerator, stop, resume, allow_changed)
 
 
-def num_steps(settings: Train, mixture: Mixture) -> int:
+def num_steps(settings: Train, mixture: TaskMix) -> int:
     """Return the updates of a run; an epoch counts every row of a task as often as the task's own `epochs` says."""
     if settings.steps is not None:
         return settings.steps
@@ -140,7 +140,7 @@ def _train_locked(
     identity = identity_of_inputs(recipe, tokenizer, tasks, processes.count, accelerator.device)
     processes.refuse_other(identity)
     changed = refuse_changed(before["identity"], identity, allow_changed) if before else []
-    mixture = Mixture(recipe.data, tasks, recipe.train.seed)
+    mixture = TaskMix(recipe.data, tasks, recipe.train.seed)
     model = _adapted_model(recipe, config, planned, processes, folder)
     if recipe.data.packing:
         check_isolation(model)
@@ -259,7 +259,7 @@ def _adapted_model(
 
 
 def _first_batches(
-    mixture: Mixture, rows: int, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    mixture: TaskMix, rows: int, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the run's first rows in batches."""
     for start in itertools.count(0, rows):

@@ -10,7 +10,7 @@ import torch
 
 from qd2mora.data import Row
 from qd2mora.memory.faults import tried
-from qd2mora.memory.loss import IGNORE, labelled_states
+from qd2mora.memory.loss import labelled_states
 
 if TYPE_CHECKING:  # the loop evaluates
     from qd2mora.training.loop import Training
@@ -63,7 +63,7 @@ def _run_through(training: "Training", rows: list[Row]) -> None:
         training.tell_routers(part)
         batch = {name: tensor.to(training.processes.device) for name, tensor in part.collated(training.pad).items()}
         with torch.no_grad():
-            labelled_states(training.model, batch, batch["labels"][:, 1:] != IGNORE)
+            labelled_states(training.model, batch)
         training.watchdog.beat()
 
 

@@ -16,11 +16,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from qd2mora.data import MicroBatch, Mixture, Row, TaskRows, dealt, lines_together
+from qd2mora.base.passes import CHUNK
+from qd2mora.data import MicroBatch, Row, TaskMix, TaskRows, dealt, lines_together
 from qd2mora.errors import NotFinite, SignalStop, WillNotFit
 from qd2mora.evaluation import Score
 from qd2mora.memory.faults import as_lost, tried
-from qd2mora.memory.loss import CHUNK, RowLoss
+from qd2mora.memory.loss import RowLoss
 from qd2mora.mixture import MixtureConfig, after_step, penalty_terms, routing_of
 from qd2mora.recipe import Train
 from qd2mora.stopping import StopRequest
@@ -51,7 +52,7 @@ class Training:
     model: PeftModel
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer | ZeroOptimizer
-    mixture: Mixture
+    mixture: TaskMix
     tasks: list[TaskRows]
     config: MixtureConfig
     micro_batch: int

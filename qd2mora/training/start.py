@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from qd2mora.base import dense_weight
+from qd2mora.base.passes import last_states
 from qd2mora.data import TaskRows
+from qd2mora.disk.tensor_file import stored_tensors
 from qd2mora.errors import InputRefused
 from qd2mora.mixture import MixtureConfig, MixtureLinear, load_experts, mixture_layers, read_rows
 from qd2mora.mixture.initialisers import Activations, olora, pissa, residual
@@ -129,13 +130,11 @@ def _start_from_data(
         return layers[name].register_forward_pre_hook(before)
 
     handles = [watch(name) for name in layers]
-    tuner: Any = model.base_model
     with torch.no_grad():
         for batch, _ in zip(batches, range(EVA_BATCHES), strict=False):
             attended[:] = [batch["attention_mask"].bool()]
             read_rows(model, batch)
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            tuner.model.get_decoder()(**inputs, use_cache=False)
+            last_states(model, batch)
         for name, layer in layers.items():
             layer.tensors("default")["mixture_shared_A"].copy_(seen[name].directions())
     for handle in handles:
@@ -150,16 +149,12 @@ def _original_weights(recipe: Recipe) -> Callable[[str], Tensor]:
             "adapter.shared.init: loftq starts at what 4-bit quantisation lost: it needs quantization: nf4 and a "
             f"base.model that is a folder of 16-bit weights, not '{recipe.base.model}'"
         )
-    files = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            files.update(dict.fromkeys(file.keys(), path))
+    stored = stored_tensors(sorted(folder.glob("*.safetensors")))
 
     def read(name: str) -> Tensor:
-        if name not in files:
+        if name not in stored:
             raise InputRefused(f"adapter.shared.init: loftq finds no 16-bit '{name}' in '{folder}'")
-        with safe_open(files[name], "pt") as file:
-            return file.get_tensor(name).float()
+        return stored[name].read().float()
 
     return read
 

@@ -8,9 +8,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from qd2mora.data import IGNORE, Pair, TokenRows, collate, prepare, read_pairs
-from qd2mora.data.rows import BadRow
-from qd2mora.data.template import ChatTemplate
+from qd2mora.base.passes import IGNORE
+from qd2mora.data import Pair, TokenRows, collate, prepare, read_pairs
+from qd2mora.data.chat_template import ChatTemplate
+from qd2mora.data.file_rows import BadRow
 from qd2mora.data.tokenise import Tokeniser
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Data, Task

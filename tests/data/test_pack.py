@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from qd2mora.data import IGNORE, MicroBatch, Pair, Row, packed
+from qd2mora.base.passes import IGNORE
+from qd2mora.data import MicroBatch, Pair, Row, packed
 from qd2mora.data.pack import MULTIPLE, collate_packed
 
 

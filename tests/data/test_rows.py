@@ -9,7 +9,8 @@ import tiny
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qd2mora.data import IGNORE, Mixture, Pair, Row, TaskRows, collate, encode, prepare, share_lines
+from qd2mora.base.passes import IGNORE
+from qd2mora.data import Pair, Row, TaskMix, TaskRows, collate, encode, prepare, share_lines
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Data, Task
 
@@ -84,7 +85,7 @@ def made_tasks(sizes: list[int], lengths: list[int], weights: list[float | None]
 
 def test_without_weights_every_epoch_is_everything_once() -> None:
     settings, tasks = made_tasks([5, 8], [4, 4], [None, None])
-    mixture = Mixture(settings, tasks, 0)
+    mixture = TaskMix(settings, tasks, 0)
     epochs = [[(row.task, row.pair.prompt) for row in mixture.rows(13 * n, 13)] for n in range(3)]
     assert all(len(set(epoch)) == 13 for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
@@ -93,10 +94,10 @@ def test_without_weights_every_epoch_is_everything_once() -> None:
 def test_weights_are_kept_to_within_a_row_by_rows_and_one_percent_by_tokens() -> None:
     settings, tasks = made_tasks([50, 7, 20], [10, 40, 90], [1.0, 2.0, 5.0])
     for count in (8, 80, 801):
-        rows = Mixture(settings, tasks, 0).rows(0, count)
+        rows = TaskMix(settings, tasks, 0).rows(0, count)
         for number, weight in enumerate((1, 2, 5)):
             assert abs(sum(row.task == number for row in rows) - count * weight / 8) <= 1
-    rows = Mixture(settings.model_copy(update={"mix": "tokens"}), tasks, 0).rows(0, 3000)
+    rows = TaskMix(settings.model_copy(update={"mix": "tokens"}), tasks, 0).rows(0, 3000)
     total = sum(len(row.ids) for row in rows)
     for number, weight in enumerate((1, 2, 5)):
         assert abs(sum(len(row.ids) for row in rows if row.task == number) / total - weight / 8) < 0.01
@@ -105,7 +106,7 @@ def test_weights_are_kept_to_within_a_row_by_rows_and_one_percent_by_tokens() ->
 @pytest.mark.parametrize("mix", ["rows", "tokens"])
 def test_realised_shares_are_told_and_within_one_percent_of_the_asked_ones(mix: str) -> None:
     settings, tasks = made_tasks([300, 40, 120], [30, 300, 90], [3.0, 1.0, 1.5])
-    mixture = Mixture(settings.model_copy(update={"mix": mix}), tasks, 0)
+    mixture = TaskMix(settings.model_copy(update={"mix": mix}), tasks, 0)
     shares = mixture.shares(2000)
     rows = mixture.rows(0, 2000)
     for number, share in enumerate(shares):
@@ -120,7 +121,7 @@ def test_realised_shares_are_told_and_within_one_percent_of_the_asked_ones(mix: 
 @pytest.mark.parametrize(("stop", "rows"), [("first", 8 * 4 - 3), ("last", 20 * 4)])
 def test_a_run_may_end_with_the_first_or_the_last_task(stop: str, rows: int) -> None:
     settings, tasks = made_tasks([8, 60], [4, 4], [1.0, 3.0])
-    mixture = Mixture(settings.model_copy(update={"stop": stop}), tasks, 0)
+    mixture = TaskMix(settings.model_copy(update={"stop": stop}), tasks, 0)
     count = mixture.rows_until_stop()
     assert abs(count - rows) <= 3
     seen = [[row.pair.prompt for row in mixture.rows(0, count) if row.task == task] for task in (0, 1)]
@@ -134,7 +135,7 @@ def test_each_task_may_have_its_own_epochs() -> None:
     own = [1.0, 2.5]
     for task, epochs in zip(tasks, own, strict=True):
         task.task = task.task.model_copy(update={"epochs": epochs})
-    mixture = Mixture(settings, tasks, 0)
+    mixture = TaskMix(settings, tasks, 0)
     assert mixture.rows_per_epoch == 10 + 15
     halves = []
     for epoch in range(2):
@@ -146,18 +147,18 @@ def test_each_task_may_have_its_own_epochs() -> None:
     assert halves[0] != halves[1]
     with_weights, tasks = made_tasks([10, 6], [4, 4], [1.0, 1.0])
     tasks[1].task = tasks[1].task.model_copy(update={"epochs": 3.0})
-    mixture = Mixture(with_weights.model_copy(update={"stop": "last"}), tasks, 0)
+    mixture = TaskMix(with_weights.model_copy(update={"stop": "last"}), tasks, 0)
     assert 34 <= mixture.rows_until_stop() <= 36
 
 
 @pytest.mark.parametrize("weights", [[None, None], [1.0, 3.0]])
 def test_the_order_is_the_same_however_it_is_asked_for(weights: list[float | None]) -> None:
     settings, tasks = made_tasks([5, 8], [4, 6], weights)
-    whole = Mixture(settings, tasks, 3).rows(0, 40)
-    other = Mixture(settings, tasks, 3)
+    whole = TaskMix(settings, tasks, 3).rows(0, 40)
+    other = TaskMix(settings, tasks, 3)
     assert [row for start in range(0, 40, 8) for row in other.rows(start, 8)] == whole
-    assert Mixture(settings, tasks, 3).rows(30, 10) == whole[30:]
-    assert Mixture(settings, tasks, 4).rows(0, 40) != whole
+    assert TaskMix(settings, tasks, 3).rows(30, 10) == whole[30:]
+    assert TaskMix(settings, tasks, 4).rows(0, 40) != whole
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

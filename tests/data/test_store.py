@@ -18,7 +18,7 @@ from qd2mora.recipe import Data, Task
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("qd2mora.data.store.SMALLEST_KEPT", 0)
+    monkeypatch.setattr("qd2mora.data.token_store.SMALLEST_KEPT", 0)
     monkeypatch.setenv("QD2MORA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "tokens"
 
@@ -131,7 +131,7 @@ _SCRIPT = """
 import sys, threading, time
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from qd2mora.data import Mixture, prepare
+from qd2mora.data import TaskMix, prepare
 from qd2mora.recipe import Data, Task
 
 model = Tokenizer(models.WordLevel({"</s>": 0, "<u>": 1, "red": 2, "sun": 3}, "<u>"))
@@ -150,7 +150,7 @@ def watch():
 
 def run(path):
     tasks = prepare(Data(tasks=[Task(name="t", path=path, format="completion")]), tokenizer, 0)
-    mixture = Mixture(Data(tasks=[tasks[0].task]), tasks, 0)
+    mixture = TaskMix(Data(tasks=[tasks[0].task]), tasks, 0)
     return sum(len(row.ids) for start in range(0, len(tasks[0].train), 64) for row in mixture.rows(start, 64))
 
 run(sys.argv[1])  # what the libraries take once

@@ -11,7 +11,7 @@ from qd2mora.base import load_base, load_tokenizer
 from qd2mora.data import collate, prepare
 from qd2mora.inspection import RoutingWatch, collapse_line, routing_report
 from qd2mora.inspection.routing_summary import measured, summary
-from qd2mora.memory.loss import IGNORE, labelled_states
+from qd2mora.memory.loss import labelled_states
 from qd2mora.mixture import MixtureConfig, add_adapter, mixture_layers
 from qd2mora.mixture.presets import METHODS
 from qd2mora.recipe import load_recipe
@@ -39,7 +39,7 @@ def opened(made: Path, *overrides: str, method: str = "d2mora") -> tuple[PeftMod
 
 def run(model: PeftModel, batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
     with torch.no_grad():
-        return [labelled_states(model, batch, batch["labels"][:, 1:] != IGNORE) for batch in batches]
+        return [labelled_states(model, batch) for batch in batches]
 
 
 def watched(model: PeftModel, batches: list[dict[str, torch.Tensor]]) -> RoutingWatch:

@@ -55,8 +55,7 @@ def test_kept_activations_are_what_autograd_saves(shape: Shape, targets: list[st
     recipe = recipe_of(max_length=96, adapter={**PAPER, "targets": targets})
     model = adapted(shape, recipe, dtype)
     batch = padded_batch(4, 96, shape.vocab)
-    keep = torch.ones(4, 95, dtype=torch.bool)
-    saved = saved_bytes(lambda: labelled_states(model, batch, keep), model)
+    saved = saved_bytes(lambda: labelled_states(model, batch), model)
     item = getattr(torch, dtype)
     planned = every_item(cpu_ledger(shape, recipe, 4, False, item))["activations"]
     # The last norm's input belongs to the loss in the ledger.
@@ -69,7 +68,7 @@ def test_kept_activations_are_right_for_every_method(method: str) -> None:
     recipe = recipe_of(max_length=96, adapter={"method": method, "rank": 8, "targets": QKV})
     model = adapted(WIDE, recipe)
     batch = padded_batch(4, 96, WIDE.vocab)
-    saved = saved_bytes(lambda: labelled_states(model, batch, torch.ones(4, 95, dtype=torch.bool)), model)
+    saved = saved_bytes(lambda: labelled_states(model, batch), model)
     planned = every_item(cpu_ledger(WIDE, recipe, 4, False, torch.float32))["activations"]
     assert planned == pytest.approx(saved, rel=0.05)
 

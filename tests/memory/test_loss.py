@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from qd2mora.base import SHAPES
-from qd2mora.memory.loss import CHUNK, IGNORE, RowLoss, token_losses
+from qd2mora.base.passes import CHUNK, IGNORE, token_losses
+from qd2mora.memory.loss import RowLoss
 
 TINY = SHAPES["tiny"]
 

@@ -200,7 +200,7 @@ def test_what_a_mixture_of_whole_mlps_keeps_is_counted_in_every_slot() -> None:
     )
     model = adapted(WIDE, recipe)
     batch = padded_batch(4, 96, WIDE.vocab)
-    saved = saved_bytes(lambda: labelled_states(model, batch, torch.ones(4, 95, dtype=torch.bool)), model)
+    saved = saved_bytes(lambda: labelled_states(model, batch), model)
     shapes = read_shapes(WIDE.config(), adapter_of(recipe))
     assert shapes.layer.slots == 2
     planned = every_item(ledger(shapes, recipe, Setting(4, 0, torch.float32, False)))["activations"]

@@ -14,8 +14,8 @@ from qd2mora.base import load_base, load_tokenizer
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation import TalkOptions, generate
 from qd2mora.merging import merge
+from qd2mora.merging.base_weights import BaseWeights
 from qd2mora.merging.exact import refuse_unfit, routed_parts, write_exact
-from qd2mora.merging.source import Source
 from qd2mora.mixture import read_rows
 from qd2mora.mixture.presets import METHODS
 from qd2mora.recipe import Base
@@ -59,7 +59,7 @@ def test_every_token_routed_method_gives_the_same_logits_elsewhere(base: Base, t
     for case, (method, changes) in cases().items():
         model = adapted(base, method, **changes)
         read_rows(model, {"task_index": torch.tensor([1, 1])})
-        source = Source(base)
+        source = BaseWeights(base)
         refuse_unfit(model, source)
         (tmp_path / case).mkdir()
         write_exact(routed_parts(model), source, tokenizer, tmp_path / case, dtype="float32", limit=100_000)

@@ -17,9 +17,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qd2mora.errors import InputRefused
 from qd2mora.merging import merge
+from qd2mora.merging.base_weights import BaseWeights
 from qd2mora.merging.gguf_file import _llama3_factors, rotated_in_pairs, write_gguf
 from qd2mora.merging.gguf_vocab import BYTE, CONTROL, SPACE, UNKNOWN, UNUSED, vocabulary_of
-from qd2mora.merging.source import Source
 from qd2mora.recipe import Base
 
 gguf = pytest.importorskip("gguf")
@@ -200,7 +200,7 @@ def test_a_tokenizer_that_llama_cpp_would_cut_otherwise_is_refused_or_left_out(f
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     with pytest.raises(InputRefused, match="cuts text as this tokenizer does; --no-vocabulary"):
         vocabulary_of(tokenizer, 512)
-    source = Source(Base(model=str(folder / "base"), quantization="none"))
+    source = BaseWeights(Base(model=str(folder / "base"), quantization="none"))
     write_gguf(source, tokenizer, {}, tmp_path, name="model", with_vocabulary=False)
     tensors, settings, _ = read(tmp_path)
     assert len(tensors) == len(read(folder / "float16")[0]) and settings["llama.vocab_size"] == 512

@@ -18,13 +18,13 @@ from qd2mora.merging import core_lsq, make_static, mean_gate, merge, merge_tasks
 from qd2mora.merging.auto import affordable_steps, auto
 from qd2mora.merging.distill import Teacher, distill, mean_divergence
 from qd2mora.merging.fidelity import measure, missed, unexplained
-from qd2mora.merging.making import setting_of
+from qd2mora.merging.measured_updates import strategy_inputs_of
 from qd2mora.merging.sample import batches_of, sample_rows
 from qd2mora.merging.sequential import sequential, stages
-from qd2mora.merging.setting import Setting
-from qd2mora.merging.static import of_core, of_cores, replaced
+from qd2mora.merging.static_updates import of_core, of_cores, replaced
 from qd2mora.merging.statistics import balanced, collect, decode, observed
 from qd2mora.merging.strategies import STRATEGIES
+from qd2mora.merging.strategy_inputs import StrategyInputs
 from qd2mora.mixture import MixtureConfig, add_adapter, mixture_layers
 from qd2mora.mixture.low_rank import LowRank
 from qd2mora.recipe import load_recipe
@@ -66,21 +66,21 @@ def opened(run: Path) -> OpenRun:
 
 
 @pytest.fixture
-def setting(opened: OpenRun) -> Setting:
-    made = setting_of(opened, sample_rows(opened, None), None)
+def setting(opened: OpenRun) -> StrategyInputs:
+    made = strategy_inputs_of(opened, sample_rows(opened, None), None)
     made.trained_rows = 1500
     return made
 
 
-def closed_form(setting: Setting, mixing: Any = core_lsq.mixing) -> dict[str, LowRank]:
+def closed_form(setting: StrategyInputs, mixing: Any = core_lsq.mixing) -> dict[str, LowRank]:
     return of_cores(setting.model, {name: mixing(each) for name, each in setting.moments(with_mixing=True).items()})
 
 
-def distance(setting: Setting, statics: dict[str, LowRank]) -> float:
+def distance(setting: StrategyInputs, statics: dict[str, LowRank]) -> float:
     return mean_divergence(setting.model, statics, setting.calibration, Teacher(setting.model))
 
 
-def test_more_features_never_explain_less_where_they_were_fitted(setting: Setting) -> None:
+def test_more_features_never_explain_less_where_they_were_fitted(setting: StrategyInputs) -> None:
     layers = mixture_layers(setting.model)
     for name, moments in setting.moments(with_mixing=True).items():
         up = layers[name].columns("default").detach()
@@ -107,7 +107,7 @@ def test_a_core_becomes_the_narrower_pair_of_factors(opened: OpenRun) -> None:
         torch.testing.assert_close(static.dense().double(), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_statistics_of_all_linears_come_from_one_pass(setting: Setting) -> None:
+def test_statistics_of_all_linears_come_from_one_pass(setting: StrategyInputs) -> None:
     passes = 0
 
     def count(*_: object) -> None:
@@ -122,7 +122,7 @@ def test_statistics_of_all_linears_come_from_one_pass(setting: Setting) -> None:
     assert passes == len(setting.calibration)
 
 
-def test_answers_count_as_much_as_prompts_and_every_row_alike(setting: Setting) -> None:
+def test_answers_count_as_much_as_prompts_and_every_row_alike(setting: StrategyInputs) -> None:
     for batch in setting.calibration:
         weight, labels = balanced(batch), batch["labels"]
         answers = torch.zeros_like(weight, dtype=torch.bool)
@@ -134,7 +134,7 @@ def test_answers_count_as_much_as_prompts_and_every_row_alike(setting: Setting) 
     assert tokens == pytest.approx(sum(len(batch["labels"]) for batch in setting.calibration))
 
 
-def test_sequential_begins_as_least_squares_and_then_sees_what_static_layers_do(setting: Setting) -> None:
+def test_sequential_begins_as_least_squares_and_then_sees_what_static_layers_do(setting: StrategyInputs) -> None:
     first, second = stages(setting.model)
     together, one_by_one = closed_form(setting), sequential(setting.model, setting.calibration)
     for name in first:
@@ -160,7 +160,7 @@ def test_constant_gates_are_kept_wholly_by_every_strategy(strategy: str, tmp_pat
     assert max(made.unexplained.values()) < 1e-3
 
 
-def test_distillation_brings_the_static_model_nearer(setting: Setting) -> None:
+def test_distillation_brings_the_static_model_nearer(setting: StrategyInputs) -> None:
     start = closed_form(setting)
     student = distill(setting, start, 20)
     assert distance(setting, student) < 0.9 * distance(setting, start)
@@ -169,13 +169,13 @@ def test_distillation_brings_the_static_model_nearer(setting: Setting) -> None:
     assert not setting.model.training
 
 
-def test_distillation_begins_where_it_is_told(setting: Setting) -> None:
+def test_distillation_begins_where_it_is_told(setting: StrategyInputs) -> None:
     start = closed_form(setting)
     for name, static in distill(setting, start, 0).items():
         torch.testing.assert_close(static.dense(), start[name].dense(), rtol=1e-4, atol=1e-5)
 
 
-def test_distillation_recomputes_activations_where_training_did_with_the_same_result(setting: Setting) -> None:
+def test_distillation_recomputes_activations_where_training_did_with_the_same_result(setting: StrategyInputs) -> None:
     start = closed_form(setting)
     kept = distill(setting, start, 2)
     setting.recomputes = True
@@ -183,7 +183,7 @@ def test_distillation_recomputes_activations_where_training_did_with_the_same_re
         torch.testing.assert_close(static.dense(), kept[name].dense(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_step_of_distillation_takes_no_more_memory_than_one_of_training(setting: Setting, run: Path) -> None:
+def test_a_step_of_distillation_takes_no_more_memory_than_one_of_training(setting: StrategyInputs, run: Path) -> None:
     trained = open_run(run)
     batch, tensors = setting.training[0], []
     for name, tensor in trained.model.named_parameters():
@@ -205,7 +205,7 @@ def test_a_step_of_distillation_takes_no_more_memory_than_one_of_training(settin
     assert peak_bytes(lambda: distill(setting, start, 1)) < peak_bytes(train) + 2 * factors + wanted
 
 
-def test_auto_takes_what_is_nearest_on_rows_that_nothing_was_fitted_to(setting: Setting) -> None:
+def test_auto_takes_what_is_nearest_on_rows_that_nothing_was_fitted_to(setting: StrategyInputs) -> None:
     chosen = auto(setting)
     tried, best = setting.notes["tried"], setting.notes["chosen"]
     assert isinstance(tried, dict) and set(tried) == {"core_lsq", "mean_gate", "distill"}
@@ -214,7 +214,7 @@ def test_auto_takes_what_is_nearest_on_rows_that_nothing_was_fitted_to(setting: 
     assert found == pytest.approx(tried[best], rel=1e-4)
 
 
-def test_auto_spends_a_fifth_of_the_training_at_most(setting: Setting) -> None:
+def test_auto_spends_a_fifth_of_the_training_at_most(setting: StrategyInputs) -> None:
     cost = 0.0
 
     def count(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
@@ -252,7 +252,7 @@ def test_per_task_wants_a_task_and_all_makes_an_export_of_each(run: Path, tmp_pa
         report = json.loads((tmp_path / "out" / name / "export_report.json").read_text(encoding="utf-8"))
         assert report["task"] == name and report["strategy"] == "per_task"
         assert set(report["tasks"]) == {name}
-        assert (tmp_path / "out" / name / "model.safetensors").is_file() and export.made.task == name
+        assert (tmp_path / "out" / name / "model.safetensors").is_file() and export.updates.task == name
 
 
 def test_one_task_is_fitted_better_by_its_own_rows(opened: OpenRun) -> None:
@@ -266,7 +266,7 @@ def test_one_task_is_fitted_better_by_its_own_rows(opened: OpenRun) -> None:
         assert fitted <= general + 1e-9
 
 
-def test_what_a_static_update_misses_is_that_of_the_tokens_themselves(setting: Setting, opened: OpenRun) -> None:
+def test_what_a_static_update_misses_is_that_of_the_tokens_themselves(setting: StrategyInputs, opened: OpenRun) -> None:
     statics = {name: LowRank(torch.randn_like(s.down), s.up, 0.5) for name, s in closed_form(setting).items()}
     batches = batches_of(opened, sample_rows(opened, None).held_out)
     found = missed(opened.model, statics, batches)
@@ -286,7 +286,9 @@ def test_what_a_static_update_misses_is_that_of_the_tokens_themselves(setting: S
         assert found[name] == pytest.approx(float(error / total), rel=1e-4)
 
 
-def test_tasks_add_up_to_the_whole_and_the_base_itself_agrees_with_itself(setting: Setting, opened: OpenRun) -> None:
+def test_tasks_add_up_to_the_whole_and_the_base_itself_agrees_with_itself(
+    setting: StrategyInputs, opened: OpenRun
+) -> None:
     batches = batches_of(opened, sample_rows(opened, None).held_out)
     whole = measure(opened.model, closed_form(setting), batches, ["first", "last"])
     parts = whole.tasks.values()

@@ -11,19 +11,22 @@ import pytest
 import tiny
 import torch
 from exported import make_run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qd2mora.base import dense_weight, load_base, load_tokenizer
 from qd2mora.disk.sealed import verify_folder
+from qd2mora.disk.shards import write_shards
+from qd2mora.disk.tensor_file import TensorToWrite
 from qd2mora.errors import InputRefused, NotFinite
 from qd2mora.merging import merge
-from qd2mora.merging.folds import Fold
-from qd2mora.merging.shards import Entry, shard_bytes, write_shards
-from qd2mora.merging.source import Source
-from qd2mora.merging.writer import write_model
-from qd2mora.recipe import Base
+from qd2mora.merging.base_weights import BaseWeights
+from qd2mora.merging.hf_folder import write_model
+from qd2mora.merging.rungs import shard_bytes
+from qd2mora.merging.updated_weights import WeightUpdate
+from qd2mora.recipe import Base, load_recipe
+from qd2mora.training import train
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -31,14 +34,14 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return tiny.save_base(tmp_path_factory.mktemp("base"), tied=request.param)
 
 
-def dense(source: Source, name: str) -> Tensor:
+def dense(source: BaseWeights, name: str) -> Tensor:
     return torch.cat([rows for _, rows in source.blocks(name)])
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_a_weight_read_from_files_is_the_one_that_training_saw(folder: Path, double_quant: bool) -> None:
     base = Base(model=str(folder), double_quant=double_quant)
-    model, source, original = load_base(base), Source(base), Source(base, original=True)
+    model, source, original = load_base(base), BaseWeights(base), BaseWeights(base, original=True)
     stored = load_file(folder / "model.safetensors")
     assert source.names == [name for name, _ in model.named_parameters()]
     for name in source.names:
@@ -53,18 +56,18 @@ def test_a_base_stored_in_four_bits_is_only_dequantised(folder: Path, tmp_path: 
     first = load_base(Base(model=str(folder)))
     first.save_pretrained(tmp_path / "packed")
     base = Base(model=str(tmp_path / "packed"))
-    source = Source(base)
+    source = BaseWeights(base)
     for name in source.names:
         module = first.get_submodule(name.removesuffix(".weight"))
         seen = dense_weight(module) if isinstance(module, torch.nn.Linear) else module.weight
         assert dense(source, name).equal(seen), name
         assert source.shape(name) == tuple(seen.shape)
     with pytest.raises(InputRefused, match="--base original"):
-        Source(base, original=True)
+        BaseWeights(base, original=True)
 
 
 def test_shards_hold_every_weight_once_and_load(folder: Path, tmp_path: Path) -> None:
-    source = Source(Base(model=str(folder)))
+    source = BaseWeights(Base(model=str(folder)))
     write_model(source, load_tokenizer(str(folder)), {}, tmp_path, limit=60_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text(encoding="utf-8"))
     found = {name: shard.name for shard in tmp_path.glob("*.safetensors") for name in load_file(shard)}
@@ -82,7 +85,7 @@ def shifted(rows: Tensor, start: int) -> Tensor:
 
 
 def test_an_output_matrix_with_an_update_of_its_own_is_untied(folder: Path, tmp_path: Path) -> None:
-    source, folds = Source(Base(model=str(folder))), {"lm_head": shifted}
+    source, folds = BaseWeights(Base(model=str(folder))), {"lm_head": shifted}
     before = AutoModelForCausalLM.from_pretrained(folder)
     write_model(source, load_tokenizer(str(folder)), folds, tmp_path, dtype="float32")
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -93,7 +96,7 @@ def test_an_output_matrix_with_an_update_of_its_own_is_untied(folder: Path, tmp_
 
 def test_rounding_is_measured_against_the_update(folder: Path, tmp_path: Path) -> None:
     name, shares = "model.layers.0.mlp.up_proj", {}
-    source, folds = Source(Base(model=str(folder))), {name: shifted}
+    source, folds = BaseWeights(Base(model=str(folder))), {name: shifted}
     weight = dense(source, f"{name}.weight")
     for dtype in ("float16", "bfloat16"):
         (tmp_path / dtype).mkdir()
@@ -106,8 +109,8 @@ def test_rounding_is_measured_against_the_update(folder: Path, tmp_path: Path) -
 
 
 def test_a_weight_too_large_for_float16_is_refused_and_bfloat16_holds_it(folder: Path, tmp_path: Path) -> None:
-    huge: dict[str, Fold] = {"model.layers.1.mlp.up_proj": lambda rows, start: rows + 1e5}
-    source, tokenizer = Source(Base(model=str(folder))), load_tokenizer(str(folder))
+    huge: dict[str, WeightUpdate] = {"model.layers.1.mlp.up_proj": lambda rows, start: rows + 1e5}
+    source, tokenizer = BaseWeights(Base(model=str(folder))), load_tokenizer(str(folder))
     with pytest.raises(NotFinite, match=r"layers\.1\.mlp\.up_proj\.weight: .* float16; --dtype bfloat16"):
         write_model(source, tokenizer, huge, tmp_path)
     write_model(source, tokenizer, huge, tmp_path, dtype="bfloat16")
@@ -135,6 +138,19 @@ def test_original_and_dequantized_bases_differ_and_both_are_sealed(tmp_path: Pat
     ours, original = (load_file(tmp_path / base / "model.safetensors") for base in ("dequantized", "original"))
     assert original[name].equal(load_file(tmp_path / "base" / "model.safetensors")[name].bfloat16())
     assert not ours[name].equal(original[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint16, torch.float8_e4m3fn, torch.complex64])
+def test_a_base_with_a_tensor_that_no_layer_reads_loads_trains_and_merges(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = tiny.save_base(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    extra = torch.zeros(8, 4, dtype=torch.float32).to(dtype)
+    save_file(tensors | {"model.positions_seen": extra}, base / "model.safetensors", metadata={"format": "pt"})
+    tiny.save_tasks(tmp_path / "data")
+    (tmp_path / "recipe.yaml").write_text(tiny.recipe_text(base, tmp_path / "data", tmp_path / "run"))
+    train(load_recipe(tmp_path / "recipe.yaml", ["train.steps=1"]))
+    merge(tmp_path / "run", tmp_path / "out", strategy="core_lsq")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys()
 
 
 def test_a_kill_while_a_shard_is_written_leaves_nothing_and_a_restart_is_whole(tmp_path: Path) -> None:
@@ -174,7 +190,7 @@ def save_wide_base(folder: Path) -> int:
     with torch.device("meta"):
         shapes = {name: each.shape for name, each in AutoModelForCausalLM.from_config(config).named_parameters()}
     entries = [
-        Entry(name, torch.float16, tuple(shape), lambda shape=shape: iter([torch.randn(shape).half() / 50]))
+        TensorToWrite(name, torch.float16, tuple(shape), lambda shape=shape: iter([torch.randn(shape).half() / 50]))
         for name, shape in shapes.items()
     ]
     write_shards(folder, entries, 30_000_000)
@@ -188,20 +204,22 @@ def test_the_peak_is_two_weights_whatever_the_size_of_the_model(tmp_path: Path) 
     code = f"""
 import pathlib, re, torch
 from qd2mora.base import load_tokenizer
-from qd2mora.merging.source import Source
-from qd2mora.merging.writer import write_model
+from qd2mora.merging.base_weights import BaseWeights
+from qd2mora.merging.hf_folder import write_model
+from qd2mora.merging.rungs import shard_bytes
+from qd2mora.merging.updated_weights import WeightUpdate
 from qd2mora.recipe import Base
 def memory(key):
     return int(re.search(key + r":\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
 torch.set_num_threads(1)
-source = Source(Base(model={str(tmp_path / "base")!r}))
+source = BaseWeights(Base(model={str(tmp_path / "base")!r}))
 up, down = torch.randn({WIDE}, 8), torch.randn(8, {HIDDEN})
 folds = {{f"model.layers.{{layer}}.mlp.up_proj": lambda rows, start: rows + up[start:start + len(rows)] @ down
          for layer in range({LAYERS})}}
 tokenizer = load_tokenizer({str(tmp_path / "base")!r})
 warm = pathlib.Path({str(tmp_path / "warm")!r})
 warm.mkdir()
-small = Source(Base(model={str(tmp_path / "small")!r}))
+small = BaseWeights(Base(model={str(tmp_path / "small")!r}))
 write_model(small, tokenizer, {{"model.layers.0.mlp.up_proj": lambda rows, start: rows + 1}}, warm)  # fetches the code
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 before = memory("VmRSS")

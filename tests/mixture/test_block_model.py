@@ -14,7 +14,7 @@ from qd2mora.base import SHAPES, load_base
 from qd2mora.memory.checkpointing import enable_checkpointing
 from qd2mora.merging import core_lsq, mean_gate
 from qd2mora.merging.fidelity import measure, unexplained
-from qd2mora.merging.static import of_cores
+from qd2mora.merging.static_updates import of_cores
 from qd2mora.merging.statistics import collect
 from qd2mora.mixture import MixtureConfig, add_adapter, mixture_layers
 from qd2mora.mixture.method import ALL, MLP

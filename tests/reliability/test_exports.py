@@ -22,10 +22,10 @@ from qd2mora.base import dense_weight, load_base, load_tokenizer
 from qd2mora.disk.sealed import MANIFEST, seal_folder, unseal_text
 from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.merging import constant_mixing
-from qd2mora.merging.folds import folds_of
-from qd2mora.merging.source import Source
-from qd2mora.merging.static import of_cores
-from qd2mora.merging.writer import write_model
+from qd2mora.merging.base_weights import BaseWeights
+from qd2mora.merging.hf_folder import write_model
+from qd2mora.merging.static_updates import of_cores
+from qd2mora.merging.updated_weights import weight_updates_of
 from qd2mora.mixture import MixtureConfig, add_adapter, mixture_layers
 from qd2mora.recipe import load_recipe
 from qd2mora.run_folder import open_run
@@ -148,7 +148,7 @@ def test_a_config_that_asks_for_another_rank_is_refused_in_one_line(made: Path, 
 def test_a_merge_of_constant_gates_answers_as_the_adapter_does(made: Path, tmp_path: Path) -> None:
     """M1: logits to 2e-3 of their size; updates of 1% of their weight to 3%: rounding to float16 is all there is."""
     recipe = load_recipe(make_run(made, tmp_path) / "recipe.yaml")
-    tokenizer, source = load_tokenizer(recipe.base.model), Source(recipe.base)
+    tokenizer, source = load_tokenizer(recipe.base.model), BaseWeights(recipe.base)
     logits_apart = updates_apart = 0.0
     for seed in range(MERGES):
         model = add_adapter(load_base(recipe.base), MixtureConfig.from_recipe(recipe.adapter, 2), seed)
@@ -160,7 +160,7 @@ def test_a_merge_of_constant_gates_answers_as_the_adapter_does(made: Path, tmp_p
         statics = of_cores(model, constant_mixing(model, 0))
         folder = tmp_path / f"merged{seed % 2}"
         folder.mkdir(exist_ok=True)
-        written = write_model(source, tokenizer, folds_of(model, statics), folder)
+        written = write_model(source, tokenizer, weight_updates_of(model, statics), folder)
         merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         wanted = logits_of(model)
         base = load_base(recipe.base)

@@ -61,7 +61,7 @@ def _framed(header: bytes, data: bytes) -> bytes:
 
 def _check_headers(result: Result, folder: Path) -> None:
     """Check each guard on its own, before a library reads the file; the entries of a whole header are 16 bytes each."""
-    from qd2mora.disk.untrusted import MAX_HEADER, check_safetensors
+    from qd2mora.disk.tensor_file import MAX_HEADER, check_safetensors
     from qd2mora.errors import DamagedFile
 
     def entry(begin: int, end: int) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def _environment(result: Result, way: str, made: Path, folder: Path) -> None:
     def action() -> None:
         os.environ.update(VARIABLES)
         if way == "a crash":
-            from qd2mora.run_folder import write_json
+            from qd2mora.disk.durable import write_json
 
             (work / "run").mkdir()
             write_json(work / "run" / "manifest.json", {"environment": VARIABLES})

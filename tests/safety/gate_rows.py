@@ -7,7 +7,7 @@ import tiny
 from forked import Result, command, run
 
 from qd2mora.data import Skipped, prepare, read_pairs
-from qd2mora.data.rows import MAX_ROW_BYTES
+from qd2mora.data.file_rows import MAX_ROW_BYTES
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Data, Task
 

@@ -6,8 +6,8 @@ import time
 
 from forked import Result, run
 
-from qd2mora.data.rows import BadRow
-from qd2mora.data.template import LONGEST_TEMPLATE, ChatTemplate
+from qd2mora.data.chat_template import LONGEST_TEMPLATE, ChatTemplate
+from qd2mora.data.file_rows import BadRow
 from qd2mora.errors import InputRefused
 
 PLAIN = (

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qd2mora.base import load_base, load_tokenizer
-from qd2mora.data import Mixture, collate, prepare
+from qd2mora.data import TaskMix, collate, prepare
 from qd2mora.errors import DamagedFile, InputRefused, NotFinite, SignalStop
 from qd2mora.memory.loss import RowLoss
 from qd2mora.mixture import MixtureConfig, add_adapter
@@ -100,7 +100,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_labelled_tokens(made: Path, tmp
     settings = recipe(made, tmp_path / "run", "train.steps=1")
     train(settings)
     tokenizer = load_tokenizer(settings.base.model)
-    rows = Mixture(settings.data, prepare(settings.data, tokenizer, 0), 0).rows(0, 4)
+    rows = TaskMix(settings.data, prepare(settings.data, tokenizer, 0), 0).rows(0, 4)
     batch = collate(rows, tokenizer.pad_token_id)
     with torch.no_grad():
         logits = load_base(settings.base)(batch["input_ids"], attention_mask=batch["attention_mask"]).logits

@@ -33,6 +33,7 @@ def _why_not(opened: OpenRun) -> str | None:
     if base.model.startswith(RANDOM) or "quantization_config" in base_config(base).to_dict():
         return "only quantised weights are at hand"
     device = opened.model.device
+    # A fifth more than the weights for what a pass holds.
     needed = 1.2 * compute_dtype(base, device).itemsize * _entries(opened.model)
     there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
     return f"no room to measure it: needs {needed / 2**30:.1f} GiB" if needed > there else None

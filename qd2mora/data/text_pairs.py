@@ -1,45 +1,24 @@
 """Rows of a task as text, checked: a row that cannot be learned from stops the run, or is left out and counted."""
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
-from qd2mora.data import chat, completion, instruction, multiple_choice
-from qd2mora.data.rows import HUB, MAX_ROW_BYTES, BadRow, Repeated, rows_of
-from qd2mora.data.template import ChatTemplate
-from qd2mora.errors import InputRefused, nearest
+from qd2mora.data import chat
+from qd2mora.data.chat_template import ChatTemplate
+from qd2mora.data.file_rows import MAX_ROW_BYTES, BadRow, Repeated, rows_of
+from qd2mora.data.formats import find_format
+from qd2mora.data.row_format import Fields, RowFormat
+from qd2mora.disk.file_hash import hash_of_bytes, hash_of_file
+from qd2mora.errors import InputRefused
 from qd2mora.recipe import Task
+from qd2mora.recipe.data import HUB
 
+Vector = tuple[float, ...]
 
-@dataclass(frozen=True)
-class Format:
-    """How a row becomes a prompt and an answer; `split` is None where a chat template words it.
-
-    `texts`: the fields that are text; `split` checks the others. `asks`: fields of which one must say something.
-    `inner`: names inside a field that a recipe may map.
-    """
-
-    fields: tuple[str, ...]
-    split: Callable[[dict[str, Any]], tuple[str, str]] | None
-    texts: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-    inner: tuple[str, ...] = ()
-    asks: tuple[str, ...] = ()
-
-
-FORMATS = {
-    "instruction": Format(
-        *(instruction.FIELDS, instruction.split, instruction.FIELDS, instruction.OPTIONAL),
-        asks=("instruction", "input"),
-    ),
-    "completion": Format(completion.FIELDS, completion.split, completion.FIELDS),
-    "multiple_choice": Format(
-        multiple_choice.FIELDS, multiple_choice.split, multiple_choice.TEXTS, asks=multiple_choice.TEXTS
-    ),
-    "chat": Format(chat.FIELDS, None, (), (), chat.INNER),
-}
+Names = Mapping[str, str | list[str]]
+"""What a file calls a format's fields."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +31,7 @@ class Pair:
 
     prompt: str
     answer: str
-    vector: tuple[float, ...] | None = None
+    vector: Vector | None = None
     segments: tuple[str, ...] = ()
 
 
@@ -77,24 +56,11 @@ class Skipped:
         """Say in one line what was left out, with the first places of each reason."""
         parts = []
         for reason, places in self.places.items():
-            more = ", ..." if len(places) > 3 else ""
-            parts.append(f"{len(places)} {reason} ({', '.join(places[:3])}{more})")
+            shown = places[:3]
+            if len(places) > 3:
+                shown = [*shown, "..."]
+            parts.append(f"{len(places)} {reason} ({', '.join(shown)})")
         return f"{self.total} rows left out: {'; '.join(parts)}"
-
-
-def find_format(task: Task) -> Format:
-    """Return the task's format. Raises InputRefused naming the nearest one, or a mapped field that it has not."""
-    if task.format not in FORMATS:
-        known = nearest(task.format, FORMATS)
-        raise InputRefused(f"data.tasks.{task.name}.format: unknown format {task.format!r}; {known}")
-    form = FORMATS[task.format]
-    names = (*form.fields, *form.optional, *form.inner)
-    for name in task.fields or {}:
-        if name not in names:
-            raise InputRefused(
-                f"data.tasks.{task.name}.fields: {task.format} rows have no field {name!r}; {nearest(name, names)}"
-            )
-    return form
 
 
 def read_pairs(
@@ -111,13 +77,13 @@ def iterate_pairs(
     task: Task, path: str, skipped: Skipped | None = None, template: ChatTemplate | None = None
 ) -> Iterator[Pair]:
     """Yield what `read_pairs` returns, row by row."""
-    form = find_format(task)
+    row_format = find_format(task)
     number = 0
     for place, row in _selected(task, path):
         if number == task.limit:
             break
         try:
-            pair = _checked(form, row, task, template)
+            pair = _pair_of(row_format, row, task, template)
         except BadRow as error:
             if skipped is None:
                 raise InputRefused(f"{path}, {place}: {error}") from error
@@ -126,20 +92,22 @@ def iterate_pairs(
         number += 1
         yield pair
     if not number:
-        wanted = f" with {task.select}" if task.select else ""
-        left_out = f"; {skipped.line()}" if skipped and skipped.total else ""
-        raise InputRefused(f"{path}: no rows{wanted} for task '{task.name}'{left_out}")
+        problem = f"{path}: no rows for task '{task.name}'"
+        if task.select:
+            problem = f"{path}: no rows with {task.select} for task '{task.name}'"
+        if skipped and skipped.total:
+            problem += f"; {skipped.line()}"
+        raise InputRefused(problem)
 
 
 def content_hash(path: str) -> str:
     """Return the SHA-256 of a data file, or of the name of a hub data set."""
     if path.startswith(HUB):
-        return hashlib.sha256(path.encode()).hexdigest()
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hash_of_bytes(path.encode())
+    return hash_of_file(Path(path))
 
 
-def _selected(task: Task, path: str) -> Iterator[tuple[str, Any]]:
+def _selected(task: Task, path: str) -> Iterator[tuple[str, object]]:
     """Yield the rows whose fields have the values asked for, and whatever is no row at all."""
     wanted = task.select or {}
     seen: set[str] = set()
@@ -148,6 +116,7 @@ def _selected(task: Task, path: str) -> Iterator[tuple[str, Any]]:
         has_rows = True
         if isinstance(row, dict):
             seen |= row.keys() & wanted.keys()
+            # As texts: a recipe's values are texts, and a file may hold a number or a truth value.
             if any(str(row.get(name)) != value for name, value in wanted.items()):
                 continue
         yield place, row
@@ -156,47 +125,72 @@ def _selected(task: Task, path: str) -> Iterator[tuple[str, Any]]:
             raise InputRefused(f"data.tasks.{task.name}.select: rows of {path} have no field {name!r}")
 
 
-def _checked(form: Format, row: Any, task: Task, template: ChatTemplate | None) -> Pair:
+def _pair_of(row_format: RowFormat, row: object, task: Task, template: ChatTemplate | None) -> Pair:
     """Return a row as text. Raises BadRow."""
+    names = task.fields or {}
+    fields = _fields_of(row_format, _mapping(row, row_format), names)
+    _check_fields(row_format, fields, names)
+    vector = None
+    if task.vector is not None:
+        vector = _vector(_mapping(row, row_format), task.vector)
+    if row_format.split is None:
+        return _conversation(fields["messages"], names, template, vector)
+    prompt, answer = row_format.split(fields)
+    if row_format.texts != row_format.fields:
+        for text in (prompt, answer):
+            _check_text("choices", text)
+    if not answer.strip():
+        name = row_format.fields[-1]
+        raise BadRow(f"field '{names.get(name, name)}' is empty", ", there is nothing to learn")
+    return Pair(prompt, answer, vector)
+
+
+def _mapping(row: object, row_format: RowFormat) -> Fields:
+    """Return what is an object in the file. Raises BadRow where it is none, or was none to the reader."""
     if isinstance(row, BadRow):
         raise row
     if isinstance(row, Repeated):
         raise BadRow("a key is given twice", f": {row.key[:40]!r}")
     if not isinstance(row, dict):
-        raise BadRow("a row is an object", f" with {', '.join(form.fields)}, this is {_short(row)}")
-    names = task.fields or {}
-    content = _mapped(form, row, names)
-    for name in (*form.texts, *form.optional):
-        if content.get(name) is not None or name in form.texts:
-            _check_text(str(names.get(name, name)), content[name])
-    if form.asks and not any((content.get(name) or "").strip() for name in form.asks):
-        raise BadRow(f"field '{names.get(form.asks[0], form.asks[0])}' is empty", ", there is nothing to ask")
-    vector = None if task.vector is None else _vector(row, task.vector)
-    if form.split is None:
-        return _conversation(content["messages"], names, template, vector)
-    prompt, answer = form.split(content)
-    for text in (prompt, answer) if form.texts != form.fields else ():
-        _check_text("choices", text)
-    if not answer.strip():
-        name = form.fields[-1]
-        raise BadRow(f"field '{names.get(name, name)}' is empty", ", there is nothing to learn")
-    return Pair(prompt, answer, vector)
+        raise BadRow("a row is an object", f" with {', '.join(row_format.fields)}, this is {_short(row)}")
+    return row
 
 
-def _mapped(form: Format, row: dict[str, Any], names: Mapping[str, str | list[str]]) -> dict[str, Any]:
+def _check_fields(row_format: RowFormat, fields: Fields, names: Names) -> None:
+    for name in (*row_format.texts, *row_format.optional):
+        if fields.get(name) is not None or name in row_format.texts:
+            _check_text(str(names.get(name, name)), fields[name])
+    if row_format.asks and not any((fields.get(name) or "").strip() for name in row_format.asks):
+        first = row_format.asks[0]
+        raise BadRow(f"field '{names.get(first, first)}' is empty", ", there is nothing to ask")
+
+
+def _fields_of(row_format: RowFormat, row: Fields, names: Names) -> Fields:
     """Return a row's fields under our names. Raises BadRow where one is missing."""
-    content = {}
-    for name in (*form.fields, *form.optional):
+    content: Fields = {}
+    for name in (*row_format.fields, *row_format.optional):
         theirs = names.get(name, name)
-        for each in [theirs] if isinstance(theirs, str) else theirs:
-            if each not in row and (name in form.fields or isinstance(theirs, list)):
-                raise BadRow(f"no field '{each}'", f"; the row has {', '.join(map(repr, row))[:200] or 'no fields'}")
-        content[name] = row.get(theirs) if isinstance(theirs, str) else [row[each] for each in theirs]
+        if isinstance(theirs, list):
+            _refuse_missing(theirs, row)
+            content[name] = [row[each] for each in theirs]
+        else:
+            if name in row_format.fields:
+                _refuse_missing([theirs], row)
+            content[name] = row.get(theirs)
     return content
 
 
+def _refuse_missing(names: list[str], row: Fields) -> None:
+    for name in names:
+        if name not in row:
+            raise BadRow(f"no field '{name}'", f"; the row has {', '.join(map(repr, row))[:200] or 'no fields'}")
+
+
 def _conversation(
-    messages: Any, names: Mapping[str, str | list[str]], template: ChatTemplate | None, vector: tuple[float, ...] | None
+    messages: object,
+    names: Names,
+    template: ChatTemplate | None,
+    vector: Vector | None,
 ) -> Pair:
     assert template is not None
     found = chat.check(messages, {ours: theirs for ours, theirs in names.items() if isinstance(theirs, str)})
@@ -207,7 +201,7 @@ def _conversation(
     return Pair("".join(parts[:-1]), answer, vector, parts)
 
 
-def _vector(row: dict[str, Any], name: str) -> tuple[float, ...]:
+def _vector(row: Fields, name: str) -> Vector:
     value = row.get(name)
     numbers = value if isinstance(value, list) else list(getattr(value, "tolist", list)())
     if not numbers or not all(isinstance(each, int | float) and math.isfinite(each) for each in numbers):
@@ -215,7 +209,7 @@ def _vector(row: dict[str, Any], name: str) -> tuple[float, ...]:
     return tuple(map(float, numbers))
 
 
-def _check_text(name: str, value: Any) -> None:
+def _check_text(name: str, value: object) -> None:
     if not isinstance(value, str):
         raise BadRow(f"field '{name}' should be text", f", it is {_short(value)}")
     if len(value) > MAX_ROW_BYTES:
@@ -230,11 +224,12 @@ def _check_text(name: str, value: Any) -> None:
             raise BadRow(f"field '{name}' holds half a character", " (a lone surrogate), which is no text")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     kind = type(value).__name__
     # A container may be nested deeper than repr goes.
-    text = "" if isinstance(value, dict | list | Repeated) else f" {repr(value)[:40]}"
-    return f"{kind}{text}"
+    if isinstance(value, dict | list | Repeated):
+        return kind
+    return f"{kind} {repr(value)[:40]}"
 
 
-__all__ = ["FORMATS", "Format", "Pair", "Skipped", "content_hash", "find_format", "iterate_pairs", "read_pairs"]
+__all__ = ["Pair", "Skipped", "content_hash", "iterate_pairs", "read_pairs"]

@@ -8,12 +8,11 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Task
+from qd2mora.recipe.data import HUB
 
-HUB = "hub:"
 MAX_ROW_BYTES = 8 << 20
 
 
@@ -32,7 +31,7 @@ class Repeated:
         self.key = key
 
 
-def rows_of(path: str, task: Task) -> Iterator[tuple[str, Any]]:
+def rows_of(path: str, task: Task) -> Iterator[tuple[str, object]]:
     """Yield (place, row) of a data file or hub data set; what cannot be read as a row is a BadRow in its place.
 
     Raises InputRefused where the file as a whole cannot be read.
@@ -65,7 +64,7 @@ def rows_of(path: str, task: Task) -> Iterator[tuple[str, Any]]:
     return readers[file.suffix](file)
 
 
-def parse_row(text: str) -> Any:
+def parse_row(text: str) -> object:
     """Parse one JSON text. Raises BadRow."""
     try:
         return _DECODER.decode(text)
@@ -77,7 +76,7 @@ def parse_row(text: str) -> Any:
         raise BadRow("holds a number of too many digits") from error
 
 
-def _object(pairs: list[tuple[str, Any]]) -> Any:
+def _object(pairs: list[tuple[str, object]]) -> object:
     content = dict(pairs)
     if len(content) == len(pairs):
         return content
@@ -88,11 +87,11 @@ def _object(pairs: list[tuple[str, Any]]) -> Any:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would make one for each row
 
 
-def _numbered(rows: Iterator[Any]) -> Iterator[tuple[str, Any]]:
+def _numbered(rows: Iterator[object]) -> Iterator[tuple[str, object]]:
     return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
+def _jsonl_rows(file: Path) -> Iterator[tuple[str, object]]:
     """A place is the row where it parses, the line where it does not: empty lines count as lines alone."""
     row = 0
     for line, text in enumerate(_lines(file), 1):
@@ -126,7 +125,7 @@ def _lines(file: Path) -> Iterator[str | BadRow]:
                 yield BadRow("not UTF-8", f" at byte {begin + error.start}; save it as UTF-8")
 
 
-def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
+def _json_rows(file: Path) -> Iterator[tuple[str, object]]:
     with file.open("rb") as stream:
         start = stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
     try:
@@ -148,11 +147,11 @@ def _not_json(file: Path, error: ValueError | RecursionError) -> str:
     return f"{file}: {'nested too deeply' if isinstance(error, RecursionError) else 'a number of too many digits'}"
 
 
-def _csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
+def _csv_rows(file: Path) -> Iterator[tuple[str, object]]:
     return _numbered(_csv_values(file))
 
 
-def _csv_values(file: Path) -> Iterator[Any]:
+def _csv_values(file: Path) -> Iterator[object]:
     """Fields stay text: 007 is not 7, and NA is not missing."""
     # Bytes that are not UTF-8 become lone surrogates, which are refused row by row.
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
@@ -173,11 +172,11 @@ def _csv_values(file: Path) -> Iterator[Any]:
             raise InputRefused(f"{file}, line {reader.line_num}: not a csv file: {error}") from error
 
 
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(file: Path) -> Iterator[tuple[str, object]]:
     return _numbered(_parquet_values(file))
 
 
-def _parquet_values(file: Path) -> Iterator[Any]:
+def _parquet_values(file: Path) -> Iterator[object]:
     # Not `datasets`: its cache goes by path and time of change, and gave the rows of an older file (datasets 5.0).
     import pyarrow.parquet  # type: ignore[import-untyped]
 
@@ -189,11 +188,11 @@ def _parquet_values(file: Path) -> Iterator[Any]:
         raise InputRefused(f"{file}: not a parquet file: {str(error).splitlines()[0]}") from error
 
 
-def _arrow_rows(file: Path) -> Iterator[tuple[str, Any]]:
+def _arrow_rows(file: Path) -> Iterator[tuple[str, object]]:
     return _numbered(_arrow_values(file))
 
 
-def _arrow_values(file: Path) -> Iterator[Any]:
+def _arrow_values(file: Path) -> Iterator[object]:
     """Arrow's file form, or its stream form, which `datasets` saves."""
     import pyarrow
 
@@ -213,7 +212,7 @@ def _arrow_values(file: Path) -> Iterator[Any]:
         raise InputRefused(f"{file}: not an arrow file: {str(error).splitlines()[0]}") from error
 
 
-def _hub_rows(path: str, task: Task) -> Iterator[Any]:
+def _hub_rows(path: str, task: Task) -> Iterator[object]:
     import datasets
 
     name, _, split = path.removeprefix(HUB).partition(":")
@@ -224,4 +223,4 @@ def _hub_rows(path: str, task: Task) -> Iterator[Any]:
         raise InputRefused(f"data.tasks.{task.name}: '{path}' cannot be got: {str(error).splitlines()[0]}") from error
 
 
-__all__ = ["HUB", "MAX_ROW_BYTES", "BadRow", "Repeated", "parse_row", "rows_of"]
+__all__ = ["MAX_ROW_BYTES", "BadRow", "Repeated", "parse_row", "rows_of"]

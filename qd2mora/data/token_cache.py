@@ -19,7 +19,7 @@ PARTIAL = ".partial-"
 _log = logging.getLogger(__name__)
 
 
-def kept_tokens() -> Path:
+def tokens_folder() -> Path:
     """Return the folder of tokens: in $QD2MORA_CACHE or ~/.cache/qd2mora."""
     return Path(os.environ.get("QD2MORA_CACHE") or Path.home() / ".cache" / "qd2mora") / "tokens"
 
@@ -79,4 +79,4 @@ def _size(entry: Path) -> int:
         return 0
 
 
-__all__ = ["KEPT_DAYS", "LIMIT_GIB", "PARTIAL", "kept_tokens", "limit_bytes", "mark_used", "prune"]
+__all__ = ["KEPT_DAYS", "LIMIT_GIB", "PARTIAL", "limit_bytes", "mark_used", "prune", "tokens_folder"]

@@ -13,7 +13,7 @@ Batches = Sequence[dict[str, Tensor]]
 
 
 @dataclass
-class Setting:
+class StrategyInputs:
     """One adapter to be made static, from training rows alone.
 
     calibration: batches that statistics come from. checking: others, for choosing between results. training: all but
@@ -53,7 +53,7 @@ class Setting:
         return self._moments
 
 
-Strategy = Callable[[Setting], dict[str, LowRank]]
+Strategy = Callable[[StrategyInputs], dict[str, LowRank]]
 
 
 def rows_of(batches: Batches) -> int:
@@ -61,4 +61,4 @@ def rows_of(batches: Batches) -> int:
     return 0 if not batches else (len(batches) - 1) * len(batches[0]["labels"]) + len(batches[-1]["labels"])
 
 
-__all__ = ["Batches", "Setting", "Strategy", "rows_of"]
+__all__ = ["Batches", "Strategy", "StrategyInputs", "rows_of"]

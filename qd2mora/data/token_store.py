@@ -5,14 +5,13 @@ at reading. Stores of large files are kept in a cache under a hash of all that w
 anew, one that is long unused is removed.
 """
 
-import hashlib
 import json
 import logging
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -25,10 +24,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from qd2mora.data.cache import PARTIAL, kept_tokens, limit_bytes, mark_used, prune
-from qd2mora.data.read import Pair, Skipped
+from qd2mora.data.text_pairs import Pair, Skipped
+from qd2mora.data.token_cache import PARTIAL, limit_bytes, mark_used, prune, tokens_folder
 from qd2mora.data.tokenise import Tokeniser, Tokens, tokenised
-from qd2mora.disk.sealed import open_manifest, seal_folder, verify_folder
+from qd2mora.disk.file_hash import hash_of_bytes
+from qd2mora.disk.sealed import open_manifest, seal_whole_folder, verify_folder
 from qd2mora.errors import DamagedFile
 
 VERSION = 1
@@ -49,13 +49,18 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Source:
-    """Rows to store: `pairs` starts reading anew at each call, noting in `Skipped`; `key` names all that went in."""
+class RowsToStore:
+    """Rows of a task's file: `read` starts anew at each call, noting what it leaves out; `key` names all that goes in.
+
+    `path` and `limit` tell how many rows to expect; `size`: bytes of the file, 0 where there is none.
+    """
 
     name: str
-    read: Any
-    key: dict[str, Any] | None
+    read: Callable[[Skipped], Iterator[Pair]]
+    key: dict[str, object] | None
     size: int
+    path: str
+    limit: int | None
 
 
 class TokenStore:
@@ -88,21 +93,21 @@ class TokenStore:
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each row."""
-        return self._of_all("ids", lambda batch: np.diff(batch.offsets["ids"]))
+        return self._of_all(lambda batch: np.diff(batch.offsets["ids"]))
 
     @cached_property
     def first_bounds(self) -> NDArray[np.int32]:
         """Tokens before the first learned one of each row."""
-        return self._of_all("bounds", lambda batch: batch.values["bounds"][batch.offsets["bounds"][:-1]])
+        return self._of_all(lambda batch: batch.values["bounds"][batch.offsets["bounds"][:-1]])
 
     @cached_property
     def last_bounds(self) -> NDArray[np.int32]:
         """Tokens before the last answer of each row."""
-        return self._of_all("bounds", lambda batch: batch.values["bounds"][batch.offsets["bounds"][1:] - 1])
+        return self._of_all(lambda batch: batch.values["bounds"][batch.offsets["bounds"][1:] - 1])
 
-    def _of_all(self, name: str, take: Any) -> NDArray[np.int32]:
+    def _of_all(self, take: "Callable[[_Batch], NDArray[np.int32]]") -> NDArray[np.int32]:
         parts = [take(batch) for batch in self._batches]
-        return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
+        return np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
 
     def _find(self, number: int) -> tuple["_Batch", int]:
         which = int(np.searchsorted(self._ends, number, side="right"))
@@ -124,79 +129,75 @@ class _Batch:
         return self.values[name][start:stop]
 
 
-def open_store(source: Source, tokeniser: Tokeniser) -> TokenStore:
-    """Return a source's rows as tokens: from the cache where they are there and whole, else made now.
+def open_store(rows: RowsToStore, tokeniser: Tokeniser) -> TokenStore:
+    """Return a rows's rows as tokens: from the cache where they are there and whole, else made now.
 
     Raises InputRefused as reading does.
     """
-    if source.key is None or source.size < SMALLEST_KEPT:
-        return _in_memory(source, tokeniser)
-    text = json.dumps({"version": VERSION, **source.key}, sort_keys=True)
-    folder = kept_tokens() / hashlib.sha256(text.encode()).hexdigest()[:32]
+    if rows.key is None or rows.size < SMALLEST_KEPT:
+        return _store_in_memory(rows, tokeniser)
+    text = json.dumps({"version": VERSION, **rows.key}, sort_keys=True)
+    folder = tokens_folder() / hash_of_bytes(text.encode())[:32]
     if folder.exists():
         try:
-            opened = _opened(folder)
+            store = _cached_store(folder)
             mark_used(folder)
-            return opened
+            return store
         except (DamagedFile, OSError, ValueError) as error:
-            _log.warning("data.tasks.%s: kept tokens are made anew: %s", source.name, error)
+            _log.warning("data.tasks.%s: kept tokens are made anew: %s", rows.name, error)
             shutil.rmtree(folder, ignore_errors=True)
     limit = limit_bytes()
     try:
-        store = _kept(source, tokeniser, folder)
+        store = _store_in_cache(rows, tokeniser, folder)
         prune(folder.parent, folder, limit)
         return store
     except OSError as error:
-        _log.warning(
-            "data.tasks.%s: tokens stay in memory, %s: %s", source.name, folder.parent, error.strerror or error
-        )
-        return _in_memory(source, tokeniser)
+        _log.warning("data.tasks.%s: tokens stay in memory, %s: %s", rows.name, folder.parent, error.strerror or error)
+        return _store_in_memory(rows, tokeniser)
 
 
-def _in_memory(source: Source, tokeniser: Tokeniser) -> TokenStore:
+def _store_in_memory(rows: RowsToStore, tokeniser: Tokeniser) -> TokenStore:
     sink = pa.BufferOutputStream()
-    skipped = _write(sink, source, tokeniser)
+    skipped = _write_rows(sink, rows, tokeniser)
     return TokenStore(pa.BufferReader(sink.getvalue()), skipped)
 
 
-def _kept(source: Source, tokeniser: Tokeniser, folder: Path) -> TokenStore:
+def _store_in_cache(rows: RowsToStore, tokeniser: Tokeniser, folder: Path) -> TokenStore:
     """Write beside the folder under a name of our own and take its name at the end: two runs may do so at once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
     try:
         with pa.OSFile(str(stage / _FILE), "wb") as sink:
-            skipped = _write(sink, source, tokeniser)
-        with (stage / _FILE).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        content = {"skipped": skipped.places, "duplicates": skipped.duplicates}
-        seal_folder(stage, {_FILE: ((stage / _FILE).stat().st_size, digest)}, content)
+            skipped = _write_rows(sink, rows, tokeniser)
+        seal_whole_folder(stage, {}, {"skipped": skipped.places, "duplicates": skipped.duplicates})
+        # A folder that holds files is never renamed onto: of two runs at once the slower one takes the other's.
         if not folder.exists():
             os.rename(stage, folder)
-            return _mapped(folder, skipped)  # just hashed: no need to read it all again
-        return _opened(folder)
+            return _mapped_store(folder, skipped)  # just hashed: no need to read it all again
+        return _cached_store(folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _opened(folder: Path) -> TokenStore:
+def _cached_store(folder: Path) -> TokenStore:
     verify_folder(folder)
     content = open_manifest(folder)
-    return _mapped(folder, Skipped(content["skipped"], content["duplicates"]))
+    return _mapped_store(folder, Skipped(content["skipped"], content["duplicates"]))
 
 
-def _mapped(folder: Path, skipped: Skipped) -> TokenStore:
+def _mapped_store(folder: Path, skipped: Skipped) -> TokenStore:
     return TokenStore(pa.memory_map(str(folder / _FILE)), skipped)
 
 
-def _write(sink: Any, source: Source, tokeniser: Tokeniser) -> Skipped:
+def _write_rows(sink: Any, rows: RowsToStore, tokeniser: Tokeniser) -> Skipped:
     skipped = Skipped()
     hashes: list[NDArray[np.int64]] = []
     columns = (TextColumn("tokenising {task.description}"), BarColumn(), TextColumn("{task.completed} rows"))
-    shown = sys.stderr.isatty() and source.size >= SMALLEST_KEPT
+    shown = sys.stderr.isatty() and rows.size >= SMALLEST_KEPT
     display = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), disable=not shown, transient=True)
     with pa.ipc.new_file(sink, _SCHEMA) as writer, display:
-        line = display.add_task(source.name, total=_rows_expected(source) if shown else None)
-        for pairs, tokens in tokenised(tokeniser, source.read(skipped)):
+        line = display.add_task(rows.name, total=_rows_expected(rows) if shown else None)
+        for pairs, tokens in tokenised(tokeniser, rows.read(skipped)):
             writer.write_batch(_batch(pairs, tokens))
             hashes.append(np.fromiter(map(hash, pairs), np.int64, len(pairs)))
             display.advance(line, len(pairs))
@@ -204,15 +205,14 @@ def _write(sink: Any, source: Source, tokeniser: Tokeniser) -> Skipped:
     return skipped
 
 
-def _rows_expected(source: Source) -> int | None:
+def _rows_expected(rows: RowsToStore) -> int | None:
     """Return about how many rows there are, where a line is a row; None lets the bar move to and fro."""
-    assert source.key is not None  # a data set without a file has no size either
-    path = Path(source.key["path"])
+    path = Path(rows.path)
     if path.suffix != ".jsonl":
         return None
     with path.open("rb") as file:
         lines = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-    return min(lines, source.key["limit"] or lines)
+    return min(lines, rows.limit or lines)
 
 
 def _batch(pairs: Sequence[Pair], tokens: Sequence[Tokens]) -> Any:
@@ -235,4 +235,4 @@ def _lists(rows: Sequence[Sequence[Sequence[int]]]) -> Any:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
-__all__ = ["SMALLEST_KEPT", "Source", "TokenStore", "open_store"]
+__all__ = ["SMALLEST_KEPT", "RowsToStore", "TokenStore", "open_store"]

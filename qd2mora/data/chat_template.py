@@ -1,4 +1,4 @@
-"""A tokenizer's chat template, rendered in a child process with limits: see `template_child.py`.
+"""A tokenizer's chat template, rendered in a child process with limits: see `chat_template_child.py`.
 
 A template comes with the tokenizer or is one of ours by name (`chat.TEMPLATES`); a recipe holds none.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from qd2mora.data.rows import BadRow
+from qd2mora.data.file_rows import BadRow
 from qd2mora.errors import InputRefused
 
 WAIT_S = 2.0
@@ -36,12 +36,12 @@ class ChatTemplate:
             raise InputRefused(f"{where}: a chat template of {len(template)} characters (limit {LONGEST_TEMPLATE})")
         self.where = where
         self.end = tokens.get("eos_token", "")
-        self.settings: dict[str, Any] = {"path": sys.path, "template": template, "tokens": tokens}
+        self.settings: dict[str, object] = {"path": sys.path, "template": template, "tokens": tokens}
         self.settings |= {"memory": MEMORY, "seconds": SECONDS, "longest": LONGEST}
 
     def __enter__(self) -> Self:
         self.child = subprocess.Popen(
-            [sys.executable, "-I", str(Path(__file__).with_name("template_child.py"))],
+            [sys.executable, "-I", str(Path(__file__).with_name("chat_template_child.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -72,7 +72,7 @@ class ChatTemplate:
             raise BadRow("the chat template refuses it", f": {answer['refused']}")
         return answer["texts"]
 
-    def _send(self, content: Any) -> None:
+    def _send(self, content: object) -> None:
         try:
             self._pipe(self.child.stdin).write(json.dumps(content).encode() + b"\n")
             self._pipe(self.child.stdin).flush()

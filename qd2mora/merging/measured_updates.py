@@ -11,18 +11,18 @@ from torch import Tensor
 
 from qd2mora.errors import InputRefused
 from qd2mora.merging.fidelity import Fidelity, measure, missed
-from qd2mora.merging.original import on_original
-from qd2mora.merging.sample import ROWS_AT_ONCE, Sample, batches_of, sample_rows, shuffled_batches
-from qd2mora.merging.setting import Setting
-from qd2mora.merging.static import Statics, of_cores
+from qd2mora.merging.original_base import on_original
+from qd2mora.merging.sample import ROWS_AT_ONCE, PaddedBatches, Sample, batches_of, sample_rows, shuffled_batches
+from qd2mora.merging.static_updates import Statics, of_cores
 from qd2mora.merging.strategies import find_strategy
+from qd2mora.merging.strategy_inputs import StrategyInputs
 from qd2mora.mixture import mixture_layers, read_rows
 from qd2mora.routed.gate import TASK, TOKEN
 from qd2mora.run_folder import OpenRun
 
 
 @dataclass(frozen=True)
-class Made:
+class MeasuredUpdates:
     """The static updates of a run, before anything is written: what every writer starts from.
 
     bases: fidelity by the base that the updates are added to, `dequantized` and, where it is at hand, `original`; empty
@@ -40,7 +40,9 @@ class Made:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def make_static(opened: OpenRun, strategy: str, task: str | None = None, vector: list[float] | None = None) -> Made:
+def make_static(
+    opened: OpenRun, strategy: str, task: str | None = None, vector: list[float] | None = None
+) -> MeasuredUpdates:
     """Make and measure the static updates of an open run. Raises InputRefused."""
     number = _task_number(opened, task)
     _check_vector(opened, vector)
@@ -49,44 +51,53 @@ def make_static(opened: OpenRun, strategy: str, task: str | None = None, vector:
         raise InputRefused(f"--strategy: {strategy} goes with --task NAME, or --task all for an export of each")
     rows, notes, began = sample_rows(opened, number, row.share), dict[str, object](), time.monotonic()
     if is_exact:
-        statics: Statics = of_cores(opened.model, constant_mixing(opened.model, number or 0, vector))
+        cores = constant_mixing(opened.model, number or 0, vector)
+        statics: Statics = of_cores(opened.model, cores)
+        strategy, calibration_rows = "exact", 0
     else:
-        setting = setting_of(opened, rows, vector)
-        statics, notes = row.make(setting), setting.notes
+        inputs = strategy_inputs_of(opened, rows, vector)
+        statics, notes = row.make(inputs), inputs.notes
+        calibration_rows = len(rows.calibration)
     made = time.monotonic()
     held_out = batches_of(opened, rows.held_out, vector)
-    tested = held_out or batches_of(opened, rows.calibration, vector)
-    names = [each.name for each in opened.recipe.data.tasks]
-    bases: dict[str, Fidelity] = {}
-    if held_out:
-        bases["dequantized"] = measure(opened.model, statics, held_out, names)
-        with on_original(opened, notes) as original:
-            if original is not None:
-                bases["original"] = measure(opened.model, statics, held_out, names, merged_on=original)
-    unexplained = missed(opened.model, statics, tested)
-    seconds = {"making": made - began, "measuring": time.monotonic() - made}
-    return Made(
-        strategy="exact" if is_exact else strategy,
+    return MeasuredUpdates(
+        strategy=strategy,
         exact=is_exact,
         statics=statics,
-        bases=bases,
-        unexplained=unexplained,
-        calibration_rows=0 if is_exact else len(rows.calibration),
+        bases=_fidelity_by_base(opened, statics, held_out, notes),
+        unexplained=missed(opened.model, statics, held_out or batches_of(opened, rows.calibration, vector)),
+        calibration_rows=calibration_rows,
         task=task,
         notes=notes,
-        seconds=seconds,
+        seconds={"making": made - began, "measuring": time.monotonic() - made},
     )
 
 
-def measure_routed(opened: OpenRun, task: str | None = None, vector: list[float] | None = None) -> Made:
+def _fidelity_by_base(
+    opened: OpenRun, statics: Statics, held_out: PaddedBatches, notes: dict[str, object]
+) -> dict[str, Fidelity]:
+    """Measure static updates on the weights trained on, and on the original ones where they are at hand."""
+    if not held_out:
+        return {}
+    names = [each.name for each in opened.recipe.data.tasks]
+    bases = {"dequantized": measure(opened.model, statics, held_out, names)}
+    with on_original(opened, notes) as original:
+        if original is not None:
+            bases["original"] = measure(opened.model, statics, held_out, names, merged_on=original)
+    return bases
+
+
+def measure_routed(opened: OpenRun, task: str | None = None, vector: list[float] | None = None) -> MeasuredUpdates:
     """Measure the routed adapter as it is; it is told the task, where its routers read one beside the token."""
     number = _task_number(opened, task, is_routed=True)
     _check_vector(opened, vector)
     held_out = batches_of(opened, sample_rows(opened, number).held_out, vector)
-    bases = {"dequantized": measure(opened.model, {}, held_out)} if held_out else {}
+    bases = {}
+    if held_out:
+        bases["dequantized"] = measure(opened.model, {}, held_out)
     if number is not None:
         read_rows(opened.model, {"task_index": torch.tensor([number], device=opened.model.device)})
-    return Made("routed", True, {}, bases, {}, 0, task)
+    return MeasuredUpdates("routed", True, {}, bases, {}, 0, task)
 
 
 def constant_mixing(
@@ -105,11 +116,11 @@ def constant_mixing(
     return mixing
 
 
-def setting_of(opened: OpenRun, rows: Sample, vector: list[float] | None) -> Setting:
+def strategy_inputs_of(opened: OpenRun, rows: Sample, vector: list[float] | None) -> StrategyInputs:
     """Return what strategies work with, for rows of one run."""
     train = opened.recipe.train
     micro_batch, recomputes = _as_trained(opened)
-    return Setting(
+    return StrategyInputs(
         model=opened.model,
         calibration=batches_of(opened, rows.calibration, vector),
         checking=batches_of(opened, rows.checking, vector),
@@ -147,11 +158,14 @@ def _task_number(opened: OpenRun, task: str | None, *, is_routed: bool = False) 
 
 
 def _check_vector(opened: OpenRun, vector: list[float] | None) -> None:
-    width, method = opened.vector_width, opened.recipe.adapter.method
-    given = None if vector is None else len(vector)
-    if given != width:
-        wanted = "reads no vector" if width is None else f"reads a vector of {width} numbers"
-        raise InputRefused(f"--vector: {method} {wanted}, {given or 'none'} given; one export serves one vector")
+    """Refuse a vector that the method's routers do not read, or one of another width. Raises InputRefused."""
+    width, method, given = opened.vector_width, opened.recipe.adapter.method, len(vector or ())
+    if given == (width or 0):
+        return
+    wanted = f"reads a vector of {width} numbers"
+    if width is None:
+        wanted = "reads no vector"
+    raise InputRefused(f"--vector: {method} {wanted}, {given or 'none'} given; one export serves one vector")
 
 
-__all__ = ["Made", "constant_mixing", "make_static", "measure_routed", "setting_of"]
+__all__ = ["MeasuredUpdates", "constant_mixing", "make_static", "measure_routed", "strategy_inputs_of"]

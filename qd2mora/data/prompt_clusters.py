@@ -64,6 +64,7 @@ def k_means(points: Points, k: int, generator: np.random.Generator) -> tuple[Lab
 def silhouette(distances: Points, labels: Labels) -> float:
     """Return the mean over points of (b - a) / max(a, b): a, the mean distance (n, n) within its cluster, b, to the
     nearest other; a point alone counts 0."""
+    # One product sums every point's distances to every cluster.
     of_label = np.eye(labels.max() + 1)[labels]
     sizes = of_label.sum(0)
     sums = distances @ of_label
@@ -71,7 +72,7 @@ def silhouette(distances: Points, labels: Labels) -> float:
     own = sizes[labels]
     within = sums[rows, labels] / np.maximum(own - 1, 1)
     means = sums / np.maximum(sizes, 1)
-    means[rows, labels] = np.inf
+    means[rows, labels] = np.inf  # its own cluster is not the nearest other one, nor is one without points
     means[:, sizes == 0] = np.inf
     other = means.min(1)
     values = np.where(own > 1, (other - within) / np.maximum(np.maximum(other, within), 1e-12), 0.0)
@@ -113,6 +114,7 @@ def _lloyd(points: Points, centres: Points) -> tuple[Labels, float]:
 def _squared(one: Points, two: Points) -> Points:
     """Return squared distances (n, m)."""
     products = one @ two.T
+    # By |a|^2 + |b|^2 - 2ab, one product for all pairs; rounding may leave a little less than nothing.
     return np.maximum((one**2).sum(1)[:, None] + (two**2).sum(1)[None] - 2 * products, 0.0)
 
 

@@ -3,8 +3,8 @@
 A strategy returns `Statics`, name of the linear in the base model -> `LowRank` (A (q, d_in), B (d_out, q), scaling,
 float32 on any device). q is at most min(P, Q + S + E): what comes in, or what goes out, whichever is narrower, so a
 writer stores it as a plain LoRA of rank q (alpha = scaling * q) without loss, or folds it into the base's weight.
-`folds` does that, and covers what no LoRA can carry: a method that scales its base (`base_change`), and PEFT's DoRA,
-whose linears are not among the statics.
+`updated_weights` does that, and covers what no LoRA can carry: a method that scales its base (`base_change`), and
+PEFT's DoRA, whose linears are not among the statics.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,6 +32,7 @@ def of_core(layer: MixtureLinear, core: Tensor, adapter_name: str = "default") -
     """
     rows = layer.linear_rows(adapter_name).detach().float()[: core.shape[1]]
     columns, core = layer.columns(adapter_name).detach().float(), core.float().to(rows.device)
+    # K is multiplied onto the wider side, which makes the rank that of the narrower one.
     down, up = (core @ rows, columns) if len(core) < len(rows) else (rows, columns @ core)
     return LowRank(down, up, layer.scaling(adapter_name), _base_change(layer, adapter_name))
 
@@ -52,7 +53,9 @@ def replaced(model: PeftModel, statics: Statics, adapter_name: str = "default") 
 def _base_change(layer: MixtureLinear, adapter_name: str) -> float:
     """Return a_0 - 1 where a method scales its base, else 0."""
     scale = layer.tensors(adapter_name).get("mixture_base_scale")
-    return 0.0 if scale is None else 0.2 * float(scale.detach().float().tanh())
+    if scale is None:
+        return 0.0
+    return 0.2 * float(scale.detach().float().tanh())
 
 
 __all__ = ["Statics", "of_core", "of_cores", "replaced"]

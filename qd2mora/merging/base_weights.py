@@ -7,8 +7,6 @@ are read in plain reads, not mapped: what is in memory is one weight, whatever t
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qd2mora.base import base_config, compute_dtype, default_device, dense_weight, local_folder
+from qd2mora.disk.tensor_file import stored_tensors
 from qd2mora.disk.untrusted import check_weights
 from qd2mora.errors import InputRefused
-from qd2mora.merging.shards import INDEX, KINDS
 from qd2mora.recipe import Base
 
 BLOCK_BYTES = 8 << 20
@@ -26,35 +24,10 @@ BLOCK_BYTES = 8 << 20
 NF4_BLOCK = 64
 """Numbers that share one scale in NF4."""
 
-_DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
 _NF4_MARK = ".quant_state.bitsandbytes__nf4"
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor stands in a file."""
-
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return rows of the tensor (all of it where it has no axis), fresh."""
-        rows = self.shape[0] if self.shape else 1
-        stop = rows if stop is None else stop
-        width = 1
-        for size in self.shape[1:]:
-            width *= size
-        shape = (stop - start, *self.shape[1:]) if self.shape else ()
-        content = bytearray((stop - start) * width * self.dtype.itemsize)
-        with self.path.open("rb") as file:
-            file.seek(self.offset + start * width * self.dtype.itemsize)
-            file.readinto(content)
-        return torch.frombuffer(content, dtype=self.dtype).view(shape) if content else torch.empty(shape).to(self.dtype)
-
-
-class Source:
+class BaseWeights:
     """The weights of one base. `original`: as its files hold them, where training quantised them.
 
     Raises InputRefused where the files are not there, not whole, or in 4 bits while the original is asked for.
@@ -67,8 +40,7 @@ class Source:
         self.folder, self.base, self.config = found, base, base_config(base)
         self.device = device or default_device()
         self.dtype = compute_dtype(base, self.device)
-        check_weights(found)
-        self.stored = _stored_tensors(found)
+        self.stored = stored_tensors(check_weights(found))
         self.is_packed = any(name.endswith(_NF4_MARK) for name in self.stored)
         if original and self.is_packed:
             raise InputRefused(
@@ -90,8 +62,9 @@ class Source:
     @property
     def quantized(self) -> set[str]:
         """Names of the weights that the adapter saw in NF4: all linears but the output matrix."""
-        is_nf4 = self.base.quantization == "nf4" or self.is_packed
-        return {f"{name}.weight" for name in self.linears if name != "lm_head"} if is_nf4 else set()
+        if self.base.quantization != "nf4" and not self.is_packed:
+            return set()
+        return {f"{name}.weight" for name in self.linears if name != "lm_head"}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a weight's shape when dense."""
@@ -111,11 +84,14 @@ class Source:
     def _cuts(self, name: str) -> list[tuple[int, int]]:
         """Return rows to handle at once: a multiple of 64, so that no quantisation block of 64 numbers is cut."""
         shape = self.shape(name)
-        step = max(64, BLOCK_BYTES // (4 * shape[1]) // 64 * 64) if len(shape) == 2 else shape[0]
+        step = shape[0]
+        if len(shape) == 2:
+            step = max(64, BLOCK_BYTES // (4 * shape[1]) // 64 * 64)
         return [(start, min(shape[0], start + step)) for start in range(0, shape[0], step)]
 
     def _through_nf4(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """Yield blocks of a weight quantised and dequantised."""
+        # bitsandbytes takes long to import, and exports of original or 16-bit weights never need it.
         from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 
         packed, whole = self.quantize(name)
@@ -146,6 +122,7 @@ class Source:
             nibbles, state = quantize_4bit(rows, blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False)
             packed.append(nibbles.cpu())
             scales.append(state.absmax)
+        # The offset is the mean of all scales: a block's alone would be another, and so would every rounded scale.
         absmax, offset, second = torch.cat(scales), None, None
         if self.base.double_quant:
             offset = absmax.mean()
@@ -158,7 +135,6 @@ class Source:
         import bitsandbytes as bnb
 
         weight = self.stored[name].read()
-
         state = {each: self.stored[each].read() for each in self.stored if each.startswith(f"{name}.")}
         shape = self.shape(name)
         linear = bnb.nn.Linear4bit(shape[1], shape[0], bias=False, compute_dtype=self.dtype, device="meta")
@@ -167,24 +143,4 @@ class Source:
         return linear
 
 
-def _stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Return where every tensor of a model's folder stands; the files are checked already."""
-    single = folder / "model.safetensors"
-    if single.is_file():
-        files = [single]
-    else:
-        content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        files = [folder / name for name in sorted(set(content["weight_map"].values()))]
-    found = {}
-    for path in files:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        for name, each in header.items():
-            if name != "__metadata__":
-                offset = 8 + length + each["data_offsets"][0]
-                found[name] = Stored(path, _DTYPES[each["dtype"]], tuple(each["shape"]), offset)
-    return found
-
-
-__all__ = ["BLOCK_BYTES", "Source", "Stored"]
+__all__ = ["BLOCK_BYTES", "BaseWeights"]

@@ -1,4 +1,4 @@
-"""Renders chat templates, alone in a process of its own: `template.py` starts it and talks JSON lines with it.
+"""Renders chat templates, alone in a process of its own: `chat_template.py` starts it and talks JSON lines with it.
 
 The template is somebody's program. It runs in transformers' sandbox, with no environment, a bound on memory and on the
 processor time of each answer; whatever it does beyond that ends this process, not the run.

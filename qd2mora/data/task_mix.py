@@ -31,7 +31,7 @@ class Share:
     asked: float | None
 
 
-class Mixture:
+class TaskMix:
     """Endless sequence of training rows; `rows(start, count)` is the same however it is asked for."""
 
     def __init__(self, data: Data, tasks: list[TaskRows], seed: int) -> None:
@@ -109,6 +109,7 @@ class Mixture:
         return int(self._permutation(task, epoch, size)[index % size])
 
     def _draw(self) -> tuple[int, int]:
+        # If one more unit were shared out by the weights: next is the task that has least of what it would have then.
         weights = [weight or 0.0 for weight in self.weights]
         each = (sum(self._cost) + 1) / sum(weights)
         behind = [each * weight - cost for weight, cost in zip(weights, self._cost, strict=True)]
@@ -123,6 +124,7 @@ class Mixture:
     def _permutation(self, task: int, epoch: int, size: int) -> NDArray[np.int64]:
         key = (task, epoch)
         if key not in self._permutations:
+            # Two epochs at most are asked for in turn, where a step crosses from one into the next.
             stale = [other for other in self._permutations if other[0] == task and other[1] < epoch - 1]
             for other in stale:
                 del self._permutations[other]
@@ -133,12 +135,13 @@ class Mixture:
 def share_lines(shares: list[Share], by_tokens: bool) -> Iterator[str]:
     """Yield a line for each task."""
     for share in shares:
-        got = share.of_tokens if by_tokens else share.of_rows
-        asked = "" if share.asked is None else f", asked {share.asked:.1%} of {'tokens' if by_tokens else 'rows'}"
-        yield (
-            f"task {share.task}: {got:.1%} of {'tokens' if by_tokens else 'rows'}{asked}; {share.rows} rows, "
-            f"{share.tokens} tokens, {share.passes:.2f} passes"
-        )
+        unit, got = "rows", share.of_rows
+        if by_tokens:
+            unit, got = "tokens", share.of_tokens
+        line = f"task {share.task}: {got:.1%} of {unit}"
+        if share.asked is not None:
+            line += f", asked {share.asked:.1%} of {unit}"
+        yield f"{line}; {share.rows} rows, {share.tokens} tokens, {share.passes:.2f} passes"
 
 
-__all__ = ["Mixture", "Share", "share_lines"]
+__all__ = ["Share", "TaskMix", "share_lines"]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qd2mora.data.components import cluster, elbow, embedded, k_means, silhouette
+from qd2mora.data.prompt_clusters import cluster, elbow, embedded, k_means, silhouette
 
 
 def planted(k: int, seed: int = 0, size: int = 30) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,182 @@
+"""The one place that runs the decoder: last hidden states, token losses at the price of labelled tokens, and labels.
+
+Logits of a 32,000-word vocabulary are the largest tensor of a training step. Masked tokens need none, and the rest are
+computed in chunks whose logits are recomputed in the backward pass, so the peak is one chunk, and become their own
+gradient in place.
+
+PyTorch's `linear_cross_entropy` (2.13) does as much, but gives a token's loss in the dtype of the states: with bfloat16
+it is off by up to 0.05 nats (one of 9), where a run's losses are to be float32. Its gradient is as good (1.7e-3 of its
+norm, the rounding of bfloat16 logits, in both).
+
+Models are transformers' own, or PEFT's with adapters inside, whose routers are told of the rows before (`read_rows`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, PreTrainedModel
+
+CHUNK = 1024
+IGNORE = -100
+"""The label of a token that is not learned: what `cross_entropy` leaves out unless told otherwise."""
+
+
+class Adapted(Protocol):
+    """A model with adapters inside, as PEFT's are."""
+
+    def get_base_model(self) -> nn.Module: ...
+
+
+Model: TypeAlias = PreTrainedModel | Adapted
+
+
+@dataclass(frozen=True)
+class CachedText:
+    """What was read so far: its last hidden states (rows, length, hidden), and the keys and values of its tokens."""
+
+    states: Tensor
+    cache: Cache
+
+
+def last_states(model: Model, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the final hidden states of a collated batch, (rows, length, hidden), in the compute dtype."""
+    # Packed rows bring positions instead of a mask: transformers bounds attention where positions restart.
+    told = {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}
+    decoder: nn.Module = _transformers_model(model).get_decoder()
+    states: Tensor = decoder(input_ids=batch["input_ids"], **told, use_cache=False).last_hidden_state
+    return states
+
+
+def read_on(model: Model, batch: Mapping[str, Tensor], before: CachedText | None = None) -> CachedText:
+    """Read a batch with its attention_mask and position_ids, after the text that was read before, keeping a cache.
+
+    `attention_mask` covers the cached tokens too. The cache of `before` grows and is the one returned.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    cached: dict[str, Cache] = {}
+    if before is not None:
+        cached["past_key_values"] = before.cache
+    decoder: nn.Module = _transformers_model(model).get_decoder()
+    read = decoder(**inputs, **cached, use_cache=True)
+    return CachedText(read.last_hidden_state, read.past_key_values)
+
+
+def output_head(model: Model) -> nn.Module:
+    """Return the linear from hidden states to logits."""
+    head: nn.Module = _transformers_model(model).get_output_embeddings()
+    return head
+
+
+def labelled(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return which states predict a label, (rows, length - 1) bool: each predicts the token after its own."""
+    return batch["labels"][:, 1:] != IGNORE
+
+
+def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the tokens that are learned, row by row, (labelled,) int64: the targets of the states `labelled`."""
+    return batch["labels"][:, 1:][labelled(batch)]
+
+
+def token_losses(hidden: Tensor, targets: Tensor, head: nn.Module, chunk: int = CHUNK) -> Tensor:
+    """Return the cross-entropy of each token, (tokens,) float32, holding logits of at most `chunk` tokens at a time.
+
+    `hidden` (tokens, width), `targets` (tokens,) int64. A head that is trained, or not a plain linear, goes through
+    autograd, which holds twice as much; so does one that ZeRO-3 gathers when, and only when, its module is called.
+    """
+    is_frozen = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+    if is_frozen and not hasattr(head.weight, "ds_id"):
+        losses: Tensor = _FrozenHeadLoss.apply(hidden, targets, head.weight, chunk)
+        return losses
+    chunks = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    if not torch.is_grad_enabled() or len(hidden) <= chunk:
+        return torch.cat([_losses_by_autograd(states, target, head) for states, target in chunks])
+    losses_of = [
+        checkpoint(_losses_by_autograd, states, target, head, use_reentrant=False) for states, target in chunks
+    ]
+    return torch.cat(losses_of)
+
+
+def _losses_by_autograd(states: Tensor, target: Tensor, head: nn.Module) -> Tensor:
+    return F.cross_entropy(head(states).float(), target, reduction="none")
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Cross-entropy behind a frozen linear: its logits are made twice and never kept. Accumulates in float32.
+
+    With e_v = exp(x_v - max x) and s = sum e: the loss is log s - (x_t - max x), its gradient e / s less one at t.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, chunk: int) -> Tensor:
+        losses, greatest, sums = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
+        for part in _chunks_of(len(hidden), chunk):
+            losses[part], greatest[part], sums[part] = _losses_of_chunk(hidden[part], targets[part], weight)
+        ctx.save_for_backward(hidden, targets, weight, greatest, sums)
+        ctx.chunk = chunk
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        hidden, targets, weight, *known = ctx.saved_tensors
+        gradient = torch.empty_like(hidden)
+        for part in _chunks_of(len(hidden), ctx.chunk):
+            of_part = (tensor[part] for tensor in (*known, gradients[0]))
+            gradient[part] = _gradient_of_chunk(hidden[part], targets[part], weight, *of_part)
+        return gradient, None, None, None
+
+
+def _losses_of_chunk(states: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the losses of a chunk, its greatest logits, and the sums of exponents below them."""
+    logits = _logits(states, weight)
+    greatest = logits.amax(1)
+    logits.sub_(greatest[:, None])  # no exponent is above one, and no sum can overflow
+    of_target = logits.gather(1, targets[:, None])[:, 0]  # before exp_ takes its place
+    sums = logits.exp_().sum(1)
+    return sums.log() - of_target, greatest, sums
+
+
+def _gradient_of_chunk(
+    states: Tensor, targets: Tensor, weight: Tensor, greatest: Tensor, sums: Tensor, gradient: Tensor
+) -> Tensor:
+    """Return the gradient of a chunk's states, given that of its losses."""
+    logits = _logits(states, weight).sub_(greatest[:, None]).exp_().div_(sums[:, None])
+    logits.scatter_add_(1, targets[:, None], logits.new_full((len(targets), 1), -1.0))
+    # Rounded to the weight's dtype last, as autograd would round the gradient of logits that were cast to float32.
+    return logits.mul_(gradient[:, None]).to(weight.dtype) @ weight
+
+
+def _chunks_of(number: int, chunk: int) -> list[slice]:
+    return [slice(start, start + chunk) for start in range(0, number, chunk)]
+
+
+def _logits(states: Tensor, weight: Tensor) -> Tensor:
+    """Return a chunk's logits, float32, which the caller may overwrite."""
+    return F.linear(states.to(weight.dtype), weight).float()
+
+
+def _transformers_model(model: Model) -> PreTrainedModel:
+    """Return the transformers model, adapters inside."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    inner = model.get_base_model()
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
+__all__ = [
+    "CHUNK",
+    "IGNORE",
+    "CachedText",
+    "Model",
+    "labelled",
+    "labels_of",
+    "last_states",
+    "output_head",
+    "read_on",
+    "token_losses",
+]

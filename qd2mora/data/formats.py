@@ -1,0 +1,31 @@
+"""The formats of rows by name."""
+
+from qd2mora.data import chat, completion, instruction, multiple_choice
+from qd2mora.data.row_format import RowFormat
+from qd2mora.errors import InputRefused, nearest
+from qd2mora.recipe import Task
+
+FORMATS: dict[str, RowFormat] = {
+    "instruction": instruction.FORMAT,
+    "completion": completion.FORMAT,
+    "multiple_choice": multiple_choice.FORMAT,
+    "chat": chat.FORMAT,
+}
+
+
+def find_format(task: Task) -> RowFormat:
+    """Return the task's format. Raises InputRefused naming the nearest one, or a mapped field that it has not."""
+    if task.format not in FORMATS:
+        known = nearest(task.format, FORMATS)
+        raise InputRefused(f"data.tasks.{task.name}.format: unknown format {task.format!r}; {known}")
+    found = FORMATS[task.format]
+    for name in task.fields or {}:
+        if name not in found.names:
+            raise InputRefused(
+                f"data.tasks.{task.name}.fields: {task.format} rows have no field {name!r}; "
+                f"{nearest(name, found.names)}"
+            )
+    return found
+
+
+__all__ = ["FORMATS", "find_format"]

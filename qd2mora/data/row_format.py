@@ -1,0 +1,35 @@
+"""What a format is: which fields its rows have, and how a row becomes a prompt and an answer.
+
+A format is a file with a `FORMAT` in it and a row in the table of `formats`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Fields = dict[str, Any]
+"""A row's fields under the format's names; those of `texts` are texts, the others are what the file holds."""
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """`split` returns prompt and answer, or raises BadRow; None where a chat template words the row.
+
+    `texts`: the fields that are text; `split` checks the others. `asks`: fields of which one must say something.
+    `inner`: names inside a field that a recipe may map.
+    """
+
+    fields: tuple[str, ...]
+    split: Callable[[Fields], tuple[str, str]] | None
+    texts: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    inner: tuple[str, ...] = ()
+    asks: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Everything that a recipe may map to names of the file's own."""
+        return (*self.fields, *self.optional, *self.inner)
+
+
+__all__ = ["Fields", "RowFormat"]

@@ -1,0 +1,72 @@
+"""Plain Hugging Face weights: a folder that transformers, vLLM and every converter load, written weight by weight."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from qd2mora.base.device import FLOATS
+from qd2mora.disk.durable import save_pretrained
+from qd2mora.disk.shards import write_shards
+from qd2mora.merging.base_weights import BaseWeights
+from qd2mora.merging.rung import SHARD_BYTES, ExportForm, Rung, WriteFolder, Written
+from qd2mora.merging.static_updates import Statics
+from qd2mora.merging.updated_weights import (
+    OUTPUT,
+    WeightUpdate,
+    updated_weights,
+    weight_updates_of,
+    weights_changed_by,
+)
+from qd2mora.run_folder import OpenRun
+
+
+def write_model(
+    weights: BaseWeights,
+    tokenizer: PreTrainedTokenizerBase,
+    updates: Mapping[str, WeightUpdate],
+    folder: Path,
+    *,
+    dtype: str = "float16",
+    limit: int = SHARD_BYTES,
+) -> Written:
+    """Write the base's weights into an existing folder, each linear of `updates` changed, in files of at most `limit`.
+
+    Raises NotFinite where a weight does not fit the dtype, InputRefused where the base lacks what is to be changed.
+    """
+    written = Written()
+    tensors = updated_weights(weights, updates, FLOATS[dtype], written.rounding)
+    written.files = write_shards(folder, tensors, limit)
+    config = config_of(weights, dtype)
+    if OUTPUT in weights_changed_by(updates):
+        config["tie_word_embeddings"] = False
+    write_config(config, folder)
+    generation = weights.folder / "generation_config.json"
+    if generation.is_file():
+        (folder / generation.name).write_bytes(generation.read_bytes())
+    save_pretrained(tokenizer, folder)
+    return written
+
+
+def config_of(weights: BaseWeights, dtype: str) -> dict[str, object]:
+    """Return the base's configuration for plain weights of the dtype."""
+    content: dict[str, object] = weights.config.to_dict()
+    for key in ("quantization_config", "_pre_quantization_dtype", "_name_or_path", "torch_dtype"):
+        content.pop(key, None)
+    return content | {"dtype": dtype, "architectures": [weights.architecture]}
+
+
+def write_config(content: Mapping[str, object], folder: Path) -> None:
+    """Write config.json."""
+    (folder / "config.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _prepare(opened: OpenRun, weights: BaseWeights, statics: Statics, form: ExportForm) -> WriteFolder:
+    updates, tokenizer = weight_updates_of(opened.model, statics), opened.tokenizer
+    return lambda folder: write_model(weights, tokenizer, updates, folder, dtype=form.dtype, limit=form.limit)
+
+
+RUNG = Rung(_prepare, ("float16", "bfloat16", "float32"), has_shards=True)
+
+__all__ = ["RUNG", "config_of", "write_config", "write_model"]
