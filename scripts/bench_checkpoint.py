@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qd2mora.training.saver import Saver
-from qd2mora.training.state import LocalState, Progress
+from qd2mora.training.checkpoint import Saver
+from qd2mora.training.progress import Progress
+from qd2mora.training.updates import PlainUpdater
 
 SHAPES = [(4, 16, 4096), (3, 4096, 16), (4, 4096), (3, 16)]
 LINEARS = 73
@@ -44,7 +45,7 @@ def main() -> None:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     waits, waits_cpu, wholes, wholes_cpu = [], [], [], []
-    with tempfile.TemporaryDirectory() as folder, Saver(Path(folder), 2, LocalState(parameters, optimizer)) as saver:
+    with tempfile.TemporaryDirectory() as folder, Saver(Path(folder), 2, PlainUpdater(parameters, optimizer)) as saver:
         for step in range(1, TIMES + 1):
             began, began_cpu, began_all = time.perf_counter(), time.thread_time(), time.process_time()
             saver.save(Progress(step=step, applied=step))

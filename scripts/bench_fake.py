@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from qd2mora.base import Shape
-from qd2mora.memory.boundaries import Boundaries
+from qd2mora.memory.checkpointing import Boundaries
 
 BLOCK, NESTED_BLOCK = 64, 256
 COMPUTE = torch.bfloat16

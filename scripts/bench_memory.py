@@ -40,14 +40,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import qd2mora.mixture.draws as draws
 from qd2mora.base import SHAPES, Shape, random_base
 from qd2mora.base.passes import CHUNK, last_states, output_head, token_losses
-from qd2mora.memory.boundaries import decoder_layers, recompute_layers
+from qd2mora.memory.checkpointing import decoder_layers, recompute_layers
 from qd2mora.memory.lean import make_lean
-from qd2mora.memory.ledger import Setting
-from qd2mora.memory.prepared import prepare_base
-from qd2mora.memory.sizes import optimizer_bytes
 from qd2mora.memory.streaming import LayerStream
+from qd2mora.memory.techniques import Layout, prepare_base
 from qd2mora.mixture import MixtureConfig, MixtureLinear, add_adapter, penalty_terms, routing_of
 from qd2mora.recipe import Base
+from qd2mora.recipe.optimizers import OPTIMIZERS, OptimizerName
 
 GIB = 1 << 30
 TOKENS = (512, 2048, 8192, 16384)
@@ -62,14 +61,14 @@ class Mode:
     """How a step is done; `chunk` 0: the model's own loss."""
 
     adapter: str
-    optimizer: str = "adamw"
+    optimizer: OptimizerName = "adamw"
     chunk: int = 0
     offloads: bool = False
     streams: bool = False
 
-    def setting(self, num_layers: int) -> Setting:
+    def setting(self, num_layers: int) -> Layout:
         """Return the planner's word for it."""
-        return Setting(
+        return Layout(
             1, num_layers, torch.bfloat16, True, self.chunk, self.optimizer, self.offloads, self.offloads, self.streams
         )
 
@@ -163,7 +162,7 @@ def counted(shape: Shape, mode: Mode, lengths: list[int]) -> dict[str, Any]:
         for tensor in trained_of(model):
             tensor.grad = torch.zeros_like(tensor)
         sizes = tuple(tensor.numel() for tensor in trained_of(model))
-        moments = torch.empty(optimizer_bytes(sizes, mode.optimizer), dtype=torch.uint8)
+        moments = torch.empty(OPTIMIZERS[mode.optimizer].state_bytes(sizes), dtype=torch.uint8)
         if mode.streams:
             stream = LayerStream(list(decoder_layers(decoder)), CPU)
             live.leave(stream.hosts)

@@ -29,7 +29,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from qd2mora.data.instruction import split
 from qd2mora.disk.durable import write_json
 from qd2mora.training import checkpoint
-from qd2mora.training.state import LocalState, Progress, State
+from qd2mora.training.progress import Progress, State
+from qd2mora.training.updates import PlainUpdater
 
 VOCABULARY = 4096
 POSITIONS = 512
@@ -90,7 +91,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
 def train_base(model: LlamaForCausalLM, rows: NDArray[np.int32], folder: Path, seed: int, steps: int) -> int:
     """Train for language modelling, from the newest whole checkpoint on; return the tokens read in all."""
     optimizer = optimizer_of(model)
-    source = LocalState(dict(model.named_parameters()), optimizer)
+    source = PlainUpdater(dict(model.named_parameters()), optimizer)
     progress = Progress()
     folder.mkdir(parents=True, exist_ok=True)
     state, _ = checkpoint.newest(folder, *source.expected()) if checkpoint.steps_on_disk(folder) else (None, [])

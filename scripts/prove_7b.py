@@ -89,8 +89,8 @@ def bytes_of(base: Any) -> int:
 
 def run_child(folder: Path, shape: str, resume: bool) -> None:
     """Train in this process."""
-    import qd2mora.training as training
     from qd2mora.recipe import parse_recipe
+    from qd2mora.training import run as training
 
     load_base = training.load_base
 

@@ -20,7 +20,7 @@ from table1_rows import MODELS, NAMES, ROWS, TableRow, find_rows, recipe_of, yam
 from qd2mora.disk.durable import write_atomically, write_json
 from qd2mora.evaluation import Exam, evaluate
 from qd2mora.memory import plan
-from qd2mora.memory.plan import GIB
+from qd2mora.memory.choosing import GIB
 from qd2mora.run_folder import RunFolder, is_run
 from qd2mora.training import train
 

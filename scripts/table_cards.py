@@ -7,7 +7,7 @@ card left to others. Planned from shapes, not measured.
 """
 
 from qd2mora.memory import Plan, plan
-from qd2mora.memory.plan import GIB
+from qd2mora.memory.choosing import GIB
 from qd2mora.recipe import parse_recipe
 
 CARDS = (8, 12, 16, 24)
@@ -31,9 +31,9 @@ def cell(shape: str, card: int) -> str:
     chosen = planned(shape, card)
     if not chosen.fits:
         return f"no ({chosen.peak_bytes / GIB:.1f} GiB)"
-    number = chosen.setting.recomputed
+    number = chosen.layout.recomputed
     layers = f"{number} layer{'s' * (number > 1)} recomputed" if number else "kept"
-    layers += ", streamed" if chosen.setting.stream else ""
+    layers += ", streamed" if chosen.layout.stream else ""
     return f"{chosen.peak_bytes / GIB:.1f} GiB, {chosen.micro_batch} row{'s' * (chosen.micro_batch > 1)}, {layers}"
 
 

@@ -72,7 +72,7 @@ GATES: dict[str, Gate] = {
         {"GATE_KILLS": 60, "GATE_ZERO_KILLS": 5},
         (
             without("training/opening.py:restore", "restore"),
-            without("training/state.py:LocalState.expected", "clear"),
+            without("training/updates.py:PlainUpdater.expected", "clear"),
             instead("training/checkpoint.py:save", "steps_on_disk", "keep", by="steps_on_disk(folder)"),
         ),
     ),
@@ -84,8 +84,9 @@ GATES: dict[str, Gate] = {
         (
             without("training/processes.py:Processes.sum_gradients", "all_reduce"),
             never("training/processes.py:Processes.refuse_other", "disagreeing"),
-            never("training/loop.py:Training._gradients", "failed"),
+            never("training/loop.py:Training._whole_gradient", "failed"),
             never("training/loop.py:Training._reason", "signals"),
+            without("training/loop.py:Training._save", "finish"),
         ),
     ),
     "T1": Gate(
@@ -99,6 +100,12 @@ GATES: dict[str, Gate] = {
         (
             doing("stopping.py:StopRequest.note", "SIG_DFL", by="return"),
             never("stopping.py:listening", "was_raised"),
+            instead(
+                "training/loop.py:Training._after_step",
+                "save_every",
+                "_why_stop",
+                by="done % self.train.save_every == 0 or is_last",
+            ),
         ),
     ),
     "PW1": Gate(
@@ -122,7 +129,7 @@ GATES: dict[str, Gate] = {
         (
             always("disk/durable.py:save_pretrained", "isinstance"),
             unfinished("disk/durable.py:staged_folder", "rmtree"),
-            uncaught("training/disk.py:as_trouble", "OSError"),
+            uncaught("training/disk_space.py:as_trouble", "OSError"),
         ),
     ),
     "B1": Gate(
@@ -149,9 +156,9 @@ GATES: dict[str, Gate] = {
         {"GATE_EVERY": 1},
         {},
         (
-            instead("training/loop.py:Training._accumulate", "step", "global_batch", by="0"),
+            instead("training/gradient.py:StepGradient.accumulate", "first_of", "step", by="0"),
             instead(
-                "training/loop.py:Training._step", "update", "global_batch", by="id(self) % 7 * self.train.global_batch"
+                "training/micro_batches.py:Course.first_of", "step", "rows_a_step", by="id(self) % 7 * self.rows_a_step"
             ),
         ),
     ),
@@ -175,9 +182,9 @@ GATES: dict[str, Gate] = {
         {},
         (
             always("training/loop.py:Training._step", "isfinite"),
-            instead("training/numbers.py:is_too_bad", "is_often", "bad_in_a_row", by="is_often"),
+            instead("training/gradient.py:is_too_bad", "is_often", "bad_in_a_row", by="is_often"),
             without("training/checkpoint.py:save", "_refuse_not_finite"),
-            without("training/loop.py:Training._step", "bad_in_a_row"),
+            without("training/loop.py:Training._update", "bad_in_a_row"),
         ),
     ),
     "G1": Gate(
@@ -187,12 +194,12 @@ GATES: dict[str, Gate] = {
         {},
         (
             instead(
-                "training/loop.py:Training._accumulate",
+                "training/gradient.py:StepGradient.accumulate",
                 "num_labels",
                 "rows",
-                by="(row.num_labels for row in rows[: self.micro_batch])",
+                by="(row.num_labels for row in rows[: batches.size])",
             ),
-            instead("training/loop.py:Training.tell_routers", "keys", by="part.keys[::-1]"),
+            instead("training/micro_batches.py:MicroBatches.tell_routers", "keys", by="part.keys[::-1]"),
         ),
     ),
     "S1": Gate(
@@ -249,15 +256,10 @@ GATES: dict[str, Gate] = {
         {},
         {},
         (
-            without("training/loop.py:Training._gradients", "continue"),
-            doing(
-                "training/loop.py:Training.halve_micro_batch",
-                "progress",
-                "2",
-                by="self.micro_batch = self.micro_batch // 2",
-            ),
-            never("training/loop.py:Training.halve_micro_batch", "micro_batch"),
-            instead("training/held_out.py:held_out_losses", "tried", "_sums", by="(_sums(training), False)"),
+            without("training/loop.py:Training._whole_gradient", "continue"),
+            doing("training/micro_batches.py:MicroBatches.halve", "progress", "2", by="self.size = self.size // 2"),
+            never("training/micro_batches.py:MicroBatches.halve", "size", "1"),
+            instead("training/held_out.py:HeldOut.losses", "until_it_fits", "_sums", by="self._sums()"),
         ),
     ),
     "C1": Gate(
@@ -268,11 +270,11 @@ GATES: dict[str, Gate] = {
         {},
         {},
         (
-            never("training/numbers.py:prove_flow", "is_still"),
+            never("training/gradient.py:prove_flow", "is_still"),
             doing(
-                "training/loop.py:Training._step",
+                "training/loop.py:Training._update",
                 "after_step",
-                by="after_step(self.model); next(self.model.parameters()).data.flatten()[0] += 1",
+                by="after_step(self.batches.model); next(self.batches.model.parameters()).data.flatten()[0] += 1",
             ),
         ),
     ),
@@ -282,7 +284,7 @@ GATES: dict[str, Gate] = {
         {},
         {},
         (
-            without("training/watchdog.py:Watchdog._watch", "_last", "before"),
+            without("training/clock.py:Watchdog._watch", "_last", "before"),
             ignoring("memory/faults.py:is_lost", "not"),
         ),
     ),

@@ -165,13 +165,9 @@ def _holds(outer: Node, inner: Node) -> bool:
 
 
 def _function(tree: ast.Module, path: str) -> Node:
-    scope: Node = tree
+    scope: ast.Module | ast.FunctionDef | ast.ClassDef = tree
     for name in path.split(".") if path else ():
-        inside = [
-            node
-            for node in ast.walk(scope)
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name and node is not scope
-        ]
+        inside = [node for node in scope.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name]
         if len(inside) != 1:
             raise LookupError(f"{len(inside)} definitions of {path}")
         scope = inside[0]

@@ -63,7 +63,9 @@ def kept_bytes(layer: LayerShapes, done: Pass, num_kept: int, is_whole: bool) ->
     nothing, and the rotary tables are counted with it.
     """
     size = num_kept * layer_bytes(layer, done)
-    return size - done.tokens * _norm(layer, done) + _rotary(layer, done) if is_whole else size
+    if is_whole:
+        size += _rotary(layer, done) - done.tokens * _norm(layer, done)
+    return size
 
 
 def layer_inputs_bytes(layer: LayerShapes, done: Pass, num_layers: int) -> int:
@@ -74,8 +76,10 @@ def layer_inputs_bytes(layer: LayerShapes, done: Pass, num_layers: int) -> int:
 
 def recomputed_bytes(layer: LayerShapes, done: Pass) -> int:
     """Return what one recomputed layer keeps besides its input, which its first norm need not copy."""
-    shared = done.item * layer.hidden if layer.is_lean or done.item == FLOAT else 0
-    return layer_bytes(layer, done) - done.tokens * shared
+    size = layer_bytes(layer, done)
+    if layer.is_lean or done.item == FLOAT:
+        size -= done.tokens * done.item * layer.hidden
+    return size
 
 
 def backward_bytes(layer: LayerShapes, done: Pass, dequantised: int) -> dict[str, int]:
@@ -88,7 +92,9 @@ def backward_bytes(layer: LayerShapes, done: Pass, dequantised: int) -> dict[str
     hidden, wide = (done.tokens * done.item * width for width in (layer.hidden, layer.slots * layer.intermediate))
     gradients = hidden + 3 * wide
     if layer.adapts_down:
-        gradients += (done.tokens * FLOAT * layer.rank_space if done.dropout else 0) - wide
+        gradients -= wide
+        if done.dropout:
+            gradients += done.tokens * FLOAT * layer.rank_space
     if dequantised + hidden + wide > gradients:
         return {"gradients in a layer": hidden + wide, "largest weight dequantised": dequantised}
     return {"gradients in a layer": gradients}
@@ -116,7 +122,10 @@ def loss_bytes(layer: LayerShapes, vocab: int, done: Pass, chunk: int) -> int:
 
 def _logits_bytes(vocab: int, done: Pass, chunk: int) -> int:
     """Return the bytes of a chunk of logits in float32, and beside them in 16 bits where products are."""
-    return min(done.tokens, chunk) * vocab * (FLOAT + (done.item if done.item < FLOAT else 0))
+    entry = FLOAT
+    if done.item < FLOAT:
+        entry += done.item
+    return min(done.tokens, chunk) * vocab * entry
 
 
 def _norm(layer: LayerShapes, done: Pass) -> int:

@@ -1,9 +1,7 @@
 """The embedding in host memory: rows are looked up there, and only they go to the device."""
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qd2mora.memory.pinned import pinned
@@ -18,10 +16,10 @@ def keep_embedding_on_host(model: PreTrainedModel, device: torch.device) -> None
     assert embedding.weight is not model.get_output_embeddings().weight
     embedding.to("cpu")
 
-    def before(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(ids.cpu() for ids in inputs)
 
-    def after(module: Any, inputs: Any, output: Tensor) -> Tensor:
+    def after(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         if device.type != "cuda":
             return output.to(device)
         # Pinned, the copy runs beside the host; the allocator keeps the pages until the copy is made.

@@ -9,7 +9,6 @@ float32), and it compiles its own Adam (torch's is used).
 import importlib.util
 import os
 import socket
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from torch import nn
 from qd2mora.errors import InputRefused
 from qd2mora.mixture import MixtureConfig
 from qd2mora.recipe import Recipe
+from qd2mora.recipe.optimizers import may_be_blockwise
 
 BUCKET = 1 << 23
 """Entries sent at once; the default, 500 million, is a buffer of 2 GB."""
@@ -30,7 +30,7 @@ def check_engine(recipe: Recipe, config: MixtureConfig) -> None:
         return
     if importlib.util.find_spec("deepspeed") is None:
         raise InputRefused("memory.engine: deepspeed is not installed; pip install 'qd2mora[deepspeed]'")
-    if recipe.train.optimizer != "adamw":
+    if may_be_blockwise(recipe.train.optimizer):
         raise InputRefused(
             f"train.optimizer: {recipe.train.optimizer} keeps moments in blocks that cross DeepSpeed's shards; adamw"
         )
@@ -44,10 +44,10 @@ def check_engine(recipe: Recipe, config: MixtureConfig) -> None:
         raise InputRefused(f"memory.engine: deepspeed flattens the moments that {config.method} resets; none")
 
 
-def engine_settings(recipe: Recipe) -> dict[str, Any]:
+def engine_settings(recipe: Recipe) -> dict[str, object]:
     """Return DeepSpeed's configuration."""
     memory = recipe.memory
-    zero: dict[str, Any] = {"stage": memory.zero_stage, "overlap_comm": False, "reduce_bucket_size": BUCKET}
+    zero: dict[str, object] = {"stage": memory.zero_stage, "overlap_comm": False, "reduce_bucket_size": BUCKET}
     if memory.offload.optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if memory.offload.weights == "stream":
@@ -66,7 +66,9 @@ def unshared(recipe: Recipe) -> str:
     """Say what the engine leaves whole on every process; nothing where there is no engine."""
     if recipe.memory.engine == "none":
         return ""
-    place = "in host memory, " if recipe.memory.offload.optimizer == "cpu" else ""
+    place = ""
+    if recipe.memory.offload.optimizer == "cpu":
+        place = "in host memory, "
     if recipe.memory.zero_stage == 3:
         return (
             f"DeepSpeed ZeRO-3 shares out the moments ({place}1/P on each of P processes) and all frozen weights that "

@@ -26,6 +26,8 @@ AT_ONCE = 1 << 23
 
 def make_lean(model: nn.Module) -> None:
     """Let a model's norms and MLPs of known classes keep less. Parameters, names and results stay."""
+    # transformers (5.24) lets the attention of a model be chosen by name, its norms and MLPs not: until it does, the
+    # class of a module that is there is all that can be changed without touching its parameters' names.
     for module in model.modules():
         if type(module) in NORMS:
             module.__class__ = _LEAN[type(module)]

@@ -1,6 +1,6 @@
 """The ledger: what a run keeps in memory, item by item in bytes, from shapes alone.
 
-A step has moments that can be its peak: the loss, the backward pass through the last layer that was kept, that through
+A step has phases that can be its peak: the loss, the backward pass through the last layer that was kept, that through
 a recomputed one, and the gradient of the orthogonality penalty; a run evaluates and saves besides. What is alive at the
 greatest of them is the plan; the others' items are told apart. Host memory is counted by itself on a GPU; on a CPU it
 is the same memory.
@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-import torch
-
-from qd2mora.base.passes import CHUNK
 from qd2mora.memory.activations import (
     IN_FLIGHT,
     Pass,
@@ -24,42 +21,20 @@ from qd2mora.memory.activations import (
     recomputed_bytes,
 )
 from qd2mora.memory.shapes import Shapes
-from qd2mora.memory.sizes import (
-    BLOCK,
-    NESTED_BLOCK,
-    dequantised_bytes,
-    nf4_bytes,
-    penalty_bytes,
-    trainable_bytes,
-)
+from qd2mora.memory.sizes import block_maxima, dequantised_bytes, nf4_bytes, penalty_bytes, trainable_bytes
 from qd2mora.memory.streaming import SLOTS, aligned
+from qd2mora.memory.techniques import Layout
 from qd2mora.recipe import Recipe
 
 CUDA_CONTEXT = 512 << 20
 """Driver, kernels and cuBLAS workspace: 0.3 to 0.6 GiB by card and driver."""
 
-Moment = Literal["loss", "backward", "recomputing", "penalty", "evaluation"]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the planner decides, and the dtype of products."""
-
-    micro_batch: int
-    recomputed: int
-    """Decoder layers that are recomputed, the first ones."""
-    dtype: torch.dtype
-    on_gpu: bool
-    loss_chunk: int = CHUNK
-    optimizer: str = "adamw"
-    offload_activations: bool = False
-    offload_embeddings: bool = False
-    stream: bool = False
+Phase = Literal["loss", "backward", "recomputing", "penalty", "evaluation"]
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bytes by item: those alive at the peak, those of other moments, and those of host memory beside a GPU."""
+    """Bytes by item: those alive at the peak, those of other phases, and those of host memory beside a GPU."""
 
     items: dict[str, int]
     elsewhere: dict[str, int]
@@ -71,71 +46,78 @@ class Ledger:
         return sum(self.items.values())
 
 
-def ledger(shapes: Shapes, recipe: Recipe, setting: Setting) -> Ledger:
+def ledger(shapes: Shapes, recipe: Recipe, layout: Layout) -> Ledger:
     """Return the bytes of every item of a run on rows of `data.max_length` tokens, all of them labelled."""
     done = Pass(
-        rows=setting.micro_batch,
+        rows=layout.micro_batch,
         length=recipe.data.max_length,
-        item=setting.dtype.itemsize,
+        item=layout.dtype.itemsize,
         dropout=recipe.adapter.dropout > 0,
     )
     static = weight_bytes(shapes, recipe, done.item)
-    host = _leave_for_host(static, shapes, recipe, setting)
-    trained = trainable_bytes(shapes.trainable, setting.optimizer)
+    host = _leave_for_host(static, shapes, recipe, layout)
+    trained = trainable_bytes(shapes.trainable, layout.optimizer)
     static |= trained
-    if setting.on_gpu:
+    if layout.on_gpu:
         static["CUDA context"] = CUDA_CONTEXT
-    if setting.offload_activations:
-        host["layer inputs (host)"] = setting.recomputed * done.tokens * done.item * shapes.layer.hidden
-    moments = _moments(shapes, recipe, setting, done)
+    if layout.offload_activations:
+        host["layer inputs (host)"] = layout.recomputed * done.tokens * done.item * shapes.layer.hidden
+    phases = _phases(shapes, recipe, layout, done)
     # Made where there is room beside the run; where there is none, training waits for the disk instead.
     host["copy of a checkpoint"] = trained["adapters"] + trained["optimizer state"]
-    peak = max(moments.values(), key=lambda moment: sum(moment.values()))
-    others = {name: size for moment in moments.values() for name, size in moment.items() if name not in peak}
-    if not setting.on_gpu:
+    peak = max(phases.values(), key=lambda phase: sum(phase.values()))
+    others = {name: size for phase in phases.values() for name, size in phase.items() if name not in peak}
+    if not layout.on_gpu:
         others["copy of a checkpoint"] = host.pop("copy of a checkpoint")
         static |= host
         host = {}
     return Ledger(static | peak, others, host)
 
 
-def _moments(shapes: Shapes, recipe: Recipe, setting: Setting, done: Pass) -> dict[Moment, dict[str, int]]:
-    """Return what is alive at each moment besides weights, adapters, gradients and moments."""
-    layer, chunk = shapes.layer, setting.loss_chunk
-    num_kept = shapes.num_layers - setting.recomputed
-    num_inputs = min(IN_FLIGHT, setting.recomputed) if setting.offload_activations else setting.recomputed
-    inputs = {"layer inputs": layer_inputs_bytes(layer, done, num_inputs)} if setting.recomputed else {}
-    kept = {"activations": kept_bytes(layer, done, num_kept, is_whole=not inputs)} if num_kept else {}
-    is_nf4 = recipe.base.quantization == "nf4"
-    dequantised = dequantised_bytes(shapes.largest_linear, recipe.base.double_quant, done.item) if is_nf4 else 0
-    # PEFT's DoRA holds the weight, the update, the update scaled and their sum at once.
-    norms = {"row norms of weights": 4 * shapes.normed * done.item} if shapes.normed else {}
-    gradients = norms | backward_bytes(layer, done, dequantised)
-    moments: dict[Moment, dict[str, int]] = {
+def _phases(shapes: Shapes, recipe: Recipe, layout: Layout, done: Pass) -> dict[Phase, dict[str, int]]:
+    """Return what is alive in each phase besides weights, adapters, gradients and moments."""
+    layer, chunk = shapes.layer, layout.loss_chunk
+    num_kept = shapes.num_layers - layout.recomputed
+    num_inputs, inputs, kept, gradients, dequantised = layout.recomputed, {}, {}, {}, 0
+    if layout.offload_activations:
+        num_inputs = min(IN_FLIGHT, num_inputs)
+    if num_inputs:
+        inputs = {"layer inputs": layer_inputs_bytes(layer, done, num_inputs)}
+    if num_kept:
+        kept = {"activations": kept_bytes(layer, done, num_kept, is_whole=not inputs)}
+    if recipe.base.quantization == "nf4":
+        dequantised = dequantised_bytes(shapes.largest_linear, recipe.base.double_quant, done.item)
+    if shapes.normed:
+        # PEFT's DoRA holds the weight, the update, the update scaled and their sum at once.
+        gradients = {"row norms of weights": 4 * shapes.normed * done.item}
+    gradients |= backward_bytes(layer, done, dequantised)
+    phases: dict[Phase, dict[str, int]] = {
         "loss": inputs | kept | {"logits and loss": loss_bytes(layer, shapes.vocab, done, chunk)},
         "penalty": {"orthogonality penalty": penalty_bytes(shapes.penalised, shapes.penalty_weight)},
         "evaluation": {"evaluation": evaluation_bytes(layer, shapes.vocab, done, chunk, dequantised)},
     }
     if kept:
-        moments["backward"] = inputs | kept | gradients
+        phases["backward"] = inputs | kept | gradients
     if inputs:
-        moments["recomputing"] = inputs | {"one layer recomputed": recomputed_bytes(layer, done)} | gradients
-    return moments
+        phases["recomputing"] = inputs | {"one layer recomputed": recomputed_bytes(layer, done)} | gradients
+    return phases
 
 
-def _leave_for_host(static: dict[str, int], shapes: Shapes, recipe: Recipe, setting: Setting) -> dict[str, int]:
+def _leave_for_host(static: dict[str, int], shapes: Shapes, recipe: Recipe, layout: Layout) -> dict[str, int]:
     """Take from the device's items what lives on the host, add what stands in for it, and return the host's."""
     host = {}
-    if setting.offload_embeddings:
+    if layout.offload_embeddings:
         host["embeddings (host)"] = static.pop("embeddings")
-    if setting.stream:
+    if layout.stream:
         is_nf4 = recipe.base.quantization == "nf4"
         weights, state, largest, all_buffers = _streamed_bytes(
-            shapes, is_nf4, recipe.base.double_quant, setting.dtype.itemsize
+            shapes, is_nf4, recipe.base.double_quant, layout.dtype.itemsize
         )
-        static["4-bit weights" if is_nf4 else "linear weights"] -= weights
         if is_nf4:
+            static["4-bit weights"] -= weights
             static["quantisation state"] -= state
+        else:
+            static["linear weights"] -= weights
         static["slots of streamed layers"] = SLOTS * largest
         host["streamed layers (host)"] = all_buffers
     return host
@@ -169,22 +151,13 @@ def _streamed_bytes(shapes: Shapes, is_nf4: bool, double_quant: bool, item: int)
     for linears in shapes.of_layers():
         buffer = 0
         for linear in linears:
+            packed, maxima = item * linear.entries, list[int]()
             if is_nf4:
-                blocks = -(-linear.entries // BLOCK)
-                packed = nf4_bytes(linear.entries, double_quant)[0]
-                maxima = [blocks, 4 * -(-blocks // NESTED_BLOCK)] if double_quant else [4 * blocks]
-            else:
-                packed, maxima = item * linear.entries, []
+                packed, maxima = nf4_bytes(linear.entries, double_quant)[0], block_maxima(linear.entries, double_quant)
             weights, state = weights + packed, state + sum(maxima)
             buffer += aligned(packed) + sum(map(aligned, maxima))
         buffers.append(buffer)
     return weights, state, max(buffers), sum(buffers)
 
 
-__all__ = [
-    "CUDA_CONTEXT",
-    "Ledger",
-    "Setting",
-    "ledger",
-    "weight_bytes",
-]
+__all__ = ["CUDA_CONTEXT", "Ledger", "ledger", "weight_bytes"]

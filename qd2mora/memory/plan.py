@@ -4,22 +4,21 @@ import json
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from transformers import AutoConfig
 
 from qd2mora.base import base_config, compute_dtype, default_device
 from qd2mora.errors import InputRefused
-from qd2mora.memory.choosing import GIB, Search
-from qd2mora.memory.ledger import Setting, ledger
-from qd2mora.memory.reasons import Choice, reasons
+from qd2mora.memory.choosing import Search
+from qd2mora.memory.ledger import ledger
+from qd2mora.memory.reasons import Choice, Limit, reasons
 from qd2mora.memory.shapes import Shapes, read_shapes
+from qd2mora.memory.techniques import Case, Layout
 from qd2mora.memory.ways_out import ways_out
 from qd2mora.mixture import MixtureConfig
 from qd2mora.recipe import Adapter, Recipe
-
-UNITS = {"GiB": GIB, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
+from qd2mora.recipe.memory import SIZE, SIZE_UNITS
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Plan:
     host: dict[str, int]
     """Bytes in host memory that go with a plan for a GPU."""
     choices: dict[str, Choice]
-    setting: Setting
+    layout: Layout
     trainable_parameters: int
     budget_bytes: int | None
     ways_out: tuple[str, ...] = ()
@@ -43,12 +42,12 @@ class Plan:
     @property
     def micro_batch(self) -> int:
         """Rows in one forward pass."""
-        return self.setting.micro_batch
+        return self.layout.micro_batch
 
     @property
     def checkpointing(self) -> bool:
         """Whether any layer is recomputed."""
-        return self.setting.recomputed > 0
+        return self.layout.recomputed > 0
 
     @property
     def peak_bytes(self) -> int:
@@ -58,14 +57,16 @@ class Plan:
     @property
     def shortfall_bytes(self) -> int:
         """How far the peak is above the budget; 0 where it fits."""
-        return 0 if self.budget_bytes is None else max(0, self.peak_bytes - self.budget_bytes)
+        if self.budget_bytes is None:
+            return 0
+        return max(0, self.peak_bytes - self.budget_bytes)
 
     @property
     def fits(self) -> bool:
         """Whether the peak is within the budget, or there is none."""
         return self.shortfall_bytes == 0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return what `plan --json` prints."""
         return {
             "peak_bytes": self.peak_bytes,
@@ -89,42 +90,48 @@ def plan(recipe: Recipe, budget: str | int | None = None, device: torch.device |
 
     Raises InputRefused.
     """
-    limit, source = _limit(recipe, budget, device)
+    limit = _limit(recipe, budget, device)
     search = _search(recipe, device)
-    chosen, is_within = search.choose(limit)
-    written = ledger(search.shapes, recipe, chosen)
+    chosen, is_within = search.choose(limit.size)
+    written = ledger(search.case.shapes, recipe, chosen)
     ways: tuple[str, ...] = ()
-    if limit is not None and not is_within:
-        ways = ways_out(search, limit, written.peak_bytes, lambda changed: _search(changed, device))
+    if limit.size is not None and not is_within:
+        ways = ways_out(search, limit.size, written.peak_bytes, lambda changed: _search(changed, device))
     return Plan(
         items=written.items,
         elsewhere=written.elsewhere,
         host=written.host,
-        choices=reasons(search, chosen, limit, source, is_within),
-        setting=chosen,
-        trainable_parameters=sum(search.shapes.trainable),
-        budget_bytes=limit,
+        choices=reasons(search, chosen, limit, is_within),
+        layout=chosen,
+        trainable_parameters=sum(search.case.shapes.trainable),
+        budget_bytes=limit.size,
         ways_out=ways,
     )
 
 
 def parse_size(text: str) -> int:
     """Return the bytes of "8GiB", "500 MB" and the like. Raises InputRefused."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GiB|MiB|GB|MB)", text.strip(), re.ASCII)
+    size = text.strip()
+    match = re.fullmatch(SIZE, size, re.ASCII)
     if not match:
-        raise InputRefused(f"budget: '{text}' will not do: a number and a unit ({', '.join(UNITS)}), for example 8GiB")
-    return int(float(match[1]) * UNITS[match[2]])
+        raise InputRefused(
+            f"budget: '{text}' will not do: a number and a unit ({', '.join(SIZE_UNITS)}), for example 8GiB"
+        )
+    unit = match[2]
+    return int(float(size.removesuffix(unit)) * SIZE_UNITS[unit])
 
 
-def _limit(recipe: Recipe, budget: str | int | None, device: torch.device | None) -> tuple[int | None, str]:
+def _limit(recipe: Recipe, budget: str | int | None, device: torch.device | None) -> Limit:
+    if isinstance(budget, str):
+        return Limit(parse_size(budget), "the budget given")
     if budget is not None:
-        return (parse_size(budget) if isinstance(budget, str) else budget), "the budget given"
+        return Limit(budget, "the budget given")
     if recipe.memory.budget is not None:
-        return parse_size(recipe.memory.budget), "memory.budget"
+        return Limit(parse_size(recipe.memory.budget), "memory.budget")
     device = device or default_device()
     if device.type == "cuda" and torch.cuda.is_available():
-        return torch.cuda.mem_get_info(device)[0], "what is free on the device"
-    return None, "no budget named"
+        return Limit(torch.cuda.mem_get_info(device)[0], "what is free on the device")
+    return Limit(None, "no budget named")
 
 
 def _shapes(recipe: Recipe) -> Shapes:
@@ -148,7 +155,7 @@ def _dtype(recipe: Recipe, device: torch.device | None) -> torch.dtype:
 
 
 def _search(recipe: Recipe, device: torch.device | None) -> Search:
-    return Search(_shapes(recipe), recipe, _dtype(recipe, device), device is None or device.type == "cuda")
+    return Search(Case(_shapes(recipe), recipe, _dtype(recipe, device), device is None or device.type == "cuda"))
 
 
 __all__ = ["Plan", "parse_size", "plan"]

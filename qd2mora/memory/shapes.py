@@ -80,7 +80,9 @@ def read_shapes(config: PretrainedConfig, adapter: MixtureConfig) -> Shapes:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings().weight
-        head_entries = 0 if head.weight is embedding else head.weight.numel()
+        head_entries = head.weight.numel()
+        if head.weight is embedding:
+            head_entries = 0
         linears = tuple(
             Linear(name, module.in_features, module.out_features)
             for name, module in model.named_modules()

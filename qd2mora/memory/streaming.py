@@ -38,10 +38,13 @@ class LayerStream:
         sizes = [sum(aligned(tensor.nbytes) for _, _, tensor in frozen_tensors(layer)) for layer in layers]
         self.slots = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in range(num_slots)]
         self._held: list[int | None] = [None] * num_slots
-        self._stream = torch.cuda.Stream(device) if self._on_gpu else None
-        self._ready = [torch.cuda.Event() for _ in range(num_slots)] if self._on_gpu else []
+        self._stream: torch.cuda.Stream | None = None
+        self._ready: list[torch.cuda.Event] = []
+        if self._on_gpu:
+            self._stream = torch.cuda.Stream(device)
+            self._ready = [torch.cuda.Event() for _ in range(num_slots)]
         self._going_back: int | None = None
-        self.hosts = [self._taken(index, layer, sizes[index]) for index, layer in enumerate(layers)]
+        self.hosts = [self._moved_out(index, layer, sizes[index]) for index, layer in enumerate(layers)]
         for index, layer in enumerate(layers):
             self._watch(index, layer)
 
@@ -58,7 +61,9 @@ class LayerStream:
     def bring(self, index: int, backward: bool) -> None:
         """Have a layer's weights in its slot before what the device is given next, and start on the layer after it."""
         self._start(index)
-        following = index - 1 if backward and index else index + 1
+        following = index + 1
+        if backward and index:
+            following = index - 1
         if following < len(self.hosts):
             self._start(following)
         if self._on_gpu:
@@ -82,7 +87,7 @@ class LayerStream:
         self.copied.append(index)
         del self.copied[:-1024]  # enough to look at, and no more than that in a long run
 
-    def _taken(self, index: int, layer: nn.Module, size: int) -> Tensor:
+    def _moved_out(self, index: int, layer: nn.Module, size: int) -> Tensor:
         """Return a layer's host buffer; its tensors become views of its slot."""
         host = host_buffer((size,), torch.uint8, self._on_gpu)
         slot, start = self.slots[index % len(self.slots)], 0
@@ -99,14 +104,14 @@ class LayerStream:
         return host
 
     def _watch(self, index: int, layer: nn.Module) -> None:
-        def before(module: nn.Module, inputs: Any) -> None:
+        def before(module: nn.Module, inputs: object) -> None:
             # transformers 5.23 recomputes below the hooks of a layer, 5.17 above: then this is the backward pass.
             recomputes = self._going_back == index
             if not recomputes:
                 self._going_back = None
             self.bring(index, backward=recomputes)
 
-        def after(module: nn.Module, inputs: Any, output: Any) -> Any:
+        def after(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> object:
             if isinstance(output, tuple):
                 return (_Arrival.apply(output[0], self, index), *output[1:])
             return _Arrival.apply(output, self, index)
@@ -138,7 +143,7 @@ class _Arrival(torch.autograd.Function):
         return gradient, None, None
 
 
-def frozen_tensors(layer: nn.Module) -> Iterator[tuple[Any, str, Tensor]]:
+def frozen_tensors(layer: nn.Module) -> Iterator[tuple[object, str, Tensor]]:
     """Yield (owner, attribute, tensor) of what a layer streams: weights, biases and block maxima of frozen linears.
 
     Tables of a quantisation state, about 1 KiB each, stay where they are.
@@ -161,7 +166,9 @@ def move_unstreamed(model: nn.Module, device: torch.device, but: nn.Module | Non
 
     `but` stays where it is.
     """
-    staying = set() if but is None else {id(tensor) for tensor in but.parameters()}
+    staying = set[int]()
+    if but is not None:
+        staying = {id(tensor) for tensor in but.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in staying and parameter.device != device:
             parameter.data = parameter.data.to(device)

@@ -2,33 +2,39 @@
 
 import json
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
-from qd2mora.memory.choosing import GIB, SMALL_CHUNK, Search
+from qd2mora.memory.choosing import GIB, Search
+from qd2mora.memory.techniques import Case, exact_changes
 from qd2mora.mixture import MixtureConfig
 from qd2mora.recipe import Recipe
+from qd2mora.recipe.section import Section
 
 LEAST_SAVING = 1 << 20
 
-Changes = dict[str, Any]
+Changes = dict[str, object]
 """Dotted key to value, as overrides of a recipe."""
 
 
 def ways_out(search: Search, limit: int, smallest: int, search_of: Callable[[Recipe], Search]) -> tuple[str, ...]:
     """Name up to three changes with what each saves of the `smallest` peak and whether it is enough."""
-    recipe = search.recipe
+    recipe = search.case.recipe
 
     def peak(changed: Recipe) -> int:
-        there = Search(search.shapes, changed, search.dtype, search.on_gpu)
-        now = there if changed.adapter == recipe.adapter else search_of(changed)
+        if changed.adapter == recipe.adapter:
+            now = Search(replace(search.case, recipe=changed))
+        else:
+            now = search_of(changed)
         return now.peak(now.choose(limit)[0])
 
     ways, together = [], recipe
-    for changes in [*_exact_changes(search), _shorter(recipe, peak, limit), *_smaller_adapters(search)]:
+    for changes in [*exact_changes(search.case), _shorter(recipe, peak, limit), *_smaller_adapters(search.case)]:
         now = peak(_changed(recipe, changes))
         saved = smallest - now
         if saved >= LEAST_SAVING:
-            enough = "enough" if now <= limit else "not enough alone"
+            enough = "not enough alone"
+            if now <= limit:
+                enough = "enough"
             ways.append((now > limit, f"{_as_overrides(changes)} saves {saved / GIB:.2f} GiB, {enough}"))
             together = _changed(together, changes)
     least = peak(together)
@@ -39,25 +45,6 @@ def ways_out(search: Search, limit: int, smallest: int, search_of: Callable[[Rec
     return tuple(words for _, words in ways[:3])
 
 
-def _exact_changes(search: Search) -> list[Changes]:
-    """Return what leaves the learning as it is, or nearly: by what it costs in speed, then in precision."""
-    offload: list[Changes] = []
-    if search.on_gpu and search.shapes.head_entries:
-        offload.append({"memory.offload.embeddings": "cpu"})
-    if search.on_gpu and search.recipe.memory.checkpointing != "off":
-        offload.append({"memory.offload.activations": "cpu"})
-    return [
-        {"memory.loss_chunk": SMALL_CHUNK},
-        *offload,
-        {"train.micro_batch": 1},
-        {"memory.checkpointing": "on"},
-        {"train.optimizer": "adamw_8bit"},
-        *([{"memory.offload.weights": "auto"}] if search.on_gpu else []),
-        {"base.double_quant": True},
-        {"base.quantization": "nf4"},
-    ]
-
-
 def _shorter(recipe: Recipe, peak: Callable[[Recipe], int], limit: int) -> Changes:
     """Return the longest rows that fit, in eighths of what is asked; half where none does."""
     lengths = [max(8, recipe.data.max_length * eighths // 64 * 8) for eighths in range(7, 0, -1)]
@@ -65,25 +52,31 @@ def _shorter(recipe: Recipe, peak: Callable[[Recipe], int], limit: int) -> Chang
     return next((changes for changes in tried if peak(_changed(recipe, changes)) <= limit), tried[3])
 
 
-def _smaller_adapters(search: Search) -> list[Changes]:
-    recipe = search.recipe
-    config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
+def _smaller_adapters(case: Case) -> list[Changes]:
+    config = MixtureConfig.from_recipe(case.recipe.adapter, len(case.recipe.data.tasks))
     changes: list[Changes] = [{"adapter.rank": max(1, (config.rank or 1) // 2)}]
-    kinds = {linear.name.rpartition(".")[2] for linear in search.shapes.linears}
-    asked = kinds if config.target_modules == "all-linear" else set(config.target_modules or ())
+    kinds = {linear.name.rpartition(".")[2] for linear in case.shapes.linears}
+    asked = set(config.target_modules or ())
+    if config.target_modules == "all-linear":
+        asked = kinds
     few = {"q_proj", "v_proj"}
-    return [*changes, {"adapter.targets": sorted(few)}] if few < asked and few <= kinds else changes
+    if few < asked and few <= kinds:
+        changes.append({"adapter.targets": sorted(few)})
+    return changes
 
 
 def _changed(recipe: Recipe, changes: Changes) -> Recipe:
     for key, value in changes.items():
-        recipe = _with(recipe, key.split("."), value)
+        section, name = key.split(".", 1)
+        recipe = recipe.model_copy(update={section: _with(getattr(recipe, section), name.split("."), value)})
     return recipe
 
 
-def _with(section: Any, path: list[str], value: Any) -> Any:
-    new = value if len(path) == 1 else _with(getattr(section, path[0]), path[1:], value)
-    return section.model_copy(update={path[0]: new})
+def _with(section: Section, path: list[str], value: object) -> Section:
+    name, *rest = path
+    if rest:
+        value = _with(getattr(section, name), rest, value)
+    return section.model_copy(update={name: value})
 
 
 def _as_overrides(changes: Changes) -> str:

@@ -6,6 +6,10 @@ from pydantic import Field, model_validator
 
 from qd2mora.recipe.section import Count, Section
 
+SIZE_UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
+SIZE = rf"^\d+(\.\d+)? ?({'|'.join(SIZE_UNITS)})$"
+"""How an amount of memory is written."""
+
 
 class Offload(Section):
     """What may leave the device for host memory; `auto`: only where the plan fits the budget no faster."""
@@ -24,7 +28,7 @@ class Offload(Section):
 class Memory(Section):
     """What may be traded for memory."""
 
-    budget: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(GiB|MiB|GB|MB)$")] | None = None
+    budget: Annotated[str, Field(pattern=SIZE)] | None = None
     """The plan must fit this, for example 8GiB."""
     checkpointing: Literal["auto", "on", "off"] | Count = "auto"
     """Recompute decoder layers in the backward pass: all, none, or the first N; auto: as few as the budget needs."""
@@ -49,4 +53,4 @@ class Memory(Section):
         return self
 
 
-__all__ = ["Memory", "Offload"]
+__all__ = ["SIZE", "SIZE_UNITS", "Memory", "Offload"]

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from qd2mora.recipe.optimizers import OptimizerName
 from qd2mora.recipe.section import Count, Section
 
 # Keys of `train` that leave the trained weights as they are.
@@ -11,6 +12,8 @@ HARMLESS = (
     *("save_every", "eval_every", "keep_checkpoints", "keep_best"),
     *("log_every", "trackers", "micro_batch", "time_limit"),
 )
+
+_TIME_UNITS = {"s": 1, "min": 60, "h": 3600}
 
 
 class Train(Section):
@@ -25,7 +28,7 @@ class Train(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    optimizer: Literal["auto", OptimizerName] = "adamw"
     """`auto`: adamw where the budget allows it, else adamw_8bit; decided before step 1 and then part of the run."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
@@ -35,7 +38,7 @@ class Train(Section):
     eval_every: Count = 100
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """At least two, so that there is a way back where the newest is damaged."""
-    time_limit: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(s|min|h)$")] | None = None
+    time_limit: Annotated[str, Field(pattern=rf"^\d+(\.\d+)? ?({'|'.join(_TIME_UNITS)})$")] | None = None
     """Save and stop (exit 75) before so much time is over, for example 11.5h."""
     early_stopping: Count | None = None
     """Stop after so many evaluations in a row without a better one overall; null: never."""
@@ -66,4 +69,12 @@ class Finish(Section):
     """Answer the held-out rows with the base, the adapter and the export, and print the accuracy per task."""
 
 
-__all__ = ["HARMLESS", "Finish", "Train"]
+def seconds_of(limit: str | None) -> float:
+    """Return the seconds of a time limit; infinite where there is none."""
+    if limit is None:
+        return float("inf")
+    unit = limit.lstrip("0123456789. ")
+    return float(limit.removesuffix(unit)) * _TIME_UNITS[unit]
+
+
+__all__ = ["HARMLESS", "Finish", "Train", "seconds_of"]

@@ -12,13 +12,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from qd2mora.disk.durable import remove_folder, staged_folder, write_json
 from qd2mora.disk.sealed import MANIFEST, open_manifest, read_listed
 from qd2mora.errors import DamagedFile
 from qd2mora.evaluation import Score
-from qd2mora.training.state import Progress
+from qd2mora.training.progress import Best, Progress
 
 OVERALL = "*"  # no task can be called so
 _PREFIX = "step-"
@@ -43,9 +42,11 @@ class BestKeeper:
         values = judged(losses, scores)
         better = {name: value for name, value in values.items() if _is_better(value, progress.best.get(name))}
         if OVERALL in values:
-            progress.stale = 0 if OVERALL in better else progress.stale + 1
+            progress.stale += 1
+        if OVERALL in better:
+            progress.stale = 0
         for name, (value, by) in better.items():
-            progress.best[name] = [progress.step, value, by]
+            progress.best[name] = (progress.step, value, by)
         if better and self.is_main and self.keep != "none":
             if progress.step in self._named(progress):
                 self.folder.mkdir(exist_ok=True)
@@ -68,7 +69,7 @@ class BestKeeper:
         """
         if OVERALL not in progress.best:
             return None
-        step = int(progress.best[OVERALL][0])
+        step = progress.best[OVERALL][0]
         source = self._place(step)
         if not source.is_dir():
             raise DamagedFile(f"{source}, the best adapter, is gone; set train.final=last")
@@ -81,25 +82,22 @@ class BestKeeper:
 
     def _named(self, progress: Progress) -> set[int]:
         names = {"none": (), "overall": (OVERALL,)}.get(self.keep, tuple(progress.best))
-        return {int(progress.best[name][0]) for name in names if name in progress.best}
+        return {progress.best[name][0] for name in names if name in progress.best}
 
     def _place(self, step: int) -> Path:
         return self.folder / f"{_PREFIX}{step}"
 
     def _write(self, progress: Progress) -> None:
         entries = {name: {"step": step, "value": value, "by": by} for name, (step, value, by) in progress.best.items()}
-        content: dict[str, Any] = {"overall": entries.pop(OVERALL, None), "tasks": entries}
-        write_json(self.folder / "best.json", content)
+        write_json(self.folder / "best.json", {"overall": entries.pop(OVERALL, None), "tasks": entries})
 
 
 def judged(losses: Mapping[str, float], scores: Mapping[str, Score]) -> dict[str, tuple[float, str]]:
     """Return of each task, and of the whole, the value that is judged and what it is."""
     if not losses:
         return {}
-    values = {
-        name: (scores[name].mean, scores[name].metric) if name in scores else (loss, "loss")
-        for name, loss in losses.items()
-    }
+    values: dict[str, tuple[float, str]] = {name: (loss, "loss") for name, loss in losses.items()}
+    values |= {name: (score.mean, score.metric) for name, score in scores.items() if name in losses}
     if losses.keys() <= scores.keys():
         whole = (sum(score.mean for score in scores.values()) / len(scores), "mean score")
     else:
@@ -107,13 +105,15 @@ def judged(losses: Mapping[str, float], scores: Mapping[str, Score]) -> dict[str
     return {OVERALL: whole, **values}
 
 
-def _is_better(value: tuple[float, str], before: list[Any] | None) -> bool:
+def _is_better(value: tuple[float, str], before: Best | None) -> bool:
     number, by = value
     if not math.isfinite(number):
         return False
     if before is None:
         return True
-    return number < before[1] if by == "loss" else number > before[1]
+    if by == "loss":
+        return number < before[1]
+    return number > before[1]
 
 
 __all__ = ["OVERALL", "BestKeeper", "judged"]

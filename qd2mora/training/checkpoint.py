@@ -3,23 +3,31 @@
 `checkpoints/step-N/` holds `adapter.safetensors` (trainable tensors by parameter name), `optimizer.safetensors`
 (moments as `parameter::moment`) and `manifest.json`, written last: the declared inventory (dtype and shape of every
 tensor), the scalars, the progress, and the hash of each file and of itself.
+
+They are saved beside training: a copy of the small trainable state is taken, and written while the next steps run. One
+save is in flight at a time, with the guarantees of one that is waited for: until its last rename the older checkpoints
+are the newest. Where memory has no room for the copy, training waits.
 """
 
 import os
-from dataclasses import asdict
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Self
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
+from qd2mora.base.host_memory import available_bytes
 from qd2mora.disk.durable import remove_folder, staged_folder, write_file
 from qd2mora.disk.sealed import open_manifest, read_listed, seal_folder, verify_folder
 from qd2mora.disk.tensor_file import Inventory, encoded, inventory_of
-from qd2mora.errors import DamagedFile, NotFinite
-from qd2mora.training.state import Progress, State, owner_of
+from qd2mora.errors import DamagedFile, NotFinite, StopError
+from qd2mora.training.disk_space import as_trouble
+from qd2mora.training.progress import Progress, State, StateSource, best_of_json, owner_of
 
 ADAPTER, OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
 
@@ -81,6 +89,7 @@ def read(folder: Path, adapter: Inventory, moments: Inventory) -> State:
     try:
         tensors = {name: load_tensors(read_listed(folder, manifest, name)) for name in (ADAPTER, OPTIMIZER)}
         progress, scalars = Progress(**manifest["progress"]), dict(manifest["scalars"])
+        progress.best = best_of_json(progress.best)
         declared = {name: _as_inventory(manifest["inventory"][name]) for name in (ADAPTER, OPTIMIZER)}
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DamagedFile(f"{folder} is damaged: {error}") from error
@@ -97,7 +106,7 @@ def read(folder: Path, adapter: Inventory, moments: Inventory) -> State:
     return state
 
 
-def _as_inventory(content: dict[str, Any]) -> Inventory:
+def _as_inventory(content: dict[str, tuple[str, list[int]]]) -> Inventory:
     return {name: (str(dtype), list(shape)) for name, (dtype, shape) in content.items()}
 
 
@@ -118,4 +127,62 @@ def _refuse_not_finite(state: State) -> None:
             raise NotFinite(f"step {state.progress.step} is not saved: {name} is not finite; continue with --resume")
 
 
-__all__ = ["newest", "read", "save", "set_aside_after", "steps_on_disk"]
+@dataclass
+class Saver:
+    """Publishes checkpoints from the main process; the others only take part in collecting the state."""
+
+    folder: Path
+    keep: int
+    source: StateSource
+    is_main: bool = True
+    _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "save"))
+    _job: "Future[None] | None" = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the save in flight; what it has to say yields to an error that is on its way."""
+        try:
+            self.finish()
+        except StopError:
+            if error is None:
+                raise
+        finally:
+            self._writer.shutdown()
+
+    def save(self, progress: Progress) -> None:
+        """Begin to save, after the one in flight has ended. Raises what that one raised."""
+        self.finish()
+        adapter, moments, scalars = self.source.collect(copied=True)
+        if self.is_main:
+            state = State(adapter, moments, scalars, replace(progress, best=dict(progress.best)))
+            self._job = self._writer.submit(self._write, state)
+            if not _has_room_for(state):
+                wait([self._job])
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last save has ended badly: `finish` raises NotFinite, DiskTrouble, DamagedFile."""
+        return self._job is not None and self._job.done() and self._job.exception() is not None
+
+    def finish(self) -> None:
+        """Wait for the save in flight. Raises what it raised."""
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()
+
+    def _write(self, state: State) -> None:
+        with as_trouble(f"checkpoint of step {state.progress.step}", self.folder):
+            save(self.folder, state, self.keep)
+
+
+def _has_room_for(state: State) -> bool:
+    """Tell whether the copy leaves as much memory again to the rest of the machine."""
+    size = sum(tensor.nbytes for tensor in (*state.adapter.values(), *state.moments.values()))
+    return (available_bytes() or 0) > size
+
+
+__all__ = ["Saver", "newest", "read", "save", "set_aside_after", "steps_on_disk"]

@@ -1,70 +1,180 @@
-"""The losses of held-out rows while a run goes on; routers are watched on the way.
+"""Held-out rows while a run goes on: their losses, their scores, and what routers do on the way.
 
 Nothing is changed by an evaluation, so one that ran out of memory is done again on smaller micro batches, as a step is.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 
-from qd2mora.data import Row
-from qd2mora.memory.faults import tried
+from qd2mora.data import MicroBatch, Row, TaskRows
+from qd2mora.evaluation import AskedTask, Record, Score, Subject
+from qd2mora.evaluation.score import refuse_not_finite
+from qd2mora.evaluation.scoring import ROWS_AT_ONCE, batches_of, score_batch
+from qd2mora.inspection import RoutingReport, RoutingWatch, collapse_line, routing_report, summary
+from qd2mora.inspection.finished_run import TRAINING_ROWS, rows_seen, rows_to_watch
+from qd2mora.inspection.routing_summary import measured
 from qd2mora.memory.loss import labelled_states
-
-if TYPE_CHECKING:  # the loop evaluates
-    from qd2mora.training.loop import Training
-
-
-def held_out_losses(training: "Training") -> dict[str, float]:
-    """Return the loss per labelled token of each task that holds rows out, in nats. Raises WillNotFit."""
-    training.model.eval()
-    while True:
-        sums, is_short = tried(lambda: _sums(training))
-        if sums is None:
-            training.abandon()
-        (short,) = training.processes.sum_numbers([float(is_short)])
-        if sums is not None and not short:
-            break
-        training.halve_micro_batch(f"the evaluation after step {training.progress.step}")
-    training.model.train()
-    names = [task.task.name for task in training.tasks if task.validation]
-    summed = training.processes.sum_numbers(sums)
-    return {name: total / labels for name, total, labels in zip(names, summed[::2], summed[1::2], strict=True)}
+from qd2mora.training.clock import Watchdog
+from qd2mora.training.micro_batches import MicroBatches
+from qd2mora.training.processes import Processes
 
 
-def _sums(training: "Training") -> list[float]:
-    """Return this process's summed loss and number of labels of each task that holds rows out, one after the other."""
-    sums = []
-    with training.live.watching():
-        for task in training.tasks:
-            if task.validation:
-                sums += _loss_of(training, task.validation)
-            elif training.progress.step > 0:  # a step has shown that micro batches of this size fit
-                _run_through(training, training.live.stand_ins(task))
-    return sums
+@dataclass(frozen=True)
+class Evaluation:
+    """What held-out rows say of a step: losses and scores by task, what routers did, and what is wrong with that."""
+
+    losses: dict[str, float]
+    scores: dict[str, Score]
+    routing: Mapping[str, float | None] | None
+    alarm: str | None
 
 
-def _loss_of(training: "Training", rows: Sequence[Row]) -> list[float]:
-    """Return the summed loss of this process's rows, and the number of their labels."""
-    sums = torch.zeros(2, dtype=torch.float64)
-    for part in training.micro_batches(rows, 0):
-        training.tell_routers(part)
-        with torch.no_grad():
-            loss = training.row_losses(part).sum().double().cpu()
-        sums += torch.stack([loss, torch.tensor(float(part.num_labels))]) * part.weight
-        training.watchdog.beat()
-    return [float(number) for number in sums]
+class LiveRouting:
+    """Watches the routers of a run whenever it is evaluated; where a method has none, does nothing."""
+
+    def __init__(self, model: PeftModel, tasks: list[TaskRows]) -> None:
+        self.model, self.tasks = model, tasks
+        self.watch = RoutingWatch(model, len(tasks))
+        self.step: int | None = None
+        self._num_told = 0.0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Count anew, while the block lasts."""
+        self.watch.start()
+        with self.watch.watching():
+            yield
+
+    def stand_ins(self, task: TaskRows) -> list[Row]:
+        """Return training rows to watch of a task that holds none out; none where nothing is watched."""
+        if task.validation or not self.watch.routers:
+            return []
+        return rows_to_watch(task, TRAINING_ROWS)
+
+    def take(self, step: int, processes: Processes) -> tuple[Mapping[str, float | None] | None, str | None]:
+        """Return the numbers of what all processes counted, and one line where routers have collapsed."""
+        self.watch.reduce(processes.sum_tensor, processes.device)
+        found = measured(self.watch)
+        if not found:
+            return None, None
+        self.step = step
+        return summary(found, self.model), collapse_line(found)
+
+    def is_news(self, numbers: Mapping[str, float | None]) -> bool:
+        """Tell whether a collapse has not been told yet, or has doubled since."""
+        collapsed = numbers["collapsed"] or 0
+        if collapsed < max(1, 2 * self._num_told):
+            return False
+        self._num_told = collapsed
+        return True
+
+    def report(self) -> RoutingReport:
+        """Return the report of the last evaluation."""
+        names = [task.task.name for task in self.tasks]
+        chosen = [task.validation or self.stand_ins(task) for task in self.tasks]
+        return routing_report(self.watch, self.model, names, rows_seen(self.tasks, chosen), self.step)
 
 
-def _run_through(training: "Training", rows: list[Row]) -> None:
-    """Let rows pass the routers, without a loss."""
-    for part in training.micro_batches(rows, 0):
-        training.tell_routers(part)
-        batch = {name: tensor.to(training.processes.device) for name, tensor in part.collated(training.pad).items()}
-        with torch.no_grad():
-            labelled_states(training.model, batch)
-        training.watchdog.beat()
+@dataclass(frozen=True)
+class HeldOut:
+    """The rows that a run does not learn from; every process takes its part of them."""
+
+    batches: MicroBatches
+    tasks: list[TaskRows]
+    live: LiveRouting
+    score: Callable[[], dict[str, Score]]
+    """Scores the tasks that name a metric."""
+    watchdog: Watchdog
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate the model as it is. Raises WillNotFit."""
+        losses, scores = self.losses(), self._scores()
+        routing, alarm = self.live.take(self.batches.progress.step, self.batches.processes)
+        return Evaluation(losses, scores, routing, alarm)
+
+    def losses(self) -> dict[str, float]:
+        """Return the loss per labelled token of each task that holds rows out, in nats. Raises WillNotFit."""
+        batches = self.batches
+        batches.model.eval()
+        sums = batches.until_it_fits(self._sums, f"the evaluation after step {batches.progress.step}")
+        batches.model.train()
+        names = [task.task.name for task in self.tasks if task.validation]
+        summed = batches.processes.sum_numbers(sums)
+        return {name: total / labels for name, total, labels in zip(names, summed[::2], summed[1::2], strict=True)}
+
+    def _scores(self) -> dict[str, Score]:
+        self.batches.forget_rows()
+        self.batches.model.eval()
+        with self.watchdog.paused():
+            scores = self.score()
+        self.batches.model.train()
+        return scores
+
+    def _sums(self) -> list[float]:
+        """Return this process's summed loss and number of labels of each task that holds rows out, one by one."""
+        sums = []
+        with self.live.watching():
+            for task in self.tasks:
+                if task.validation:
+                    sums += self._loss_of(task.validation)
+                elif self.batches.progress.step > 0:  # a step has shown that micro batches of this size fit
+                    self._run_through(self.live.stand_ins(task))
+        return sums
+
+    def _loss_of(self, rows: Sequence[Row]) -> list[float]:
+        """Return the summed loss of this process's rows, and the number of their labels."""
+        # Thousands of rows add up: float32 would lose digits that comparing evaluations needs.
+        sums = torch.zeros(2, dtype=torch.float64)
+
+        def add(part: MicroBatch) -> None:
+            loss = self.batches.row_losses(part).sum().double().cpu()
+            sums.add_(torch.stack([loss, torch.tensor(float(part.num_labels))]) * part.weight)
+
+        self._each(rows, add)
+        return [float(number) for number in sums]
+
+    def _run_through(self, rows: Sequence[Row]) -> None:
+        """Let rows pass the routers, without a loss."""
+
+        def run(part: MicroBatch) -> None:
+            batch = self.batches.collated(part)
+            labelled_states(self.batches.model, batch)
+
+        self._each(rows, run)
+
+    def _each(self, rows: Sequence[Row], act: Callable[[MicroBatch], None]) -> None:
+        """Do something with each micro batch, without gradient; each is a sign of life."""
+        for part in self.batches.of(rows, 0):
+            self.batches.tell_routers(part)
+            with torch.no_grad():
+                act(part)
+            self.watchdog.beat()
 
 
-__all__ = ["held_out_losses"]
+def score_together(subject: Subject, asked: list[AskedTask], processes: Processes) -> dict[str, Score]:
+    """Score tasks; what was written stays with the process that asked. Raises NotFinite, on every process.
+
+    Batches are those of one process, so that the numbers are the same for any number of processes.
+    """
+    return {task.name: _score(subject, task, processes) for task in asked}
+
+
+def _score(subject: Subject, task: AskedTask, processes: Processes) -> Score:
+    # A place for every row: each process fills in its own, and the sum is all of them, in the rows' order.
+    numbers = [0.0] * (3 * len(task.rows))
+    for batch in list(batches_of(task, (), ROWS_AT_ONCE))[processes.index :: processes.count]:
+        for record in score_batch(subject, task, batch):
+            numbers[3 * record.row : 3 * record.row + 3] = record.value, record.loss, record.labels
+    summed = processes.sum_numbers(numbers)
+    records = [
+        Record(row, summed[3 * row], summed[3 * row + 1], round(summed[3 * row + 2])) for row in range(len(task.rows))
+    ]
+    refuse_not_finite(task.name, records)
+    return Score(task.metric, tuple(records))
+
+
+__all__ = ["Evaluation", "HeldOut", "LiveRouting", "score_together"]

@@ -6,22 +6,67 @@ Places are left out: a base or a data file may move, as long as every byte of it
 import hashlib
 import importlib.metadata
 from collections.abc import Collection
-from typing import Any
+from typing import TypedDict
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from qd2mora.data import TaskRows, content_hash, tokenizer_text
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Recipe
+from qd2mora.training.processes import Processes
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "numpy", "qd2mora")
 
-Identity = dict[str, Any]
+Identity = dict[str, object]
+
+
+class Change(TypedDict):
+    """What a resume was told to accept: fields with what they were and what they became, and from which step on."""
+
+    step: int
+    changed: dict[str, list[object]]
+
+
+class Manifest(TypedDict):
+    """What `manifest.json` of a run folder says."""
+
+    identity: Identity
+    lineage: list[Change]
+    device: str
+    threads: int
+    plan: dict[str, object]
+
+
+class Ancestry:
+    """A run's identity as it becomes known, compared with the other processes' and with that of the run it continues.
+
+    `before` is the manifest of the run that a resume continues, `allowed` the fields that may have changed since.
+    """
+
+    def __init__(self, before: Manifest | None, allowed: Collection[str], processes: Processes) -> None:
+        self.before, self.allowed, self.processes = before, allowed, processes
+        self.identity: Identity = {}
+        self._changed: list[str] = []
+
+    def add(self, fields: Identity) -> None:
+        """Take more of the identity. Raises InputRefused where another process, or the run before, has another."""
+        self.processes.refuse_other(fields)
+        if self.before is not None:
+            self._changed += refuse_changed(self.before["identity"], fields, self.allowed)
+        self.identity |= fields
+
+    def lineage(self, step: int) -> list[Change]:
+        """Return the manifest's history: each change that a resume was told to accept."""
+        if self.before is None:
+            return []
+        fields = {name: [self.before["identity"].get(name), self.identity[name]] for name in self._changed}
+        if not fields:
+            return self.before["lineage"]
+        return [*self.before["lineage"], {"step": step, "changed": fields}]
 
 
 def identity_of_inputs(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tasks: list[TaskRows], processes: int, device: torch.device
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tasks: list[TaskRows], processes: Processes
 ) -> Identity:
     """Return everything but the base's weights: recipe keys, versions, tokenizer, data, processes, device, engine.
 
@@ -30,7 +75,7 @@ def identity_of_inputs(
     versions = {f"versions.{name}": importlib.metadata.version(name) for name in PACKAGES}
     files = {f"data.{task.name}": content_hash(task.path) for task in recipe.data.tasks}
     rows = {f"rows.{task.task.name}": _hash_of_rows(task) for task in tasks}
-    where = {"device": device.type, "processes": processes, "engine": recipe.memory.engine}
+    where = {"device": processes.device.type, "processes": processes.count, "engine": recipe.memory.engine}
     return _recipe_keys(recipe) | versions | where | {"tokenizer": tokenizer_hash(tokenizer)} | files | rows
 
 
@@ -81,8 +126,10 @@ def _hash_of_rows(task: TaskRows) -> str:
     return digest.hexdigest()
 
 
-def _short(value: Any) -> str:
-    return value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)
+def _short(value: object) -> str:
+    if isinstance(value, str) and len(value) == 64:  # a hash
+        return value[:12]
+    return repr(value)
 
 
-__all__ = ["Identity", "identity_of_inputs", "refuse_changed", "tokenizer_hash"]
+__all__ = ["Ancestry", "Identity", "Manifest", "identity_of_inputs", "refuse_changed", "tokenizer_hash"]

@@ -1,17 +1,93 @@
-"""What a run says about itself: `metrics.jsonl`, trackers, the screen. None of it can stop a training."""
+"""What a run says about itself: `metrics.jsonl`, trackers, the screen. None of it can stop a training.
+
+On a terminal a person sees one live line, elsewhere plain lines.
+"""
 
 import contextlib
 import json
 import math
+import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Self
 
 from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from qd2mora.disk.durable import write_atomically
-from qd2mora.training.progress import StepDisplay
+from qd2mora.training.held_out import Evaluation
+
+GIB = 1 << 30
+WIDE = 110
+"""Columns of a terminal from which on the line has room for a bar and the penalty."""
+
+
+class StepDisplay:
+    """Shows step, loss, penalty, learning rate, tokens/s, memory and time left."""
+
+    def __init__(
+        self, total: int, start: int, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.console = console or Console(stderr=False)
+        self.total, self.start, self.clock = total, start, clock
+        self.began = clock()
+        self.every = max(1, total // 20)
+        self.live = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            *([BarColumn()] if self.console.width >= WIDE else []),
+            TextColumn("{task.fields[numbers]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.row = self.live.add_task("train", total=total, completed=start, numbers="")
+
+    def __enter__(self) -> Self:
+        self.began = self.clock()
+        self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.live.stop()
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Show one step's numbers; `step` counts from 1."""
+        has_room = not self.console.is_terminal or self.console.width >= WIDE
+        numbers = [f"loss {metrics['loss']:.4f}"]
+        numbers += [f"penalty {metrics['penalty']:.2e}"] if metrics["penalty"] and has_room else []
+        numbers += [
+            f"lr {metrics['learning_rate']:.1e}".replace("e-0", "e-"),
+            f"{metrics['tokens_per_s']:,.0f} tokens/s",
+            f"{metrics['memory'] / GIB:.2f} GiB",
+            f"{self.left(step)} left" if step < self.total else f"{_clock_time(self.clock() - self.began)} in all",
+        ]
+        self.live.update(self.row, completed=step, numbers="  ".join(numbers))
+        if not self.console.is_terminal and (step % self.every == 0 or step == 1):
+            self.say(f"step {step}/{self.total}  {'  '.join(numbers)}")
+
+    def left(self, step: int) -> str:
+        """Return the time that is left, at the pace since this process began: evaluations and saves count."""
+        done = step - self.start
+        return _clock_time((self.clock() - self.began) / done * (self.total - step)) if done > 0 else "?"
+
+    def evaluation(self, step: int, losses: dict[str, float], scores: Mapping[str, float]) -> None:
+        """Show held-out losses per task, and the scores there are."""
+        for what, numbers in (("loss", losses), ("score", scores)):
+            if numbers:
+                each = "  ".join(f"{task} {number:.4f}" for task, number in numbers.items())
+                mean = f"mean {sum(numbers.values()) / len(numbers):.4f}  " if len(numbers) > 1 else ""
+                self.say(f"step {step}/{self.total}  held-out {what}  {mean}{each}")
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        sys.stdout.flush()
 
 
 @dataclass
@@ -32,36 +108,30 @@ class Journal:
             self._try(lambda: self._append({"step": step, **_finite(metrics)}))
             self._try(lambda: self.accelerator.log(metrics, step=step))
 
-    def evaluation(
-        self,
-        step: int,
-        losses: dict[str, float],
-        scores: Mapping[str, float],
-        routing: Mapping[str, float | None] | None = None,
-        alarm: str | None = None,
-    ) -> None:
+    def evaluation(self, step: int, found: Evaluation) -> None:
         """Write held-out losses, scores of tasks that name a metric, what routers did, and what is wrong with that."""
-        if not (losses or routing) or not self.accelerator.is_main_process:
+        if not (found.losses or found.routing) or not self.accelerator.is_main_process:
             return
-        line: dict[str, Any] = {"step": step}
-        line |= {"eval_loss": _finite(losses)} if losses else {}
-        line |= {"eval_score": _finite(scores)} if scores else {}
-        line |= {"routing": dict(routing)} if routing else {}
-        line |= {"alarm": alarm} if alarm else {}
+        scores = {task: score.mean for task, score in found.scores.items()}
+        routing = dict(found.routing or {})
+        said = {"eval_loss": _finite(found.losses), "eval_score": _finite(scores), "routing": routing}
+        line: dict[str, object] = {"step": step} | {key: numbers for key, numbers in said.items() if numbers}
+        if found.alarm:
+            line["alarm"] = found.alarm
         self._try(lambda: self._append(line))
-        named = {f"eval_loss/{task}": loss for task, loss in losses.items()}
+        named = {f"eval_loss/{task}": loss for task, loss in found.losses.items()}
         named |= {f"eval_score/{task}": score for task, score in scores.items()}
-        named |= {f"routing/{name}": number for name, number in (routing or {}).items() if number is not None}
+        named |= {f"routing/{name}": number for name, number in routing.items() if number is not None}
         self._try(lambda: self.accelerator.log(named, step=step))
-        if losses:
-            self._try(lambda: self.display.evaluation(step, losses, scores))
+        if found.losses:
+            self._try(lambda: self.display.evaluation(step, found.losses, scores))
 
     def say(self, line: str) -> None:
         """Show a line."""
         if self.accelerator.is_main_process:
             self._try(lambda: self.display.say(line))
 
-    def _append(self, line: dict[str, Any]) -> None:
+    def _append(self, line: dict[str, object]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
@@ -87,9 +157,18 @@ def forget_after(path: Path, step: int) -> None:
     write_atomically(path, "".join(line + "\n" for line in kept))
 
 
+def _clock_time(seconds: float) -> str:
+    """Return 1:02:03, or 02:03 below an hour, and days where there are some."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24}d {hours % 24}h"
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute:02}:{second:02}"
+
+
 def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
     """JSON has no NaN; null says as much."""
     return {key: value if math.isfinite(value) else None for key, value in numbers.items()}
 
 
-__all__ = ["Journal", "forget_after"]
+__all__ = ["Journal", "StepDisplay", "forget_after"]

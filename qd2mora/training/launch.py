@@ -20,12 +20,17 @@ def launched(recipe: Recipe, folder: RunFolder) -> Accelerator:
         if importlib.util.find_spec(tracker) is None:
             raise InputRefused(f"train.trackers: {tracker} is not installed; pip install {tracker}")
     is_sharded, on_cpu = recipe.memory.engine == "deepspeed", default_device().type == "cpu"
+    backend, engine = None, None
+    if is_sharded:
+        prepare_host()
+        engine = DeepSpeedPlugin(hf_ds_config=engine_settings(recipe), zero3_init_flag=False)
     # With cpu=True accelerate 1.15 passes over the engine; without, it needs to be told of gloo.
-    backend = "gloo" if is_sharded and on_cpu else None
+    if is_sharded and on_cpu:
+        backend = "gloo"
     accelerator = Accelerator(
         cpu=on_cpu and not is_sharded,
         mixed_precision="no",
-        deepspeed_plugin=_engine(recipe) if is_sharded else None,
+        deepspeed_plugin=engine,
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=PATIENCE)],
         log_with=list(recipe.train.trackers) or None,
         project_dir=str(folder.path),
@@ -44,11 +49,6 @@ def launched(recipe: Recipe, folder: RunFolder) -> Accelerator:
         raise InputRefused(f"train.global_batch: {rows} rows do not divide over {processes} processes")
     set_seed(recipe.train.seed)
     return accelerator
-
-
-def _engine(recipe: Recipe) -> DeepSpeedPlugin:
-    prepare_host()
-    return DeepSpeedPlugin(hf_ds_config=engine_settings(recipe), zero3_init_flag=False)
 
 
 __all__ = ["launched"]

@@ -5,9 +5,8 @@
 
 import os
 import shutil
-from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from qd2mora.disk.durable import sync_folder, write_atomically
 from qd2mora.disk.sealed import seal_text, unseal_text
@@ -15,11 +14,11 @@ from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.recipe import Recipe
 from qd2mora.run_folder import RunFolder, is_run, refuse_taken
 from qd2mora.training import checkpoint
-from qd2mora.training.disk import as_trouble
-from qd2mora.training.identity import Identity
+from qd2mora.training.disk_space import as_trouble
+from qd2mora.training.identity import Manifest
 from qd2mora.training.journal import forget_after
 from qd2mora.training.processes import Processes
-from qd2mora.training.state import Progress, State, StateSource
+from qd2mora.training.progress import Progress, State, StateSource
 
 # What a start that was killed may leave, and the next may take over.
 _UNSTARTED = {"LOCK", "manifest.json", ".manifest.json.partial", ".recipe.yaml.partial", "checkpoints"}
@@ -36,14 +35,15 @@ def check_folder(folder: RunFolder, resume: bool, overwrite: bool) -> None:
     try:
         refuse_taken(folder.path, "output")
     except InputRefused as error:
-        hint = "; continue it with --resume or replace it with --overwrite" if is_run(folder.path) else ""
-        raise InputRefused(f"{error}{hint}") from None
+        if not is_run(folder.path):
+            raise
+        raise InputRefused(f"{error}; continue it with --resume or replace it with --overwrite") from None
 
 
-def read_manifest(folder: RunFolder) -> dict[str, Any]:
+def read_manifest(folder: RunFolder) -> Manifest:
     """Return a run's manifest. Raises DamagedFile."""
     try:
-        return unseal_text(folder.manifest.read_bytes(), str(folder.manifest))
+        return cast(Manifest, unseal_text(folder.manifest.read_bytes(), str(folder.manifest)))
     except OSError as error:
         raise DamagedFile(f"{folder.manifest} cannot be read: {error.strerror}; start anew with --overwrite") from error
 
@@ -54,22 +54,24 @@ def restore(folder: RunFolder, source: StateSource, processes: Processes) -> tup
     The main process reads it and sends it to the others. Raises DamagedFile, on every process.
     """
     wanted = source.expected()
-    found: list[State] = []
+    newest: State | None = None
 
-    def read() -> list[str] | None:
-        state, problems = checkpoint.newest(folder.checkpoints, *wanted)
-        found.extend([state] if state is not None else [])
-        return problems if state is not None else None
+    def find() -> list[str] | None:
+        nonlocal newest
+        newest, problems = checkpoint.newest(folder.checkpoints, *wanted)
+        if newest is None:
+            return None
+        return problems
 
-    problems = processes.from_main(read)
+    problems = processes.from_main(find)
     if problems is None:
         return Progress(), []
-    state = processes.state_from_main(found[0] if found else None)
+    state = processes.state_from_main(newest)
     source.restore(state)
     return state.progress, problems
 
 
-def open_folder(folder: RunFolder, recipe: Recipe, manifest: dict[str, Any], resume: bool, step: int) -> None:
+def open_folder(folder: RunFolder, recipe: Recipe, manifest: Manifest, resume: bool, step: int) -> None:
     """Make the folder, or bring it back to `step`; on the main process, under the lock. Raises DiskTrouble."""
     with as_trouble("the run folder", folder.path):
         if resume:
@@ -78,17 +80,10 @@ def open_folder(folder: RunFolder, recipe: Recipe, manifest: dict[str, Any], res
             _empty(folder)
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         sync_folder(folder.path.parent)
+        # Steps after the checkpoint are done again, and would be in the log twice.
         forget_after(folder.metrics, step)
-        write_atomically(folder.manifest, seal_text(manifest))
+        write_atomically(folder.manifest, seal_text(dict(manifest)))
         write_atomically(folder.recipe, recipe.dump_yaml())
-
-
-def lineage(before: dict[str, Any] | None, now: Identity, changed: Collection[str], step: int) -> list[dict[str, Any]]:
-    """Return the manifest's history: each change that a resume was told to accept, and from which step on."""
-    if before is None:
-        return []
-    fields = {name: [before["identity"].get(name), now[name]] for name in changed}
-    return [*before["lineage"], {"step": step, "changed": fields}] if fields else before["lineage"]
 
 
 def _is_unstarted(folder: RunFolder) -> bool:
@@ -110,4 +105,4 @@ def _empty(folder: RunFolder) -> None:
             Path(path).unlink()
 
 
-__all__ = ["check_folder", "lineage", "open_folder", "read_manifest", "restore"]
+__all__ = ["check_folder", "open_folder", "read_manifest", "restore"]

@@ -10,7 +10,7 @@ import resource
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.distributed import all_reduce, broadcast
 
 from qd2mora.errors import InputRefused, StopError
-from qd2mora.training.state import Progress, State
+from qd2mora.training.progress import Progress, State, best_of_json
 
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for the others, which may be loading or writing, before it takes them for lost."""
+T = TypeVar("T")
+
 BUCKET = 1 << 23
 """Gradient entries that are sent at once, 32 MiB of float32: many small tensors are one message."""
 
@@ -67,11 +69,13 @@ class Processes:
         if self.count == 1:
             return
         tensors = list(parameters.values())
+        # A process whose rows missed an expert has no gradient for it, and all must send the same tensors.
         there = self.sum_numbers([float(tensor.grad is not None) for tensor in tensors])
         gradients = []
         for tensor, number in zip(tensors, there, strict=True):
             if number:
-                tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+                if tensor.grad is None:
+                    tensor.grad = torch.zeros_like(tensor)
                 gradients.append(tensor.grad)
         for bucket in _buckets(gradients):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
@@ -85,26 +89,27 @@ class Processes:
             all_reduce(tensor)
         return tensor
 
-    def from_main(self, act: Callable[[], Any]) -> Any:
+    def from_main(self, act: Callable[[], T]) -> T:
         """Let the main process act, and return what it found, JSON, on every process.
 
         Raises what `act` raised there: a StopError, on every process.
         """
         if self.count == 1:
             return act()
-        answer: dict[str, Any] = {}
+        answer: dict[str, object] = {}
         error: StopError | None = None
         if self.is_main:
             try:
                 answer = {"found": act()}
             except StopError as stop:
                 error, answer = stop, {"error": type(stop).__name__, "message": str(stop)}
-        answer = json.loads(self._bytes_from_main(json.dumps(answer).encode()))
+        told = json.loads(self._bytes_from_main(json.dumps(answer).encode()))
         if error is not None:
             raise error
-        if "error" in answer:
-            raise _named(answer["error"])(answer["message"])
-        return answer["found"]
+        if "error" in told:
+            raise _named(told["error"])(told["message"])
+        found: T = told["found"]
+        return found
 
     def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors with those of the main process: computed on two GPUs they may differ in a last bit."""
@@ -121,21 +126,27 @@ class Processes:
             assert state is not None
             return state
         sent = json.loads(self._bytes_from_main(json.dumps(_described(state)).encode()))
-        adapter, moments = (state.adapter, state.moments) if state is not None else ({}, {})
+        adapter: dict[str, Tensor] = {}
+        moments: dict[str, Tensor] = {}
+        if state is not None:
+            adapter, moments = state.adapter, state.moments
+        progress = Progress(**sent["progress"])
+        progress.best = best_of_json(progress.best)
         return State(
             {name: self._tensor_from_main(adapter.get(name), *kind) for name, kind in sent["adapter"].items()},
             {name: self._tensor_from_main(moments.get(name), *kind) for name, kind in sent["moments"].items()},
             sent["scalars"],
-            Progress(**sent["progress"]),
+            progress,
         )
 
-    def refuse_other(self, identity: dict[str, Any]) -> None:
+    def refuse_other(self, identity: dict[str, object]) -> None:
         """Refuse to train where the processes do not see the same files, versions and recipe. Raises InputRefused."""
         if self.count == 1:
             return
         of_main = json.loads(self._bytes_from_main(json.dumps(identity).encode()))
         mine = json.loads(json.dumps(identity))
         other = [name for name in of_main.keys() | mine.keys() if of_main.get(name) != mine.get(name)]
+        # All ask before any refuses: one that left alone would let the others wait for ever.
         (disagreeing,) = self.sum_numbers([float(bool(other))])
         if other:
             raise InputRefused(f"process {self.index} has another {sorted(other)[0]} than process 0; give all the same")

@@ -14,7 +14,7 @@ from qd2mora.errors import InputRefused
 from qd2mora.evaluation import Exam, Record, Score, Subject, ask_held_out, bootstrap, evaluate, score_all, score_task
 from qd2mora.evaluation.score import wilson
 from qd2mora.recipe import load_recipe
-from qd2mora.training.scores import score_together
+from qd2mora.training.held_out import score_together
 
 
 def with_metrics(made: Path, folder: Path, first: str, last: str) -> Path:
@@ -175,7 +175,7 @@ def test_processes_ask_each_row_once_and_their_sum_is_what_one_process_finds(sub
     whole = score_all(subject, asked)
     parts = [Part(index, 2) for index in range(2)]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("qd2mora.training.scores.ROWS_AT_ONCE", 3)
+        patched.setattr("qd2mora.training.held_out.ROWS_AT_ONCE", 3)
         for part in parts:
             score_together(subject, asked, part)
     wanted = [number for score in whole.values() for each in score.records for number in (each.value, each.loss)]

@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qd2mora.base import Shape, base_config, random_base
-from qd2mora.memory.boundaries import recompute_layers
+from qd2mora.memory.checkpointing import recompute_layers
 from qd2mora.memory.lean import make_lean
-from qd2mora.memory.ledger import Ledger, Setting, ledger
+from qd2mora.memory.ledger import Ledger, ledger
 from qd2mora.memory.shapes import Shapes, read_shapes
+from qd2mora.memory.techniques import Layout
 from qd2mora.mixture import MixtureConfig, add_adapter
 from qd2mora.recipe import Base, Recipe, parse_recipe
 
@@ -49,7 +50,7 @@ def cpu_ledger(
     number = recomputed * shape.layers if isinstance(recomputed, bool) else recomputed
     shapes = read_shapes(shape.config(), adapter_of(recipe))
     setting = {"on_gpu": False, "optimizer": recipe.train.optimizer, **setting}
-    return ledger(shapes, recipe, Setting(micro_batch, number, dtype, **setting))
+    return ledger(shapes, recipe, Layout(micro_batch, number, dtype, **setting))
 
 
 def adapted(

@@ -15,7 +15,7 @@ from rich.console import Console
 from qd2mora.errors import InputRefused
 from qd2mora.memory import Plan, parse_size, plan, render
 from qd2mora.memory.choosing import Search, predicted_cost
-from qd2mora.memory.ledger import Setting
+from qd2mora.memory.techniques import Case, Layout
 from qd2mora.recipe import Recipe, parse_recipe
 from qd2mora.recipe.yaml_file import apply_override
 
@@ -30,7 +30,7 @@ def paper(max_length: int = 256, **sections: dict[str, Any]) -> Recipe:
 
 
 def cost(planned: Plan, max_length: int) -> float:
-    return predicted_cost(planned.setting, max_length, 32)
+    return predicted_cost(planned.layout, max_length, 32)
 
 
 def changed(recipe: Recipe, override: str) -> Recipe:
@@ -74,10 +74,10 @@ def test_a_larger_budget_never_gives_a_slower_plan(max_length: int) -> None:
 
 def test_a_plan_that_fits_is_the_fastest_of_all_that_do() -> None:
     recipe = paper(512, train={"optimizer": "auto"})
-    search = Search(shapes_of(recipe), recipe, torch.bfloat16, on_gpu=True)
+    search = Search(Case(shapes_of(recipe), recipe, torch.bfloat16, on_gpu=True))
     techniques = [[False, True]] * 4
     every = [
-        Setting(rows, layers, torch.bfloat16, True, chunk, "adamw_8bit" if small else "adamw", *places)
+        Layout(rows, layers, torch.bfloat16, True, chunk, "adamw_8bit" if small else "adamw", *places)
         for rows in (1, 2, 4, 8)
         for layers in range(0, 33, 4)
         for chunk in (1024, 256)
@@ -94,10 +94,10 @@ def test_a_plan_that_fits_is_the_fastest_of_all_that_do() -> None:
 
 def test_a_budget_between_the_extremes_recomputes_some_layers_alone() -> None:
     planned = plan(paper(512, train={"micro_batch": 4}, memory={"offload": STAYING}), "10GiB")
-    assert 0 < planned.setting.recomputed < 32
-    assert planned.choices["memory.checkpointing"].value == planned.setting.recomputed
+    assert 0 < planned.layout.recomputed < 32
+    assert planned.choices["memory.checkpointing"].value == planned.layout.recomputed
     assert "but for" in planned.choices["memory.checkpointing"].reason
-    fewer = {"checkpointing": planned.setting.recomputed - 1, "offload": STAYING}
+    fewer = {"checkpointing": planned.layout.recomputed - 1, "offload": STAYING}
     assert not plan(paper(512, train={"micro_batch": 4}, memory=fewer), "10GiB").fits
 
 
@@ -113,12 +113,12 @@ def test_every_technique_that_is_used_says_what_the_plan_needs_without_it() -> N
 
 def test_a_large_budget_needs_no_technique() -> None:
     planned = plan(paper(256, train={"optimizer": "auto"}), "80GiB")
-    assert planned.setting == Setting(8, 0, planned.setting.dtype, True)
+    assert planned.layout == Layout(8, 0, planned.layout.dtype, True)
     assert not planned.checkpointing
 
 
 def test_beside_a_cpu_nothing_leaves() -> None:
-    setting = plan(paper(2048), "6GiB", CPU).setting
+    setting = plan(paper(2048), "6GiB", CPU).layout
     assert not (setting.offload_activations or setting.offload_embeddings or setting.stream)
 
 
@@ -139,7 +139,7 @@ def test_what_cannot_be_combined_is_refused(sections: dict[str, Any], words: str
 
 def test_keeping_activations_is_faster_but_for_a_very_small_micro_batch() -> None:
     recomputing, keeping, one_row = (
-        predicted_cost(Setting(micro_batch, recomputed, torch.bfloat16, True), 64, 32)
+        predicted_cost(Layout(micro_batch, recomputed, torch.bfloat16, True), 64, 32)
         for micro_batch, recomputed in ((8, 32), (8, 0), (1, 0))
     )
     assert keeping < recomputing < one_row
@@ -164,7 +164,7 @@ def test_without_a_budget_large_activations_are_recomputed() -> None:
 def test_what_the_recipe_sets_stays(checkpointing: str, budget: str) -> None:
     memory = {"checkpointing": checkpointing, "loss_chunk": 300, "offload": STAYING}
     planned = plan(paper(base={"compute_dtype": "float16"}, train={"micro_batch": 4}, memory=memory), budget)
-    assert planned.setting == Setting(4, 32 if checkpointing == "on" else 0, torch.float16, True, 300)
+    assert planned.layout == Layout(4, 32 if checkpointing == "on" else 0, torch.float16, True, 300)
     assert {choice.reason.partition(",")[0] for choice in planned.choices.values()} == {"as the recipe says"}
 
 

@@ -160,7 +160,7 @@ def _until(
 
     def stopping(self: Training) -> dict[str, float]:
         if SHARED[1] in changes:  # between passes a process holds nothing of the frozen weights
-            assert any(not tensor.requires_grad and tensor.numel() == 0 for tensor in self.model.parameters())
+            assert any(not tensor.requires_grad and tensor.numel() == 0 for tensor in self.batches.model.parameters())
         if self.progress.step == step - 1 and os.environ.get("RANK", "0") == "0":
             signal.raise_signal(signal.SIGTERM)
         return after(self)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from qd2mora.base import SHAPES, is_nf4, load_base
 from qd2mora.errors import InputRefused
 from qd2mora.memory.ledger import weight_bytes
-from qd2mora.memory.sizes import dequantised_bytes, nf4_bytes, optimizer_bytes, penalty_bytes, trainable_bytes
+from qd2mora.memory.sizes import dequantised_bytes, nf4_bytes, penalty_bytes, trainable_bytes
 from qd2mora.mixture import orthogonality, penalty_terms
+from qd2mora.recipe.optimizers import OPTIMIZERS
 
 GIB, MIB = 1 << 30, 1 << 20
 ALL = [*QKV, "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -125,7 +126,7 @@ def stepped(parameters: list[nn.Parameter], optimizer: str) -> int:
 
 def test_8_bit_moments_are_about_two_bytes_a_parameter() -> None:
     trainable = shapes_of(recipe_of("random:llama2-7b")).trainable
-    assert optimizer_bytes(trainable, "adamw_8bit") == pytest.approx(2 * sum(trainable), rel=0.02)
+    assert OPTIMIZERS["adamw_8bit"].state_bytes(trainable) == pytest.approx(2 * sum(trainable), rel=0.02)
 
 
 @pytest.mark.parametrize("targets", [QKV, ALL])

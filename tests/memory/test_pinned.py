@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_techniques import PLAIN, losses_and_gradients, plain_result, prepared
 
-from qd2mora.memory import boundaries, pinned, streaming
+from qd2mora.memory import checkpointing, pinned, streaming
 from qd2mora.memory.pinned import host_buffer
 
 
@@ -34,7 +34,7 @@ def test_a_run_whose_buffers_cannot_be_pinned_gives_the_same_bits(monkeypatch: p
         asked.append(shape)
         return host_buffer(shape, dtype, is_pinned=True)
 
-    for module in (boundaries, streaming):
+    for module in (checkpointing, streaming):
         monkeypatch.setattr(module, "host_buffer", asking)
     setting = replace(PLAIN, recomputed=5, offload_activations=True, stream=True)
     results = losses_and_gradients(prepared(setting)[0])

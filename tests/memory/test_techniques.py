@@ -15,21 +15,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qd2mora.base import Shape, random_base
-from qd2mora.memory.boundaries import Boundaries, decoder_layers, recompute_layers
-from qd2mora.memory.ledger import Setting, ledger
+from qd2mora.memory.checkpointing import Boundaries, decoder_layers, recompute_layers
+from qd2mora.memory.ledger import ledger
 from qd2mora.memory.loss import RowLoss, labelled_states
-from qd2mora.memory.prepared import prepare_base
 from qd2mora.memory.shapes import read_shapes
 from qd2mora.memory.streaming import LayerStream, frozen_tensors
+from qd2mora.memory.techniques import Layout, prepare_base
 from qd2mora.mixture import add_adapter
 from qd2mora.recipe import Base
 
 FIVE = Shape(64, 172, 5, 4, 2, vocab=300)
-PLAIN = Setting(2, 0, torch.float32, on_gpu=False)
+PLAIN = Layout(2, 0, torch.float32, on_gpu=False)
 ALL_AT_ONCE = replace(PLAIN, recomputed=5, offload_activations=True, offload_embeddings=True, stream=True)
 
 
-def prepared(setting: Setting, **base: Any) -> tuple[PeftModel, LayerStream | None]:
+def prepared(setting: Layout, **base: Any) -> tuple[PeftModel, LayerStream | None]:
     """Return an adapted model with up experts that are not zero, and its stream."""
     recipe = recipe_of(max_length=48, adapter={**PAPER, "rank": 4, "targets": "all-linear"})
     model = random_base(FIVE, Base(model="random:tiny", compute_dtype="float32", **base), CPU)
@@ -71,7 +71,7 @@ def plain_result(**base: Any) -> list[Tensor]:
         ALL_AT_ONCE,
     ],
 )
-def test_no_technique_changes_a_bit_of_loss_and_gradients(setting: Setting) -> None:
+def test_no_technique_changes_a_bit_of_loss_and_gradients(setting: Layout) -> None:
     results = losses_and_gradients(prepared(setting)[0])
     assert all(map(torch.equal, results, plain_result()))
 
@@ -203,7 +203,7 @@ def test_what_a_mixture_of_whole_mlps_keeps_is_counted_in_every_slot() -> None:
     saved = saved_bytes(lambda: labelled_states(model, batch), model)
     shapes = read_shapes(WIDE.config(), adapter_of(recipe))
     assert shapes.layer.slots == 2
-    planned = every_item(ledger(shapes, recipe, Setting(4, 0, torch.float32, False)))["activations"]
+    planned = every_item(ledger(shapes, recipe, Layout(4, 0, torch.float32, False)))["activations"]
     assert planned == pytest.approx(saved, rel=0.05)
 
 
@@ -211,7 +211,7 @@ def test_layer_inputs_on_the_host_leave_two_of_them_on_the_device() -> None:
     recipe = recipe_of("random:llama2-7b", max_length=1024)
     shapes = read_shapes(FIVE.config(), adapter_of(recipe))
     here, away = (
-        ledger(shapes, recipe, Setting(2, 5, torch.bfloat16, True, offload_activations=on)) for on in (False, True)
+        ledger(shapes, recipe, Layout(2, 5, torch.bfloat16, True, offload_activations=on)) for on in (False, True)
     )
     one = 2 * 1024 * 64 * 2
     assert every_item(here)["layer inputs"] - every_item(away)["layer inputs"] == 3 * one
@@ -221,7 +221,7 @@ def test_layer_inputs_on_the_host_leave_two_of_them_on_the_device() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("setting", [ALL_AT_ONCE, replace(ALL_AT_ONCE, recomputed=2), replace(PLAIN, stream=True)])
-def test_on_a_gpu_too_no_technique_changes_a_bit_and_slow_copies_are_waited_for(setting: Setting) -> None:
+def test_on_a_gpu_too_no_technique_changes_a_bit_and_slow_copies_are_waited_for(setting: Layout) -> None:
     device, results = torch.device("cuda"), []
     recipe = recipe_of(max_length=48, adapter={**PAPER, "rank": 4, "targets": "all-linear", "dropout": 0.0})
     for chosen in (PLAIN, setting):

@@ -158,7 +158,7 @@ def slow_run(recipe: Path) -> None:
     """Train with steps of a fifth of a second."""
     import time
 
-    from qd2mora.training.progress import StepDisplay
+    from qd2mora.training.journal import StepDisplay
 
     StepDisplay.step = lambda self, step, metrics: time.sleep(0.2)  # type: ignore[method-assign]
     train_run(recipe)
@@ -168,7 +168,7 @@ def stubborn_run(recipe: Path) -> None:
     """Train in one endless step: the first signal waits for its end."""
     import time
 
-    from qd2mora.training.progress import StepDisplay
+    from qd2mora.training.journal import StepDisplay
 
     def never(self: StepDisplay, step: int, metrics: dict[str, float]) -> None:
         recipe.with_suffix(".listening").touch()
@@ -183,7 +183,7 @@ def interrupted_run(recipe: Path, step: int) -> None:
     """Train; a signal comes in a step at whose end no save is due."""
     import signal
 
-    from qd2mora.training.progress import StepDisplay
+    from qd2mora.training.journal import StepDisplay
 
     def raising(self: StepDisplay, shown: int, metrics: dict[str, float]) -> None:
         if shown == step - 1:  # shown before the next step begins
@@ -197,7 +197,7 @@ def resting(beaten: Path) -> None:
     """Give signs of life, say so, then none for half a second, which is no reason to give up."""
     import time
 
-    from qd2mora.training.watchdog import Watchdog
+    from qd2mora.training.clock import Watchdog
 
     with Watchdog(1.0) as watchdog:
         for _ in range(10):
@@ -223,9 +223,9 @@ def hanging_run(recipe: Path) -> None:
     import time
 
     from qd2mora.memory.loss import RowLoss
-    from qd2mora.training import watchdog
+    from qd2mora.training import clock
 
-    watchdog.LEAST_S = 1.0
+    clock.LEAST_S = 1.0
     forward, calls = RowLoss.forward, []
 
     def hanging(self: RowLoss, batch: Any) -> Any:

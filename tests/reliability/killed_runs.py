@@ -65,8 +65,8 @@ def _read_once(recipe: Path) -> dict[str, Any]:
     """Return a recipe, and what replaces the functions that read what it names."""
     import torch
 
-    from qd2mora import training
     from qd2mora.recipe import load_recipe
+    from qd2mora.training import run as training
 
     loaded = load_recipe(recipe)
     if loaded.memory.engine == "deepspeed":
@@ -77,7 +77,7 @@ def _read_once(recipe: Path) -> dict[str, Any]:
         tokenizer,
         training.prepare(loaded.data, tokenizer, loaded.train.seed),
         planned,
-        training.load_base(loaded.base, torch.device("cpu"), planned.setting.dtype),
+        training.load_base(loaded.base, torch.device("cpu"), planned.layout.dtype),
     )
     return {"recipe": loaded, **dict(zip(READ_ONCE, results, strict=True))}
 
@@ -100,8 +100,8 @@ def _forked(run: Path, read: dict[str, Any], is_anew: bool, call: int) -> int:
         return child
     code = 99
     try:
-        from qd2mora import training
         from qd2mora.run_folder import is_run
+        from qd2mora.training import run as training
 
         if not is_anew:
             for name in READ_ONCE:

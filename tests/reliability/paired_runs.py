@@ -111,9 +111,9 @@ def slow_pair(recipe: Path, resume: bool = False) -> None:
 
 def watched_pair(recipe: Path) -> None:
     """Train slowly, watched closely."""
-    from qd2mora.training import watchdog
+    from qd2mora.training import clock
 
-    watchdog.LEAST_S = 2.0
+    clock.LEAST_S = 2.0
     slow_pair(recipe)
 
 
@@ -132,7 +132,7 @@ def limited_pair(recipe: Path, size: int, is_late: bool = False) -> None:
 
 
 def _write_late() -> None:
-    from qd2mora.training.saver import Saver
+    from qd2mora.training.checkpoint import Saver
 
     write, finish, is_awaited = Saver._write, Saver.finish, threading.Event()
 

@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from qd2mora.training import checkpoint
-from qd2mora.training.state import LocalState, Progress, State
+from qd2mora.training.progress import Progress, State
+from qd2mora.training.updates import PlainUpdater
 
 SHAPES = {"layer.mixture_A": (2, 3, 5), "layer.mixture_B": (2, 7, 3), "layer.mixture_router_down": (2, 5)}
 
 
-def source_at(step: int) -> LocalState:
+def source_at(step: int) -> PlainUpdater:
     """Return a trained toy: its values depend on the step alone."""
     torch.manual_seed(step)
     parameters = {name: nn.Parameter(torch.randn(shape)) for name, shape in SHAPES.items()}
@@ -19,7 +20,7 @@ def source_at(step: int) -> LocalState:
     for parameter in parameters.values():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
-    return LocalState(parameters, optimizer)
+    return PlainUpdater(parameters, optimizer)
 
 
 def state_at(step: int) -> State:

@@ -18,7 +18,7 @@ from qd2mora.disk.sealed import MANIFEST, seal_text, unseal_text
 from qd2mora.disk.tensor_file import encoded
 from qd2mora.errors import DamagedFile, NotFinite
 from qd2mora.training import checkpoint
-from qd2mora.training.state import Progress, State
+from qd2mora.training.progress import Progress, State
 
 FLIPS = int(os.environ.get("GATE_FLIPS", "2000"))
 CUTS = int(os.environ.get("GATE_CUTS", "300"))

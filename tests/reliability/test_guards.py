@@ -17,10 +17,10 @@ from qd2mora.errors import DamagedFile, DeviceLost, DiskTrouble, InputRefused
 from qd2mora.memory.loss import RowLoss
 from qd2mora.recipe import load_recipe
 from qd2mora.training import train
+from qd2mora.training.checkpoint import Saver
+from qd2mora.training.clock import Watchdog
 from qd2mora.training.lock import locked
-from qd2mora.training.saver import Saver
-from qd2mora.training.state import Progress
-from qd2mora.training.watchdog import Watchdog
+from qd2mora.training.progress import Progress
 
 SIZES = int(os.environ.get("GATE_SIZES", "12"))
 ERRNOS = ["ENOSPC", "EDQUOT", "EIO", "EROFS", "EFBIG", "EACCES", "ENOMEM", "ESTALE", "ENOTCONN", "ETIMEDOUT"]
@@ -180,9 +180,9 @@ def limited_result(recipe: Path, size: int) -> None:
     """Go on with a run that is over, where no file of its result may grow beyond so many bytes."""
     import resource
 
-    from qd2mora import training
+    from qd2mora.training import run as training
 
-    save = training._save_result
+    save = training.save_result
 
     def limited(*args: object) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
@@ -191,7 +191,7 @@ def limited_result(recipe: Path, size: int) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-    training._save_result = limited
+    training.save_result = limited
     runs.train_run(recipe, True)
 
 

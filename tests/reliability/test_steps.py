@@ -21,9 +21,9 @@ from qd2mora.errors import NotFinite, WillNotFit
 from qd2mora.memory.loss import RowLoss
 from qd2mora.recipe import load_recipe
 from qd2mora.routed.ops import RankStep
-from qd2mora.training import numbers, train
-from qd2mora.training.loop import Training
-from qd2mora.training.state import Progress
+from qd2mora.training import gradient, train
+from qd2mora.training.micro_batches import MicroBatches
+from qd2mora.training.progress import Progress
 
 EVERY = int(os.environ.get("GATE_EVERY", "6"))
 """Resume from each so many-th step."""
@@ -47,13 +47,13 @@ def distance(one: Path, two: Path) -> float:
 def test_no_two_rows_of_a_run_get_the_same_random_numbers(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tell, keys = Training.tell_routers, []
+    tell, keys = MicroBatches.tell_routers, []
 
-    def telling(self: Training, part: MicroBatch) -> None:
+    def telling(self: MicroBatches, part: MicroBatch) -> None:
         keys.extend(part.keys)
         tell(self, part)
 
-    monkeypatch.setattr(Training, "tell_routers", telling)
+    monkeypatch.setattr(MicroBatches, "tell_routers", telling)
     train(load_recipe(runs.write_recipe(made, tmp_path / "run", "adapter.method=lora", "train.eval_every=1000")))
     assert len(set(keys)) == len(keys) == 8 * 4
 
@@ -266,17 +266,17 @@ def assert_finite(folder: Path) -> None:
 
 
 def test_one_bad_step_in_a_hundred_is_too_many_once_there_are_ten() -> None:
-    assert not numbers.is_too_bad(Progress(step=50, bad_steps=9))
-    assert numbers.is_too_bad(Progress(step=999, bad_steps=10))
-    assert not numbers.is_too_bad(Progress(step=1000, bad_steps=10))
-    assert numbers.is_too_bad(Progress(step=10**6, bad_steps=3, bad_in_a_row=3))
+    assert not gradient.is_too_bad(Progress(step=50, bad_steps=9))
+    assert gradient.is_too_bad(Progress(step=999, bad_steps=10))
+    assert not gradient.is_too_bad(Progress(step=1000, bad_steps=10))
+    assert gradient.is_too_bad(Progress(step=10**6, bad_steps=3, bad_in_a_row=3))
 
 
 def test_an_overflow_of_float16_lowers_the_loss_scale_and_the_step_is_done_again(
     made: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qd2mora.training.compute_dtype", lambda base, device: torch.float16)
-    monkeypatch.setattr("qd2mora.training.FIRST_LOSS_SCALE", 2.0**40)
+    monkeypatch.setattr("qd2mora.training.run.compute_dtype", lambda base, device: torch.float16)
+    monkeypatch.setattr("qd2mora.training.run.FIRST_LOSS_SCALE", 2.0**40)
     trained = train(load_recipe(runs.write_recipe(made, tmp_path / "run", "adapter.dropout=0.1")))
     from qd2mora.disk.sealed import open_manifest
 

@@ -15,7 +15,7 @@ from qd2mora.evaluation import Record, Score
 from qd2mora.run_folder import open_run
 from qd2mora.training import train
 from qd2mora.training.best import OVERALL, BestKeeper
-from qd2mora.training.state import Progress
+from qd2mora.training.progress import Progress
 
 
 def read_best(folder: Path) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def lines_of(run: Path) -> list[dict]:
 
 
 # Rises once the rate is too high: the best is in the middle.
-CHANGES = ("train.learning_rate=3.0", "train.schedule=constant", "train.eval_every=1", "train.keep_best=tasks")
+CHANGES = ("train.learning_rate=10.0", "train.schedule=constant", "train.eval_every=1", "train.keep_best=tasks")
 
 
 def test_the_best_is_what_the_journal_says_and_its_adapter_gives_that_loss(made: Path, tmp_path: Path) -> None:
@@ -105,12 +105,12 @@ def test_the_whole_is_judged_by_metrics_only_where_every_task_names_one(tmp_path
     score = Score("exact", (Record(0, 1.0, 2.0, 1), Record(1, 0.0, 2.0, 1)))
     progress = Progress(step=1)
     keeper.note(progress, {"a": 4.0, "b": 2.0}, {"a": score})
-    assert progress.best == {OVERALL: [1, 3.0, "loss"], "a": [1, 0.5, "exact"], "b": [1, 2.0, "loss"]}
+    assert progress.best == {OVERALL: (1, 3.0, "loss"), "a": (1, 0.5, "exact"), "b": (1, 2.0, "loss")}
     keeper.note(progress, {"a": 9.0, "b": 9.0}, {"a": score})
     assert progress.stale == 1
     progress = Progress(step=1)
     keeper.note(progress, {"a": 4.0}, {"a": score})
-    assert progress.best[OVERALL] == [1, 0.5, "mean score"]
+    assert progress.best[OVERALL] == (1, 0.5, "mean score")
     assert not (tmp_path / "best").exists()
 
 

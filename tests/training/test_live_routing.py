@@ -9,11 +9,11 @@ import tiny
 import torch
 from test_training import stop_after
 
-from qd2mora import training
 from qd2mora.errors import SignalStop
 from qd2mora.inspection import NO_ROUTERS, inspect_run
 from qd2mora.mixture import mixture_layers
 from qd2mora.recipe import Recipe, load_recipe
+from qd2mora.training import run as training
 from qd2mora.training import train
 
 

@@ -8,21 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from qd2mora.recipe import Train
+from qd2mora.recipe.optimizers import OptimizerName
 from qd2mora.training import checkpoint
-from qd2mora.training.optimizer import build_optimizer
-from qd2mora.training.state import LocalState, Progress, State
+from qd2mora.training.progress import Progress, State
+from qd2mora.training.updates import PlainUpdater, build_optimizer
 
 # 8 bits from 4,096 entries on, paged from 100,000 on.
 SHAPES = {"paged": (400, 256), "large": (96, 64), "odd": (67, 129), "small": (5, 7)}
 ON_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU")])
 
 
-def made(optimizer: str, device: str) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+def made(optimizer: OptimizerName, device: str) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator).to(device) for name, shape in SHAPES.items()}
     parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
     settings = Train(steps=1, optimizer=optimizer, learning_rate=1e-2, weight_decay=0.1)
-    return parameters, build_optimizer(settings, list(parameters.values()))
+    return parameters, build_optimizer(settings, optimizer, list(parameters.values()))
 
 
 def stepped(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
@@ -35,7 +36,7 @@ def stepped(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimize
         optimizer.step()
 
 
-def trained(optimizer: str, device: str, steps: int = 30) -> dict[str, Tensor]:
+def trained(optimizer: OptimizerName, device: str, steps: int = 30) -> dict[str, Tensor]:
     parameters, stepper = made(optimizer, device)
     stepped(parameters, stepper, 0, steps)
     return {name: parameter.detach().cpu() for name, parameter in parameters.items()}
@@ -43,7 +44,7 @@ def trained(optimizer: str, device: str, steps: int = 30) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("device", ["cpu", ON_GPU])
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
-def test_8_bit_moments_take_the_way_of_32_bit_ones(optimizer: str, device: str) -> None:
+def test_8_bit_moments_take_the_way_of_32_bit_ones(optimizer: OptimizerName, device: str) -> None:
     """Tensors below 4,096 entries keep 32-bit moments; the others' way is off by a few percent of its length."""
     start = {name: parameter.detach().cpu() for name, parameter in made("adamw", device)[0].items()}
     plain, ours = trained("adamw", device), trained(optimizer, device)
@@ -61,13 +62,13 @@ def test_paging_changes_no_bit(device: str) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", ON_GPU])
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
-def test_moments_go_through_a_checkpoint_bit_for_bit(optimizer: str, device: str, tmp_path: Path) -> None:
+def test_moments_go_through_a_checkpoint_bit_for_bit(optimizer: OptimizerName, device: str, tmp_path: Path) -> None:
     wanted = trained(optimizer, device, steps=8)
     parameters, stepper = made(optimizer, device)
     stepped(parameters, stepper, 0, 5)
-    checkpoint.save(tmp_path, State(*LocalState(parameters, stepper).collect(copied=True), Progress(step=5)), 2)
+    checkpoint.save(tmp_path, State(*PlainUpdater(parameters, stepper).collect(copied=True), Progress(step=5)), 2)
     parameters, stepper = made(optimizer, device)
-    source = LocalState(parameters, stepper)
+    source = PlainUpdater(parameters, stepper)
     state, problems = checkpoint.newest(tmp_path, *source.expected())
     assert state is not None
     assert not problems

@@ -164,7 +164,7 @@ def test_a_packed_run_learns_what_a_padded_run_learns_and_resumes_to_the_byte(ma
 def test_a_method_that_reads_whole_rows_is_not_packed(
     made: Path, tmp_path: Path, method: str, words: str | None
 ) -> None:
-    from qd2mora.training.start import check_packing
+    from qd2mora.training.recipe_checks import check_packing
 
     config = MixtureConfig.from_recipe(recipe(made, tmp_path / "run", method=method).adapter, 2)
     if words is None:

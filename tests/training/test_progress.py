@@ -5,7 +5,7 @@ import re
 
 from rich.console import Console
 
-from qd2mora.training.progress import StepDisplay
+from qd2mora.training.journal import StepDisplay
 
 METRICS = {
     "loss": 0.31214,

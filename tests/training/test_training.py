@@ -21,8 +21,8 @@ from qd2mora.memory.loss import RowLoss
 from qd2mora.mixture import MixtureConfig, add_adapter
 from qd2mora.recipe import Train, load_recipe
 from qd2mora.training import train
-from qd2mora.training.optimizer import learning_rate
-from qd2mora.training.progress import StepDisplay
+from qd2mora.training.journal import StepDisplay
+from qd2mora.training.updates import learning_rate
 
 
 @pytest.fixture(scope="module")

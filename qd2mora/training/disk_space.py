@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qd2mora.errors import DiskTrouble
+from qd2mora.memory.plan import Plan
+from qd2mora.recipe.optimizers import OPTIMIZERS
 
 MIB = 1 << 20
 _CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -26,10 +28,10 @@ def refuse_full(folder: Path, needed: int) -> None:
         )
 
 
-def checkpoint_bytes(parameters: int, optimizer: str) -> int:
+def checkpoint_bytes(planned: Plan) -> int:
     """Return about what one checkpoint takes: parameters and two moments, float32, or of 8 bits where they are."""
-    moment = 4 if optimizer == "adamw" else 1.1
-    return int(parameters * (4 + 2 * moment)) + MIB
+    moment = OPTIMIZERS[planned.layout.optimizer].moment_bytes
+    return int(planned.trainable_parameters * (4 + 2 * moment)) + MIB
 
 
 def take_and_give_back(folder: Path, size: int) -> None:
@@ -51,7 +53,9 @@ def as_trouble(what: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = "no space left" if error.errno in _FULL else (error.strerror or str(error))
+        why = error.strerror or str(error)
+        if error.errno in _FULL:
+            why = "no space left"
         raise DiskTrouble(
             f"{what} could not be written to '{folder}': {why}; earlier checkpoints are whole: make room and --resume"
         ) from error

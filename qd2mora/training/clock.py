@@ -1,7 +1,8 @@
-"""A watch on the loop: a step that hangs, on a lost device or a lost process, ends the run instead of waiting for ever.
+"""The clock of a run: a step that hangs ends it, and a wall that is near stops it.
 
 Each finished micro batch is a sign of life. Where none comes for ten times the median interval, and two minutes at
-least, the stacks of all threads are written to stderr and the process exits with code 3; the last checkpoint stands.
+least, the device or a process is lost: the stacks of all threads are written to stderr and the process exits with code
+3; the last checkpoint stands. Under a time limit, a step and a save must still fit into the time that is left.
 """
 
 import faulthandler
@@ -16,16 +17,23 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
+from qd2mora.recipe import Train
+from qd2mora.recipe.train import seconds_of
+
 LEAST_S = 120.0
 TIMES_MEDIAN = 10
 ENOUGH_INTERVALS = 5
+SPARE_S = 5.0
+"""Left of a time limit at the end."""
 
 
 class Watchdog:
     """Counts the time since the last sign of life; watches from the moment it knows how long things take."""
 
     def __init__(self, least_s: float | None = None, give_up: Callable[[float], None] | None = None) -> None:
-        self.least_s = LEAST_S if least_s is None else least_s
+        if least_s is None:
+            least_s = LEAST_S
+        self.least_s = least_s
         self.give_up = give_up or _give_up
         self._intervals: deque[float] = deque(maxlen=64)
         self._last = time.monotonic()
@@ -85,6 +93,25 @@ class Watchdog:
                 return
 
 
+class TimeLimit:
+    """Knows how long a step takes at worst, and when the next would be one too many."""
+
+    def __init__(self, train: Train) -> None:
+        self.began = time.monotonic()
+        self.longest_s = 0.0
+        self.limit_s = seconds_of(train.time_limit)
+
+    def took(self, seconds: float) -> None:
+        """Note how long a step, with what was saved and evaluated after it, has taken."""
+        self.longest_s = max(self.longest_s, seconds)
+
+    @property
+    def is_near(self) -> bool:
+        """Whether there is no time for two more such steps: one to do, one's worth for saving."""
+        spare = min(SPARE_S, self.limit_s / 10)
+        return time.monotonic() - self.began + 2 * self.longest_s + spare >= self.limit_s
+
+
 def _give_up(silent: float) -> None:
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
     print(
@@ -95,4 +122,4 @@ def _give_up(silent: float) -> None:
     os._exit(3)
 
 
-__all__ = ["Watchdog"]
+__all__ = ["TimeLimit", "Watchdog"]

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from qd2mora.base import dense_weight
 from qd2mora.base.passes import last_states
-from qd2mora.data import TaskRows
 from qd2mora.disk.tensor_file import stored_tensors
 from qd2mora.errors import InputRefused
 from qd2mora.mixture import MixtureConfig, MixtureLinear, load_experts, mixture_layers, read_rows
@@ -41,53 +40,13 @@ def start_adapter(
     if kind == "eva":
         _start_from_data(model, layers, config.shared_rank, batches())
     elif kind in ("pissa", "olora", "loftq"):
-        originals = _original_weights(recipe) if kind == "loftq" else None
+        originals = None
+        if kind == "loftq":
+            originals = _original_weights(recipe)
         for number, (name, layer) in enumerate(layers.items()):
+            # A generator a linear: what one draws must not depend on how many came before it.
             generator = torch.Generator().manual_seed(recipe.train.seed * 1_000_003 + number)
             _start_from_weight(name, layer, config, generator, originals)
-
-
-def check_rows(config: MixtureConfig, tasks: list[TaskRows]) -> None:
-    """Refuse rows that lack what the method reads of them. Raises InputRefused."""
-    balances = any(penalty.kind == "localized_balance" for penalty in config.routing_penalties)
-    for task in tasks:
-        name = f"data.tasks.{task.task.name}"
-        if balances and task.task.group is None:
-            raise InputRefused(
-                f"{name}.group: the localised balance of {config.method} steers rows to halves of the experts: give 0 "
-                "or 1, or set adapter.penalty=0"
-            )
-        if not config.row.gates.reads_vector:
-            continue
-        if task.task.vector is None:
-            raise InputRefused(
-                f"{name}.vector: {config.method} reads a vector of each row; name the field that holds it"
-            )
-        for row in (*task.train, *task.validation):
-            width = len(row.pair.vector or ())
-            if width != config.external_width:
-                raise InputRefused(
-                    f"{name}.vector: {width} numbers in a row, adapter.external_width {config.external_width}"
-                )
-
-
-def check_packing(config: MixtureConfig) -> None:
-    """Refuse to pack rows for a method that reads or judges each row as a whole. Raises InputRefused."""
-    for role, gate in config.routers.items():
-        reads = {"task": "the task", "task+x": "the task", "external": "a vector"}.get(gate.input)
-        what = f"reads {reads} of each row" if reads else None
-        if gate.is_averaged:
-            what = "averages over each row"
-        if gate.select == "sample":
-            what = "counts by whole rows"
-        if what:
-            raise InputRefused(f"data.packing: gate_{role} of {config.method} {what}, which shared lines hide; false")
-    for penalty in config.routing_penalties:
-        if penalty.over == "row" or penalty.kind in ("localized_balance", "router_ce"):
-            raise InputRefused(
-                f"data.packing: the penalty {penalty.kind} of {config.method} is taken row by row, which shared lines "
-                "hide; false"
-            )
 
 
 def _start_from_weight(
@@ -123,13 +82,13 @@ def _start_from_data(
     seen = {name: Activations(rank) for name in layers}
     attended: list[Tensor] = []
 
-    def watch(name: str) -> Any:
+    def watching(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             seen[name].add(inputs[0][attended[0]])
 
-        return layers[name].register_forward_pre_hook(before)
+        return before
 
-    handles = [watch(name) for name in layers]
+    handles = [layer.register_forward_pre_hook(watching(name)) for name, layer in layers.items()]
     with torch.no_grad():
         for batch, _ in zip(batches, range(EVA_BATCHES), strict=False):
             attended[:] = [batch["attention_mask"].bool()]
@@ -151,12 +110,12 @@ def _original_weights(recipe: Recipe) -> Callable[[str], Tensor]:
         )
     stored = stored_tensors(sorted(folder.glob("*.safetensors")))
 
-    def read(name: str) -> Tensor:
+    def original(name: str) -> Tensor:
         if name not in stored:
             raise InputRefused(f"adapter.shared.init: loftq finds no 16-bit '{name}' in '{folder}'")
         return stored[name].read().float()
 
-    return read
+    return original
 
 
-__all__ = ["EVA_BATCHES", "check_packing", "check_rows", "start_adapter"]
+__all__ = ["EVA_BATCHES", "start_adapter"]

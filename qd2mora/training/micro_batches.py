@@ -1,0 +1,170 @@
+"""Rows through the adapted model, a micro batch at a time, in ones as small as memory asks for.
+
+Which rows a step has is a function of the recipe, the seed and the step's number; which numbers are drawn for a row, of
+the seed and the row's place in the endless sequence. So a step that is done again, on another split into micro batches
+or after a resume, is the same step, and there is nothing to save of either.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from torch import Tensor
+
+from qd2mora.data import MicroBatch, Row, TaskMix, TaskRows, dealt, lines_together
+from qd2mora.errors import WillNotFit
+from qd2mora.memory.faults import tried
+from qd2mora.memory.loss import RowLoss
+from qd2mora.mixture import routing_of
+from qd2mora.training.processes import Processes
+from qd2mora.training.progress import Progress
+from qd2mora.training.updates import Updater
+
+T = TypeVar("T")
+Purpose = Literal["step", "row"]
+
+
+def key_of(seed: int, purpose: Purpose, *place: int) -> int:
+    """Return a non-negative key below 2**63 for random numbers: a hash of the seed, what for, and a place in the run.
+
+    A place is an update and a process, or a row's number in the endless sequence of rows.
+    """
+    text = f"{seed} {purpose} {' '.join(map(str, place))}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+@dataclass(frozen=True)
+class Course:
+    """Which rows every step of a run has."""
+
+    mixture: TaskMix
+    tasks: list[TaskRows]
+    rows_a_step: int
+    total_steps: int
+    capacity: int | None
+    """Tokens that rows of a step may share a line of; None: each row has its own."""
+
+    def first_of(self, step: int) -> int:
+        """Return the number of a step's first row."""
+        return step * self.rows_a_step
+
+    def rows(self, step: int) -> list[Row]:
+        """Return the rows of a step, of all processes."""
+        return self.mixture.rows(self.first_of(step), self.rows_a_step)
+
+    def lengths(self, step: int) -> list[int]:
+        """Return the tokens of each row of a step, without making rows of what is stored."""
+        places = self.mixture.places(self.first_of(step), self.rows_a_step)
+        return [int(self._lengths[task][place]) for task, place in places]
+
+    @cached_property
+    def _lengths(self) -> list[NDArray[np.int32]]:
+        return [task.lengths for task in self.tasks]
+
+
+@dataclass
+class MicroBatches:
+    """Runs rows of this process through the model; `size` are the rows, or packed lines, of one forward pass."""
+
+    model: PeftModel
+    updater: Updater
+    processes: Processes
+    progress: Progress
+    say: Callable[[str], None]
+    size: int
+    seed: int
+    pad: int
+    loss_chunk: int
+
+    def __post_init__(self) -> None:
+        self.row_loss = RowLoss(self.model, self.loss_chunk)
+        self.routing = routing_of(self.model)
+        """None where the adapter has no routers of ours."""
+
+    def of(self, rows: Sequence[Row], first: int, capacity: int | None = None) -> Iterator[MicroBatch]:
+        """Yield this process's micro batches, lines of like length together; keys number the rows from `first` on.
+
+        A line is a row, or with `capacity` what fits that many tokens. Whole ones are dealt out: routers see the same.
+        """
+        whole = lines_together([len(row.ids) for row in rows], self.size, capacity)
+        for (numbers, packs), weight in dealt(
+            whole, self.processes.index, self.processes.count, self.updater.shares_weights
+        ):
+            yield micro_batch(rows, numbers, packs, self.seed, first, weight)
+
+    def tell_routers(self, part: MicroBatch) -> None:
+        """Say which rows run: chance in the adapters is a function of their keys, whatever the split."""
+        if self.routing is not None:
+            self.routing.rows, self.routing.lengths = part.keys, tuple(len(row.ids) for row in part.rows)
+            self.routing.places, self.routing.is_counted = part.places, part.weight > 0
+
+    def forget_rows(self) -> None:
+        """Tell the routers of no rows: what runs next is not of ours."""
+        if self.routing is not None:
+            self.routing.rows = self.routing.lengths = self.routing.places = None
+
+    def collated(self, part: MicroBatch) -> dict[str, Tensor]:
+        """Return a micro batch's tensors on the device."""
+        return {name: tensor.to(self.processes.device) for name, tensor in part.collated(self.pad).items()}
+
+    def row_losses(self, part: MicroBatch) -> Tensor:
+        """Return the summed loss of each row, (rows,) float32, in nats."""
+        is_scaled = self.progress.loss_scale is not None
+        with torch.autocast(self.processes.device.type, torch.float16, enabled=is_scaled):
+            losses: Tensor = self.row_loss(self.collated(part))
+        return losses
+
+    def attempt(self, act: Callable[[], T]) -> T | None:
+        """Return what `act` does, None where memory ran out on the way, of which nothing is left then.
+
+        Raises WillNotFit where other processes cannot do theirs again.
+        """
+        result, is_short = tried(act)
+        if is_short:
+            self.updater.refuse_again()
+            self.let_go()
+        return result
+
+    def until_it_fits(self, act: Callable[[], T], doing: str = "") -> T:
+        """Do something on smaller and smaller micro batches until it fits every process. Raises WillNotFit."""
+        while True:
+            result = self.attempt(act)
+            (short,) = self.processes.sum_numbers([float(result is None)])
+            if result is not None and not short:
+                return result
+            self.halve(doing)
+
+    def let_go(self) -> None:
+        """Drop what a try has left on the device."""
+        self.updater.forget_gradients()
+        if self.processes.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def halve(self, doing: str = "") -> None:
+        """Go on with smaller micro batches, and say so. Raises WillNotFit where there are none, for what was done."""
+        if self.size == 1:
+            doing = doing or f"step {self.progress.step + 1}"
+            raise WillNotFit(
+                f"memory: {doing} does not fit the device with one row at a time; lower "
+                "data.max_length, or see `qd2mora plan` for what takes the memory"
+            )
+        self.size = self.progress.micro_batch = self.size // 2
+        self.updater.forget_gradients()
+        self.say(f"out of memory: from step {self.progress.step + 1} on micro batches of {self.size}")
+
+
+def micro_batch(
+    rows: Sequence[Row], numbers: list[int], packs: tuple[int, ...], seed: int, first: int, weight: float = 1.0
+) -> MicroBatch:
+    """Return those `numbers` of the rows that run together, with their keys; `first` numbers the first of all rows."""
+    keys = tuple(key_of(seed, "row", first + number) for number in numbers)
+    return MicroBatch([rows[number] for number in numbers], keys, packs, weight)
+
+
+__all__ = ["Course", "MicroBatches", "Purpose", "key_of", "micro_batch"]

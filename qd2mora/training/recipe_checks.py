@@ -1,0 +1,94 @@
+"""What is refused of a recipe and its rows before the run folder is touched: what a method cannot do, or lacks.
+
+Every function raises InputRefused, naming the key, the value and what would do.
+"""
+
+from qd2mora.data import TaskRows
+from qd2mora.errors import InputRefused
+from qd2mora.evaluation import AskedTask, ask_held_out
+from qd2mora.evaluation.rouge import rouge_l
+from qd2mora.mixture import MixtureConfig
+from qd2mora.recipe import Recipe, Train
+from qd2mora.recipe.optimizers import may_be_blockwise
+
+
+def check_stages(config: MixtureConfig, train: Train) -> None:
+    """Refuse what would move the frozen experts of a method that grows."""
+    if not config.row.stages:
+        return
+    if train.weight_decay:
+        raise InputRefused(
+            f"train.weight_decay: {train.weight_decay:g} would move frozen experts of {config.method}; 0"
+        )
+    if may_be_blockwise(train.optimizer):
+        raise InputRefused(
+            f"train.optimizer: {train.optimizer} keeps moments in blocks that cross experts; adamw for {config.method}"
+        )
+
+
+def check_packing(config: MixtureConfig) -> None:
+    """Refuse to pack rows for a method that reads or judges each row as a whole."""
+    for role, gate in config.routers.items():
+        reads = {"task": "the task", "task+x": "the task", "external": "a vector"}.get(gate.input)
+        reason = ""
+        if gate.select == "sample":
+            reason = "counts by whole rows"
+        elif gate.is_averaged:
+            reason = "averages over each row"
+        elif reads:
+            reason = f"reads {reads} of each row"
+        if reason:
+            raise InputRefused(f"data.packing: gate_{role} of {config.method} {reason}, which shared lines hide; false")
+    for penalty in config.routing_penalties:
+        if penalty.over == "row" or penalty.kind in ("localized_balance", "router_ce"):
+            raise InputRefused(
+                f"data.packing: the penalty {penalty.kind} of {config.method} is taken row by row, which shared lines "
+                "hide; false"
+            )
+
+
+def check_rows(config: MixtureConfig, tasks: list[TaskRows]) -> None:
+    """Refuse rows that lack what the method reads of them."""
+    balances = any(penalty.kind == "localized_balance" for penalty in config.routing_penalties)
+    for task in tasks:
+        name = f"data.tasks.{task.task.name}"
+        if balances and task.task.group is None:
+            raise InputRefused(
+                f"{name}.group: the localised balance of {config.method} steers rows to halves of the experts: give 0 "
+                "or 1, or set adapter.penalty=0"
+            )
+        if config.row.gates.reads_vector:
+            _check_vectors(name, config, task)
+
+
+def _check_vectors(name: str, config: MixtureConfig, task: TaskRows) -> None:
+    if task.task.vector is None:
+        raise InputRefused(f"{name}.vector: {config.method} reads a vector of each row; name the field that holds it")
+    for row in (*task.train, *task.validation):
+        width = len(row.pair.vector or ())
+        if width != config.external_width:
+            raise InputRefused(
+                f"{name}.vector: {width} numbers in a row, adapter.external_width {config.external_width}"
+            )
+
+
+def check_judging(recipe: Recipe, tasks: list[TaskRows]) -> None:
+    """Refuse to judge without held-out rows."""
+    keys = []
+    if recipe.train.final == "best":
+        keys.append("final")
+    if recipe.train.early_stopping:
+        keys.append("early_stopping")
+    if keys and not any(task.validation for task in tasks):
+        raise InputRefused(f"train.{keys[0]}: no task holds out rows to judge by; set data.tasks.0.validation=200")
+
+
+def tasks_to_score(tasks: list[TaskRows]) -> list[AskedTask]:
+    """Return the tasks that name a metric other than the loss, to be scored beside it while a run goes on."""
+    asked = ask_held_out([task for task in tasks if task.task.metric not in (None, "loss")])
+    if any(task.metric == "rouge" for task in asked):
+        rouge_l()  # refused here, where it is not installed
+    return asked
+
+
+__all__ = ["check_judging", "check_packing", "check_rows", "check_stages", "tasks_to_score"]

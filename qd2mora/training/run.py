@@ -1,0 +1,366 @@
+"""A run, stage by stage: what it reads, what it is made of, its steps, what it leaves."""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from qd2mora.adapter_folder import base_identity, save_adapter
+from qd2mora.base import base_config, compute_dtype, fingerprint, load_base, load_tokenizer
+from qd2mora.data import TaskMix, TaskRows, collate, prepare, share_lines
+from qd2mora.errors import WillNotFit
+from qd2mora.evaluation import AskedTask, Subject
+from qd2mora.memory.engine import check_engine, refuse_storage
+from qd2mora.memory.faults import as_lost
+from qd2mora.memory.loss import check_isolation
+from qd2mora.memory.plan import Plan, plan
+from qd2mora.memory.techniques import prepare_base
+from qd2mora.mixture import MixtureConfig, adapter_tensors, add_adapter, selection_biases
+from qd2mora.recipe import Recipe, Train
+from qd2mora.run_folder import RunFolder
+from qd2mora.stopping import StopRequest, listening
+from qd2mora.training.adapter_start import start_adapter
+from qd2mora.training.best import BestKeeper
+from qd2mora.training.checkpoint import Saver
+from qd2mora.training.clock import TimeLimit, Watchdog
+from qd2mora.training.disk_space import checkpoint_bytes, refuse_full
+from qd2mora.training.gradient import StepGradient
+from qd2mora.training.held_out import HeldOut, LiveRouting, score_together
+from qd2mora.training.identity import Ancestry, Manifest, identity_of_inputs
+from qd2mora.training.journal import Journal, StepDisplay
+from qd2mora.training.launch import launched
+from qd2mora.training.lock import locked
+from qd2mora.training.loop import Training
+from qd2mora.training.micro_batches import Course, MicroBatches
+from qd2mora.training.opening import check_folder, open_folder, read_manifest, restore
+from qd2mora.training.processes import Processes
+from qd2mora.training.progress import Progress
+from qd2mora.training.recipe_checks import check_judging, check_packing, check_rows, check_stages, tasks_to_score
+from qd2mora.training.rehearsal import Rehearsal, is_worthwhile
+from qd2mora.training.result import save_result
+from qd2mora.training.updates import PlainUpdater, Updater, build_optimizer
+from qd2mora.training.zero import ZeroUpdater
+
+FIRST_LOSS_SCALE = 2.0**16
+WORTH_KEEPING = 512 << 20
+"""Bytes of 4-bit weights from which on they are kept where the recipe leaves that open: fewer are made in seconds."""
+MOST_ROWS_COUNTED = 200_000
+"""Rows that the shares of tasks are told of; in longer runs they stay what they are."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run ended with."""
+
+    folder: Path
+    steps: int
+    eval_loss: dict[str, float]
+    bad_steps: int
+    is_main: bool = True
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a run, the first or a resumed one, on the processes that a launcher gave it."""
+
+    recipe: Recipe
+    folder: RunFolder
+    accelerator: Accelerator
+    processes: Processes
+    stop: StopRequest
+    time_limit: TimeLimit
+    is_resumed: bool
+    allow_changed: Collection[str]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is read before any weight; the recipe names the optimiser that the plan chose, a part of the identity."""
+
+    recipe: Recipe
+    config: MixtureConfig
+    tokenizer: PreTrainedTokenizerBase
+    tasks: list[TaskRows]
+    asked: list[AskedTask]
+    """Tasks that are scored beside the loss."""
+    planned: Plan
+
+
+def train(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_changed: Collection[str] = ()
+) -> Trained:
+    """Plan, then train; write the run folder `recipe.output`.
+
+    Everything that can be refused is refused before the folder is touched. `resume` continues from the newest whole
+    checkpoint and ends with the same bytes as a run that was never broken; it is refused where a field of the run's
+    identity changed, unless `allow_changed` names it. `overwrite` replaces a run.
+
+    Raises InputRefused, WillNotFit, DeviceLost, NotFinite, DiskTrouble, DamagedFile, SignalStop.
+    """
+    folder = RunFolder(Path(recipe.output))
+    config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
+    check_stages(config, recipe.train)
+    if recipe.data.packing:
+        check_packing(config)
+    check_engine(recipe, config)
+    with listening() as stop, as_lost(), contextlib.ExitStack() as held:
+        accelerator = launched(recipe, folder)
+        processes = Processes.of(accelerator)
+
+        def take_folder() -> None:
+            check_folder(folder, resume, overwrite)
+            held.enter_context(locked(folder.lock))
+            check_folder(folder, resume, overwrite)  # what was true before the lock need not be
+
+        processes.from_main(take_folder)
+        time_limit = TimeLimit(recipe.train)
+        start = Start(recipe, folder, accelerator, processes, stop, time_limit, resume, allow_changed)
+        return _train_locked(start)
+
+
+def _train_locked(start: Start) -> Trained:
+    """Train in a folder that is this run's alone."""
+    folder, processes = start.folder, start.processes
+    inputs = _read_inputs(start)
+    is_rehearsed = processes.from_main(lambda: is_worthwhile(inputs.recipe, inputs.planned))
+    processes.from_main(lambda: refuse_full(folder.path, _bytes_to_write(inputs)))
+    ancestry = _identified(start, inputs)
+    course = _course(inputs)
+    model = _started_model(start, inputs, course.mixture)
+    ancestry.add({"base": fingerprint(inputs.recipe.base)})  # after the load, which fetches what is not here yet
+    # What is computed of weights or rows may differ in a last bit on another GPU.
+    processes.copy_from_main(adapter_tensors(model))
+    updater = _updater(start, inputs, model)
+    progress, problems = _restored(start, updater)
+    _open(start, inputs, ancestry, progress)
+    mark = base_identity(inputs.recipe.base, str(ancestry.identity["base"]))
+    journal = Journal(folder.metrics, start.accelerator, StepDisplay(course.total_steps, progress.step))
+    batches = _micro_batches(inputs, model, updater, processes, progress, journal)
+    training = _training(start, inputs, course, batches, journal, mark)
+    for problem in problems:
+        journal.say(f"passed over: {problem}")
+    _say_what_starts(training, inputs.planned)
+    with start.stop.deferred(), journal.display:
+        if is_rehearsed and progress.step < course.total_steps:
+            Rehearsal(training.gradient, inputs.planned, folder.checkpoints).run()
+        losses = training.run()
+        processes.from_main(lambda: save_result(folder, training, inputs.tokenizer, mark))
+    start.accelerator.end_training()
+    return Trained(folder.path, progress.step, losses, progress.bad_steps, processes.is_main)
+
+
+def _read_inputs(start: Start) -> Inputs:
+    """Read rows and plan. Raises InputRefused, WillNotFit."""
+    recipe = start.recipe
+    base_config(recipe.base)  # refuses a base that cannot be read before rows are
+    tokenizer = load_tokenizer(recipe.base.model)
+    tasks = prepare(recipe.data, tokenizer, recipe.train.seed)
+    config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
+    check_rows(config, tasks)
+    check_judging(recipe, tasks)
+    asked = tasks_to_score(tasks)
+    planned = _fitting_plan(recipe, start.processes.device)
+    if recipe.train.optimizer == "auto":
+        chosen = recipe.train.model_copy(update={"optimizer": planned.layout.optimizer})
+        recipe = recipe.model_copy(update={"train": chosen})
+    return Inputs(recipe, config, tokenizer, tasks, asked, planned)
+
+
+def _fitting_plan(recipe: Recipe, device: torch.device) -> Plan:
+    planned = plan(recipe, device=device)
+    if not planned.fits:
+        assert planned.budget_bytes is not None
+        needed, there, ways = planned.peak_bytes / 2**30, planned.budget_bytes / 2**30, "; ".join(planned.ways_out)
+        raise WillNotFit(f"memory: needs {needed:.2f} GiB of {there:.2f} GiB; ways out: {ways}")
+    return planned
+
+
+def _bytes_to_write(inputs: Inputs) -> int:
+    """All checkpoints of a run at once, the one being written too, the adapter, and the export where one is wanted."""
+    recipe, planned, export = inputs.recipe, inputs.planned, 0
+    if recipe.finish.export:
+        export = sum(path.stat().st_size for path in Path(recipe.base.model).glob("*.safetensors"))
+    # The result, and the best: there, about to be, and where every task has its own, those.
+    adapters = {"none": 1, "overall": 3, "tasks": 3 + len(recipe.data.tasks)}[recipe.train.keep_best]
+    checkpoints = (recipe.train.keep_checkpoints + 1) * checkpoint_bytes(planned)
+    return checkpoints + adapters * 4 * planned.trainable_parameters + export
+
+
+def _identified(start: Start, inputs: Inputs) -> Ancestry:
+    """Return the run's identity so far. Raises InputRefused where it is not that of the run to be resumed."""
+    before = None
+    if start.is_resumed:
+        before = start.processes.from_main(lambda: read_manifest(start.folder))
+    ancestry = Ancestry(before, start.allow_changed, start.processes)
+    ancestry.add(identity_of_inputs(inputs.recipe, inputs.tokenizer, inputs.tasks, start.processes))
+    return ancestry
+
+
+def _course(inputs: Inputs) -> Course:
+    recipe = inputs.recipe
+    mixture = TaskMix(recipe.data, inputs.tasks, recipe.train.seed)
+    capacity = None
+    if recipe.data.packing:
+        capacity = recipe.data.max_length
+    return Course(mixture, inputs.tasks, recipe.train.global_batch, num_steps(recipe.train, mixture), capacity)
+
+
+def num_steps(settings: Train, mixture: TaskMix) -> int:
+    """Return the updates of a run; an epoch counts every row of a task as often as the task's own `epochs` says."""
+    if settings.steps is not None:
+        return settings.steps
+    if settings.epochs is None:
+        rows: float = mixture.rows_until_stop()
+    else:
+        rows = settings.epochs * mixture.rows_per_epoch
+    return math.ceil(rows / settings.global_batch)
+
+
+def _started_model(start: Start, inputs: Inputs, mixture: TaskMix) -> PeftModel:
+    """Return the adapted base at its start."""
+    model = _adapted_model(start, inputs)
+    if inputs.recipe.data.packing:
+        check_isolation(model)
+
+    def first_batches() -> Iterator[dict[str, Tensor]]:
+        for first in itertools.count(0, inputs.planned.micro_batch):
+            batch = collate(mixture.rows(first, inputs.planned.micro_batch), inputs.tokenizer.pad_token_id)
+            yield {name: tensor.to(start.processes.device) for name, tensor in batch.items()}
+
+    start_adapter(model, inputs.config, inputs.recipe, first_batches)
+    model.train()
+    return model
+
+
+def _adapted_model(start: Start, inputs: Inputs) -> PeftModel:
+    recipe, layout, device = inputs.recipe, inputs.planned.layout, start.processes.device
+    if recipe.memory.engine != "none":
+        layout = replace(layout, stream=False)  # the engine moves weights itself, once it has them whole
+    place, keep_from = device, None
+    if layout.stream:
+        place = torch.device("cpu")  # a streamed base must not be on the device as a whole, not even once
+    if start.processes.is_main:
+        keep_from = WORTH_KEEPING if recipe.base.cache == "auto" else 0
+    base = load_base(start.folder.base(recipe), place, layout.dtype, keep_from=keep_from)
+    prepare_base(base, layout, device)
+    return add_adapter(base, inputs.config, recipe.train.seed)
+
+
+def _updater(start: Start, inputs: Inputs, model: PeftModel) -> Updater:
+    """Return who updates what is trained."""
+    parameters = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    moved = selection_biases(model)
+    optimizer = build_optimizer(inputs.recipe.train, inputs.planned.layout.optimizer, list(parameters.values()))
+    if inputs.recipe.memory.engine == "none":
+        return PlainUpdater(parameters, optimizer, moved)
+    refuse_storage(model)
+    return ZeroUpdater(start.accelerator, model, parameters, optimizer, moved)
+
+
+def _restored(start: Start, updater: Updater) -> tuple[Progress, list[str]]:
+    """Return how far the run is, and what was wrong with checkpoints that were passed over."""
+    if start.is_resumed:
+        return restore(start.folder, updater, start.processes)
+    return Progress(), []
+
+
+def _open(start: Start, inputs: Inputs, ancestry: Ancestry, progress: Progress) -> None:
+    """Write what the run begins with: from here on there is a run."""
+    device = start.processes.device
+    manifest: Manifest = {
+        "identity": ancestry.identity,
+        "lineage": ancestry.lineage(progress.step),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "plan": inputs.planned.to_json(),
+    }
+    start.processes.from_main(
+        lambda: open_folder(start.folder, inputs.recipe, manifest, start.is_resumed, progress.step)
+    )
+    if inputs.recipe.train.trackers:
+        start.accelerator.init_trackers("qd2mora", config={"fingerprint": inputs.recipe.fingerprint()})
+    if compute_dtype(inputs.recipe.base, device) is torch.float16 and progress.loss_scale is None:
+        progress.loss_scale = FIRST_LOSS_SCALE
+
+
+def _micro_batches(
+    inputs: Inputs,
+    model: PeftModel,
+    updater: Updater,
+    processes: Processes,
+    progress: Progress,
+    journal: Journal,
+) -> MicroBatches:
+    """Return what runs rows through the model, in the plan's micro batches, or smaller ones where memory ran out."""
+    planned, settings = inputs.planned.micro_batch, inputs.recipe.train
+    return MicroBatches(
+        model=model,
+        updater=updater,
+        processes=processes,
+        progress=progress,
+        say=journal.say,
+        size=min(planned, progress.micro_batch or planned, settings.global_batch // processes.count),
+        seed=settings.seed,
+        pad=inputs.tokenizer.pad_token_id,
+        loss_chunk=inputs.planned.layout.loss_chunk,
+    )
+
+
+def _training(
+    start: Start, inputs: Inputs, course: Course, batches: MicroBatches, journal: Journal, mark: dict[str, str]
+) -> Training:
+    """Put the loop together; `mark` is what an adapter remembers of its base."""
+    model, processes, progress = batches.model, batches.processes, batches.progress
+    folder, settings = start.folder, inputs.recipe.train
+    best = BestKeeper(
+        folder.best, settings.keep_best, lambda place: save_adapter(model, place, mark), processes.is_main
+    )
+    best.resumed(progress)
+    subject, live = Subject(model, inputs.tokenizer), LiveRouting(model, inputs.tasks)
+    return Training(
+        train=settings,
+        course=course,
+        progress=progress,
+        gradient=StepGradient(batches, course, inputs.config, settings.max_grad_norm),
+        held_out=HeldOut(
+            batches, inputs.tasks, live, lambda: score_together(subject, inputs.asked, processes), Watchdog()
+        ),
+        saver=Saver(folder.checkpoints, settings.keep_checkpoints, batches.updater, processes.is_main),
+        best=best,
+        journal=journal,
+        stop=start.stop,
+        time_limit=start.time_limit,
+    )
+
+
+def _say_what_starts(training: Training, planned: Plan) -> None:
+    say, course = training.journal.say, training.course
+    for task in course.tasks:
+        notes = [f"{len(task.train)} rows", f"{len(task.validation)} held out"]
+        if task.num_cut:
+            notes.append(f"{task.num_cut} cut at the end")
+        if task.num_dropped:
+            notes.append(f"{task.num_dropped} dropped (no room for the answer)")
+        say(f"task {task.task.name}: {', '.join(notes)}")
+    count = min(course.total_steps * course.rows_a_step, MOST_ROWS_COUNTED)
+    for line in share_lines(course.mixture.shares(count), course.mixture.by_tokens):
+        say(line)
+    layers = "kept"
+    if planned.checkpointing:
+        layers = f"recomputed in {planned.layout.recomputed} layers"
+    say(
+        f"training {planned.trainable_parameters:,} parameters, micro batch {training.batches.size}, activations "
+        f"{layers}, planned peak {planned.peak_bytes / 2**30:.2f} GiB; steps {training.progress.step} to "
+        f"{course.total_steps}"
+    )
+
+
+__all__ = ["Trained", "num_steps", "train"]

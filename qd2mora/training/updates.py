@@ -1,0 +1,232 @@
+"""Who updates what is trained, the plain optimiser or an engine (`zero`), behind one protocol; and at what rate.
+
+The loop never asks which it is: it has a step's whole gradient in the parameters' `grad`, and hands it over.
+"""
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qd2mora.disk.tensor_file import Inventory, inventory_of
+from qd2mora.mixture import MixtureConfig, mixture_layers, routing_of
+from qd2mora.recipe import Train
+from qd2mora.recipe.optimizers import OPTIMIZERS, OptimizerName
+from qd2mora.training.progress import State, StateSource
+
+
+class Updater(StateSource, Protocol):
+    """Turns gradients into new parameters; every method is called on every process."""
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable ones, by name."""
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether a pass gathers weights from all processes, which then have to run as many passes, in step."""
+
+    @property
+    def shares_moments(self) -> bool:
+        """Whether this process holds but a part of the moments."""
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether there are moments yet; the first update makes them."""
+
+    def moments_of(self, parameter: Tensor) -> list[Tensor]:
+        """Return the moments that have the parameter's shape, to be changed in place."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss to those of the parameters."""
+
+    def update(self, learning_rate: float) -> None:
+        """Update the parameters with their gradients."""
+
+    def forget_gradients(self) -> None:
+        """Let go of gradients, used or not to be used."""
+
+    def refuse_again(self) -> None:
+        """Raise WillNotFit where a pass that ran out of memory cannot be done again by this process alone."""
+
+
+@dataclass(frozen=True)
+class PlainUpdater:
+    """All of it in this process; `parameters` in the order in which the optimiser has them.
+
+    `moved` changes while training goes on without being trained: the selection biases of routers.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    moved: dict[str, nn.Parameter] = field(default_factory=dict)
+    shares_weights: bool = False
+    shares_moments: bool = False
+
+    @property
+    def has_moments(self) -> bool:
+        return bool(self.optimizer.state)
+
+    def moments_of(self, parameter: Tensor) -> list[Tensor]:
+        state = self.optimizer.state.get(parameter, {}).values()
+        return [moment for moment in state if isinstance(moment, Tensor) and moment.shape == parameter.shape]
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def update(self, learning_rate: float) -> None:
+        # Set at every step, from the step's number: a scheduler of torch's would have a state to save.
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+
+    def forget_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def refuse_again(self) -> None:
+        """See Updater; a plain one has no reason to refuse."""
+
+    def collect(self, *, copied: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, object]]:
+        flat: dict[str, object] = {}
+        state = self.optimizer.state_dict()["state"]
+        for index, name in enumerate(self.parameters):
+            _flatten(state.get(index, {}), name, flat)
+        moments = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
+        scalars = {key: value for key, value in flat.items() if key not in moments}
+        adapter = {name: parameter.detach() for name, parameter in (self.parameters | self.moved).items()}
+        return _on_cpu(adapter, copied), _on_cpu(moments, copied), scalars
+
+    def restore(self, state: State) -> None:
+        with torch.no_grad():
+            for name, parameter in (self.parameters | self.moved).items():
+                parameter.copy_(state.adapter[name])
+        position = {name: index for index, name in enumerate(self.parameters)}
+        nested: dict[int, dict[str, object]] = {}
+        for key, value in (state.moments | state.scalars).items():
+            name, *path = key.split("::")
+            _put(nested.setdefault(position[name], {}), path, value)
+        # Groups as they are now: the rate is a function of the step, and a resume may have been given another.
+        self.optimizer.load_state_dict({"state": nested, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def expected(self) -> tuple[Inventory, Inventory]:
+        """See StateSource. Optimisers make their moments at the first update, so an empty one is done, and undone."""
+        earlier = {parameter: copy.deepcopy(state) for parameter, state in self.optimizer.state.items()}
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        self.update(0.0)
+        self.forget_gradients()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(before[name])
+        adapter, moments, _ = self.collect(copied=False)
+        inventories = inventory_of(adapter), inventory_of(moments)
+        # What is left of it would count as an update where no checkpoint takes its place.
+        self.optimizer.state.clear()
+        self.optimizer.state.update(earlier)
+        return inventories
+
+
+def build_optimizer(train: Train, name: OptimizerName, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return an optimiser over the trainable parameters, in their order."""
+    row = OPTIMIZERS[name]
+    kind = row.kind(parameters[0].is_cuda)
+    built = kind(parameters, lr=train.learning_rate, weight_decay=train.weight_decay, **row.options)
+    assert isinstance(built, torch.optim.Optimizer)
+    return built
+
+
+def learning_rate(train: Train, update: int, total: int) -> float:
+    """Return the rate of update number `update` (from 0) of `total`: linear warm-up, then the schedule down to zero."""
+    if update < train.warmup_steps:
+        return train.learning_rate * (update + 1) / train.warmup_steps
+    progress = (update - train.warmup_steps) / max(1, total - train.warmup_steps)
+    factor = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+    }[train.schedule]
+    return train.learning_rate * factor
+
+
+def add_gradient(value: Tensor, of: Iterable[Tensor]) -> None:
+    """Add the gradient of a value to that of those tensors which are trained; nothing else gets one."""
+    trained = [tensor for tensor in of if tensor.requires_grad]
+    gradients = torch.autograd.grad(value, trained, allow_unused=True)
+    for tensor, gradient in zip(trained, gradients, strict=True):
+        if gradient is None:
+            continue
+        if tensor.grad is None:
+            tensor.grad = gradient
+        else:
+            tensor.grad.add_(gradient)
+
+
+def stage_of(update: int, total: int, num_stages: int) -> int:
+    """Return the stage that update number `update` of `total` belongs to.
+
+    A run of a method that grows is cut into as many equal parts as there are experts; in part s expert s alone is
+    trained (ScaleZero's DPS; equal parts replace its trigger, tasks solved).
+    """
+    return min(update * num_stages // total, num_stages - 1)
+
+
+def enter_stage(model: nn.Module, updater: Updater, config: MixtureConfig, update: int, total: int) -> None:
+    """Tell the layers which expert this update trains; where a stage begins, forget the moments of older experts.
+
+    Older experts stay bit for bit what they were: their gradients are zero, and so are their moments from here on, with
+    which an AdamW step without decay changes nothing. A new expert's up factor is still zero when its stage begins, so
+    entering a stage changes no output.
+    """
+    routing = routing_of(model)
+    if routing is None or not config.row.stages:
+        return
+    routing.stage = stage_of(update, total, config.num_down)
+    if update == 0 or stage_of(update - 1, total, config.num_down) == routing.stage:
+        return
+    for layer in mixture_layers(model).values():
+        tensors = layer.tensors("default")
+        for name in ("mixture_A", "mixture_B"):
+            for moment in updater.moments_of(tensors[name]):
+                moment[: routing.stage].zero_()
+
+
+def _flatten(value: object, path: str, into: dict[str, object]) -> None:
+    if isinstance(value, dict):
+        for key, child in value.items():
+            _flatten(child, f"{path}::{key}", into)
+    else:
+        into[path] = value
+
+
+def _put(tree: dict[str, object], path: list[str], value: object) -> None:
+    """Put a value where a path through nested dictionaries leads, making those that are not there."""
+    first, *rest = path
+    if not rest:
+        tree[first] = value
+        return
+    branch = tree.setdefault(first, {})
+    assert isinstance(branch, dict)
+    _put(branch, rest, value)
+
+
+def _on_cpu(tensors: dict[str, Tensor], copied: bool) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=copied).contiguous() for name, tensor in tensors.items()}
+
+
+__all__ = [
+    "PlainUpdater",
+    "Updater",
+    "add_gradient",
+    "build_optimizer",
+    "enter_stage",
+    "learning_rate",
+    "stage_of",
+]
