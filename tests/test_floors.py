@@ -1,4 +1,4 @@
-"""The house: imports go down the floors only, files stay small, nothing unsafe stands in the package."""
+"""The house: imports go down the floors, never in a circle; files stay small, nothing unsafe stands in the package."""
 
 import ast
 import re
@@ -6,6 +6,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+from scripts import measure_house
 
 PACKAGE = Path(__file__).parents[1] / "qd2mora"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -118,6 +120,27 @@ def test_a_file_is_short_says_what_it_is_for_and_does_nothing_unsafe(path: Path)
     assert not unsafe(ast.parse(text))
     assert not re.search(r"util|helper|manager|misc", path.name)
     assert "except Exception" not in text
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    modules = measure_house.modules_of(PACKAGE, "qd2mora")
+    assert measure_house.circles(measure_house.imports_of(modules)) == []
+
+
+def test_the_check_for_circles_finds_deferred_ones_and_those_under_type_checking(tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "__init__.py").write_text("from house.part.one import first\n")
+    (tmp_path / "part" / "one.py").write_text("def first():\n    from house.two import second\n    return second\n")
+    (tmp_path / "two.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from house.part import first\nsecond = 2\n"
+    )
+    (tmp_path / "three.py").write_text("from house.two import second\n")
+    found = measure_house.circles(measure_house.imports_of(measure_house.modules_of(tmp_path, "house")))
+    assert found == [["house.part", "house.part.one", "house.two"]]
+
+
+def test_few_modules_lie_loose_at_the_root() -> None:
+    assert len([path for path in FILES if path.parent == PACKAGE]) <= 8
 
 
 def test_every_part_is_installed() -> None:
