@@ -48,7 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Saver(Path(folder), 2, PlainUpdater(parameters, optimizer)) as saver:
         for step in range(1, TIMES + 1):
             began, began_cpu, began_all = time.perf_counter(), time.thread_time(), time.process_time()
-            saver.save(Progress(step=step, applied=step))
+            saver.begin(Progress(step=step, applied=step))
             waits.append(time.perf_counter() - began)
             waits_cpu.append(time.thread_time() - began_cpu)
             saver.finish()

@@ -153,7 +153,7 @@ class Saver:
         finally:
             self._writer.shutdown()
 
-    def save(self, progress: Progress) -> None:
+    def begin(self, progress: Progress) -> None:
         """Begin to save, after the one in flight has ended. Raises what that one raised."""
         self.finish()
         adapter, moments, scalars = self.source.collect(copied=True)

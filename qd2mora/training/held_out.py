@@ -141,8 +141,7 @@ class HeldOut:
         """Let rows pass the routers, without a loss."""
 
         def run(part: MicroBatch) -> None:
-            batch = self.batches.collated(part)
-            labelled_states(self.batches.model, batch)
+            labelled_states(self.batches.model, self.batches.collated(part))
 
         self._each(rows, run)
 

@@ -180,7 +180,7 @@ class Training:
         with self.watchdog.paused():
             # All processes learn whether the save before went well, before any of them collects the next.
             self.processes.from_main(self.saver.finish)
-            self.saver.save(self.progress)
+            self.saver.begin(self.progress)
             self.processes.from_main(self._settle_best)  # the checkpoint before this one is on disk by now
 
     def _evaluate(self) -> dict[str, float]:

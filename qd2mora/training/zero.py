@@ -53,8 +53,8 @@ class ZeroUpdater:
         tensors[0].all_gather(tensors)
         coordinator = self.sharded.parameter_offload.get_param_coordinator()
         # The loop calls the decoder, and not the model that the engine watches.
-        tuner: Any = model.base_model
-        tuner.model.get_decoder().register_forward_pre_hook(lambda module, inputs: coordinator.reset_step())
+        base: Any = model.get_base_model()
+        base.get_decoder().register_forward_pre_hook(lambda module, inputs: coordinator.reset_step())
 
     @property
     def has_moments(self) -> bool:

@@ -108,7 +108,7 @@ def test_a_disk_error_anywhere_in_a_save_leaves_the_old_checkpoints(
             patch.setattr(os, call, failing)
             saver = Saver(tmp_path, 2, small.source_at(4))
             try:
-                saver.save(Progress(step=4, applied=4))
+                saver.begin(Progress(step=4, applied=4))
                 saver.finish()
                 is_told = False
             except DiskTrouble as error:
@@ -145,7 +145,7 @@ def limited_save(folder: Path, size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     saver = Saver(folder, 2, small.source_at(4))
     try:
-        saver.save(Progress(step=4, applied=4))
+        saver.begin(Progress(step=4, applied=4))
         saver.finish()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))  # for the log
