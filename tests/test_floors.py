@@ -152,3 +152,20 @@ def test_every_part_is_installed() -> None:
 
 def test_every_part_has_a_floor() -> None:
     assert {part_of(path) for path in FILES} - {"__init__", "__main__"} == set(FLOORS)
+
+
+def test_the_page_on_architecture_names_files_that_are_there_and_every_part() -> None:
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", text))
+    known = {path.relative_to(PACKAGE).as_posix() for path in FILES} | {path.name for path in FILES}
+    tests = {path.relative_to(PACKAGE.parent).as_posix() for path in (PACKAGE.parent / "tests").rglob("*.py")}
+    folders = {f"{path.parent.relative_to(PACKAGE.parent).as_posix()}/" for path in map(PACKAGE.parent.joinpath, tests)}
+    parts = {f"{part}.py" if (PACKAGE / f"{part}.py").is_file() else f"{part}/" for part in FLOORS}
+    assert named - known - tests - folders - parts - {"scripts/measure_house.py"} == set()
+    assert parts - named == set()
+
+
+def test_the_page_on_architecture_gives_each_part_its_floor() -> None:
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| `(\w+)(?:\.py|/)` \|", text, re.MULTILINE)
+    assert {part: int(floor) for floor, part in rows} == FLOORS
