@@ -127,9 +127,12 @@ def _add_gradients(
     batches = [inputs.training[number] for number in numbers]
     tokens = sum(int(labelled(batch).sum()) for batch in batches)
     for number, batch in zip(numbers, batches, strict=True):
+        # Before the student stands in: the routed model is its own teacher.
         wanted = teacher.states(number, batch)
         with replaced(inputs.model, student), _recomputing(inputs):
             states = decode(inputs.model, batch)
+            # By the labelled tokens of the whole step, so that its batches make one mean and none counts more for being
+            # short.
             loss = divergence(inputs.model, batch, states, wanted) / max(1, tokens)
             loss = loss + STATES_WEIGHT / len(batches) * _relative_error(states, wanted, batch["attention_mask"].bool())
             loss.backward()
@@ -175,4 +178,4 @@ def _frozen(static: LowRank) -> LowRank:
     return LowRank(static.down.detach(), static.up.detach(), static.scaling, static.base_change)
 
 
-__all__ = ["LEARNING_RATE", "ROWS_A_STEP", "Teacher", "distill", "divergence", "mean_divergence"]
+__all__ = ["LEARNING_RATE", "ROWS_A_STEP", "Teacher", "distill", "mean_divergence"]
