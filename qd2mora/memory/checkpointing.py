@@ -53,6 +53,7 @@ class Boundaries:
         """Return a tensor to the device, and start on the one that left before it."""
         self._start(left)
         if left.place:
+            # The backward pass goes through the layers in reverse: this one is wanted next.
             self._start(self._away[left.place - 1])
         tensor, left.here = left.here, None
         assert tensor is not None

@@ -127,6 +127,7 @@ def _layer_shapes(
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,
         heads=config.num_attention_heads,
+        # Heads may be wider together than the states (Qwen3); a fused projection has no q_proj and tells nothing.
         heads_width=kinds["q_proj"].d_out if "q_proj" in kinds else config.hidden_size,
         adapter_inputs=-(-sum(inputs.values()) // config.num_hidden_layers),
         adapter_features=-(-sum(step.features for step in steps) // config.num_hidden_layers),

@@ -62,6 +62,7 @@ class LayerStream:
 
     def _start(self, index: int) -> None:
         slot, host = index % len(self.slots), self.hosts[index]
+        # There already: where a forward pass turns into the backward one, the same two layers are wanted again.
         if self._held[slot] == index:
             return
         self._held[slot] = None  # until the copy is given to the device

@@ -22,6 +22,7 @@ def auto(inputs: StrategyInputs) -> dict[str, LowRank]:
         "core_lsq": of_cores(inputs.model, {name: core_lsq.mixing(each) for name, each in moments.items()}),
         "mean_gate": of_cores(inputs.model, {name: mean_gate.mixing(each) for name, each in moments.items()}),
     }
+    # Each candidate is measured against the same states: they are made once.
     teacher = Teacher(inputs.model, keeps=True)
     # A run of very few rows has none to spare for checking.
     checking = inputs.checking or inputs.calibration

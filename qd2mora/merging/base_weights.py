@@ -50,6 +50,7 @@ class BaseWeights:
 
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+        # A tied output matrix must not count as a weight of its own, however a build on the meta device leaves it.
         model.tie_weights()
         self.architecture = type(model).__name__
         # The model's weights by their own names, in its order; tied ones once.

@@ -66,6 +66,7 @@ def distill(inputs: StrategyInputs, start: Mapping[str, LowRank], steps: int) ->
         for place, (name, static) in enumerate(student.items())
     }
     optimizer = _optimizer(parameters, inputs.eight_bit)
+    # Batches are of the training's micro batch, which fits; a step gathers as many as make ROWS_A_STEP.
     per_step = max(1, round(ROWS_A_STEP / max(1, len(batches[0]["labels"]))))
     # States are kept only where a batch comes twice.
     teacher = Teacher(model, keeps=steps * per_step > len(batches))

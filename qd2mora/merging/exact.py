@@ -157,6 +157,7 @@ def _packed_blocks(source: BaseWeights, name: str) -> Callable[[], Iterator[Tens
 def _content(layer: MixtureLinear, adapter_name: str, tensors: dict[str, Tensor]) -> LinearContent:
     """Return what the code files must know of one linear, as plain values."""
     spec = layer.mixture_spec[adapter_name]
+    # `places` follows from the rest: `RankStep` makes it again.
     step = {key: value for key, value in asdict(spec.step).items() if key != "places"}
     return {
         "step": step | {"gates": {role: asdict(gate) for role, gate in spec.step.gates}},

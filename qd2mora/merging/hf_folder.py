@@ -43,6 +43,7 @@ def write_model(
         # An output matrix that took an update is no longer the embedding, which took none.
         config["tie_word_embeddings"] = False
     write_config(config, folder)
+    # End tokens and the like stand there alone in newer models; without it text would not end.
     generation = weights.folder / "generation_config.json"
     if generation.is_file():
         (folder / generation.name).write_bytes(generation.read_bytes())

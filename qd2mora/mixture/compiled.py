@@ -32,6 +32,7 @@ class TracedAdapter:
     observer: Callable[[Tensor], Observe | None]
 
 
+# The compiler keeps a number in its graph as a constant; a layer's calls are found again by it.
 _numbers = count()
 _adapters: WeakValueDictionary[int, TracedAdapter] = WeakValueDictionary()
 # A layer keeps its adapters alive, without knowing: a copied or saved layer must not take the numbers along.

@@ -43,6 +43,7 @@ def layout_of(linear: nn.Module) -> WeightLayout | None:
     """Return a linear's layout; None where its own forward must run: trained, hooked, packed, or of another kind."""
     if not isinstance(linear, nn.Linear) or _is_watched(linear):
         return None
+    # A trained weight or bias needs a gradient of its own, which nothing here makes.
     if any(parameter.requires_grad for parameter in linear.parameters(recurse=False)):
         return None
     # Exact types: a subclass, or a weight that is a tensor subclass (DTensor, torchao's), may multiply in its own way.
@@ -57,6 +58,7 @@ def tensors_of(linear: nn.Module, layout: WeightLayout | None) -> list[Tensor]:
     if layout is None:
         return []
     assert isinstance(linear, nn.Linear)
+    # In the order that `_scales` and `product` take them apart.
     tensors: list[Tensor] = [linear.weight]
     if layout.blocksize:
         packed: Any = linear.weight

@@ -39,6 +39,7 @@ def _scores(role: str, x: Tensor, tensors: dict[str, Tensor], routing: Routing, 
     gate = spec.gate(role)
     assert gate is not None
     if gate.input == "none":
+        # One row of logits that broadcasts over all tokens.
         return tensors[f"mixture_logits_{role}"]
     if gate.select == "fixed":
         # The row's number is the choice; an embedding has nothing to add.
@@ -83,6 +84,7 @@ def _for_rows(values: Tensor, x: Tensor) -> Tensor:
 def _task_scores(x: Tensor, tensors: dict[str, Tensor], routing: Routing, spec: LinearSpec) -> Tensor:
     index = _known_tasks(x, routing, spec)
     table = tensors["mixture_task_embedding"]
+    # Gates are float32 even under autocast: near ties, 16 bits would choose another expert.
     with ops.unlowered(table):
         logits = F.linear(ops.wide(table[index]), ops.wide(tensors["mixture_router_task"]))
     return logits.view(logits.shape[0], *([1] * (x.dim() - 2)), logits.shape[1])

@@ -33,6 +33,7 @@ def initial_tensor(name: str, shape: tuple[int, ...], config: MixtureConfig, spe
     if name == "mixture_core":
         return _initial_core(tensor, row.core, row.scales)
     if name == "mixture_task_embedding":
+        # As nn.Embedding starts.
         return nn.init.normal_(tensor)
     if name.startswith("mixture_logits"):
         # CAT's weights start at random (its code: randn, then softmax), ScaleZero's scales 1 + 0.2 tanh(0) at 1.
@@ -84,6 +85,7 @@ def _initial_core(tensor: Tensor, kind: str, scales: tuple[int, ...]) -> Tensor:
         # Near one, so that a bank of modulations starts near plain LoRA and its experts differ.
         return nn.init.normal_(tensor, mean=1.0, std=0.1)
     if kind == "kron":
+        # s^2 entries of deviation 1 / s: kernels of all scales are of one size, |K_e|_F^2 about 1.
         kernels = [nn.init.normal_(torch.empty(scale, scale, device=tensor.device), std=1 / scale) for scale in scales]
         return torch.cat([kernel.flatten() for kernel in kernels])
     return kaiming(tensor)

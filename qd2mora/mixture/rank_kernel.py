@@ -129,6 +129,7 @@ def _fields(role: str, gate: Gate | None, num_experts: int) -> dict[str, int | b
 
 
 def _is_plain(gate: Gate) -> bool:
+    # A load bias enters the choice alone, noise the scores, a sample draws: the twin knows of these.
     return (
         gate.score == "linear"
         and gate.select in ("all", "top_k")

@@ -47,6 +47,7 @@ def through(
     leaves = {
         name: tensor.detach().requires_grad_(need) for (name, tensor), need in zip(small.items(), needs, strict=True)
     }
+    # A backward pass runs with autograd off.
     with torch.enable_grad():
         v, gatings = step.route(leaf, leaves, draws)
         outputs, grads = [v], [dv.to(v.dtype)]

@@ -37,6 +37,7 @@ class Slots:
     def ranks(self, step: RankStep) -> Tensor:
         """Return m (K, ..., Q): 1 at the ranks of the slot's expert, 0 at others'; a shared expert's own scale."""
         sizes = step.ranks_down
+        # By a plain number where it can be: a tensor of repeats is made and read on the device.
         if len(set(sizes)) == 1:
             chosen = self.which.repeat_interleave(sizes[0], -1)
         else:

@@ -172,6 +172,7 @@ class RankStep:
         _, gatings = self.route(u_ext, small)
         one = weight.new_ones(1)
         constant = Gating(one, one, one)
+        # A gate that is left out as constant counts 1.
         gates = [gatings.get(role, constant).weight for role in ("up", "down")]
         up, down = (gate.expand(*weight.shape, -1).flatten(0, -2).to(u_ext.dtype) for gate in gates)
         # Without a core C is the identity: block (j, i) of K_t is beta_j alpha_i I.

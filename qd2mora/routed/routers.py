@@ -63,6 +63,7 @@ def decide(gate: Gate, logits: Tensor, *, bias: Tensor | None = None, noise: Ten
         order = (rank / gate.temperature + noise).detach().topk(gate.top_k, -1).indices
         drawn = torch.zeros_like(probs).scatter_(-1, order, 1.0)
         return Gating(_weigh(gate, logits, probs, drawn), probs, logits, drawn, order)
+    # Outside training a sampled gate takes its k likeliest: answers do not change from one asking to the next.
     chosen = _select(gate, probs, rank)
     return Gating(_weigh(gate, logits, probs, chosen), probs, logits, chosen)
 

@@ -57,6 +57,7 @@ class StepGradient:
         torch.manual_seed(key_of(batches.seed, "step", step, batches.processes.index))
         # One over the labels of all processes and micro batches: a mean of their means would weigh short answers up.
         share, tokens = 1 / sum(row.num_labels for row in rows), sum(len(row.ids) for row in rows)
+        # A tensor on the device: a Python sum would wait for it after every micro batch.
         total = torch.zeros((), device=batches.processes.device)
         if batches.routing is not None:
             batches.routing.forget()

@@ -147,6 +147,7 @@ def build_optimizer(train: Train, name: OptimizerName, parameters: list[nn.Param
 def learning_rate(train: Train, update: int, total: int) -> float:
     """Return the rate of update number `update` (from 0) of `total`: linear warm-up, then the schedule down to zero."""
     if update < train.warmup_steps:
+        # From the first step on above zero: a rate of 0 would take a step that learns nothing.
         return train.learning_rate * (update + 1) / train.warmup_steps
     progress = (update - train.warmup_steps) / max(1, total - train.warmup_steps)
     factor = {
