@@ -86,6 +86,7 @@ def _best_of(folder: Path, strategies: Sequence[str], task: str | None) -> tuple
     everything = [name for name, strategy in STRATEGIES.items() if task is not None or not strategy.one_task]
     for strategy in strategies or everything:
         place = folder.parent / f"{folder.name}-{strategy}"
+        # What an earlier start left half done.
         shutil.rmtree(place, ignore_errors=True)
         export = merge(folder, place, strategy=strategy, task=task)
         assert export.fidelity is not None  # there are rows to choose by

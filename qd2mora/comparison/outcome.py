@@ -104,7 +104,6 @@ class Comparison:
         return self.metric != "loss"
 
     def to_json(self) -> Json:
-        """Return the numbers."""
         return {
             "arms": [arm.to_json() for arm in self.arms],
             "steps": self.steps,
@@ -155,6 +154,7 @@ def verdicts(found: Comparison) -> list[str]:
 def _verdict(name: str, reference: str, loss: Estimate) -> str:
     low, high = loss.interval
     numbers = f"{loss.mean:+.4f} nats a token, 95% {low:+.4f} to {high:+.4f}"
+    # An interval that holds zero decides nothing, however large the mean.
     if low <= 0 <= high:
         return f"no telling {name} from {reference} ({numbers})"
     word = "worse" if loss.mean > 0 else "better"

@@ -158,6 +158,7 @@ def _seconds_of_a_step(trials: Trials, arm: Arm) -> float:
     timed = replace(trials, num_steps=TIMING_STEPS)
     train(_recipe_of(timed, arm, SWEEP_SEED, trials.recipe.train.learning_rate, folder), overwrite=True)
     lines = [json.loads(line) for line in RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()]
+    # The median: the first step also compiles, allocates and reads.
     return statistics.median(line["tokens"] / line["tokens_per_s"] for line in lines if "tokens_per_s" in line)
 
 
@@ -170,6 +171,7 @@ def _best_rate(trials: Trials, arm: Arm) -> SweptRate:
     for rate in rates:
         file = trials.folder.result(arm.name, f"sweep-{rate:g}")
         by_task = found_once(file, dict[str, dict[str, float]], partial(_swept, trials, arm, rate))["losses"]
+        # The losses are kept; runs of a sweep would fill the disk.
         shutil.rmtree(trials.folder.run(arm.name, f"sweep-{rate:g}"), ignore_errors=True)
         losses[f"{rate:g}"] = sum(by_task.values()) / len(by_task)
     best = min(losses, key=lambda name: losses[name])
@@ -213,7 +215,6 @@ def _train_through(recipe: Recipe) -> None:
 
 
 def _recipe_of(trials: Trials, arm: Arm, seed: int, rate: float, folder: Path) -> Recipe:
-    """Return the recipe of one run."""
     recipe = trials.recipe
     changes: dict[str, object] = {"seed": seed, "learning_rate": rate}
     if trials.num_steps is not None:

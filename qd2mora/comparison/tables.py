@@ -113,4 +113,4 @@ def _losing(found: Comparison) -> list[str]:
     return lines
 
 
-__all__ = ["markdown", "show", "write_tables"]
+__all__ = ["show", "write_tables"]

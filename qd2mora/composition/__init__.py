@@ -164,6 +164,7 @@ def _check(name: str, inputs: Sequence[str], options: ComposeOptions) -> None:
     if name not in OPERATIONS:
         raise InputRefused(f"compose: unknown '{name}'; {nearest(name, OPERATIONS)}")
     operation = OPERATIONS[name]
+    # An option that an operation would pass over is refused: a weight that is not used should not look used.
     for key, value in asdict(options).items():
         if value is not None and key not in operation.takes:
             raise InputRefused(f"--{key}: {name} takes none; it takes {' and '.join(operation.takes)}")
@@ -196,4 +197,4 @@ def _seal(folder: Path, files: Mapping[str, SizeAndHash], settings: Settings | N
     seal_whole_folder(folder, files, about)
 
 
-__all__ = ["OPERATIONS", "ComposeOptions", "Composed", "compose", "write_mixture"]
+__all__ = ["OPERATIONS", "ComposeOptions", "Composed", "compose"]

@@ -60,6 +60,7 @@ def truncated(matrix_OD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         # Random projections (Halko et al. 2011), from a seed of their own: the same LoRA every time.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
+            # More directions than asked for and four power iterations part the top from a spectrum that falls slowly.
             left, values, columns = torch.svd_lowrank(matrix_OD, q=rank + 16, niter=4)
         right = columns.T
     root = values[:rank].sqrt()

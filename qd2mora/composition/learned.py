@@ -71,6 +71,7 @@ def _prepared(recipe: Recipe) -> tuple[Any, int, list[Row]]:
     model, tokenizer = load_base(recipe.base), load_tokenizer(recipe.base.model)
     enable_checkpointing(model)
     order = np.random.default_rng(recipe.train.seed)
+    # Evenly over tasks, whatever their sizes: a sum of LoRAs has to serve each of them.
     rows: list[Row] = []
     tasks = prepare(recipe.data, tokenizer, recipe.train.seed)
     for task in tasks:
@@ -105,6 +106,7 @@ def _beside(model: Any, loras: Sequence[TrainedLora], weights: Mapping[str, Tens
 def _update(name: str, parts: list[tuple[int, TrainedLora]], weight_N: Tensor) -> Any:
     """Return a hook that adds the weighted LoRAs of one linear to its output."""
     device = weight_N.device
+    # One product for all LoRAs of a linear; each rank is weighed by the number of its LoRA.
     owners = torch.cat([torch.full((lora.pairs[name][0].shape[0],), number) for number, lora in parts]).to(device)
     down = torch.cat([lora.pairs[name][0] for _, lora in parts]).to(device)
     up = torch.cat([lora.scaling * lora.pairs[name][1] for _, lora in parts], 1).to(device)

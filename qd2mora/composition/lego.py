@@ -86,4 +86,4 @@ def _stretched(members: Tensor) -> Tensor:
     return center * (members.norm(dim=1).mean() / norm)
 
 
-__all__ = ["clustered", "compose", "kmeans"]
+__all__ = ["clustered", "compose"]

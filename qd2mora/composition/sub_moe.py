@@ -2,7 +2,8 @@
 
 Experts whose updates point the same way are put together (agglomerative, by the cosine of B_e A_e). A group keeps one
 up expert, the leading left singular vectors of [B_1 A_1 ... B_n A_n], and as its down expert the mean of what each had
-in that basis, weighed by how much each was used. All through QR of the factors: no matrix is ever d_out x d_in.
+in that basis, each of one weight: how often experts are used, which the paper weighs by, an adapter does not tell. All
+through QR of the factors: no matrix is ever d_out x d_in.
 
 Of a softmax router the group's row is the same mean, and log n is added to its logit, so that n copies of one expert
 become one without any loss. The result is a mixture of the same method with `score: bias`.
@@ -42,6 +43,7 @@ def refuse_unfit(config: MixtureConfig, experts: int, rank: int) -> None:
 def compressed_config(config: MixtureConfig, experts: int, rank: int) -> MixtureConfig:
     """Return the configuration of the smaller mixture, at the same scale s."""
     gates = dict(config.gates or {})
+    # The bias holds log n of each group.
     gates["down"] = {**gates.get("down", {}), "score": "bias"}
     counts = {"experts": experts}
     return replace(
@@ -64,17 +66,14 @@ def rank_of_scale(config: MixtureConfig, experts: int, rank: int) -> float:
     return total
 
 
-def compress(tensors: dict[str, Tensor], experts: int, rank: int, used_E: Tensor | None = None) -> dict[str, Tensor]:
-    """Return one linear's tensors for fewer experts of a smaller rank; `used_E`: how often each is chosen."""
+def compress(tensors: dict[str, Tensor], experts: int, rank: int) -> dict[str, Tensor]:
+    """Return one linear's tensors for fewer experts of a smaller rank."""
     # float64: QR and SVD of factors whose norms differ by much.
     A_ERD, B_EOR, router_ED = (tensors[f"mixture_{name}"].double() for name in ("A", "B", "router_down"))
     bias_E = tensors.get("mixture_bias_down", torch.zeros(len(A_ERD))).double()
-    if used_E is None:
-        used_E = torch.ones(len(A_ERD))
-    used_E = used_E.double()
     downs, ups, rows, biases = [], [], [], []
     for group in grouped(A_ERD, B_EOR, experts):
-        share = used_E[group] / used_E[group].sum()
+        share = torch.full((len(group),), 1 / len(group), dtype=torch.float64)
         down, up = merged(A_ERD[group], B_EOR[group], share, rank)
         downs.append(down)
         ups.append(up)
@@ -112,6 +111,7 @@ def merged(A_ERD: Tensor, B_EOR: Tensor, share_E: Tensor, rank: int) -> Bank:
     small = torch.cat([part @ low for part, low in zip(parts, lower, strict=True)], 1)
     # Q_B has orthonormal columns, so that singular vectors of the small matrix are those of the large one in its basis.
     left = torch.linalg.svd(small, full_matrices=False)[0][:, :rank]
+    # left^T R_e A_e is expert e in the group's basis.
     down = sum(share * (left.T @ part @ A) for share, part, A in zip(share_E, parts, A_ERD, strict=True))
     up = basis @ left
     if up.shape[1] < rank:  # fewer directions than ranks

@@ -40,4 +40,4 @@ def upcycle(lora: TrainedLora, experts: int) -> tuple[MixtureConfig, dict[str, T
     return config, tensors
 
 
-__all__ = ["METHOD", "upcycle"]
+__all__ = ["upcycle"]

@@ -110,6 +110,7 @@ def _widths(lengths: Sequence[int], capacity: int, at_once: int) -> Iterator[int
     """Yield what a line may hold: an even share for each number of lines that takes no more micro batches, and more."""
     total = sum(lengths)
     fewest = -(-total // capacity)
+    # Rows seldom fill even shares to the token; a little more room often saves a line.
     for more in range(0, 6 * MULTIPLE, MULTIPLE):
         for number in range(fewest, max(-(-fewest // at_once) * at_once, fewest + 1) + 1):
             share = -(-total // (number * MULTIPLE)) * MULTIPLE
@@ -143,6 +144,7 @@ def _filled(lengths: Sequence[int], width: int) -> list[list[int]]:
 def _best_sum(numbers: Sequence[int], lengths: Sequence[int], room: int) -> list[int]:
     """Return the rows whose lengths sum up to the most that `room` holds (bit n of `reached`: a sum of n)."""
     room = max(room, 0)
+    # Sums above the room are cut off, so that numbers stay `room` bits long.
     kept = (1 << room + 1) - 1
     reached = [1]
     for number in numbers:
@@ -151,6 +153,7 @@ def _best_sum(numbers: Sequence[int], lengths: Sequence[int], room: int) -> list
             break
     total, chosen = reached[-1].bit_length() - 1, []
     for number, before in reversed(list(zip(numbers, reached[:-1], strict=False))):
+        # Backwards: a sum that was not within reach before this row needs the row.
         if not before >> total & 1:
             chosen.append(number)
             total -= lengths[number]
@@ -179,6 +182,7 @@ def collate_packed(batch: MicroBatch, pad: int) -> dict[str, Tensor]:
         for first, last in (*row.earlier, (row.masked, len(tokens))):
             first = max(first, 1)  # a row's first token would be told by the row before it
             labels[line, start + first : start + last] = tokens[first:last]
+        # Padding behind the last row counts from 0 as a row of its own does: attention keeps the rows out of it.
         positions[line, stop:] = torch.arange(width - stop)
     batch_of = {"input_ids": ids, "labels": labels, "position_ids": positions, "segments": segments}
     return batch_of | {"task_index": torch.tensor([row.task for row in batch.rows])}

@@ -57,6 +57,7 @@ def cluster(points: Points, most: int, generator: np.random.Generator) -> list[C
 
 def k_means(points: Points, k: int, generator: np.random.Generator) -> tuple[Labels, float]:
     """Return labels and the sum of squared distances to the centres: the best of STARTS runs of Lloyd's rounds."""
+    # Lloyd's rounds end in a local optimum: the best of a few starts.
     runs = [_lloyd(points, _spread_centres(points, k, generator)) for _ in range(STARTS)]
     return min(runs, key=lambda run: run[1])
 

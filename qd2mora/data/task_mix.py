@@ -128,6 +128,7 @@ class TaskMix:
             stale = [other for other in self._permutations if other[0] == task and other[1] < epoch - 1]
             for other in stale:
                 del self._permutations[other]
+            # One more than the task's number: the pile's is -1, and seeds are not negative.
             self._permutations[key] = np.random.default_rng([self.seed, _ORDER, task + 1, epoch]).permutation(size)
         return self._permutations[key]
 

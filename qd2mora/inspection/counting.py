@@ -100,6 +100,7 @@ class RoutingWatch:
             if spec is None:
                 continue
             for role, gate in spec.step.gates:
+                # A router that several linears share is counted once, where it stands.
                 if gate.scope == "module" or spec.place.owns_router:
                     where = (spec.place.layer, spec.place.kind, role)
                     self.routers[name, role] = RouterSums(name, *where, gate, spec.counts[role], self.num_tasks)
@@ -128,6 +129,7 @@ class RoutingWatch:
             if sums is None:  # this process may have had no row
                 sums = torch.zeros(shape, dtype=torch.float64)
             flat.append(sums.to(device).flatten())
+        # One message for all routers.
         parts = add_up(torch.cat(flat)).split([len(part) for part in flat])
         for router, part, shape in zip(routers, parts, shapes, strict=True):
             router.sums = part.view(shape)

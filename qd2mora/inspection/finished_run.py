@@ -62,6 +62,7 @@ def rows_seen(tasks: Sequence[TaskRows], chosen: Sequence[Sequence[Row]]) -> dic
 
 
 def _run_through(rows: list[Row], model: PeftModel, pad: int) -> None:
+    # Rows of like length together, so that little of a batch is padding.
     by_length = sorted(rows, key=lambda row: len(row.ids))
     for start in range(0, len(by_length), ROWS_AT_ONCE):
         batch = collate(by_length[start : start + ROWS_AT_ONCE], pad)

@@ -124,13 +124,4 @@ def _known(values: Tensor, is_known: list[bool]) -> list[list[float] | None]:
     return [row if known else None for row, known in zip(values.tolist(), is_known, strict=True)]
 
 
-__all__ = [
-    "COLLAPSED",
-    "DEAD",
-    "RouterMeasures",
-    "mean_of_known",
-    "measure",
-    "mutual_information",
-    "token_sums",
-    "width",
-]
+__all__ = ["COLLAPSED", "RouterMeasures", "mean_of_known", "measure", "mutual_information", "token_sums", "width"]

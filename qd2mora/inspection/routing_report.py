@@ -96,7 +96,6 @@ class RoutingReport:
 
 
 def write_routing(folder: RunFolder, report: RoutingReport) -> None:
-    """Write `routing.json`."""
     write_json(folder.routing, report.to_json())
 
 

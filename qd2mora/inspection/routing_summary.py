@@ -33,6 +33,7 @@ def summary(found: Measured, model: nn.Module) -> Summary:
     entropies within 0 and 1; loads relative to an equal share, of the worst router; dead experts and collapsed routers
     counted; mean |cos| of two experts of a bank.
     """
+    # Over a single expert every measure is what it must be, and would pull the means there.
     choosing = [(router, each) for router, each in found if router.num_experts > 1]
     each = [measures for _, measures in choosing]
     return {
@@ -124,6 +125,7 @@ def _rows_of(layer: MixtureLinear, adapter: str) -> list[tuple[str, Tensor, tupl
             continue
         rows = tensor
         if bank == "up":
+            # Columns of B are what an up expert writes: they are compared as rows of A are, along the long side.
             rows = tensor.mT
         if tensor.dim() == 3:
             rows = rows.flatten(0, 1)
@@ -154,4 +156,4 @@ def _projection(layers: dict[str, MixtureLinear], adapter: str) -> list[Projecti
     return pictures
 
 
-__all__ = ["NO_ROUTERS", "mean_cosines", "measured", "num_pairs", "routing_report", "summary"]
+__all__ = ["NO_ROUTERS", "measured", "routing_report", "summary"]

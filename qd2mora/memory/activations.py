@@ -51,6 +51,7 @@ def layer_bytes(layer: LayerShapes, done: Pass) -> int:
     """Return what one decoder layer keeps for its backward pass."""
     # Padding brings a mask; with one, keys and values are repeated for each head, and it is cast to the compute dtype.
     attention = done.item * (4 * layer.heads_width + done.length) + FLOAT * layer.heads
+    # gate and up, which the gated product reads; where layers are not lean the activated gate besides.
     mlp = done.item * (2 if layer.is_lean else 3) * layer.slots * layer.intermediate
     adapters = done.item * (layer.adapter_inputs + layer.adapter_features)
     return done.tokens * (2 * _norm(layer, done) + attention + mlp + adapters)
@@ -78,6 +79,7 @@ def recomputed_bytes(layer: LayerShapes, done: Pass) -> int:
     """Return what one recomputed layer keeps besides its input, which its first norm need not copy."""
     size = layer_bytes(layer, done)
     if layer.is_lean or done.item == FLOAT:
+        # That norm saves the very tensor that the checkpoint keeps, unless it widens it.
         size -= done.tokens * done.item * layer.hidden
     return size
 
@@ -145,7 +147,6 @@ __all__ = [
     "backward_bytes",
     "evaluation_bytes",
     "kept_bytes",
-    "layer_bytes",
     "layer_inputs_bytes",
     "loss_bytes",
     "recomputed_bytes",

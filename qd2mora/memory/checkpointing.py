@@ -25,7 +25,6 @@ class Boundaries:
     """Host copies of layer inputs, by order of leaving: the last to leave comes back first."""
 
     def __init__(self, device: torch.device) -> None:
-        """Make a store for inputs on `device`."""
         self._device = device
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
@@ -40,9 +39,11 @@ class Boundaries:
         if self._stream is None:
             left.host.copy_(tensor)
         else:
+            # The tensor may still be written by what the device was given before.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
                 left.host.copy_(tensor, non_blocking=True)
+            # Or the allocator would hand its memory on before the copy is made.
             tensor.record_stream(self._stream)
         self._away.append(left)
         self.most_away = max(self.most_away, len(self._away))
@@ -52,12 +53,14 @@ class Boundaries:
         """Return a tensor to the device, and start on the one that left before it."""
         self._start(left)
         if left.place:
+            # The backward pass goes through the layers in reverse: this one is wanted next.
             self._start(self._away[left.place - 1])
         tensor, left.here = left.here, None
         assert tensor is not None
         if left.arrived is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(left.arrived)
+            # Allocated on the copying stream and read on this one: it must not be freed before that.
             tensor.record_stream(stream)
         return tensor
 
@@ -82,6 +85,7 @@ class Boundaries:
 
     def _buffer(self, tensor: Tensor) -> Tensor:
         unused = self._free[(tensor.shape, tensor.dtype)]
+        # Pinning is slow (the driver locks page after page), so that buffers go round from pass to pass.
         if unused:
             return unused.pop()
         return host_buffer(tensor.shape, tensor.dtype, self._stream is not None)
@@ -121,7 +125,6 @@ def recompute_layers(model: PreTrainedModel, num_layers: int, offload_to_host: b
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Return a model's decoder layers."""
     decoder: Any = model.get_decoder() if isinstance(model, PreTrainedModel) else model
     layers: nn.ModuleList = decoder.layers
     return layers
@@ -130,6 +133,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def _recomputed(store: Boundaries, index: int, layer: Callable[..., object], *inputs: object) -> object:
     if index == 0:
         store.forget()  # a new pass: the last one's backward is over, or never came
+    # The checkpoint's own hooks are the inner ones: of all that is saved its inputs alone come to these.
     with torch.autograd.graph.saved_tensors_hooks(store.leave, store.come_back):
         return checkpoint(layer, *inputs, use_reentrant=False)
 

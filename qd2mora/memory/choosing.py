@@ -28,6 +28,7 @@ def predicted_cost(layout: Layout, max_length: int, num_layers: int) -> float:
     tokens, recomputed = layout.micro_batch * max_length, layout.recomputed / num_layers
     cost = (2 + recomputed) * (1 + FIXED_TOKENS / tokens)
     if layout.stream:
+        # Copies run beside the computing, so that the slower of the two is what a token takes.
         cost = max(cost, 2 * COPY_PASSES / tokens)
     for technique in TECHNIQUES:
         cost *= 1 + technique.cost(layout, recomputed)
@@ -92,6 +93,7 @@ class Search:
         fewest, most = self._recomputed(layout)
         if self.peak(replace(layout, recomputed=most)) > limit:
             return None
+        # More layers recomputed never take more memory: halving finds the fewest in a few looks at the ledger.
         while fewest < most:
             middle = (fewest + most) // 2
             if self.peak(replace(layout, recomputed=middle)) <= limit:
@@ -108,6 +110,7 @@ class Search:
         keeping = min(layouts, key=lambda layout: (-layout.micro_batch, self.cost(layout)))
         written = ledger(self.case.shapes, self.case.recipe, keeping)
         activations = (written.items | written.elsewhere).get("activations", 0)
+        # Nothing bounds the memory here, but a machine whose memory cannot be read may still be small.
         if activations > KEPT_WITHOUT_BUDGET:
             return self._smallest(keeping)
         return keeping

@@ -34,6 +34,7 @@ def check_engine(recipe: Recipe, config: MixtureConfig) -> None:
         raise InputRefused(
             f"train.optimizer: {recipe.train.optimizer} keeps moments in blocks that cross DeepSpeed's shards; adamw"
         )
+    # A held-out loss takes as many passes on every process; answers do not, and one process would wait for ever.
     judged = [task.name for task in recipe.data.tasks if task.metric not in (None, "loss")]
     if recipe.memory.zero_stage == 3 and judged:
         raise InputRefused(
@@ -53,6 +54,7 @@ def engine_settings(recipe: Recipe) -> dict[str, object]:
     if memory.offload.weights == "stream":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
+        # One of each: DeepSpeed would divide by more, and the loop's gradients are normalised already.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,

@@ -51,4 +51,4 @@ def as_lost() -> Iterator[None]:
         raise DeviceLost(f"the device or another process is lost ({first}); continue with --resume") from error
 
 
-__all__ = ["as_lost", "is_lost", "is_out_of_memory", "tried"]
+__all__ = ["as_lost", "is_lost", "tried"]

@@ -45,6 +45,7 @@ class _LeanNorm(nn.Module):
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        # The lean one makes no gradient of the weight.
         if self.weight.requires_grad:
             plain: Tensor = super().forward(hidden_states)
             return plain
@@ -88,6 +89,7 @@ class _Norm(torch.autograd.Function):
         for part in _parts(rows):
             wide = rows[part].to(torch.float32)
             factor[part] = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+            # In transformers' order, rounded to x's dtype before the weight: to the bit.
             torch.mul(weight, (wide * factor[part]).to(x.dtype), out=out[part])
         ctx.save_for_backward(x, factor)
         ctx.weight = weight  # frozen: hooks that move saved tensors away would move it
@@ -99,6 +101,7 @@ class _Norm(torch.autograd.Function):
         rows, dy = (tensor.reshape(-1, x.shape[-1]) for tensor in (x, gradients[0]))
         dx = torch.empty_like(rows)
         for part in _parts(rows):
+            # With f = (mean x^2 + eps)^-1/2 and n = x f: dx = f (w dy - n mean(w dy n)).
             dnormed = dy[part].float() * ctx.weight
             normed = rows[part] * factor[part]
             along = (dnormed * normed).mean(-1, keepdim=True)
@@ -116,6 +119,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         dgate = gradients[0] * up
+        # Over what it reads: one tensor of the MLP's width less where a layer's backward pass is at its peak.
         torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
         return dgate, F.silu(gate).mul_(gradients[0])
 

@@ -93,6 +93,7 @@ def _phases(shapes: Shapes, recipe: Recipe, layout: Layout, done: Pass) -> dict[
     gradients |= backward_bytes(layer, done, dequantised)
     phases: dict[Phase, dict[str, int]] = {
         "loss": inputs | kept | {"logits and loss": loss_bytes(layer, shapes.vocab, done, chunk)},
+        # Activations are gone by then: the penalty's gradient is added after the last micro batch.
         "penalty": {"orthogonality penalty": penalty_bytes(shapes.penalised, shapes.penalty_weight)},
         "evaluation": {"evaluation": evaluation_bytes(layer, shapes.vocab, done, chunk, dequantised)},
     }
@@ -125,6 +126,7 @@ def _leave_for_host(static: dict[str, int], shapes: Shapes, recipe: Recipe, layo
 
 def weight_bytes(shapes: Shapes, recipe: Recipe, item: int) -> dict[str, int]:
     """Return the frozen model's bytes by kind; `item` bytes an entry for what is not 4-bit."""
+    # A copy, because what lives on the host is taken out of it (`_leave_for_host`).
     return dict(_weight_bytes(shapes, recipe.base.quantization == "nf4", recipe.base.double_quant, item))
 
 
@@ -146,6 +148,7 @@ def _weight_bytes(shapes: Shapes, is_nf4: bool, double_quant: bool, item: int) -
 @lru_cache(maxsize=64)
 def _streamed_bytes(shapes: Shapes, is_nf4: bool, double_quant: bool, item: int) -> tuple[int, int, int, int]:
     """Return what all layers stream: bytes of weights, of block maxima, of the largest buffer and of all buffers."""
+    # As `streaming` lays its buffers out: one a layer, each tensor at a multiple of the alignment.
     weights = state = 0
     buffers = []
     for linears in shapes.of_layers():
@@ -160,4 +163,4 @@ def _streamed_bytes(shapes: Shapes, is_nf4: bool, double_quant: bool, item: int)
     return weights, state, max(buffers), sum(buffers)
 
 
-__all__ = ["CUDA_CONTEXT", "Ledger", "ledger", "weight_bytes"]
+__all__ = ["Ledger", "ledger", "weight_bytes"]

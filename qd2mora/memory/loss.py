@@ -26,6 +26,7 @@ class RowLoss(nn.Module):
         states = labelled_states(self.model, batch)
         losses = token_losses(states, labels_of(batch), output_head(self.model), self.chunk)
         if "segments" in batch:  # packed: the number of each token's row stands there
+            # Shifted as labels are: the state that predicts a label stands one place before it.
             row_of_token = batch["segments"][:, 1:][labelled(batch)]
             num_rows = len(batch["task_index"])
         else:

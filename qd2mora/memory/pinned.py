@@ -37,6 +37,7 @@ def _pinned_or(pin: Callable[[], Tensor], plain: Callable[[], Tensor]) -> Tensor
 
 
 def _say_once(why: str) -> None:
+    # Every buffer would say it again.
     if not _told:
         _log.warning("memory: host memory cannot be pinned (%s); copies no longer run beside the computing", why)
     _told.add(why)

@@ -130,6 +130,7 @@ def _limit(recipe: Recipe, budget: str | int | None, device: torch.device | None
         return Limit(parse_size(recipe.memory.budget), "memory.budget")
     device = device or default_device()
     if device.type == "cuda" and torch.cuda.is_available():
+        # What other processes hold is not free, whatever the card has.
         return Limit(torch.cuda.mem_get_info(device)[0], "what is free on the device")
     return Limit(None, "no budget named")
 
@@ -148,6 +149,7 @@ def _built(config: str, adapter: str, num_tasks: int) -> Shapes:
 
 
 def _dtype(recipe: Recipe, device: torch.device | None) -> torch.dtype:
+    # A GPU that is not here is taken for one of today, which computes in bfloat16.
     is_elsewhere = not torch.cuda.is_available() and (device is None or device.type == "cuda")
     if is_elsewhere and recipe.base.compute_dtype == "auto":
         return torch.bfloat16

@@ -57,6 +57,7 @@ def reasons(search: Search, chosen: Layout, limit: Limit, is_within: bool) -> di
 def _reason(search: Search, chosen: Layout, technique: Technique, limit: Limit) -> str:
     reason = technique.reason(search.case, chosen)
     if technique.is_used(chosen) and limit.size is not None:
+        # The rest of the layout stays: what this one technique saves here, not what another plan would take.
         without = technique.applied(chosen, technique.plain)
         reason += f"; without it this plan needs {search.peak(without) / GIB:.2f} GiB"
     return reason

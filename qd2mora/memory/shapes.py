@@ -89,6 +89,7 @@ def read_shapes(config: PretrainedConfig, adapter: MixtureConfig) -> Shapes:
             if isinstance(module, nn.Linear) and module is not head
         )
         num_frozen = sum(tensor.numel() for tensor in model.parameters())
+        # PEFT's DoRA is no mixture; a LoRA of ours has the same tensors, all but the magnitudes, which are added below.
         layers = mixture_layers(add_adapter(model, replace(adapter, method="lora") if by_peft else adapter, seed=0))
     tensors = [pair for layer in layers.values() for pair in layer.tensors("default").items() if pair[1].requires_grad]
     steps = [layer.mixture_spec["default"].step for layer in layers.values()]
@@ -121,10 +122,12 @@ def _layer_shapes(
     kinds = {linear.name.rpartition(".")[2]: linear for linear in linears}
     # o_proj reads what attention keeps anyway.
     inputs = {_input_of(name): d_in for name, d_in in adapted.items() if not name.endswith(".o_proj")}
+    # Means over layers are rounded up: a plan may say too much, never too little.
     return LayerShapes(
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,
         heads=config.num_attention_heads,
+        # Heads may be wider together than the states (Qwen3); a fused projection has no q_proj and tells nothing.
         heads_width=kinds["q_proj"].d_out if "q_proj" in kinds else config.hidden_size,
         adapter_inputs=-(-sum(inputs.values()) // config.num_hidden_layers),
         adapter_features=-(-sum(step.features for step in steps) // config.num_hidden_layers),

@@ -14,6 +14,7 @@ def nf4_bytes(entries: int, double_quant: bool) -> tuple[int, int]:
     Half a byte a weight, and for each 64 weights a float32 maximum; with double quantisation one byte instead, and a
     float32 for each 256 of those.
     """
+    # To the byte as bitsandbytes 0.50 lays it out: 4.5 bits a weight, 4.127 doubly quantised (QLoRA, arXiv 2305.14314).
     state = sum(block_maxima(entries, double_quant)) + CODE_BOOK
     if double_quant:
         state += NESTED_TABLES
@@ -51,6 +52,7 @@ def penalty_bytes(at_once: int, weight: float) -> int:
     Each group is stacked; its gradient comes as two halves that are added. Without a weight it is only read.
     """
     if weight > 0:
+        # The stack, and the two halves of its gradient.
         at_once *= 3
     return FLOAT * at_once
 

@@ -48,19 +48,10 @@ class LayerStream:
         for index, layer in enumerate(layers):
             self._watch(index, layer)
 
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes on the device."""
-        return sum(slot.nbytes for slot in self.slots)
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes in host memory."""
-        return sum(host.nbytes for host in self.hosts)
-
     def bring(self, index: int, backward: bool) -> None:
         """Have a layer's weights in its slot before what the device is given next, and start on the layer after it."""
         self._start(index)
+        # At layer 0 of a backward pass the next layer to run is layer 1 again, in the next forward pass.
         following = index + 1
         if backward and index:
             following = index - 1
@@ -71,6 +62,7 @@ class LayerStream:
 
     def _start(self, index: int) -> None:
         slot, host = index % len(self.slots), self.hosts[index]
+        # There already: where a forward pass turns into the backward one, the same two layers are wanted again.
         if self._held[slot] == index:
             return
         self._held[slot] = None  # until the copy is given to the device
@@ -91,6 +83,7 @@ class LayerStream:
         """Return a layer's host buffer; its tensors become views of its slot."""
         host = host_buffer((size,), torch.uint8, self._on_gpu)
         slot, start = self.slots[index % len(self.slots)], 0
+        # A list, because the loop changes what is walked through.
         for owner, name, tensor in list(frozen_tensors(layer)):
             stop = start + tensor.nbytes
             host[start:stop].copy_(tensor.contiguous().view(-1).view(torch.uint8))
@@ -175,6 +168,7 @@ def move_unstreamed(model: nn.Module, device: torch.device, but: nn.Module | Non
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
+        # bitsandbytes keeps these tables in an object of its own, which is neither parameter nor buffer.
         weight: Any = getattr(module, "weight", None)
         if hasattr(weight, "quant_state"):
             state = weight.quant_state
@@ -189,4 +183,4 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-__all__ = ["ALIGNMENT", "SLOTS", "LayerStream", "aligned", "frozen_tensors", "move_unstreamed"]
+__all__ = ["SLOTS", "LayerStream", "aligned", "frozen_tensors", "move_unstreamed"]

@@ -124,6 +124,7 @@ def _chunks(case: Case, asked: object) -> Sequence[object]:
 
 def _places(case: Case, asked: object, is_possible: bool) -> Sequence[object]:
     """Return whether something may leave the device; beside a CPU there is nowhere to go."""
+    # What a recipe says is taken, even where it cannot be: `refuse_unfit` then says why, the planner does not overrule.
     if asked != "auto":
         return [asked != "none"]
     if case.on_gpu and is_possible:
@@ -149,6 +150,7 @@ def _why_weights_here(case: Case) -> str:
     return _why_here(case)
 
 
+# Shares of a step on a busy device: rough, and meant for their order, by which the planner takes them.
 TECHNIQUES = (
     Technique(
         key="memory.loss_chunk",
@@ -252,6 +254,7 @@ def prepare_base(base: PreTrainedModel, layout: Layout, device: torch.device) ->
 
     A base to be streamed comes in host memory, any other on the device.
     """
+    # Before anything hooks the layers: the classes of norms and MLPs are exchanged.
     make_lean(base)
     stream = None
     if layout.stream:
@@ -266,14 +269,4 @@ def prepare_base(base: PreTrainedModel, layout: Layout, device: torch.device) ->
     return stream
 
 
-__all__ = [
-    "SMALL_CHUNK",
-    "TECHNIQUES",
-    "Case",
-    "Layout",
-    "Technique",
-    "exact_changes",
-    "prepare_base",
-    "reads_weights_at_start",
-    "refuse_unfit",
-]
+__all__ = ["TECHNIQUES", "Case", "Layout", "Technique", "exact_changes", "prepare_base", "refuse_unfit"]

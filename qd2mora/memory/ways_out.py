@@ -21,6 +21,7 @@ def ways_out(search: Search, limit: int, smallest: int, search_of: Callable[[Rec
     recipe = search.case.recipe
 
     def peak(changed: Recipe) -> int:
+        # Shapes are built on the meta device, a second for a 7B: only where the adapter is another.
         if changed.adapter == recipe.adapter:
             now = Search(replace(search.case, recipe=changed))
         else:
@@ -41,12 +42,14 @@ def ways_out(search: Search, limit: int, smallest: int, search_of: Callable[[Rec
     if least > limit:
         needs = f"all savings known here together still need {least / GIB:.2f} GiB: a smaller base or a larger card"
         return (*(words for _, words in ways[:2]), needs)
+    # Stable, with what is enough alone first; within, by what it costs the user.
     ways.sort(key=lambda way: way[0])
     return tuple(words for _, words in ways[:3])
 
 
 def _shorter(recipe: Recipe, peak: Callable[[Recipe], int], limit: int) -> Changes:
     """Return the longest rows that fit, in eighths of what is asked; half where none does."""
+    # Multiples of 8, because the lines of a batch are rounded up to those; the fourth is the half.
     lengths = [max(8, recipe.data.max_length * eighths // 64 * 8) for eighths in range(7, 0, -1)]
     tried: list[Changes] = [{"data.max_length": length} for length in lengths]
     return next((changes for changes in tried if peak(_changed(recipe, changes)) <= limit), tried[3])

@@ -106,6 +106,7 @@ def merge(
     find_strategy(strategy)
     form = export_form(to, base, dtype, max_shard, with_vocabulary)
     refuse_taken(Path(out), "--out")
+    # All that can be refused is refused before the base is loaded, which takes minutes for a 7B.
     _refuse_unfit(run, form, strategy)
     opened = open_run(run, allow_changed=allow_changed)
     weights = open_weights(opened, form)
@@ -113,11 +114,14 @@ def merge(
         updates = measure_routed(opened, task, vector)
     else:
         updates = make_static(opened, strategy, task, vector)
+    # What the writing needs is copied out of the model, so that this can go before the base's weights come in one by
+    # one.
     write = form.rung.prepare(opened, weights, updates.statics, form)
     del opened  # the writing needs one weight at a time
     with staged_folder(Path(out)) as stage:
         export = Export(Path(out), updates, write(stage), form)
         write_json(stage / "export_report.json", export.to_json())
+        # The large files' hashes are known from their writing: they are not read again.
         seal_whole_folder(stage, export.written.files, {"kind": "export", "base": weights.base.model_dump()})
     return export
 

@@ -22,6 +22,7 @@ def auto(inputs: StrategyInputs) -> dict[str, LowRank]:
         "core_lsq": of_cores(inputs.model, {name: core_lsq.mixing(each) for name, each in moments.items()}),
         "mean_gate": of_cores(inputs.model, {name: mean_gate.mixing(each) for name, each in moments.items()}),
     }
+    # Each candidate is measured against the same states: they are made once.
     teacher = Teacher(inputs.model, keeps=True)
     # A run of very few rows has none to spare for checking.
     checking = inputs.checking or inputs.calibration
@@ -41,8 +42,10 @@ def auto(inputs: StrategyInputs) -> dict[str, LowRank]:
 
 def affordable_steps(inputs: StrategyInputs) -> int:
     """Return the steps of distillation that a fifth of the training's cost leaves, once the rest is paid."""
+    # Forward passes: over calibration rows the statistics', over checking rows the teacher's and three candidates'. A
+    # step of distillation is the teacher's pass and the student's forward and backward.
     spent = inputs.forward * (rows_of(inputs.calibration) + 4 * rows_of(inputs.checking or inputs.calibration))
     return int((SHARE * inputs.trained_rows - spent) / ((1 + inputs.forward) * ROWS_A_STEP))
 
 
-__all__ = ["MIN_STEPS", "SHARE", "affordable_steps", "auto"]
+__all__ = ["SHARE", "affordable_steps", "auto"]

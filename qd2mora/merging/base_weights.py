@@ -50,6 +50,7 @@ class BaseWeights:
 
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+        # A tied output matrix must not count as a weight of its own, however a build on the meta device leaves it.
         model.tie_weights()
         self.architecture = type(model).__name__
         # The model's weights by their own names, in its order; tied ones once.
@@ -64,6 +65,7 @@ class BaseWeights:
         """Names of the weights that the adapter saw in NF4: all linears but the output matrix."""
         if self.base.quantization != "nf4" and not self.is_packed:
             return set()
+        # transformers leaves the output matrix in 16 bits, as QLoRA does.
         return {f"{name}.weight" for name in self.linears if name != "lm_head"}
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -134,6 +136,7 @@ class BaseWeights:
         """Return a 4-bit linear of a base that is stored in 4 bits, on the device."""
         import bitsandbytes as bnb
 
+        # bitsandbytes' own reader of its state: what its tables mean may change with its versions.
         weight = self.stored[name].read()
         state = {each: self.stored[each].read() for each in self.stored if each.startswith(f"{name}.")}
         shape = self.shape(name)
@@ -143,4 +146,4 @@ class BaseWeights:
         return linear
 
 
-__all__ = ["BLOCK_BYTES", "BaseWeights"]
+__all__ = ["BaseWeights"]

@@ -25,7 +25,8 @@ def mixing(moments: Moments, *, with_routers: bool = True) -> Tensor:
     # Routers and experts differ in size by orders of magnitude: features of unit size make one ridge right for both.
     size = uu.diagonal().sqrt().clamp_min(float(uu.diagonal().max()) ** 0.5 * 1e-12)
     regular = uu / torch.outer(size, size) + RIDGE * torch.eye(width, dtype=torch.float64)
+    # The solution for u / size is K diag(size), so that it is divided by size once more.
     return torch.linalg.solve(regular, (vu / size).T).T / size
 
 
-__all__ = ["RIDGE", "mixing"]
+__all__ = ["mixing"]

@@ -66,6 +66,7 @@ def distill(inputs: StrategyInputs, start: Mapping[str, LowRank], steps: int) ->
         for place, (name, static) in enumerate(student.items())
     }
     optimizer = _optimizer(parameters, inputs.eight_bit)
+    # Batches are of the training's micro batch, which fits; a step gathers as many as make ROWS_A_STEP.
     per_step = max(1, round(ROWS_A_STEP / max(1, len(batches[0]["labels"]))))
     # States are kept only where a batch comes twice.
     teacher = Teacher(model, keeps=steps * per_step > len(batches))
@@ -127,9 +128,12 @@ def _add_gradients(
     batches = [inputs.training[number] for number in numbers]
     tokens = sum(int(labelled(batch).sum()) for batch in batches)
     for number, batch in zip(numbers, batches, strict=True):
+        # Before the student stands in: the routed model is its own teacher.
         wanted = teacher.states(number, batch)
         with replaced(inputs.model, student), _recomputing(inputs):
             states = decode(inputs.model, batch)
+            # By the labelled tokens of the whole step, so that its batches make one mean and none counts more for being
+            # short.
             loss = divergence(inputs.model, batch, states, wanted) / max(1, tokens)
             loss = loss + STATES_WEIGHT / len(batches) * _relative_error(states, wanted, batch["attention_mask"].bool())
             loss.backward()
@@ -175,4 +179,4 @@ def _frozen(static: LowRank) -> LowRank:
     return LowRank(static.down.detach(), static.up.detach(), static.scaling, static.base_change)
 
 
-__all__ = ["LEARNING_RATE", "ROWS_A_STEP", "Teacher", "distill", "divergence", "mean_divergence"]
+__all__ = ["LEARNING_RATE", "ROWS_A_STEP", "Teacher", "distill", "mean_divergence"]

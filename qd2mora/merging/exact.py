@@ -38,6 +38,7 @@ _STATIC = "--to hf or --to lora exports its best static update"
 
 def refuse_unfit(model: PeftModel, source: BaseWeights, adapter_name: str = "default") -> None:
     """Refuse what the code file does not run, in one line that names the way out. Raises InputRefused."""
+    # The exact type: relatives of LLaMA (Mistral, Qwen) differ where the code file does not look.
     if type(source.config) is not LlamaConfig:
         raise InputRefused(f"--to exact: the base is a {source.config.model_type}; the code file runs LLaMA alone")
     if not mixture_layers(model):
@@ -156,6 +157,7 @@ def _packed_blocks(source: BaseWeights, name: str) -> Callable[[], Iterator[Tens
 def _content(layer: MixtureLinear, adapter_name: str, tensors: dict[str, Tensor]) -> LinearContent:
     """Return what the code files must know of one linear, as plain values."""
     spec = layer.mixture_spec[adapter_name]
+    # `places` follows from the rest: `RankStep` makes it again.
     step = {key: value for key, value in asdict(spec.step).items() if key != "places"}
     return {
         "step": step | {"gates": {role: asdict(gate) for role, gate in spec.step.gates}},
@@ -179,6 +181,7 @@ def _tensors(layer: MixtureLinear, adapter_name: str) -> dict[str, Tensor]:
             if name in own and not (what == "router" and role in spec.step.places):
                 found[f"{what}_{role}"] = own[name]
         if gate.input in _SAME_EVERYWHERE:
+            # These scores read no token, so that any x shows them.
             x = torch.zeros(1, 1, layer.in_features, device=own["mixture_A"].device)
             given = given_logits(role, x, own, layer.routing, adapter_name, spec)
             assert given is not None

@@ -55,6 +55,7 @@ def unexplained(moments: Moments, core_PF: Tensor, up_OP: Tensor) -> float:
     From moments alone: the error's second moment is E[vv] - K E[uv] - E[vu] K^T + K E[uu] K^T. float64.
     """
     width = core_PF.shape[1]
+    # |B e|^2 = e^T (B^T B) e: the output's energy without an output, d_out wide, of any token.
     gram = up_OP.double().T @ up_OP.double()
     cross = core_PF @ moments.vu[:, :width].T
     error = moments.vv - cross - cross.T + core_PF @ moments.uu[:width, :width] @ core_PF.T
@@ -115,6 +116,7 @@ def measure(
     `merged_on`: the same adapter on other weights, which are then the base that the updates are added to.
     `tasks`: names by the rows' task index; each gets a part of its own where there are several.
     """
+    # A row a task of what `_compare` gives a token: losses of base, routed, merged, KL, agreement, and its count.
     sums = torch.zeros(max(1, len(tasks)), 6, dtype=torch.float64)
     other = model if merged_on is None else merged_on
     with torch.no_grad():
@@ -149,6 +151,7 @@ def _compare(base: Tensor, routed: Tensor, static: Tensor, targets: Tensor, head
     rows = []
     parts = zip(*(tensor.split(TOKENS_AT_ONCE) for tensor in (base, routed, static, targets)), strict=True)
     for base_part, routed_part, static_part, target in parts:
+        # In float32: a KL of a hundredth of a nat is below what 16 bits hold of a logit.
         logs = [head(states).float().log_softmax(-1) for states in (base_part, routed_part, static_part)]
         losses = [F.nll_loss(log, target, reduction="none") for log in logs]
         kl = F.kl_div(logs[2], logs[1], reduction="none", log_target=True).sum(-1)

@@ -42,6 +42,7 @@ def gguf_package() -> Any:
         import gguf
     except ImportError:
         raise InputRefused("--to gguf needs the gguf package: pip install 'qd2mora[gguf]'") from None
+    # It tells every tensor it writes.
     logging.getLogger("gguf").setLevel(logging.ERROR)
     return gguf
 
@@ -105,6 +106,7 @@ def _write_tensors(writer: Any, tensors: "list[_GgufTensor]", rope_factors: Numb
     if rope_factors is not None:
         writer.add_tensor("rope_freqs.weight", rope_factors)
     for tensor in tensors:
+        # Names, kinds and sizes first: the numbers of each are made, written and dropped when its turn comes.
         writer.add_tensor_info(tensor.name, tensor.byte_shape, np.dtype(tensor.kind), tensor.num_bytes, tensor.raw_kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -129,6 +131,7 @@ class _GgufTensor:
     def of(cls, entry: TensorToWrite, config: LlamaConfig, *, is_q8: bool) -> "_GgufTensor":
         """Find a tensor's place in llama.cpp's llama. Raises InputRefused."""
         gguf = gguf_package()
+        # llama.cpp's own table of names, which follows its model code from version to version.
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
         found = names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
         if found is None:
@@ -292,4 +295,4 @@ def _prepare(opened: OpenRun, weights: BaseWeights, statics: Statics, form: Expo
 
 RUNG = Rung(_prepare, ("float16", "q8_0"), _refuse_unfit, may_lack_vocabulary=True)
 
-__all__ = ["RUNG", "gguf_package", "heads_of", "rotated_in_pairs", "vocabulary_for", "write_gguf"]
+__all__ = ["RUNG", "gguf_package", "heads_of", "rotated_in_pairs", "write_gguf"]

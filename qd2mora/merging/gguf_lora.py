@@ -32,6 +32,7 @@ def write_gguf_lora(
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(name)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    # alpha = rank: the scale is 1, ours is in B already (`factors_of`).
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
     for linear, (down, up) in factors.items():
         found = names.get_name(linear)
@@ -60,4 +61,4 @@ def _prepare(opened: OpenRun, weights: BaseWeights, statics: Statics, form: Expo
 
 RUNG = Rung(_prepare, ("float32", "float16"), _refuse_unfit, holds_no_base=True)
 
-__all__ = ["RUNG", "write_gguf_lora"]
+__all__ = ["RUNG"]

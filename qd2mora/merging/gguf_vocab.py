@@ -78,6 +78,7 @@ def _tokens(content: TokenizerJson, rows: int) -> tuple[list[str], list[int]]:
         found[each["id"]] = (each["content"], kind)
     if max(found) >= rows:
         raise InputRefused(f"--to gguf: the tokenizer has token {max(found)}, the embedding {rows} rows")
+    # Embeddings are often padded to a round number of rows, for which llama.cpp wants tokens too.
     whole = [found.get(place, (f"[PAD{place}]", UNUSED)) for place in range(rows)]
     return [token for token, _ in whole], [kind for _, kind in whole]
 

@@ -40,8 +40,10 @@ def write_model(
     written.files = write_shards(folder, tensors, limit)
     config = config_of(weights, dtype)
     if OUTPUT in weights_changed_by(updates):
+        # An output matrix that took an update is no longer the embedding, which took none.
         config["tie_word_embeddings"] = False
     write_config(config, folder)
+    # End tokens and the like stand there alone in newer models; without it text would not end.
     generation = weights.folder / "generation_config.json"
     if generation.is_file():
         (folder / generation.name).write_bytes(generation.read_bytes())
@@ -52,13 +54,13 @@ def write_model(
 def config_of(weights: BaseWeights, dtype: str) -> dict[str, object]:
     """Return the base's configuration for plain weights of the dtype."""
     content: dict[str, object] = weights.config.to_dict()
+    # What tells of the weights as they were: in 4 bits, in another dtype, in another folder.
     for key in ("quantization_config", "_pre_quantization_dtype", "_name_or_path", "torch_dtype"):
         content.pop(key, None)
     return content | {"dtype": dtype, "architectures": [weights.architecture]}
 
 
 def write_config(content: Mapping[str, object], folder: Path) -> None:
-    """Write config.json."""
     (folder / "config.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

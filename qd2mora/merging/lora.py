@@ -65,6 +65,7 @@ def factors_of(
     scaled = [name for name, static in statics.items() if static.base_change]
     if scaled:
         raise InputRefused(f"{where}: {scaled[0]} scales its base too, which no LoRA can; --to hf writes dense weights")
+    # Rows and columns of zeros add nothing, whatever the rank says.
     rank = max(static.rank for static in statics.values())
     factors = {}
     for name, static in statics.items():

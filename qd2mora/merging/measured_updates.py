@@ -111,6 +111,7 @@ def constant_mixing(
         routing.routing.task_index = torch.tensor([task], device=device)
         routing.routing.external = None if vector is None else torch.tensor([vector], device=device)
         with torch.no_grad():
+            # K depends on no token here, so that any x shows it.
             x = torch.zeros(1, 1, layer.in_features, device=device)
             mixing[name] = layer.mixing(x, adapter_name)[0, 0].double().cpu()
     return mixing
@@ -126,7 +127,6 @@ def strategy_inputs_of(opened: OpenRun, rows: Sample, vector: list[float] | None
         checking=batches_of(opened, rows.checking, vector),
         training=shuffled_batches(opened, rows.training, min(micro_batch, ROWS_AT_ONCE), vector),
         trained_rows=rows.trained_rows,
-        seed=train.seed,
         recomputes=recomputes,
         eight_bit="8bit" in train.optimizer,
     )
@@ -137,6 +137,7 @@ def _as_trained(opened: OpenRun) -> tuple[int, bool]:
 
     From the run's manifest; a run without one is taken for the smallest.
     """
+    # An export should fit where the training did: it takes the training's micro batch and recomputing.
     if not opened.folder.manifest.is_file():
         return 1, True
     choices = json.loads(opened.folder.manifest.read_text(encoding="utf-8"))["plan"]["choices"]

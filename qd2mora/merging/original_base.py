@@ -23,6 +23,7 @@ def on_original(opened: OpenRun, notes: dict[str, object]) -> Iterator[PeftModel
         return
     base = opened.recipe.base.model_copy(update={"quantization": "none"})
     model = load_base(base, opened.model.device)
+    # The base is another than the adapter's on purpose, which loading would refuse otherwise.
     yield load_adapter(model, base, opened.folder.adapter, ["base", "base.quantization"]).eval()
 
 

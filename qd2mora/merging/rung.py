@@ -47,11 +47,6 @@ class ExportForm:
         """Whether the routed adapter itself goes along, so that nothing is made static."""
         return self.rung.is_routed
 
-    @property
-    def holds_no_base(self) -> bool:
-        """Whether the update alone is written."""
-        return self.rung.holds_no_base
-
 
 WriteFolder = Callable[[Path], Written]
 """Writes an export into an existing folder. Raises NotFinite, OSError."""

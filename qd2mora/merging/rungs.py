@@ -68,4 +68,4 @@ def shard_bytes(text: str) -> int:
     return size
 
 
-__all__ = ["BASES", "RUNGS", "export_form", "open_weights", "shard_bytes"]
+__all__ = ["export_form", "open_weights", "shard_bytes"]

@@ -67,6 +67,7 @@ def sample_rows(opened: OpenRun, number: int | None, share: float = 1.0) -> Samp
         trained = train.steps * train.global_batch
     else:
         trained = math.ceil(epochs * mixture.rows_per_epoch) if epochs else mixture.rows_until_stop()
+    # Of what may be spent a fifth goes to calibration rows and less to checking rows, which every candidate runs over.
     calibrated = int(min(CALIBRATION_ROWS, max(64, share * trained / 5)))
     checked = int(min(CHECKING_ROWS, max(16, share * trained / 40)))
     chosen = tasks if number is None else [tasks[number]]

@@ -41,6 +41,7 @@ def of_core(layer: MixtureLinear, core: Tensor, adapter_name: str = "default") -
 def replaced(model: PeftModel, statics: Statics, adapter_name: str = "default") -> Iterator[None]:
     """Let the linears named use their static update, as an export will, while the block runs."""
     layers = mixture_layers(model)
+    # Looked up by the layers in each pass: no hook, no copy, and the routed adapter stays as it is.
     for name, static in statics.items():
         layers[name].static_updates[adapter_name] = static
     try:

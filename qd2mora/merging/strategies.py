@@ -48,6 +48,7 @@ def _sequential(inputs: StrategyInputs) -> dict[str, LowRank]:
 
 
 def _distill(inputs: StrategyInputs) -> dict[str, LowRank]:
+    # Never more rows than the training went over: a student should not cost more than what it imitates.
     steps = max(1, min(DISTILL_STEPS, inputs.trained_rows // ROWS_A_STEP))
     inputs.notes["steps"] = steps
     return distill(inputs, _core_lsq(inputs), steps)

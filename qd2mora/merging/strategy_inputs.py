@@ -27,7 +27,6 @@ class StrategyInputs:
     checking: Batches
     training: Batches
     trained_rows: int
-    seed: int = 0
     recomputes: bool = False
     eight_bit: bool = False
     notes: dict[str, object] = field(default_factory=dict)

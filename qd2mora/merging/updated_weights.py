@@ -118,6 +118,7 @@ class _UpdatedWeight:
                 continue
             exact = self.update(rows, start)
             narrow = self._narrow(exact)
+            # Relative to the update, not to the weight: a small update is what rounding may swallow whole.
             error += float((self.read_back(narrow) - exact).square().sum())
             size += float((exact - rows).square().sum())
             yield narrow

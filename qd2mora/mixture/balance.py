@@ -42,6 +42,7 @@ class View:
         counted = self.counted
         if values.dim() == 3:
             counted = counted.unsqueeze(-1)
+        # A row of padding alone has the mean 0, not 0 / 0.
         return (values * counted).sum(1) / counted.sum(1).clamp_min(1)
 
 
@@ -73,6 +74,7 @@ def view(gating: Gating, counted_BT: Tensor, by_row: bool, group: Tensor | None,
 
 def _mixtral(routed: View, penalty: Penalty) -> Tensor:
     """E sum_e mean(used_e) mean(p_e), least at k (transformers' Mixtral; MixLoRA, Omni-Effects, Switch at k = 1)."""
+    # Who is chosen changes in steps: the gradient goes through the probabilities alone, here and below.
     return routed.probs.shape[-1] * (routed.mean(routed.used.detach()) * routed.mean(routed.probs)).sum(-1)
 
 
@@ -113,6 +115,7 @@ def _localized(routed: View, penalty: Penalty) -> Tensor:
     assert routed.group is not None
     num_experts = routed.probs.shape[-1]
     of_expert = (torch.arange(num_experts, device=routed.probs.device) < num_experts // 2).long()
+    # A sum over tokens, not a mean: as in the authors' code long rows count more.
     summed = (routed.probs * routed.counted.unsqueeze(-1)).sum(1)
     same = routed.group[:, :1] == of_expert
     weighed = summed * (1 + penalty.delta * (2 * same.to(summed.dtype) - 1))

@@ -32,6 +32,7 @@ class TracedAdapter:
     observer: Callable[[Tensor], Observe | None]
 
 
+# The compiler keeps a number in its graph as a constant; a layer's calls are found again by it.
 _numbers = count()
 _adapters: WeakValueDictionary[int, TracedAdapter] = WeakValueDictionary()
 # A layer keeps its adapters alive, without knowing: a copied or saved layer must not take the numbers along.
@@ -53,6 +54,7 @@ def mixture(number: int, y: Tensor | None, x: Tensor, base: list[Tensor], tensor
     return out
 
 
+# The tag keeps the compiler from joining two such calls, or running one again: they draw numbers.
 @torch.library.custom_op("qd2mora::mixture_forward", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _forward(
     y: Tensor | None, x: Tensor, base: Sequence[Tensor], tensors: Sequence[Tensor], number: int, needs: Sequence[bool]
@@ -65,6 +67,7 @@ def _forward(
         assert call.layout is not None
         out = frozen.product(call.layout, list(base), x)
     else:
+        # An operator that says it changes no input must not: eager's adding in place costs a copy here.
         out = y.clone(memory_format=torch.contiguous_format)
     u = fused.forward(call, out, x, tensors)
     return out, u, _keys_of(draws, _num_rows(x))
@@ -96,6 +99,7 @@ def _backward(
     """Return the gradients of x and the tensors, empty ones where none is needed; `saved` are x, u and the keys."""
     adapter, (x, u, keys) = _adapters[number], saved
     call = replace(adapter.call, draws=_draws_of(keys), observe=adapter.observer(x))
+    # `through` differentiates the step in rank space, gates and penalties included.
     with _autograd_inside():
         dx, grads = fused.backward(call, dy.contiguous(), x, u, list(base), tensors, needs)
     return [dy.new_empty(0) if grad is None else _alone(grad) for grad in (dx, *grads)]

@@ -70,6 +70,7 @@ class MixtureConfig(PeftConfig):
             self.init = method.init_down
         if self.task_embedding is None:
             self.task_embedding = method.task_embedding
+        # After the defaults are in, so that a row of the table is checked like any recipe.
         self._check(method)
 
     def _take_experts(self, method: Method) -> None:
@@ -119,6 +120,7 @@ class MixtureConfig(PeftConfig):
     def scaling_of(self, ranks: Sequence[int]) -> float:
         """Return the scale of a linear whose experts have these ranks."""
         assert self.rank is not None and self.alpha is not None
+        # The largest of several ranks (`_take_experts`): one scale for all experts, alpha / max(r_e).
         rank: float = self.rank
         if self.row.scaling_rank == "total":
             rank = sum(ranks)
@@ -207,6 +209,8 @@ class MixtureConfig(PeftConfig):
         if adapter.penalty is not None:
             if not row.penalties:
                 raise InputRefused(f"adapter.penalty: {row.name} has none; name one in adapter.penalties")
+            # `adapter.penalty` is the weight of the method's own first penalty; the same kind in adapter.penalties goes
+            # before it.
             content["penalties"] = {row.penalties[0].kind: adapter.penalty} | content.get("penalties", {})
         if row.gates.reads_task or _reads_task(content.get("gates")):
             content["num_tasks"] = num_tasks

@@ -17,6 +17,7 @@ def trainable_parameters(
     """
     total = 0
     for layer in range(num_layers):
+        # The first linear of a scope has its router, as when the tuner puts adapters in.
         owners: set[str] = set()
         for name, (d_out, d_in) in linears.items():
             place = Place(f"layers.{layer}.{name}", d_in, d_out, num_layers, hidden)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# splitmix64's increment, 2^64 over the golden ratio; a torch generator takes seeds of 63 bits.
 _PRIME = 0x9E3779B97F4A7C15
 _LARGEST = (1 << 63) - 1
 _LEVELS = 1 << 16
@@ -59,6 +60,7 @@ class Draws:
         """Return standard Gumbel numbers: the largest k of logits + these are k samples without replacement."""
         tiny = torch.finfo(like.dtype).tiny
         uniform = self._fill(like, purpose, lambda part, generator: part.uniform_(tiny, 1, generator=generator))
+        # Both logarithms are kept from zero: an infinite number would decide by itself, or give NaN.
         return -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log()
 
     def _fill(self, like: Tensor, purpose: int, draw: Fill) -> Tensor:
@@ -67,6 +69,7 @@ class Draws:
                 torch.empty_like(like, memory_format=torch.contiguous_format),
                 self._generator(like, self.keys[0], purpose),
             )
+        # Padding keeps ones: nobody reads it, and drawing it would tie a row's numbers to the rows beside it.
         out = torch.ones_like(like, memory_format=torch.contiguous_format)
         places = self.places or tuple((row, 0) for row in range(len(self.keys)))
         for (line, start), key, length in zip(places, self.keys, self.lengths, strict=True):

@@ -18,7 +18,8 @@ from torch.nn import functional as F  # noqa: N812
 
 # bitsandbytes 0.50 takes a float64 compute dtype and returns memory it never wrote.
 _FOUR_BIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Slices of W on a CPU, see `_cuts`. Few tokens go through another product there, so they see W whole.
+# Slices of W on a CPU, see `_cuts`: dequantising a weight of 4096 x 4096 takes 7 ms instead of 45 in a forward and
+# backward pass (one thread). Few tokens go through another product there, so they see W whole.
 CACHED_BYTES, MIN_ROWS, MIN_TOKENS = 16 << 20, 64, 32
 
 
@@ -42,8 +43,10 @@ def layout_of(linear: nn.Module) -> WeightLayout | None:
     """Return a linear's layout; None where its own forward must run: trained, hooked, packed, or of another kind."""
     if not isinstance(linear, nn.Linear) or _is_watched(linear):
         return None
+    # A trained weight or bias needs a gradient of its own, which nothing here makes.
     if any(parameter.requires_grad for parameter in linear.parameters(recurse=False)):
         return None
+    # Exact types: a subclass, or a weight that is a tensor subclass (DTensor, torchao's), may multiply in its own way.
     if type(linear) is nn.Linear and type(linear.weight) is nn.Parameter:
         shape, has_bias = (linear.out_features, linear.in_features), linear.bias is not None
         return WeightLayout(linear.weight.dtype, shape, has_bias)
@@ -55,6 +58,7 @@ def tensors_of(linear: nn.Module, layout: WeightLayout | None) -> list[Tensor]:
     if layout is None:
         return []
     assert isinstance(linear, nn.Linear)
+    # In the order that `_scales` and `product` take them apart.
     tensors: list[Tensor] = [linear.weight]
     if layout.blocksize:
         packed: Any = linear.weight
@@ -135,6 +139,7 @@ def _scales(layout: WeightLayout, tensors: list[Tensor]) -> Tensor:
         return tensors[1]
     from bitsandbytes.functional import QuantState, dequantize_blockwise
 
+    # Doubly quantised (QLoRA, arXiv 2305.14314): scales are 8-bit numbers about their mean, with scales of their own.
     offset, absmax, code = tensors[2:5]
     second = QuantState(absmax, code=code, blocksize=layout.nested, dtype=torch.float32)
     return dequantize_blockwise(tensors[1], second) + offset
@@ -147,6 +152,7 @@ def _rows(layout: WeightLayout, tensors: list[Tensor], scales: Tensor, start: in
     # (N, 1): a first axis of 1 would make bitsandbytes return the transpose.
     packed_N1, d_in = tensors[0].view(-1, 1), layout.shape[1]
     if stop - start < layout.shape[0]:
+        # Two weights a byte and one scale a block; `_cuts` cuts where no block is cut.
         packed_N1 = packed_N1[start * d_in // 2 : stop * d_in // 2]
         scales = scales[start * d_in // layout.blocksize : stop * d_in // layout.blocksize]
     shape = torch.Size((stop - start, d_in))
@@ -164,6 +170,7 @@ def flat(tensor: Tensor) -> Tensor:
 def _is_watched(linear: nn.Module) -> bool:
     """Tell whether somebody hooked the linear: parameter gathering, offloading, statistics. There is no public list."""
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    # accelerate's offloading replaces `forward` on the instance, which no hook list shows.
     return any(hooks) or "forward" in linear.__dict__
 
 

@@ -83,6 +83,7 @@ def forward(call: FusedCall, y: Tensor, x: Tensor, tensors: Sequence[Tensor]) ->
     v = rank_space.mix(call.step, u, small, call.draws)
     if call.watch is not None:
         call.watch(u, v)
+    # The base's output is the accumulator: no second tensor of tokens x d_out is made, and the sum is rounded once.
     y.view(-1, y.shape[-1]).addmm_(flat(v).to(y.dtype), _columns(ups, y.dtype).T, alpha=call.scaling)
     return u
 
@@ -107,15 +108,18 @@ def backward(
     # The scale goes into the narrow tensor, P wide, and not into dy, O wide.
     dv_TP = (dy_TO @ _columns(ups, dy.dtype)).mul_(call.scaling)
     dv = dv_TP.view(*u.shape[:-1], -1)
+    # v is made again from u: keeping it would cost P numbers a token in every linear.
     v, du, dsmall = rank_space.through(call.step, u, small, dv, needs[num_large:], call.draws, call.observe)
     # Gates were differentiated in float32; the large products run in the dtype of y again.
     du_TF = flat(du).to(dy.dtype)
     dups: list[Tensor | None] = [None] * len(ups)
+    # Banks that are frozen (given experts, FlyLoRA's A) cost no product.
     if any(needs[num_downs:num_large]):
         dups = _column_gradients(call, dy_TO, flat(v).to(dy.dtype), ups)
     ddowns: list[Tensor | None] = [None] * num_downs
     if any(needs[:num_downs]):
         ddowns = _row_gradients(call, du_TF, flat(x).to(dy.dtype), downs, x.shape)
+    # Linears of the first layer read states that need no gradient: the weight is then not dequantised again.
     dx = None
     if needs_x:
         dx = _input_gradient(call, base, dy_TO, du_TF, downs, x)
@@ -132,6 +136,7 @@ class _FusedMixture(torch.autograd.Function):
             assert call.layout is not None
             y = frozen.product(call.layout, base, x)
         else:
+            # Written into below: without the mark autograd would go on with the graph of y as it was before.
             ctx.mark_dirty(y)
         u = forward(call, y, x, tensors)
         ctx.save_for_backward(x, u, *tensors)
@@ -177,6 +182,7 @@ def add_mixture(
 
 
 def _columns(ups: list[Tensor], dtype: torch.dtype) -> Tensor:
+    # Adapters are float32; one cast of their few columns is cheaper than products in float32.
     columns = [ops.stack_columns(up).to(dtype) for up in ups]
     return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
 
@@ -186,6 +192,7 @@ def _features(call: FusedCall, x: Tensor, downs: list[Tensor]) -> Tensor:
     if call.dropout is None:
         return ops.features(x, downs)
     banks = torch.cat([ops.stack_rows(bank) for bank in downs[: call.num_banks]])
+    # A product for each mask. It is drawn, and x dropped in its memory, because the backward pass reads x as it was.
     groups = call.dropout.groups(banks, len(banks))
     # Routers read x undropped, as in the authors' code: dropout regularises experts and must not shake their choice.
     parts = [ops.features(_mask(call, x, number).mul_(x), [bank]) for number, bank in enumerate(groups)]
@@ -244,6 +251,7 @@ def _input_gradient(
         banks = _rows(downs[: call.num_banks], du_TF.dtype)
         duos = zip(call.dropout.groups(du_TF[:, :num].T, num), call.dropout.groups(banks, num), strict=True)
         for number, (du, bank) in enumerate(duos):
+            # Mask by mask, drawn again from its key, so that one of them is there at a time.
             part = (du.T @ bank).view(x.shape)
             part.mul_(_mask(call, part, number))
             if dx_TD is None:
@@ -255,6 +263,7 @@ def _input_gradient(
     if dx_TD is None:
         dx_TD = du_TF @ _rows(rest, du_TF.dtype)
     elif rest:
+        # What read x undropped: the routers, and without dropout the banks too.
         dx_TD.addmm_(du_TF[:, num:], _rows(rest, du_TF.dtype))
     return dx_TD.view(x.shape).to(x.dtype)
 

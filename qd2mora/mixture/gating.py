@@ -39,6 +39,7 @@ def _scores(role: str, x: Tensor, tensors: dict[str, Tensor], routing: Routing, 
     gate = spec.gate(role)
     assert gate is not None
     if gate.input == "none":
+        # One row of logits that broadcasts over all tokens.
         return tensors[f"mixture_logits_{role}"]
     if gate.select == "fixed":
         # The row's number is the choice; an embedding has nothing to add.
@@ -59,6 +60,7 @@ def _what_is_read(gate: Gate, x: Tensor, routing: Routing) -> Tensor:
         # (B, 1, W) for x (B, T, D): the same at each of the row's tokens.
         return vector.view(vector.shape[0], *([1] * (x.dim() - 2)), vector.shape[1])
     if gate.input == "hidden":
+        # States of another text, left from an earlier call, could broadcast over this one without a word.
         if routing.hidden is None or routing.hidden.shape[:-1] != x.shape[:-1]:
             raise ValueError("this adapter reads the hidden states of a first pass: run it inside its PEFT model")
         return routing.hidden
@@ -71,6 +73,8 @@ def _known_tasks(x: Tensor, routing: Routing, spec: LinearSpec) -> Tensor:
 
 def _for_rows(values: Tensor, x: Tensor) -> Tensor:
     """Return one value for each row of x, where beam search made several rows of each."""
+    # transformers repeats rows in place, so that a row's copies are neighbours. Numbers that do not divide are no
+    # beams: they fail below, by shape.
     rows, known = x.shape[0], values.shape[0]
     if rows == known or rows % known:
         return values
@@ -80,6 +84,7 @@ def _for_rows(values: Tensor, x: Tensor) -> Tensor:
 def _task_scores(x: Tensor, tensors: dict[str, Tensor], routing: Routing, spec: LinearSpec) -> Tensor:
     index = _known_tasks(x, routing, spec)
     table = tensors["mixture_task_embedding"]
+    # Gates are float32 even under autocast: near ties, 16 bits would choose another expert.
     with ops.unlowered(table):
         logits = F.linear(ops.wide(table[index]), ops.wide(tensors["mixture_router_task"]))
     return logits.view(logits.shape[0], *([1] * (x.dim() - 2)), logits.shape[1])

@@ -33,8 +33,10 @@ def initial_tensor(name: str, shape: tuple[int, ...], config: MixtureConfig, spe
     if name == "mixture_core":
         return _initial_core(tensor, row.core, row.scales)
     if name == "mixture_task_embedding":
+        # As nn.Embedding starts.
         return nn.init.normal_(tensor)
     if name.startswith("mixture_logits"):
+        # CAT's weights start at random (its code: randn, then softmax), ScaleZero's scales 1 + 0.2 tanh(0) at 1.
         return tensor.zero_() if row.base_scale else tensor.normal_()
     if name.startswith("mixture_router") and row.router_std is not None:
         return nn.init.normal_(tensor, std=row.router_std)
@@ -43,6 +45,7 @@ def initial_tensor(name: str, shape: tuple[int, ...], config: MixtureConfig, spe
 
 def initial_down(tensor: Tensor, kind: DownInit, std: float, spec: LinearSpec) -> Tensor:
     """Start down experts: kaiming, gaussian with `std`, orthogonal rows over the whole bank, or frozen sparse rows."""
+    # Tensors on the meta device, which the planner builds, have no values to make orthogonal or sparse.
     match kind:
         case "gaussian":
             return nn.init.normal_(tensor, std=std)
@@ -82,6 +85,7 @@ def _initial_core(tensor: Tensor, kind: str, scales: tuple[int, ...]) -> Tensor:
         # Near one, so that a bank of modulations starts near plain LoRA and its experts differ.
         return nn.init.normal_(tensor, mean=1.0, std=0.1)
     if kind == "kron":
+        # s^2 entries of deviation 1 / s: kernels of all scales are of one size, |K_e|_F^2 about 1.
         kernels = [nn.init.normal_(torch.empty(scale, scale, device=tensor.device), std=1 / scale) for scale in scales]
         return torch.cat([kernel.flatten() for kernel in kernels])
     return kaiming(tensor)
@@ -111,6 +115,7 @@ def residual(
 def top_singular(W_OD: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Return U_r (O, r), S_r (r), V_r^T (r, D) by a randomised range finder with four power iterations."""
     W = W_OD.float()
+    # More directions than wanted make the range finder sure (Halko, Martinsson, Tropp 2011).
     probe = torch.randn(W.shape[1], min(2 * rank + 8, *W.shape), generator=generator).to(W.device)
     basis = torch.linalg.qr(W @ probe)[0]
     # Powers of W W^T part the top from the rest, and orthonormalising in between keeps small directions alive.
@@ -147,14 +152,4 @@ class Activations:
         return torch.cat([found, found.new_zeros(self.rank - len(found), found.shape[1])])
 
 
-__all__ = [
-    "Activations",
-    "initial_down",
-    "initial_tensor",
-    "kaiming",
-    "olora",
-    "pissa",
-    "residual",
-    "sparse",
-    "top_singular",
-]
+__all__ = ["Activations", "initial_tensor", "kaiming", "olora", "pissa", "residual", "sparse"]

@@ -62,6 +62,7 @@ class Watch(Protocol):
 class MixtureLinear(nn.Module, BaseTunerLayer):
     """y = base(x) + sum over active adapters of s B K_t A x."""
 
+    # PEFT moves and deletes an adapter by what these two name, and asks every linear for every name.
     adapter_layer_names = TENSORS
     other_param_names = ("mixture_config", "mixture_spec")
 
@@ -101,11 +102,13 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self.mixture_config[adapter_name], self.mixture_spec[adapter_name] = config, spec
         for name, shape in spec.shapes.items():
             getattr(self, name)[adapter_name] = nn.Parameter(initial_tensor(name, shape, config, spec))
+        # Drawn on the CPU and moved: one seed gives one start on every device.
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters active; of their tensors those that a method freezes stay frozen."""
+        # PEFT trains every tensor of an active adapter; what a method freezes (a sparse A, a shared start) is put back.
         super().set_adapter(adapter_names, inference_mode)
         self._freeze()
 
@@ -191,11 +194,13 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return the base output plus the active adapters' (..., d_out), in the base output's dtype."""
         if self.runs_base_alone:
+            # Disabled means the base as it was: what was folded in comes out again, as in PEFT's own layers.
             if self.merged and self.disable_adapters:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.mixture_spec]
         layout = None
+        # Arguments beside x are meant for the base's own forward, which then has to run.
         if not (args or kwargs):
             layout = self._layout_to_fuse(x, names)
         # The first adapter's function computes the base's product as well, where that may be: then x is saved once,
@@ -231,6 +236,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         scale = self.tensors(name).get("mixture_base_scale")
         if scale is None:
             return y
+        # LightZero's bounded scale; the parameter starts at 0 and the scale at 1, so that step 0 is the base.
         return y * (1 + 0.2 * scale.tanh()).to(y.dtype)
 
     def _added(self, y: Tensor | None, x: Tensor, name: str, layout: frozen.WeightLayout | None = None) -> Tensor:
@@ -250,6 +256,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             number = self._traced(name, layout is not None, len(downs), len(ups), ",".join(small))
             return compiled.mixture(number, y, x, base, [*downs, *ups, *small.values()])
         call, is_random = self._call(name, layout, len(downs), len(ups), tuple(small))
+        # Bound to this pass: its backward pass must draw the same numbers and see the same batch.
         call = replace(call, draws=self._draws(is_random)(), observe=self._observer(name)(x))
         if name in self.watchers:
             call = replace(call, watch=partial(self.watchers[name], small=small))
@@ -293,6 +300,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
     def _static(self, y: Tensor | None, x: Tensor, name: str, layout: frozen.WeightLayout | None) -> Tensor:
         """Return what `_routed` does, with the static update in the place of routing."""
         update = self.static_updates[name]
+        # Without gates the step is the identity: s B A x by the same function, with gradients for distillation.
         call = FusedCall(1, 1, (), ops.RankStep((update.rank,), (update.rank,)), update.scaling, layout)
         if y is None:
             return mixed_linear(call, frozen.tensors_of(self.base_layer, layout), x, [update.down], [update.up], {})
@@ -389,4 +397,4 @@ def _observer_of(spec: LinearSpec, routing: Routing, name: str, is_training: boo
     return Observer.of(spec, routing, name, x) if is_training else None
 
 
-__all__ = ["TENSORS", "MixtureLinear", "mixture_layers"]
+__all__ = ["MixtureLinear", "mixture_layers"]

@@ -88,6 +88,7 @@ class Method:
 
     def __post_init__(self) -> None:
         roles = {"down": self.gate_down, "up": self.gate_up, "core": self.gate_core, "rank": self.gate_rank}
+        # Frozen, and derived: set once past the freeze, left out of hash and comparison.
         object.__setattr__(self, "gates", Gates({role: gate for role, gate in roles.items() if gate is not None}))
 
     def experts_of(self, down: int, up: int, rank: int) -> dict[str, int]:
@@ -122,6 +123,7 @@ def check_gate(gate: Gate, key: str, role: str, num_experts: int) -> None:
 
 
 def _fits(value: object, limits: Limits) -> bool:
+    # True is an int to Python, and YAML's yes is True.
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     is_high_enough = value >= limits.get("ge", -math.inf) and value > limits.get("gt", -math.inf)
@@ -188,6 +190,7 @@ def experts_by_layer(allocation: str, num_layers: int) -> list[int]:
         raise InputRefused(f"adapter.allocation: '{allocation}' will not do: at least 1 expert in every layer")
     if len(groups) > num_layers:
         raise InputRefused(f"adapter.allocation: '{allocation}' has {len(groups)} groups for {num_layers} layers")
+    # As even as whole layers allow: 2-4-6-8 on 30 layers gives groups of 8, 7, 8 and 7.
     return [groups[layer * len(groups) // num_layers] for layer in range(num_layers)]
 
 

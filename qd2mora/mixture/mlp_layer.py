@@ -101,6 +101,7 @@ class MixtureMLPLinear(MixtureLinear):
         observer = Observer.of(spec, self.routing, name, x)
         if observer is None:
             return stacked
+        # On the output and not on the gates, whose gradient may be none (weight `one`): penalties are always added.
         observed: Tensor = Observed.apply(stacked, logits, of_mlp.gating, observer)
         return observed
 
@@ -120,6 +121,7 @@ class MixtureMLPLinear(MixtureLinear):
 
     def _slot_features(self, x: Tensor, name: str, dtype: torch.dtype, slots: Slots) -> Tensor:
         """Return A x of every rank, (..., Q) or (K, ..., Q), at least float32; x dropped in training."""
+        # In the dtype of the base's output, as in the plain layer: u rounds here as it does there.
         config, x = self.mixture_config[name], x.to(dtype)
         if self.training and config.dropout > 0:
             masks = 1

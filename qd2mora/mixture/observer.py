@@ -30,6 +30,7 @@ class Observer:
     @classmethod
     def of(cls, spec: LinearSpec, routing: Routing, adapter: str, x: Tensor) -> "Observer | None":
         """Return an observer where there is anything to see."""
+        # Without rows and tokens (x of two axes) there is no batch that a penalty could be a mean over.
         random = any(gate.select == "sample" for _, gate in spec.step.gates)
         counts = any(gate.bias_rate for _, gate in spec.step.gates)
         if not (spec.penalties or counts or random) or x.dim() != 3:

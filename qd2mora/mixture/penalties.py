@@ -27,6 +27,8 @@ def pairwise_overlap(banks: Iterable[Tensor]) -> Tensor:
     `banks`: tensors (E, ...) of any shapes; banks of one expert, or of ranks that differ, count nothing.
     Accumulates in float32.
     """
+    # A sum over pairs, banks and modules as in the authors' code, which the weight 1e-4 belongs to; a mean would need
+    # another.
     totals = [_overlap_of_one_shape(torch.stack(group)) for group in groups_of(banks)]
     return torch.stack(totals).sum() if totals else torch.zeros(())
 
@@ -69,6 +71,7 @@ def subspace_overlap(banks: Iterable[Tensor], axis: int) -> Tensor:
     total = torch.zeros(())
     for bank in banks:
         if bank.dim() == 3 and bank.shape[0] > 1:
+            # Ranks first, whichever side they stand on: A's rows and B's columns are compared alike.
             rows_ERX = bank.movedim(1 + axis, 1).float()
             # |P_i P_j^T|_F^2 for all pairs: blocks of one Gram matrix over all ranks of all experts.
             num, rank, _ = rows_ERX.shape

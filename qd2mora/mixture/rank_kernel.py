@@ -30,6 +30,7 @@ def covers(step: RankStep, small: Small, dtype: torch.dtype) -> bool:
     gates = dict(step.gates)
     if not gates:
         return False  # nothing to launch for
+    # Whatever else a step reads (cores, biases, logits from outside) the twin alone knows.
     if step.core != "none" or "rank" in gates or dtype not in DTYPES or set(small) - {"router_up"}:
         return False
     if len({*step.ranks_down, *step.ranks_up}) != 1 or any(role not in ("down", "up") for role in gates):
@@ -44,6 +45,7 @@ def covers(step: RankStep, small: Small, dtype: torch.dtype) -> bool:
 def mix(step: RankStep, u_ext: Tensor, small: Small) -> Tensor:
     """Return v (..., P + S) float32 of u_ext (..., F) in 16 or 32 bits."""
     kernel = _KernelConstants.of(step)
+    # A view on what `fused` makes; the kernels count places from one start with one stride.
     u_TF = u_ext.reshape(-1, u_ext.shape[-1]).contiguous()
     v_TP = torch.empty(len(u_TF), step.width_up + step.shared, dtype=torch.float32, device=u_TF.device)
     router = small.get("router_up", u_TF)
@@ -57,6 +59,7 @@ def through(step: RankStep, u_ext: Tensor, small: Small, dv: Tensor) -> tuple[Te
     u_TF = u_ext.reshape(-1, u_ext.shape[-1]).contiguous()
     dv_TP = dv.reshape(len(u_TF), -1).contiguous()
     v_TP = torch.empty(len(u_TF), step.width_up + step.shared, dtype=torch.float32, device=u_TF.device)
+    # Not initialised: of each token the kernel writes every entry just once (banks, shared expert, routers).
     du_TF = torch.empty(u_TF.shape, dtype=torch.float32, device=u_TF.device)
     router, grid = small.get("router_up"), kernel.grid(len(u_TF))
     parts, given = v_TP, u_TF  # any pointers do for a router that is not there
@@ -79,6 +82,8 @@ class _KernelConstants:
 
     @classmethod
     def of(cls, step: RankStep) -> "_KernelConstants":
+        # Known when it is compiled: loops unroll and branches go, for one compilation of each kind of linear in a
+        # model.
         rank, gates = step.ranks_up[0], dict(step.gates)
         down, up = gates.get("down"), gates.get("up")
         num_down, num_up = len(step.ranks_down), len(step.ranks_up)
@@ -124,6 +129,7 @@ def _fields(role: str, gate: Gate | None, num_experts: int) -> dict[str, int | b
 
 
 def _is_plain(gate: Gate) -> bool:
+    # A load bias enters the choice alone, noise the scores, a sample draws: the twin knows of these.
     return (
         gate.score == "linear"
         and gate.select in ("all", "top_k")
@@ -140,6 +146,7 @@ def _power(width: int) -> int:
 @triton.jit
 def _decide(scores, is_expert, K: tl.constexpr, RENORM: tl.constexpr, SHARP: tl.constexpr, EP: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return probabilities, what is chosen (0 or 1) and weights of scores (BT, EP)."""
+    # Experts past E only pad to a power of two: probability 0, never chosen.
     masked = tl.where(is_expert[None, :], scores, float("-inf"))
     scaled = masked * SHARP
     powers = tl.exp(scaled - tl.max(scaled, 1)[:, None])
@@ -150,6 +157,7 @@ def _decide(scores, is_expert, K: tl.constexpr, RENORM: tl.constexpr, SHARP: tl.
         number = tl.arange(0, EP)[None, :] + tl.zeros(scores.shape, tl.int32)
         left, chosen = masked, tl.zeros_like(probs)
         for _ in tl.static_range(K):
+            # By scores, as in the twin: probabilities may round to one number where scores still differ.
             best = left == tl.max(left, 1)[:, None]
             first = tl.min(tl.where(best, number, EP), 1)
             picked = number == first[:, None]
@@ -211,6 +219,7 @@ def _forward(  # type: ignore[no-untyped-def]
         _put_cube(v_ptr, u, at, m, r, is_token, is_down, is_rank, N * R + S, R)
     else:
         z = tl.sum(u, 1)
+        # Without an up gate there is one up expert (`check_counts`), and v is z.
         v = z[:, None, :] + tl.zeros([BT, NP, RP], tl.float32)
         if UP_Z or UP_AT >= 0:
             if UP_Z:
@@ -285,10 +294,12 @@ def _backward(  # type: ignore[no-untyped-def]
                 scores = _square(u_ptr + UP_AT, at, n, is_token, is_up, F)
             up_probs, up_chosen, up = _decide(scores, is_up, UP_K, UP_RENORM, UP_SHARP, NP)
             v = up[:, :, None] * z[:, None, :]
+            # v = g z: the gradient goes to z through the gate, and to the gate's scores through z.
             dz = tl.sum(up[:, :, None] * dv, 1)
             dup = tl.sum(dv * z[:, None, :], 2)
             dscores = _decide_back(dup, up_probs, up_chosen, up, UP_RENORM, UP_SHARP)
             if UP_Z:
+                # The up router reads z as well: the second way by which z gets a gradient.
                 dz += tl.sum(dscores[:, :, None] * router[None, :, :], 1)
                 # Tokens past the end add nothing to the sum over tokens.
                 live = tl.where(is_token[:, None], dscores, 0.0)
@@ -296,10 +307,12 @@ def _backward(  # type: ignore[no-untyped-def]
                 place = drouter_ptr + tl.program_id(0) * N * R + n[:, None] * R + r[None, :]
                 tl.store(place, drouter, mask=is_up[:, None] & is_rank[None, :])
             else:
+                # A router of x has rows in u, so that the gradient of its scores goes out with du.
                 _put_square(du_ptr + UP_AT, dscores, at, n, is_token, is_up, F)
         _put_cube(v_ptr, v, at, n, r, is_token, is_up, is_rank, N * R + S, R)
         dmixed = dz[:, None, :] + tl.zeros([BT, MP, RP], tl.float32)
     if DOWN_AT >= 0:
+        # mixed = g u: the same two ways, to the gate's scores through u and to u through the gate.
         ddown = tl.sum(dmixed * u, 2)
         dscores = _decide_back(ddown, down_probs, down_chosen, down, DOWN_RENORM, DOWN_SHARP)
         _put_square(du_ptr + DOWN_AT, dscores, at, m, is_token, is_down, F)
@@ -307,6 +320,7 @@ def _backward(  # type: ignore[no-untyped-def]
     _put_cube(du_ptr, dmixed, at, m, r, is_token, is_down, is_rank, F, R)
     if S > 0:
         s = tl.arange(0, SP)
+        # The shared expert meets no gate: its own scale, in both directions.
         dkept = _square(dv_ptr + N * R, at, s, is_token, s < S, N * R + S)
         kept = _square(u_ptr + M * R, at, s, is_token, s < S, F)
         _put_square(v_ptr + N * R, kept * SHARED, at, s, is_token, s < S, N * R + S)

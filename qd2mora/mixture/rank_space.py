@@ -47,6 +47,7 @@ def through(
     leaves = {
         name: tensor.detach().requires_grad_(need) for (name, tensor), need in zip(small.items(), needs, strict=True)
     }
+    # A backward pass runs with autograd off.
     with torch.enable_grad():
         v, gatings = step.route(leaf, leaves, draws)
         outputs, grads = [v], [dv.to(v.dtype)]
@@ -57,6 +58,7 @@ def through(
         outputs.append(extra)
         grads.append(torch.ones_like(extra))
     wanted = [leaf, *(tensor for tensor in leaves.values() if tensor.requires_grad)]
+    # A tensor that this step does not read has no gradient, which is no error.
     du, *found = torch.autograd.grad(outputs, wanted, grads, allow_unused=True)
     if du is None:  # autograd found no way from v to u
         du = torch.zeros_like(leaf)
@@ -83,6 +85,7 @@ def _kernel_for(step: RankStep, u: Tensor, small: dict[str, Tensor]) -> ModuleTy
 def _kernel() -> ModuleType | None:
     """Return the kernels' module; Triton comes with torch where there is a GPU, and is not needed elsewhere."""
     found = importlib.util.find_spec("triton") is not None
+    # Imported by name and late: the module needs Triton as soon as it is read.
     return importlib.import_module("qd2mora.mixture.rank_kernel") if found else None
 
 

@@ -69,6 +69,7 @@ class Routing(Text):
         """Return the keys of one layer's random numbers in this pass; without row keys, one from torch's generator."""
         if self.rows is not None and self.lengths is not None:
             return Draws(tuple(mixed(row, layer_key) for row in self.rows), self.lengths, self.places)
+        # Other people's trainers tell no rows: one seed then serves the layer, and the split into micro batches shows.
         return Draws((int(torch.randint(1 << 62, ())),))
 
     def counted(self, like: Tensor) -> Tensor:
@@ -77,6 +78,7 @@ class Routing(Text):
 
     def add_value(self, name: str, value: Tensor) -> None:
         """Add what a penalty adds to the loss in this micro batch to the step's sum."""
+        # Kept as a tensor: a Python number would make every linear wait for the device.
         if name in self.values:
             value = self.values[name] + value
         self.values[name] = value

@@ -37,6 +37,7 @@ class Slots:
     def ranks(self, step: RankStep) -> Tensor:
         """Return m (K, ..., Q): 1 at the ranks of the slot's expert, 0 at others'; a shared expert's own scale."""
         sizes = step.ranks_down
+        # By a plain number where it can be: a tensor of repeats is made and read on the device.
         if len(set(sizes)) == 1:
             chosen = self.which.repeat_interleave(sizes[0], -1)
         else:
@@ -79,6 +80,7 @@ class MLPGate:
         places = order.topk(num_slots(self.gate, num_experts), -1).indices
         which = torch.zeros(*places.shape, num_experts, dtype=order.dtype, device=order.device)
         which.scatter_(-1, places.unsqueeze(-1), 1.0)
+        # Gathered, not computed anew: the router's gradient is that of its own gating, renormalised or not.
         weight = gating.weight.gather(-1, places).expand(*tokens, -1).movedim(-1, 0)
         return Slots(weight, which.expand(*tokens, -1, -1).movedim(-2, 0), self._is_mean)
 
@@ -113,6 +115,8 @@ class _WeightedSlots(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, weight: Tensor, is_mean: bool) -> Tensor:
         ctx.save_for_backward(h, weight)
         ctx.is_mean = is_mean
+        # While B is zero all h_k are equal: weights that sum to 1 but for their last bit would move the model off its
+        # base.
         first, rest = ops.wide(h[0]), zip(h[1:], weight[1:].unsqueeze(-1), strict=True)
         if is_mean:
             mean = first.clone()
@@ -136,6 +140,7 @@ class _WeightedSlots(torch.autograd.Function):
             first = ops.wide(h[0])
         for number, slot in enumerate(h):
             if ctx.is_mean and number == 0:
+                # From h_0 + sum_{k>0} g_k (h_k - h_0): the first slot has what the others leave.
                 dh[0] = wide_dy * (1 - weight[1:].sum(0)).unsqueeze(-1)
                 continue
             dh[number] = wide_dy * weight[number].unsqueeze(-1)
@@ -160,6 +165,7 @@ class SlotDropout:
         """Return the mask, (..., D) like `like`, or (K, ..., D)."""
         if self.masks == 1:
             return self.draws.keep(like, self.probability, 0)
+        # A purpose for each mask: the numbers of two slots have nothing in common.
         return torch.stack([self.draws.keep(like, self.probability, number) for number in range(self.masks)])
 
 
@@ -201,6 +207,7 @@ class Observed(torch.autograd.Function):
         leaf = logits.detach().requires_grad_()
         with torch.enable_grad():
             extra = ctx.observe({"down": ctx.gating(leaf)})
+        # Counts and values are taken by now, even where no gradient goes on to the logits.
         if extra is None or not ctx.needs_input_grad[1]:
             return dy, None, None, None
         return dy, torch.autograd.grad(extra, leaf)[0], None, None

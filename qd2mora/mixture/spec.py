@@ -28,6 +28,7 @@ class Place:
     @property
     def layer(self) -> int:
         """The decoder layer, 0 where the name tells none."""
+        # Dots at both ends, so that a number at the name's beginning or end is found as well.
         found = re.search(r"\.(\d+)\.", f".{self.key}.")
         return int(found[1]) if found else 0
 
@@ -38,6 +39,8 @@ class Place:
 
     def scope_key(self, scope: str) -> str:
         """Name what a router of this scope serves."""
+        # A block is what the linear hangs in, self_attn or mlp: q, k, v and o share one router, gate, up and down
+        # another.
         return self.key if scope == "module" else self.key.rpartition(".")[0]
 
 
@@ -73,6 +76,8 @@ def linear_spec(config: MixtureConfig, place: Place) -> LinearSpec:
     for role, gate in gates.items():
         found = _router_shapes(config, place, role, gate, counts[role])
         shapes |= found
+        # Its rows stand in u, in the order of roles: the layer, the kernels and the exact export all count on that
+        # order.
         if gate.reads_x:
             rows.append((role, found[f"mixture_router_{role}"][0]))
     scaling = config.scaling_of(experts.ranks)
@@ -107,15 +112,19 @@ def _experts(config: MixtureConfig, place: Place) -> _Experts:
     row, rank = config.row, config.rank
     assert rank is not None
     down, up = config.num_down, config.num_up
+    # MixLoRA and LLaVA-MoLE route MLPs alone: attention gets one ungated pair, which is a plain LoRA.
     if place.kind in row.one_expert:
         down = up = 1
     elif config.allocation is not None:
+        # A model that does not tell its depth has at least the layer that this linear stands in.
         up = experts_by_layer(config.allocation, max(place.num_layers, place.layer + 1))[place.layer]
         if row.pairing == "tied":
             down = up
     if row.pairing == "chain":
+        # z = sum_i alpha_i A_i x is one code that every B_j reads, so chained banks have one rank on both sides.
         return _Experts(down, up, (rank,) * down, (rank,) * up)
     ranks = (rank,) * down
+    # A list of ranks is for all experts; a linear that has one expert (`one_expert`) takes the plain rank.
     if config.ranks is not None and down == len(config.ranks):
         ranks = tuple(config.ranks)
     elif row.core == "kron":
@@ -130,6 +139,8 @@ def _bank_shapes(config: MixtureConfig, place: Place, experts: _Experts) -> dict
     shapes: dict[str, tuple[int, ...]]
     if row.core == "kron":
         _check_kron(row, place)
+        # One seed for all scales, unfolded anew in each pass (`ops.kron_banks`); the kernels K_e lie flat, one after
+        # another.
         shapes = {"mixture_A": (1, rank, place.d_in), "mixture_B": (1, place.d_out, rank)}
         shapes["mixture_core"] = (sum(scale * scale for scale in row.scales),)
         return shapes
@@ -158,6 +169,7 @@ def _router_shapes(config: MixtureConfig, place: Place, role: str, gate: Gate, n
     if gate.scope != "module" and not place.owns_router:
         return shapes
     if gate.input == "none":
+        # Where nothing is read, the logits themselves are trained: CAT's weights, ScaleZero's scales.
         return shapes | {f"mixture_logits_{role}": (num,)}
     if gate.input == "self" or gate.select == "fixed":
         return shapes  # ranks score themselves, and a task's number is its expert
@@ -167,6 +179,7 @@ def _router_shapes(config: MixtureConfig, place: Place, role: str, gate: Gate, n
         # One row more than tasks, as in the authors' code.
         shapes["mixture_task_embedding"] = (config.num_tasks + 1, width)
         shapes["mixture_router_task"] = (num, width)
+        # task+x adds two products: the task's, whose tensors are these, and the token's own, whose rows come below.
         if gate.input == "task":
             return shapes
     # A noisy router says how far noise may move each logit too; an MLP's rows are its hidden layer.

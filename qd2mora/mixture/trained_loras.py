@@ -44,6 +44,7 @@ def _read_lora(folder: Path, key: str) -> TrainedLora:
     where = f"{key}: {folder}"
     if (folder / "adapter" / "adapter_config.json").is_file():  # a run of ours
         folder = folder / "adapter"
+    # Folders come from anywhere: their bytes are checked before a library reads them.
     check_adapter(folder)
     try:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -70,6 +71,7 @@ def _is_special(settings: Mapping[str, object]) -> bool:
     """Whether a configuration does more than s B A, or not the same everywhere."""
     if settings["peft_type"] == "QD2MORA":
         return settings.get("method") != "lora" or bool(settings.get("shared"))
+    # Each changes the formula or a rank somewhere: read as s B A it would be another function, without an error.
     keys = ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "use_qalora", "target_parameters")
     return any(settings.get(key) for key in keys)
 

@@ -39,6 +39,7 @@ class MixtureModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {"llama": ["q_proj", "k_proj", "v_proj"]}  # noqa: RUF012 - PEFT's
 
     def _pre_injection_hook(self, model: nn.Module, config: MixtureConfig, adapter_name: str) -> None:
+        # PEFT's tuner answers for the model's attributes too: `hasattr` would ask the base.
         if "routing" not in self.__dict__:
             self.routing = Routing()
             self._router_owners: dict[tuple[str, str], str] = {}
@@ -53,6 +54,7 @@ class MixtureModel(BaseTuner):
     def _without_adapters(self, decoder: nn.Module) -> Iterator[None]:
         """Be the base while the block runs."""
         layers = [module for module in decoder.modules() if isinstance(module, self.tuner_layer_cls)]
+        # Those alone that were on: what a caller has switched off stays off afterwards.
         enabled = [layer for layer in layers if not layer.disable_adapters]
         for layer in enabled:
             layer.enable_adapters(False)
@@ -130,6 +132,7 @@ class MixtureModel(BaseTuner):
     ) -> object:
         """Run the adapted model; what is said of the rows stays set for the backward pass, until the next call."""
         routing = self.routing
+        # All are set anew, None too: what an earlier batch said must not route this one.
         routing.task_index, routing.group, routing.external = task_index, group, external
         routing.segments = None
         if prompt_mask is None:
@@ -200,6 +203,7 @@ def _refuse_unmatched(model: nn.Module, config: MixtureConfig) -> None:
     is_beside_blocks = config.row.placement == "block"
     names = [name for name, module in model.named_modules() if is_beside_blocks or isinstance(module, nn.Linear)]
     for target, pattern in _patterns(config.target_modules).items():
+        # PEFT complains only where no target at all is found; one mistyped name would go unadapted.
         if not any(re.fullmatch(pattern, name) for name in names):
             there = sorted({name.rpartition(".")[2] for name in names})
             raise InputRefused(f"adapter.targets: '{target}' matches no linear; there are {', '.join(there)}")

@@ -35,6 +35,7 @@ class Chart:
         """Return the drawing and its key as parts of a page."""
         if not self.drawing:
             return "<p>no numbers</p>"
+        # Ids that differ within a page, and are the same whenever it is written.
         number = zlib.crc32(f"{self.title}|{self.about}".encode())
         size = ""
         if self.is_fixed:

@@ -103,7 +103,7 @@ def _bases(export: Export) -> str | None:
     if len(export.updates.bases) < 2:
         return None
     losses = ", ".join(f"{name} {each.merged:.4f}" for name, each in export.updates.bases.items())
-    written = "it holds neither" if export.form.holds_no_base else f"written: {export.form.base}"
+    written = "it holds neither" if export.form.rung.holds_no_base else f"written: {export.form.base}"
     return f"loss by the base that the update is added to: {losses}; {written}"
 
 

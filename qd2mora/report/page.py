@@ -75,6 +75,7 @@ footer { color: var(--soft); font-size: 13px; margin: 40px 0 28px; }
   h2 { break-after: avoid; } .wide { overflow: visible; } }
 """
 
+# Text of a run or a data set that got past `escape` could neither run nor load anything.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 

@@ -31,6 +31,7 @@ def ticks(low: float, high: float, number: int = 4) -> list[float]:
         low, high = low - abs(low) / 2, high + abs(high) / 2
     rough = (high - low) / number
     unit = 10.0 ** math.floor(math.log10(rough))
+    # A little less than asked is as good: rounding must not turn a round step into the next one.
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [place * step for place in range(first, last + 1)]

@@ -69,6 +69,7 @@ class Gate:
     @property
     def reads_x(self) -> bool:
         """Whether its router's rows stand in the one product over x."""
+        # A mean over the prompt and a router of several linears are computed apart, once, and given to the step.
         return self.input in ("x", "task+x") and self.scope == "module" and self.granularity == "token"
 
     @property
@@ -88,6 +89,7 @@ class Gates(dict[str, Gate]):
     def depends_on(self) -> str:
         """What K depends on: `static` merges exactly, `task` exactly for one task or vector, `token` approximately."""
         found = {gate.depends_on for gate in self.values()}
+        # The least static gate decides: one gate that reads tokens makes K differ from token to token.
         for most in (TOKEN, TASK):
             if most in found:
                 return most

@@ -47,6 +47,7 @@ class MixtureLlamaForCausalLM(LlamaForCausalLM):
     """The model; adapted linears are wrapped, everything else is transformers' own."""
 
     config_class = MixtureLlamaConfig
+    # Gates are decided in float32, whatever dtype the base is loaded in.
     _keep_in_fp32_modules_strict = ("mixture",)
 
     def __init__(self, config: MixtureLlamaConfig) -> None:
@@ -94,6 +95,7 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
+        # The first pass is the base's own: its states decide the gates of the second.
         if self.mixture.text.is_first_pass:
             return y
         return y + self.mixture(x).to(y.dtype)
@@ -113,7 +115,9 @@ class RoutedMLP(nn.Module):
         # Expert by expert, as the formula has it; training's one pass for all slots gives the same up to rounding.
         parts = [part.mixture for part in self.children() if isinstance(part, RoutedLinear)]
         gates = next(part for part in parts if part.owns_router).gate_of_mlp(x)
+        # As many turns as the busiest token needs; others weigh their last ones with 0.
         values, experts = gates.topk(int((gates > 0).sum(-1).max()), -1)
+        # Summed in float32, rounded once at the end.
         y = torch.zeros(1, device=x.device)
         for value, expert in zip(values.unbind(-1), experts.unbind(-1), strict=True):
             for part in parts:

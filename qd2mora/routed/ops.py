@@ -68,6 +68,7 @@ def wide(tensor: Tensor) -> Tensor:
 def unlowered(tensor: Tensor) -> AbstractContextManager[object]:
     """Switch autocast off: it would run the routers' products, and on a CPU their softmax, in 16 bits."""
     kind = tensor.device.type
+    # torch.autocast raises for devices that have none, such as meta.
     if not torch.amp.is_autocast_available(kind):
         return nullcontext()
     return torch.autocast(kind, enabled=False)
@@ -171,8 +172,10 @@ class RankStep:
         _, gatings = self.route(u_ext, small)
         one = weight.new_ones(1)
         constant = Gating(one, one, one)
+        # A gate that is left out as constant counts 1.
         gates = [gatings.get(role, constant).weight for role in ("up", "down")]
         up, down = (gate.expand(*weight.shape, -1).flatten(0, -2).to(u_ext.dtype) for gate in gates)
+        # Without a core C is the identity: block (j, i) of K_t is beta_j alpha_i I.
         core = small.get("core", torch.eye(self.ranks_up[0])).to(up)
         K = torch.kron((up * weight.reshape(-1, 1)).T @ down, core)
         if not self.shared:
@@ -201,6 +204,7 @@ class RankStep:
     def _mixed_down(self, u: Tensor, gating: Gating | None) -> Tensor:
         if len(self.ranks_down) == 1 and gating is None:
             return u
+        # Several down experts without a gate would be one, their sum, and are refused before.
         assert gating is not None
         return (gating.weight.unsqueeze(-1) * u.unflatten(-1, (len(self.ranks_down), -1))).sum(-2)
 
@@ -242,6 +246,7 @@ class RankStep:
             assert given is not None
             return given.to(u_ext.dtype)
         scores = finish_scores(gate, scores, small.get(f"bias_{role}"), small.get(f"out_{role}"))
+        # task+x: the task's scores come from outside and are added to the token's.
         return scores if given is None else scores + given.to(scores.dtype)
 
 
@@ -253,12 +258,14 @@ def finish_scores(gate: Gate, scores: Tensor, bias: Tensor | None, out: Tensor |
     if out is not None:
         scores = F.linear(scores.relu(), out.to(scores.dtype))
     if gate.score == "prototype":
+        # Arrow's prototypes are directions (singular vectors), whose sign says nothing.
         scores = scores.abs()
     return scores
 
 
 def features(x: Tensor, rows: list[Tensor]) -> Tensor:
     """Return u_ext = [rows] x, (..., features), one product in the dtype of x; `rows` are (R, D) or (M, R, D)."""
+    # One wide product instead of one for each bank and router: x is read from memory once.
     stacked = [stack_rows(matrix).to(x.dtype) for matrix in rows]
     if len(stacked) == 1:
         return F.linear(x, stacked[0])
@@ -348,12 +355,10 @@ __all__ = [
     "Pairing",
     "RankStep",
     "Small",
-    "apply_core",
     "features",
     "finish_scores",
     "kron_banks",
     "prompt_mean",
-    "spread_up",
     "stack_columns",
     "stack_rows",
     "unlowered",

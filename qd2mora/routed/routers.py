@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .gate import Gate
 
+# DynMoLE's, inside its entropy.
 EPS = 1e-5
 
 
@@ -62,6 +63,7 @@ def decide(gate: Gate, logits: Tensor, *, bias: Tensor | None = None, noise: Ten
         order = (rank / gate.temperature + noise).detach().topk(gate.top_k, -1).indices
         drawn = torch.zeros_like(probs).scatter_(-1, order, 1.0)
         return Gating(_weigh(gate, logits, probs, drawn), probs, logits, drawn, order)
+    # Outside training a sampled gate takes its k likeliest: answers do not change from one asking to the next.
     chosen = _select(gate, probs, rank)
     return Gating(_weigh(gate, logits, probs, chosen), probs, logits, chosen)
 
@@ -125,6 +127,7 @@ def _likeliest(probs: Tensor, limit: float, least: int) -> Tensor:
     if limit >= 1:  # a sum of rounded probabilities may pass 1
         return torch.ones_like(probs)
     ordered, places = probs.detach().sort(-1, descending=True)
+    # DynMoLE's rule leaves out the expert that crosses the limit; MoE-PEFT's dynamic router keeps it.
     keep = ordered.cumsum(-1) <= limit
     keep[..., :least] = True
     return torch.zeros_like(probs).scatter_(-1, places, keep.to(probs.dtype))
@@ -159,4 +162,4 @@ def _soft(scores: Tensor, temperature: float) -> Tensor:
     return (scores if temperature == 1 else scores / temperature).softmax(-1)
 
 
-__all__ = ["Gating", "decide", "log_probability", "noisy", "top_k_mask", "tsallis_entropy"]
+__all__ = ["Gating", "decide", "log_probability", "noisy", "tsallis_entropy"]

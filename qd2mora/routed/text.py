@@ -127,6 +127,7 @@ class Text:
             prompt = self.counted(scores).bool()
         mean = prompt_mean(scores, prompt.to(scores.device))
         if self.keeps_means or self.takes_all:
+            # For the tokens to come, which know the prompt no more; nothing is trained while text is written.
             self.means[key] = mean.detach()
         return mean
 
@@ -157,6 +158,7 @@ def prompt_of(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask is not None:
         attended = attention_mask.bool()
     before = (labels != IGNORE).cumsum(-1) == 0
+    # Without it a row that is learned from its start would have an empty prompt, and a mean over nothing.
     first = attended & (attended.cumsum(-1) == 1)
     return (before & attended) | first
 
@@ -187,6 +189,7 @@ def watch_passes(
                 text.is_first_pass = False
 
     whole: Any = model
+    # On the decoder, not the model: a loss of one's own calls the decoder alone.
     decoder: nn.Module = whole.get_decoder() if hasattr(model, "get_decoder") else model
     decoder.register_forward_pre_hook(before, with_kwargs=True)
 
@@ -202,4 +205,4 @@ def _first_pass(decoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, 
         return decoder(*args, **{**kwargs, "use_cache": False}).last_hidden_state
 
 
-__all__ = ["IGNORE", "Key", "Router", "Text", "prompt_of", "watch_passes"]
+__all__ = ["IGNORE", "Key", "Router", "Text", "watch_passes"]

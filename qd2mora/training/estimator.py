@@ -35,6 +35,7 @@ def backward_over_draws(
     drawn = [tuple(mixed(key, number) for key in keys) for number in range(NUM_DRAWS)]
     with torch.no_grad():
         losses = torch.stack([_run(row_losses, routing, rows) for rows in drawn])
+    # `observer` adds the router's gradient straight to the loss's: scaled here as the loss is scaled there.
     advantages = leave_one_out(losses) * (share * routing.loss_scale / NUM_DRAWS)
     for rows, advantage in zip(drawn, advantages, strict=True):
         routing.advantage = advantage

@@ -57,6 +57,7 @@ class StepGradient:
         torch.manual_seed(key_of(batches.seed, "step", step, batches.processes.index))
         # One over the labels of all processes and micro batches: a mean of their means would weigh short answers up.
         share, tokens = 1 / sum(row.num_labels for row in rows), sum(len(row.ids) for row in rows)
+        # A tensor on the device: a Python sum would wait for it after every micro batch.
         total = torch.zeros((), device=batches.processes.device)
         if batches.routing is not None:
             batches.routing.forget()
@@ -96,6 +97,7 @@ class StepGradient:
         prove_flow(self.batches.model, self.batches.updater.parameters, self.batches.progress)
         penalties = self._add_penalties()
         parameters = list(self.batches.updater.parameters.values())
+        # A limit of infinity clips nothing and measures the norm all the same.
         return float(nn.utils.clip_grad_norm_(parameters, self.max_norm or math.inf)), penalties
 
     def blame(self, rows: list[Row]) -> str:
@@ -207,6 +209,7 @@ def blame(model: nn.Module, parameters: dict[str, nn.Parameter], forward: Callab
         return hook
 
     named = [(name, module) for name, module in model.named_modules() if name]
+    # Hooks run from the inside out: the first that is found is the innermost module where trouble began.
     handles = [module.register_forward_hook(look(name)) for name, module in named]
     try:
         forward()
@@ -225,13 +228,4 @@ def _is_moving(tensor: nn.Parameter) -> bool:
     return tensor.grad is not None and bool(tensor.grad.any())
 
 
-__all__ = [
-    "MAX_BAD_IN_A_ROW",
-    "Penalties",
-    "StepGradient",
-    "blame",
-    "is_too_bad",
-    "lower_scale",
-    "prove_flow",
-    "raise_scale",
-]
+__all__ = ["Penalties", "StepGradient", "blame", "is_too_bad", "lower_scale", "prove_flow", "raise_scale"]

@@ -60,6 +60,7 @@ class Processes:
         """Return each number summed over all processes, in float64."""
         if self.count == 1:
             return [float(number) for number in numbers]
+        # One message for all numbers, in float64: tokens of a long run are too many for float32.
         total = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device=self.device)
         all_reduce(total)
         return total.tolist()
@@ -115,6 +116,7 @@ class Processes:
         """Overwrite tensors with those of the main process: computed on two GPUs they may differ in a last bit."""
         if self.count > 1:
             for tensor in tensors:
+                # Collectives take tensors of the run's device, without gaps.
                 sent = tensor.detach().to(self.device).contiguous()
                 broadcast(sent, 0)
                 with torch.no_grad():
@@ -154,6 +156,7 @@ class Processes:
             raise InputRefused(f"{disagreeing:.0f} processes have other files or versions than process 0, see there")
 
     def _bytes_from_main(self, content: bytes) -> bytes:
+        # Length first: the others have to make room before they can receive.
         size = torch.tensor([len(content)], dtype=torch.int64, device=self.device)
         broadcast(size, 0)
         sent = torch.zeros(int(size), dtype=torch.uint8, device=self.device)

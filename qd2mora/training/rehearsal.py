@@ -78,6 +78,7 @@ class Rehearsal:
         last = min(course.total_steps, first + max(1, MOST_ROWS // course.rows_a_step))
         steps: Sequence[int] = range(first, max(last, first + 1))
         if course.capacity is not None:
+            # Packing is a search; the longest lines are looked for where most tokens have to go.
             steps = sorted(steps, key=lambda step: -sum(course.lengths(step)))[:PACKED_STEPS]
         found = ((_longest(course.lengths(step), batches.size, course.capacity), step) for step in steps)
         (_, (numbers, packs)), step = max(found, key=lambda one: one[0][0])
@@ -110,7 +111,9 @@ class Rehearsal:
         device, devices = batches.processes.device, []
         if device.type == "cuda":
             devices = [device]
+        # Put back afterwards, so that a run with a rehearsal draws what a run without one does.
         with torch.random.fork_rng(devices):
+            # Stand-ins: the optimiser makes its moments at the first update, which is after the first peak.
             held = torch.empty(moments, dtype=torch.uint8, device=device)
             # Gradients of a step add up in whole tensors beside the micro batch: they are there before its pass.
             if not batches.updater.shares_moments:

@@ -117,6 +117,7 @@ class PlainUpdater:
         earlier = {parameter: copy.deepcopy(state) for parameter, state in self.optimizer.state.items()}
         rates = [group["lr"] for group in self.optimizer.param_groups]
         before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        # Gradients of zero at a rate of zero: moments appear, and weights move by rounding at most, which is put back.
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         self.update(0.0)
@@ -146,6 +147,7 @@ def build_optimizer(train: Train, name: OptimizerName, parameters: list[nn.Param
 def learning_rate(train: Train, update: int, total: int) -> float:
     """Return the rate of update number `update` (from 0) of `total`: linear warm-up, then the schedule down to zero."""
     if update < train.warmup_steps:
+        # From the first step on above zero: a rate of 0 would take a step that learns nothing.
         return train.learning_rate * (update + 1) / train.warmup_steps
     progress = (update - train.warmup_steps) / max(1, total - train.warmup_steps)
     factor = {
@@ -195,6 +197,7 @@ def enter_stage(model: nn.Module, updater: Updater, config: MixtureConfig, updat
         tensors = layer.tensors("default")
         for name in ("mixture_A", "mixture_B"):
             for moment in updater.moments_of(tensors[name]):
+                # Adam's moments would go on moving an expert that has no gradient any more.
                 moment[: routing.stage].zero_()
 
 
