@@ -16,6 +16,7 @@ import small
 from qd2mora.errors import DamagedFile, DeviceLost, DiskTrouble, InputRefused
 from qd2mora.memory.loss import RowLoss
 from qd2mora.recipe import load_recipe
+from qd2mora.run_folder import RunFolder
 from qd2mora.training import train
 from qd2mora.training.checkpoint import Saver
 from qd2mora.training.clock import Watchdog
@@ -199,7 +200,13 @@ def test_a_log_that_cannot_be_written_stops_nothing(
     made: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """LG1."""
-    monkeypatch.setattr("qd2mora.run_folder.RunFolder.metrics", Path("/dev/full"))
+
+    class FullLog(RunFolder):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            self.metrics = Path("/dev/full")
+
+    monkeypatch.setattr("qd2mora.training.run.RunFolder", FullLog)
     train(load_recipe(runs.write_recipe(made, tmp_path / "run", "adapter.dropout=0.1")))
     assert runs.result_of(tmp_path / "run") == runs.result_of(whole.with_suffix(""))
 
