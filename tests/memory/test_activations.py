@@ -78,7 +78,7 @@ def test_kept_activations_are_right_for_every_method(method: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "rows", "length", "targets", "dropout"),
     [
-        (WIDE, 4, 256, QKV, 0.0),
+        (WIDE, 4, 128, QKV, 0.0),
         (WIDE, 4, 256, QKVUD, 0.05),
         (WIDE, 1, 512, ALL, 0.0),
         (WORDY, 4, 64, QKV, 0.0),

@@ -39,7 +39,7 @@ ERRNOS += [
     "ENOMEDIUM",
 ]
 ERRNOS = ERRNOS[: int(os.environ.get("GATE_ERRNOS", "3"))]
-PAIRS = int(os.environ.get("GATE_PAIRS", "15"))
+PAIRS = int(os.environ.get("GATE_PAIRS", "8"))
 
 
 def hold(path: Path) -> None:
