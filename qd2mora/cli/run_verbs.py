@@ -50,6 +50,10 @@ def plan(
     from qd2mora.memory import render
     from qd2mora.memory.engine import unshared
 
+    if png is not None:
+        from qd2mora.report import check_png
+
+        check_png(png)
     planned = make_plan(loaded, budget=budget)
     if as_json:
         typer.echo(json.dumps(planned.to_json(), indent=1))
