@@ -57,23 +57,26 @@ def _sync_below(stage: Path) -> None:
 
 
 def _publish(stage: Path, target: Path, replaces: Collection[str] | None) -> None:
-    if replaces is None or not os.path.lexists(target):
-        try:
-            # Onto an empty folder this succeeds, onto one that holds anything, and onto a file, it never does.
-            os.rename(stage, target)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise
-            raise InputRefused(f"'{target}' was made by somebody else meanwhile; nothing is replaced") from None
-        sync_folder(target.parent)
-        return
-    refuse_foreign(target, replaces)
-    # A folder cannot be renamed onto one that holds files; between the two renames, what was there has another name.
-    old = passing_name(target, OLD)
-    os.rename(target, old)
-    os.rename(stage, target)
+    old = None
+    if replaces is not None and os.path.lexists(target):
+        refuse_foreign(target, replaces)
+        # A folder cannot be renamed onto one that holds files; between two renames, what was there has another name.
+        old = passing_name(target, OLD)
+        os.rename(target, old)
+    _take_name(stage, target)
     sync_folder(target.parent)
-    remove_passing(old)
+    if old is not None:
+        remove_passing(old)
+
+
+def _take_name(stage: Path, target: Path) -> None:
+    """Rename onto nothing, or an empty folder: onto one that holds anything, or a file, that never succeeds."""
+    try:
+        os.rename(stage, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise InputRefused(f"'{target}' was made by somebody else meanwhile; nothing is replaced") from None
 
 
 __all__ = ["remove_folder", "staged_folder"]
