@@ -25,7 +25,7 @@ def train(
 
     loaded = load_recipe(recipe, overrides or [])
     if resume or overwrite:
-        loaded = loaded.model_copy(update={"output": _own_folder(recipe, loaded.output, overrides or [])})
+        loaded = loaded.model_copy(update={"output": own_folder(recipe, loaded.output, overrides or [])})
     # A signal counts from here on: the imports alone take seconds.
     with listening():
         from qd2mora.cli.training_end import finish
@@ -36,7 +36,7 @@ def train(
             finish(trained.folder, Console())
 
 
-def _own_folder(path: Path, output: str, overrides: list[str]) -> str:
+def own_folder(path: Path, output: str, overrides: list[str]) -> str:
     """Return where a run goes on: one that was moved or copied where its recipe lies, which is said."""
     folder = path.resolve().parent
     is_told = any(override.partition("=")[0].strip() == "output" for override in overrides)
@@ -124,4 +124,4 @@ def suggest_experts(
         show_suggestion(found, Console())
 
 
-__all__ = ["plan", "preview", "suggest_experts", "train"]
+__all__ = ["own_folder", "plan", "preview", "suggest_experts", "train"]
