@@ -131,9 +131,9 @@ def _exported(run: str | Path, target: Path, form: ExportForm, asked: Asked) -> 
     if form.is_routed:
         updates = measure_routed(opened, asked.task, asked.vector)
     else:
-        # What the writing needs is copied out of the model, so that this can go before the base's weights come in one by
-        # one.
         updates = make_static(opened, asked.strategy, asked.task, asked.vector)
+    # What the writing needs is copied out of the model, so that this can go before the base's weights come in one by
+    # one.
     write = form.rung.prepare(opened, weights, updates.statics, form)
     del opened  # the writing needs one weight at a time
     with staged_folder(target) as stage:
