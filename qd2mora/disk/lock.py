@@ -22,6 +22,7 @@ from qd2mora.errors import InputRefused
 
 TOUCH_S = 10.0
 LEASE_S = 60.0
+_held: set[str] = set()
 
 
 @contextmanager
@@ -34,6 +35,8 @@ def locked(path: Path, what: str = "output", place: Path | None = None) -> Itera
     """
     made = [parent for parent in path.parents if not parent.exists()]
     handle = _acquire(path, f"{what}: '{place or path.parent}'")
+    name = os.path.realpath(path)
+    _held.add(name)
     ended = threading.Event()
     beat = threading.Thread(target=_touch, args=(handle, ended), name="lock", daemon=True)
     beat.start()
@@ -42,6 +45,7 @@ def locked(path: Path, what: str = "output", place: Path | None = None) -> Itera
     finally:
         ended.set()
         beat.join()
+        _held.discard(name)
         with contextlib.suppress(FileNotFoundError):  # somebody removed the folder by hand
             os.unlink(path)
         os.close(handle)
@@ -139,9 +143,14 @@ def _touch(handle: int, ended: threading.Event) -> None:
             os.utime(handle)
 
 
+def is_held_here(path: Path) -> bool:
+    """Tell whether this process holds a lock."""
+    return os.path.realpath(path) in _held
+
+
 def lock_beside(path: Path) -> Path:
     """Return the lock of a file or folder that is being made: a hidden file beside it while that lasts."""
     return path.with_name(f".{path.name}.lock")
 
 
-__all__ = ["LEASE_S", "lock_beside", "locked"]
+__all__ = ["LEASE_S", "is_held_here", "lock_beside", "locked"]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qd2mora.disk.lock import lock_beside, locked
+from qd2mora.disk.lock import is_held_here, lock_beside, locked
 from qd2mora.disk.sealed import MANIFEST, read_manifest
 from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.safekeeping.inventory import OWN, noted
@@ -124,6 +124,8 @@ def _unsealed_holder(folder: Path, name: str) -> str | None:
         if name in OWN:
             return f"'{folder}' under the name '{name}', which is a part of that run"
     if (folder / "plan.json").is_file() and (folder / "runs").is_dir() and name in COMPARISON:
+        if is_held_here(folder / "LOCK"):  # the comparison itself trains and exports in it
+            return None
         return f"'{folder}' under the name '{name}', which is a part of that comparison"
     return None
 
