@@ -13,11 +13,13 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from qd2mora.base import fingerprint
-from qd2mora.disk.durable import save_pretrained, staged_folder
+from qd2mora.disk.durable import save_pretrained
 from qd2mora.disk.file_hash import short_hash, size_and_hash
 from qd2mora.disk.sealed import open_manifest, read_listed, seal_folder
+from qd2mora.disk.staged import staged_folder
 from qd2mora.errors import DamagedFile, InputRefused, NotFinite
 from qd2mora.recipe import Base
+from qd2mora.safekeeping.inventory import ADAPTER_NAMES
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -40,7 +42,7 @@ def save_adapter(model: PeftModel, folder: Path, identity: Mapping[str, str]) ->
     bad = [name for name, tensor in wanted.items() if not tensor.isfinite().all()]
     if bad:
         raise NotFinite(f"the adapter is not saved: {bad[0]} is not finite")
-    with staged_folder(folder) as stage:
+    with staged_folder(folder, ADAPTER_NAMES) as stage:
         save_pretrained(model, stage)
         files = {name: size_and_hash(stage / name) for name in (CONFIG, WEIGHTS)}
         for name in files:

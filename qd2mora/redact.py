@@ -34,6 +34,12 @@ _NAMED = re.compile(
 _SECRET_VARIABLE = re.compile(r"(?i)(?:^|_)(?:TOKEN|API_?KEY|ACCESS_KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(?:_|$)")
 
 
+SHORTEST = 12
+"""Letters of the shortest value of the environment that is looked for: shorter ones stand in any text by chance."""
+# `identity`, `adapter_model.safetensors`: what stands in our own files is no secret, whatever a variable is called.
+_WORDS = re.compile(r"[A-Za-z]+(?:[_.][A-Za-z]+)*")
+
+
 def secret_in(text: str) -> str | None:
     """Name the kind of secret that `text` holds, or return None."""
     for kind, pattern in _SHAPE.items():
@@ -51,14 +57,29 @@ def redacted(text: str, *, named: bool = True) -> str:
     return _NAMED.sub(rf"\1{REDACTED}", text) if named else text
 
 
+def redacted_values(content: object) -> object:
+    """Return what JSON may hold with the secrets in its values replaced; its keys are names of ours, and stay."""
+    if isinstance(content, str):
+        return redacted(content, named=False)
+    if isinstance(content, dict):
+        return {key: redacted_values(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [redacted_values(value) for value in content]
+    return content
+
+
 def _from_environment() -> list[tuple[str, str]]:
-    """Return the secrets of the environment, longest first; short values and paths are none."""
+    """Return the secrets of the environment, longest first; short values, words and paths are none."""
     found = [
         (name, value)
         for name, value in os.environ.items()
-        if len(value) >= 8 and not os.path.isabs(value) and _SECRET_VARIABLE.search(name)
+        if len(value) >= SHORTEST and not _is_told(value) and _SECRET_VARIABLE.search(name)
     ]
     return sorted(found, key=lambda pair: -len(pair[1]))
 
 
-__all__ = ["REDACTED", "redacted", "secret_in"]
+def _is_told(value: str) -> bool:
+    return os.path.isabs(value) or _WORDS.fullmatch(value) is not None
+
+
+__all__ = ["REDACTED", "redacted", "redacted_values", "secret_in"]

@@ -20,6 +20,7 @@ from qd2mora.errors import InputRefused, nearest
 from qd2mora.mixture import MixtureConfig
 from qd2mora.recipe import Base, Recipe, load_recipe
 from qd2mora.routed.gate import Gates
+from qd2mora.safekeeping.inventory import check_tokenizer_files
 
 MAY_CHANGE = ("base", "base.quantization")
 """What of a run may differ from its training, where it is asked for by name."""
@@ -109,17 +110,10 @@ def open_run(path: str | Path, device: torch.device | None = None, *, allow_chan
             raise InputRefused(f"--allow-changed: unknown '{field}'; {nearest(field, MAY_CHANGE)}")
     if not (folder.adapter / "adapter_model.safetensors").is_file():
         raise InputRefused(f"'{path}' holds no finished adapter; continue it with `qd2mora train RECIPE --resume`")
+    check_tokenizer_files(folder.path)
     check_adapter(folder.adapter)
     model = load_adapter(load_base(folder.base(recipe), device), recipe.base, folder.adapter, allow_changed)
     return OpenRun(folder, recipe, model.eval(), load_tokenizer(str(path)))
-
-
-def refuse_taken(path: Path, what: str) -> None:
-    """Refuse an output folder that holds anything. Raises InputRefused."""
-    if path.is_file():
-        raise InputRefused(f"{what}: '{path}' is a file; name a new folder")
-    if path.is_dir() and any(path.iterdir()):
-        raise InputRefused(f"{what}: '{path}' is not empty; name a new folder")
 
 
 __all__ = [
@@ -128,5 +122,4 @@ __all__ = [
     "is_run",
     "open_run",
     "read_recipe",
-    "refuse_taken",
 ]

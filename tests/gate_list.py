@@ -64,6 +64,13 @@ NUMBERS = (
 )
 INVENTORY = "test_every_tensor_that_is_not_the_one_of_the_run_is_refused_even_with_a_good_seal"
 
+KEPT = "tests/safekeeping"
+
+
+def _kept(file: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{KEPT}/{file}::{name}" for name in names) or (f"{KEPT}/{file}",)
+
+
 GATES: dict[str, Gate] = {
     "K1": Gate(
         "a run killed at any moment ends with the same bytes and loses no saved step",
@@ -116,9 +123,9 @@ GATES: dict[str, Gate] = {
         (
             without("disk/durable.py:_sync", "fsync"),
             doing("disk/durable.py:write_file", "fsync", by="os.fsync = lambda handle: None"),
-            without("disk/durable.py:remove_folder", "sync_folder"),
-            without("disk/durable.py:_publish", "sync_folder"),
-            without("disk/durable.py:write_atomically", "sync_folder"),
+            without("disk/staged.py:remove_folder", "sync_folder"),
+            without("disk/staged.py:_publish", "sync_folder"),
+            without("disk/durable.py:write_bytes_atomically", "sync_folder"),
         ),
     ),
     "F1": Gate(
@@ -128,7 +135,7 @@ GATES: dict[str, Gate] = {
         {},
         (
             always("disk/durable.py:save_pretrained", "isinstance"),
-            unfinished("disk/durable.py:staged_folder", "rmtree"),
+            unfinished("disk/staged.py:staged_folder", "remove_passing"),
             uncaught("training/disk_space.py:as_trouble", "OSError"),
         ),
     ),
@@ -243,7 +250,7 @@ GATES: dict[str, Gate] = {
         _in("test_guards.py", "test_of_two_at_once_one_runs_and_a_killed_holder_leaves_no_lock"),
         {"GATE_PAIRS": 100},
         {"GATE_PAIRS": 5},
-        (without("training/lock.py:_acquire", "flock"),),
+        (without("disk/lock.py:_acquire", "flock"),),
     ),
     "H1": Gate(
         "a step or an evaluation that ran out of memory is done again on smaller micro batches",
@@ -286,6 +293,66 @@ GATES: dict[str, Gate] = {
         (
             without("training/clock.py:Watchdog._watch", "_last", "before"),
             ignoring("memory/faults.py:is_lost", "not"),
+        ),
+    ),
+    "DEL": Gate(
+        "only what a sealed manifest of ours lists, and a run's own, is removed; anything else is kept and named",
+        _kept("test_deletion.py"),
+        {"GATE_LAYOUTS": 216},
+        {"GATE_LAYOUTS": 40},
+        (
+            without("training/opening.py:check_folder", "refuse_what_is_not_the_runs"),
+            without("disk/staged.py:remove_folder", "refuse_foreign"),
+            never("disk/owned.py:foreign_in", "is_file"),
+            never("safekeeping/inventory.py:_foreign_entry", "recipes"),
+            never("disk/passing.py:is_left_behind", "getpid"),
+            never("comparison/comparison_folder.py:ComparisonFolder._foreign", "COMPARISON"),
+        ),
+    ),
+    "OUT": Gate(
+        "no verb writes into what is sealed, a run's, a comparison's or a model's own, or over another kind of file",
+        _kept("test_places.py"),
+        {},
+        {},
+        (
+            never("safekeeping/places.py:check_place", "inside"),
+            never("safekeeping/places.py:check_place", "~"),
+            never("safekeeping/places.py:check_file", "not", "begins"),
+            never("safekeeping/places.py:_unsealed_holder", "_MODEL"),
+            never("safekeeping/places.py:_holder", "identity"),
+            never("safekeeping/places.py:check_new_folder", "any"),
+            without("safekeeping/inventory.py:noted", "_note"),
+        ),
+    ),
+    "TWO": Gate(
+        "of two writers of one place one is refused; a kill at any call of a beginning does not block the same command",
+        _kept("test_writers.py"),
+        {"GATE_PAIRS": 200},
+        {"GATE_PAIRS": 20},
+        (
+            uncaught("disk/staged.py:_take_name", "OSError"),
+            ignoring("evaluation/answer_file.py:_is_cut_at_once", "startswith"),
+            never("evaluation/answer_file.py:AnswerFile._unsealed", "seal", "!="),
+            never("disk/lock.py:_refuse_foreign", "pid"),
+            ignoring("disk/lock.py:_refuse_leased", "_is_touched"),
+            instead("redact.py:_is_told", "fullmatch", "None", by="False"),
+            instead(
+                "redact.py:redacted_values", "key", "items", by="{redacted_values(k): v for k, v in content.items()}"
+            ),
+        ),
+    ),
+    "VER": Gate(
+        "whatever happens to a file of a run is found within 5 s; a changed export is never answered from",
+        _kept("test_verify.py"),
+        {"GATE_EXPORT_FLIPS": 1000},
+        {"GATE_EXPORT_FLIPS": 12},
+        (
+            without("evaluation/subject.py:open_subject", "verify_where_ours"),
+            without("run_folder.py:open_run", "check_tokenizer_files"),
+            never("safekeeping/inventory.py:_compare", "_is_as_listed"),
+            never("disk/sealed.py:hash_of_plain_file", "S_ISREG"),
+            never("safekeeping/verification.py:_verified", "_PARTS"),
+            never("safekeeping/verification.py:_verified", "identity"),
         ),
     ),
     "LG1": Gate(

@@ -18,6 +18,7 @@ FLOORS = {
     "disk": 2,
     "stopping": 2,
     "recipe": 3,
+    "safekeeping": 3,
     "base": 4,
     "data": 5,
     "mixture": 4,

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qd2mora.disk.durable import staged_folder
 from qd2mora.disk.file_hash import hash_of_bytes, short_hash
-from qd2mora.disk.sealed import open_manifest, seal_whole_folder, verify_folder
+from qd2mora.disk.sealed import MANIFEST, open_manifest, seal_whole_folder, verify_folder
 from qd2mora.disk.shards import write_shards
+from qd2mora.disk.staged import staged_folder
 from qd2mora.disk.tensor_file import tensor_at_hand
-from qd2mora.errors import DamagedFile
+from qd2mora.errors import DamagedFile, InputRefused
 
 SHARD_BYTES = 256 << 20
 """Of one file: several are hashed side by side when they are read."""
@@ -67,13 +67,15 @@ class CachedWeights:
             if state.f_bavail * state.f_frsize < 2 * size:  # the run itself has something to write
                 self._say_not_kept(f"its disk is short of room for {size / 2**30:.1f} GiB")
                 return
-            with self._with_lock(fcntl.LOCK_EX | fcntl.LOCK_NB), staged_folder(self.folder) as stage:
+            with self._with_lock(fcntl.LOCK_EX | fcntl.LOCK_NB), staged_folder(self.folder, self._names()) as stage:
                 configs(stage)
                 entries = [tensor_at_hand(name, tensor) for name, tensor in tensors.items()]
                 files = write_shards(stage, entries, SHARD_BYTES)
                 seal_whole_folder(stage, files, {"made_of": self.made_of})
         except BlockingIOError:
             return  # another process is at it, or reads what is there
+        except InputRefused as error:  # somebody else's folder, or file, of that name
+            self._say_not_kept(str(error))
         except OSError as error:
             self._say_not_kept(error.strerror or str(error))
 
@@ -113,6 +115,11 @@ class CachedWeights:
             yield
         finally:
             os.close(handle)
+
+    def _names(self) -> set[str]:
+        """Return what an entry may hold whose manifest is damaged: it is replaced all the same."""
+        weights = {path.name for path in self.folder.glob("model*.safetensors*")}
+        return {"config.json", "generation_config.json", MANIFEST, *weights}
 
     def _say_not_kept(self, why: str) -> None:
         _log.warning("base.cache: 4-bit weights are not kept in '%s': %s", self.folder.parent, why)

@@ -29,6 +29,7 @@ from qd2mora.base.nf4 import is_nf4, nf4_config, settled
 from qd2mora.base.random_weights import random_base
 from qd2mora.base.shapes import shape_of
 from qd2mora.disk.durable import save_pretrained
+from qd2mora.disk.sealed import verify_where_ours
 from qd2mora.disk.tensor_file import stored_tensors
 from qd2mora.disk.untrusted import check_config, check_weights
 from qd2mora.errors import DamagedFile, InputRefused
@@ -66,6 +67,7 @@ def load_base(
         give_back_large_blocks()
     if not base.model.startswith(RANDOM):
         base_config(base)
+        verify_where_ours(folder_of(base.model, _MODEL_PATTERNS))  # an export may be a base
         check_weights(folder_of(base.model, _MODEL_PATTERNS))  # there and plain files: an entry's hash is taken of them
     cached = _cached_weights(base, device, dtype)
     model = None if cached is None else _from_cache(cached, base.model, device, dtype)

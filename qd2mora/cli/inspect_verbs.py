@@ -22,8 +22,12 @@ def inspect(
 ) -> None:
     """Show routing by task, experts' likeness and curves: a summary here, all of it in one HTML file."""
     from qd2mora.inspection import inspect_where_due
-    from qd2mora.report import draw_run, read_run, show_inspection, write_page
+    from qd2mora.report import check_page, check_png, draw_run, read_run, show_inspection, write_page
 
+    if html is not None:
+        check_page(html)
+    if png is not None:
+        check_png(png)
     inspect_where_due(run, again=again, rows=rows, allow_changed=allow_changed or ())
     found = read_run(run)
     if not as_json:

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from qd2mora.cli.app import AllowChanged, AsJson, ModelPath, RunPath, app, numbers, words
-from qd2mora.disk.sealed import MANIFEST, sealed_in, verify_folder
+from qd2mora.disk.sealed import MANIFEST
 from qd2mora.errors import InputRefused
 from qd2mora.stopping import listening
 
@@ -130,13 +130,17 @@ def evaluate(
 def verify(
     folder: Annotated[Path, typer.Argument(help="Run, adapter or export.", metavar="FOLDER", show_default=False)],
 ) -> None:
-    """Read every file back and compare it with the hash it was written with: adapters, checkpoints, exports."""
-    found = sealed_in(folder)
-    if not found:
+    """Read every file back and compare it with the hash it was written with: whole runs, adapters, exports."""
+    from qd2mora.safekeeping.verification import verified
+
+    num_found = 0
+    for each in verified(folder):
+        num_found += 1
+        for line in each.said:
+            typer.echo(f"{each.folder}: {line}")
+        typer.echo(f"{each.folder}: whole, {each.num_bytes:,} bytes")
+    if not num_found:
         raise InputRefused(f"'{folder}' holds no {MANIFEST} with hashes; name a run, an adapter or an export")
-    for each in found:
-        size = verify_folder(each, lambda name: not name.endswith(".md"))
-        typer.echo(f"{each}: whole, {size:,} bytes")
 
 
 __all__ = ["evaluate", "merge", "verify"]

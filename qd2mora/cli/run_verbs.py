@@ -24,6 +24,8 @@ def train(
     from qd2mora.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
+    if resume or overwrite:
+        loaded = loaded.model_copy(update={"output": own_folder(recipe, loaded.output, overrides or [])})
     # A signal counts from here on: the imports alone take seconds.
     with listening():
         from qd2mora.cli.training_end import finish
@@ -32,6 +34,18 @@ def train(
         trained = run_training(loaded, resume=resume, overwrite=overwrite, allow_changed=allow_changed or ())
         if trained.is_main:
             finish(trained.folder, Console())
+
+
+def own_folder(path: Path, output: str, overrides: list[str]) -> str:
+    """Return where a run goes on: one that was moved or copied where its recipe lies, which is said."""
+    folder = path.resolve().parent
+    is_told = any(override.partition("=")[0].strip() == "output" for override in overrides)
+    if path.name != "recipe.yaml" or is_told or not (folder / "checkpoints").is_dir():
+        return output
+    if Path(output).resolve() == folder or not (folder / "manifest.json").is_file():
+        return output
+    typer.echo(f"output: '{output}' in the recipe is where this run lay before; training goes on in '{folder}'")
+    return str(folder)
 
 
 @app.command()
@@ -50,6 +64,10 @@ def plan(
     from qd2mora.memory import render
     from qd2mora.memory.engine import unshared
 
+    if png is not None:
+        from qd2mora.report import check_png
+
+        check_png(png)
     planned = make_plan(loaded, budget=budget)
     if as_json:
         typer.echo(json.dumps(planned.to_json(), indent=1))
@@ -106,4 +124,4 @@ def suggest_experts(
         show_suggestion(found, Console())
 
 
-__all__ = ["plan", "preview", "suggest_experts", "train"]
+__all__ = ["own_folder", "plan", "preview", "suggest_experts", "train"]

@@ -1,10 +1,11 @@
 """A run's ending: export and score as the recipe says, then tell where everything lies."""
 
-import shutil
 from pathlib import Path
 
 from rich.console import Console
 
+from qd2mora.disk.owned import foreign_in
+from qd2mora.disk.staged import remove_folder
 from qd2mora.evaluation.run_scores import score_run
 from qd2mora.inspection import inspect_where_due
 from qd2mora.merging import merge
@@ -43,7 +44,12 @@ def _export(folder: RunFolder, recipe: Recipe, console: Console) -> bool:
     if scope != "all":
         console.print(WHY_NO_EXPORT[scope])
         return False
-    shutil.rmtree(folder.export, ignore_errors=True)
+    foreign = foreign_in(folder.export)
+    if foreign is not None:
+        console.print(f"no export: '{foreign}' was not written by one; move it elsewhere and `qd2mora merge` the run")
+        return False
+    if folder.export.is_dir():
+        remove_folder(folder.export)
     show_export(merge(folder.path, folder.export), folder.export, console)
     return True
 

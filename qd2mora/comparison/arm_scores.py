@@ -1,11 +1,11 @@
 """One trained arm: its scores row by row on the test rows, as trained and as its best static export."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qd2mora.comparison.comparison_folder import remove_work
 from qd2mora.evaluation import Exam, Score, Subject, ask, open_subject, score_all, suite_task_names
 from qd2mora.merging import STRATEGIES, merge
 from qd2mora.merging.export_scope import export_scope
@@ -69,7 +69,7 @@ def score_best_export(folder: Path, exam: Exam, strategies: Sequence[str]) -> Ex
         chosen[name or "all"] = strategy
         asked = exam if name is None else replace(exam, tasks=(name,))
         scores |= _scores(replace(open_subject(place), run=None), asked)
-        shutil.rmtree(place)
+        remove_work(place)
     return ExportScores(chosen, _by_row(scores))
 
 
@@ -87,7 +87,7 @@ def _best_of(folder: Path, strategies: Sequence[str], task: str | None) -> tuple
     for strategy in strategies or everything:
         place = folder.parent / f"{folder.name}-{strategy}"
         # What an earlier start left half done.
-        shutil.rmtree(place, ignore_errors=True)
+        remove_work(place)
         export = merge(folder, place, strategy=strategy, task=task)
         assert export.fidelity is not None  # there are rows to choose by
         tried[export.strategy] = (export.fidelity.merged, place)
@@ -96,7 +96,7 @@ def _best_of(folder: Path, strategies: Sequence[str], task: str | None) -> tuple
     best = min(tried, key=lambda name: tried[name][0])
     for name, (_, place) in tried.items():
         if name != best:
-            shutil.rmtree(place)
+            remove_work(place)
     return tried[best][1], best
 
 

@@ -1,7 +1,6 @@
 """Running a comparison: split, match, sweep, train every arm with every seed, score, and go on after a kill."""
 
 import json
-import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,13 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from qd2mora.base import load_tokenizer
 from qd2mora.comparison.arm_scores import ArmScores, last_losses, score_best_export, score_trained
-from qd2mora.comparison.comparison_folder import ComparisonFolder, found_once
+from qd2mora.comparison.comparison_folder import ComparisonFolder, found_once, remove_work
 from qd2mora.comparison.matched_arms import Arm, matched_arms
 from qd2mora.comparison.outcome import Comparison, SweptRate, outcome
 from qd2mora.comparison.settings import ComparisonSettings
 from qd2mora.comparison.split import split_tasks, testing
 from qd2mora.data import prepare
 from qd2mora.disk.durable import write_json
+from qd2mora.disk.lock import locked
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation import Exam, ask_suite, check_exam
 from qd2mora.merging.strategies import find_strategy
@@ -68,8 +68,16 @@ def compare(
         raise InputRefused(f"--methods: {given} will not do: different ones, with commas")
     for name in settings.strategies:
         find_strategy(name)
+    folder = ComparisonFolder(out)
+    folder.check(overwrite)
     arms = matched_arms(recipe, list(settings.methods))
-    trials = _begin(recipe, settings, arms, ComparisonFolder(out), overwrite, say)
+    with locked(folder.lock, "--out"):
+        return _compared(recipe, settings, arms, _begin(recipe, settings, arms, folder, overwrite, say))
+
+
+def _compared(recipe: Recipe, settings: ComparisonSettings, arms: list[Arm], trials: Trials) -> Comparison:
+    """Run what is not done yet, and write the outcome."""
+    say = trials.say
     for arm in arms:
         say(f"{arm.name}: {arm.parameters:,} trainable parameters (rank {_rank(arm)})")
     trials = replace(trials, num_steps=_steps(trials, arms))
@@ -82,7 +90,7 @@ def compare(
             scores = found_once(file, ArmScores, partial(_scored, trials, arm, seed, rates[arm.name].rate))
             results.setdefault(arm.name, []).append(scores)
     found = outcome(recipe, arms, rates, results, trials.num_steps)
-    write_json(out / "compare.json", found.to_json())
+    write_json(trials.folder.path / "compare.json", found.to_json())
     return found
 
 
@@ -104,7 +112,7 @@ def _begin(
         learning = split_tasks(recipe, folder.path / "split", settings.choose_rows, has_test=settings.suite is None)
     except InputRefused:
         if is_new:  # what was refused is not begun: other settings may take the folder
-            shutil.rmtree(folder.path)
+            folder.withdraw()
         raise
     return Trials(learning, settings, folder, say)
 
@@ -172,7 +180,7 @@ def _best_rate(trials: Trials, arm: Arm) -> SweptRate:
         file = trials.folder.result(arm.name, f"sweep-{rate:g}")
         by_task = found_once(file, dict[str, dict[str, float]], partial(_swept, trials, arm, rate))["losses"]
         # The losses are kept; runs of a sweep would fill the disk.
-        shutil.rmtree(trials.folder.run(arm.name, f"sweep-{rate:g}"), ignore_errors=True)
+        remove_work(trials.folder.run(arm.name, f"sweep-{rate:g}"))
         losses[f"{rate:g}"] = sum(by_task.values()) / len(by_task)
     best = min(losses, key=lambda name: losses[name])
     at_edge = float(best) in (min(rates), max(rates))

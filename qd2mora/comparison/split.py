@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qd2mora.data.file_rows import BadRow, rows_of
-from qd2mora.disk.durable import staged_folder
+from qd2mora.disk.staged import staged_folder
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Recipe, Task
 

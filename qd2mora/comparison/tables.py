@@ -7,6 +7,7 @@ from rich.table import Table
 
 from qd2mora.comparison.outcome import STAGES, ArmOutcome, Comparison, StageOutcome, verdicts
 from qd2mora.disk.durable import write_atomically
+from qd2mora.redact import redacted
 from qd2mora.report.bars import Span, span_chart
 from qd2mora.report.cells import with_columns
 from qd2mora.report.chart import Chart, KeyEntry
@@ -43,7 +44,7 @@ def markdown(found: Comparison) -> str:
 
 def write_tables(found: Comparison, folder: Path) -> list[str]:
     """Write `compare.md`, and `compare.png` where the renderer is there to do it; return what was written."""
-    write_atomically(folder / "compare.md", markdown(found))
+    write_atomically(folder / "compare.md", redacted(markdown(found), named=False))
     if not can_render() or not found.seeds:
         return ["compare.md"]
     write_png(figure_svg(_title(found), [_loss_chart(found)]), folder / "compare.png")

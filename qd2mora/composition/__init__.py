@@ -16,9 +16,10 @@ from qd2mora.composition.extract import extract
 from qd2mora.composition.inputs import PREFIX, Settings, base_of, read_loras, read_mixture, read_weights, trained_on
 from qd2mora.composition.learned import learn
 from qd2mora.composition.upcycle import upcycle
-from qd2mora.disk.durable import save_pretrained, staged_folder
+from qd2mora.disk.durable import save_pretrained
 from qd2mora.disk.file_hash import SizeAndHash
 from qd2mora.disk.sealed import seal_whole_folder
+from qd2mora.disk.staged import staged_folder
 from qd2mora.disk.tensor_file import tensor_at_hand, write_tensors
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.merging.lora import WEIGHTS, write_lora
@@ -26,7 +27,8 @@ from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.low_rank import LowRank
 from qd2mora.mixture.trained_loras import TrainedLora
 from qd2mora.recipe import load_recipe
-from qd2mora.run_folder import is_run, refuse_taken
+from qd2mora.run_folder import is_run
+from qd2mora.safekeeping.places import taken
 
 STEPS = 100
 """Of `learn`, where none are given."""
@@ -75,8 +77,7 @@ def compose(operation: str, inputs: Sequence[str], out: str | Path, options: Com
     """
     options = options or ComposeOptions()
     _check(operation, inputs, options)
-    refuse_taken(Path(out), "--out")
-    with staged_folder(Path(out)) as stage:
+    with taken(Path(out), "--out") as target, staged_folder(target) as stage:
         words = OPERATIONS[operation].make(inputs, options, stage)
     return Composed(Path(out), words)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qd2mora.base import local_folder
+from qd2mora.disk.sealed import verify_where_ours
 from qd2mora.errors import InputRefused
 from qd2mora.merging.base_weights import BaseWeights
 from qd2mora.mixture.low_rank import LowRank
@@ -27,8 +28,10 @@ class Extracted:
 def extract(tuned: str, base: str, rank: int) -> Extracted:
     """Return the LoRA of `rank` that is nearest to tuned - base on each linear. Raises InputRefused."""
     for name in (tuned, base):
-        if local_folder(name) is None:
+        folder = local_folder(name)
+        if folder is None:
             raise InputRefused(f"extract: the files of '{name}' are not on this machine")
+        verify_where_ours(folder)
     after, before = (BaseWeights(Base(model=name, quantization="none")) for name in (tuned, base))
     if after.names != before.names or any(after.shape(name) != before.shape(name) for name in after.names):
         raise InputRefused(f"extract: '{tuned}' and '{base}' are models of different shapes")

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qd2mora.disk.sealed import MANIFEST, open_manifest
+from qd2mora.disk.sealed import read_manifest, verify_where_ours
 from qd2mora.disk.untrusted import check_adapter
 from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.mixture import MixtureConfig
@@ -58,14 +58,13 @@ def trained_on(folders: Sequence[str]) -> Settings | None:
 def _trained_on(folder: Path) -> Settings | None:
     if is_run(folder):
         return read_recipe(folder).base.model_dump()
-    if (folder / MANIFEST).is_file():
-        return open_manifest(folder, lambda name: not name.endswith(".md")).get("base")
-    return None
+    return (read_manifest(folder) or {}).get("base")
 
 
 def read_mixture(folder: str) -> tuple[MixtureConfig, dict[str, dict[str, Tensor]]]:
     """Read a mixture's configuration and its tensors by linear and name. Raises InputRefused, DamagedFile."""
     path = adapter_folder(folder)
+    verify_where_ours(path)
     check_adapter(path)
     content = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
     if content.get("peft_type") != "QD2MORA":

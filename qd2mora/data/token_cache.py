@@ -6,16 +6,24 @@ is within the limit. A run that has a removed file mapped reads on: the system k
 
 import logging
 import os
-import shutil
+import re
 import time
+from contextlib import suppress
 from pathlib import Path
 
+from qd2mora.disk.owned import foreign_in
+from qd2mora.disk.passing import is_left_behind, is_passing, remove_passing
+from qd2mora.disk.sealed import MANIFEST
+from qd2mora.disk.staged import remove_folder
 from qd2mora.errors import InputRefused
 
 KEPT_DAYS = 30
 LIMIT_GIB = 20.0
-PARTIAL = ".partial-"
-"""How the name of a folder begins that is being written."""
+ROWS = "rows.arrow"
+"""The file of an entry."""
+_PARTIAL_BEFORE = re.compile(r"\.partial-[a-z0-9_]{8}")
+"""What earlier versions called what is being written, without saying by whom."""
+_ENTRY = re.compile(r"[0-9a-f]{32}")
 _log = logging.getLogger(__name__)
 
 
@@ -45,20 +53,32 @@ def mark_used(folder: Path) -> None:
 
 
 def prune(cache: Path, keep: Path, limit: int) -> None:
-    """Remove entries that are long unused or beyond `limit` bytes; never `keep`, nor what is being written."""
+    """Remove entries that are long unused or beyond `limit` bytes; never `keep`, nor what is being written.
+
+    What a kill left goes at once, what is being written counts; a folder that is not ours is not looked at.
+    """
+    for used, entry in _entries(cache):
+        is_old = _PARTIAL_BEFORE.fullmatch(entry.name) and time.time() - used > 86400
+        if is_left_behind(entry.name) or is_old:
+            remove_passing(entry)
     now, left = time.time(), limit - _size(keep)
-    for used, entry in sorted(_entries(cache), reverse=True):
-        if entry == keep:
+    entries = sorted(_entries(cache), reverse=True)
+    left -= sum(_size(entry) for _, entry in entries if is_passing(entry.name))
+    for used, entry in entries:
+        if entry == keep or not _ENTRY.fullmatch(entry.name):
             continue
         age = (now - used) / 86400
-        if entry.name.startswith(PARTIAL):
-            if age > 1:  # a kill left it
-                shutil.rmtree(entry, ignore_errors=True)
-            continue
         left -= _size(entry)
         if age > KEPT_DAYS or left < 0:
             _log.info("kept tokens removed: %s, last used %.0f days ago", entry, age)
-            shutil.rmtree(entry, ignore_errors=True)
+            remove_entry(entry)
+
+
+def remove_entry(entry: Path) -> None:
+    """Remove an entry that is all ours, damaged or not; one that somebody put something into stays."""
+    if foreign_in(entry, (ROWS, MANIFEST)) is None:
+        with suppress(OSError, InputRefused):
+            remove_folder(entry, (ROWS, MANIFEST))
 
 
 def _entries(cache: Path) -> list[tuple[float, Path]]:
@@ -79,4 +99,4 @@ def _size(entry: Path) -> int:
         return 0
 
 
-__all__ = ["KEPT_DAYS", "LIMIT_GIB", "PARTIAL", "limit_bytes", "mark_used", "prune", "tokens_folder"]
+__all__ = ["KEPT_DAYS", "LIMIT_GIB", "ROWS", "limit_bytes", "mark_used", "prune", "remove_entry", "tokens_folder"]

@@ -8,9 +8,7 @@ anew, one that is long unused is removed.
 import json
 import logging
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,9 +23,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qd2mora.data.text_pairs import Pair, Skipped
-from qd2mora.data.token_cache import PARTIAL, limit_bytes, mark_used, prune, tokens_folder
+from qd2mora.data.token_cache import ROWS, limit_bytes, mark_used, prune, remove_entry, tokens_folder
 from qd2mora.data.tokenise import Tokeniser, Tokens, tokenised
 from qd2mora.disk.file_hash import hash_of_bytes
+from qd2mora.disk.passing import passing_name, remove_passing
 from qd2mora.disk.sealed import open_manifest, seal_whole_folder, verify_folder
 from qd2mora.errors import DamagedFile
 
@@ -35,7 +34,6 @@ VERSION = 1
 """Counted up when the same file would be stored otherwise."""
 SMALLEST_KEPT = 4 << 20
 """Bytes of a data file from which on its tokens are kept: smaller ones take a second or two."""
-_FILE = "rows.arrow"
 _SCHEMA = pa.schema(
     {
         "ids": pa.list_(pa.int32()),
@@ -145,7 +143,7 @@ def open_store(rows: RowsToStore, tokeniser: Tokeniser) -> TokenStore:
             return store
         except (DamagedFile, OSError, ValueError) as error:
             _log.warning("data.tasks.%s: kept tokens are made anew: %s", rows.name, error)
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_entry(folder)
     limit = limit_bytes()
     try:
         store = _store_in_cache(rows, tokeniser, folder)
@@ -165,9 +163,10 @@ def _store_in_memory(rows: RowsToStore, tokeniser: Tokeniser) -> TokenStore:
 def _store_in_cache(rows: RowsToStore, tokeniser: Tokeniser, folder: Path) -> TokenStore:
     """Write beside the folder under a name of our own and take its name at the end: two runs may do so at once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
+    stage = passing_name(folder)
+    stage.mkdir()
     try:
-        with pa.OSFile(str(stage / _FILE), "wb") as sink:
+        with pa.OSFile(str(stage / ROWS), "wb") as sink:
             skipped = _write_rows(sink, rows, tokeniser)
         seal_whole_folder(stage, {}, {"skipped": skipped.places, "duplicates": skipped.duplicates})
         # A folder that holds files is never renamed onto: of two runs at once the slower one takes the other's.
@@ -176,7 +175,7 @@ def _store_in_cache(rows: RowsToStore, tokeniser: Tokeniser, folder: Path) -> To
             return _mapped_store(folder, skipped)  # just hashed: no need to read it all again
         return _cached_store(folder)
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        remove_passing(stage)
 
 
 def _cached_store(folder: Path) -> TokenStore:
@@ -186,7 +185,7 @@ def _cached_store(folder: Path) -> TokenStore:
 
 
 def _mapped_store(folder: Path, skipped: Skipped) -> TokenStore:
-    return TokenStore(pa.memory_map(str(folder / _FILE)), skipped)
+    return TokenStore(pa.memory_map(str(folder / ROWS)), skipped)
 
 
 def _write_rows(sink: Any, rows: RowsToStore, tokeniser: Tokeniser) -> Skipped:

@@ -2,20 +2,22 @@
 
 The order is always: write, force each file, force the folder that names them, rename, force the parent. Every call that
 changes the disk is a plain `os` call, so that a test can record them and build each state a power cut may leave.
+
+What is being made has a name that no other process and no user gives, see `passing`; folders are made in `staged`.
 """
 
 import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 from qd2mora.disk.file_hash import SizeAndHash
-from qd2mora.redact import redacted
+from qd2mora.disk.passing import passing_name, remove_left_behind
+from qd2mora.redact import redacted_values
 
 
 class Saves(Protocol):
@@ -42,16 +44,27 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> SizeAndHash:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file through a temporary name and a rename."""
-    partial = path.with_name(f".{path.name}.partial")
-    write_file(partial, [redacted(text, named=False).encode()])
-    os.replace(partial, path)
+    """Write a text file through a name of its own and a rename; whoever writes what others said redacts it before."""
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Write a file through a name of its own and a rename."""
+    remove_left_behind(path)
+    partial = passing_name(path)
+    try:
+        write_file(partial, [content])
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(partial)
+        raise
     sync_folder(path.parent)
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON atomically, indented."""
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    """Write JSON atomically, indented; no value holds a secret, and no key is ever touched."""
+    write_atomically(path, json.dumps(redacted_values(content), indent=1) + "\n")
 
 
 def save_pretrained(what: Saves, folder: Path) -> None:
@@ -68,59 +81,14 @@ def save_pretrained(what: Saves, folder: Path) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
 
 
-@contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
-    """Yield a fresh folder beside `target`; it takes target's place in one rename when the block ends well.
-
-    Whatever stood there stays whole until then; where the block fails, nothing is left behind.
-    """
-    stage = stage_of(target)
-    # What a killed process left under this name is half of something.
-    shutil.rmtree(stage, ignore_errors=True)
-    os.makedirs(stage)
-    try:
-        yield stage
-        _sync_below(stage)
-        _publish(stage, target)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def stage_of(target: Path) -> Path:
-    """Return where a folder is made before it takes its name."""
-    return target.with_name(f".{target.name}.partial")
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder; it loses its name first, so that no half of it is ever found under it."""
-    dead = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(dead, ignore_errors=True)
-    os.rename(folder, dead)
-    sync_folder(folder.parent)
-    shutil.rmtree(dead, ignore_errors=True)
-
-
 def sync_folder(path: Path) -> None:
     """Force a folder's list of names to disk."""
     _sync(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
-def _sync_below(stage: Path) -> None:
-    for folder, _, names in os.walk(stage, topdown=False):
-        for name in names:  # a library may have written some without forcing them
-            _sync(Path(folder) / name, os.O_RDONLY)
-        sync_folder(Path(folder))
-
-
-def _publish(stage: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    # A folder cannot be renamed onto one that holds files; between the two renames, what was there has another name.
-    if target.exists():
-        os.rename(target, old)
-    os.rename(stage, target)
-    sync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def sync_file(path: Path) -> None:
+    """Force a file that a library wrote to disk."""
+    _sync(path, os.O_RDONLY)
 
 
 def _sync(path: Path, flags: int) -> None:
@@ -132,12 +100,11 @@ def _sync(path: Path, flags: int) -> None:
 
 
 __all__ = [
-    "remove_folder",
     "save_pretrained",
-    "stage_of",
-    "staged_folder",
+    "sync_file",
     "sync_folder",
     "write_atomically",
+    "write_bytes_atomically",
     "write_file",
     "write_json",
 ]

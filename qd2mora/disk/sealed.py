@@ -4,14 +4,17 @@ A manifest is JSON in one fixed form; it is read by parsing it, writing it again
 changed bit is seen, in a space as in a number.
 """
 
+import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from qd2mora.disk.durable import write_file
-from qd2mora.disk.file_hash import SizeAndHash, hash_of_bytes, hashes_of_files, size_and_hash
+from qd2mora.disk.file_hash import SizeAndHash, hash_of_bytes, size_and_hash
 from qd2mora.errors import DamagedFile
 
 MANIFEST = "manifest.json"
@@ -56,6 +59,14 @@ def seal_whole_folder(folder: Path, written: Mapping[str, SizeAndHash], content:
     seal_folder(folder, dict(written) | {path.name: size_and_hash(path) for path in rest}, content)
 
 
+def listed_names(folder: Path) -> set[str]:
+    """Return the names of the files that a folder's manifest lists. Raises DamagedFile where it has none of ours."""
+    listed = unseal_text(_read_at_most(folder / MANIFEST, _MAX_MANIFEST_BYTES), str(folder / MANIFEST)).get("files")
+    if not isinstance(listed, dict):
+        raise DamagedFile(f"{folder / MANIFEST} lists no files")
+    return set(listed)
+
+
 def open_manifest(folder: Path, is_foreign: Callable[[str], bool] = lambda name: True) -> Manifest:
     """Return a sealed folder's manifest after comparing its list of files with what is there.
 
@@ -92,19 +103,49 @@ def verify_folder(folder: Path, is_foreign: Callable[[str], bool] = lambda name:
     """
     files = open_manifest(folder, is_foreign)["files"]
     paths = [folder / name for name in files]
-    try:
-        for path, digest in zip(paths, hashes_of_files(paths), strict=True):
-            if digest != files[path.name][_HASH]:
+    with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1) or 1) as pool:
+        for path, found in zip(paths, pool.map(hash_of_plain_file, paths), strict=True):
+            entry = files[path.name]
+            if found != (entry["bytes"], entry[_HASH]):
                 raise DamagedFile(f"{path} is not what was written")
-    except OSError as error:
-        raise DamagedFile(f"{error.filename or folder} cannot be read: {error.strerror}") from error
     return sum(entry["bytes"] for entry in files.values())
 
 
-def sealed_in(folder: Path) -> list[Path]:
-    """Return the sealed folders at or below a folder, a run's own manifest, which seals nothing, left out."""
-    found = sorted(path.parent for path in folder.rglob(MANIFEST) if not path.parent.name.startswith("."))
-    return [each for each in found if not (each / "recipe.yaml").is_file()]
+def verify_where_ours(folder: Path) -> None:
+    """Read a folder that one of our manifests seals before it is used; others' folders are as they are.
+
+    Raises DamagedFile.
+    """
+    manifest = read_manifest(folder)
+    if manifest is not None and "files" in manifest:
+        verify_folder(folder, lambda name: not name.endswith(".md"))
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Return what a manifest of ours says; None where there is none, or somebody else's. Raises DamagedFile."""
+    if not os.path.lexists(folder / MANIFEST):
+        return None
+    text = _read_at_most(folder / MANIFEST, _MAX_MANIFEST_BYTES)
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict) or not {_HASH, "files", "kind", "identity"} & content.keys():
+            return None  # other programs have a manifest.json too; one changed bit does not make ours one of those
+    except (ValueError, RecursionError):
+        pass
+    return unseal_text(text, str(folder / MANIFEST))
+
+
+def hash_of_plain_file(path: Path) -> SizeAndHash:
+    """Return what a file holds: no link is followed, no pipe waited for. Raises DamagedFile."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(handle, "rb") as file:
+            state = os.fstat(file.fileno())
+            if not stat.S_ISREG(state.st_mode):
+                raise DamagedFile(f"{path} is not an ordinary file")
+            return SizeAndHash(state.st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    except OSError as error:
+        raise DamagedFile(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _read_at_most(path: Path, limit: int) -> bytes:
@@ -121,12 +162,15 @@ def _read_at_most(path: Path, limit: int) -> bytes:
 __all__ = [
     "MANIFEST",
     "Manifest",
+    "hash_of_plain_file",
+    "listed_names",
     "open_manifest",
     "read_listed",
+    "read_manifest",
     "seal_folder",
     "seal_text",
     "seal_whole_folder",
-    "sealed_in",
     "unseal_text",
     "verify_folder",
+    "verify_where_ours",
 ]

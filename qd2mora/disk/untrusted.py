@@ -28,6 +28,8 @@ _TOKENIZER_CONFIGS = (
     "chat_template.json",
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
+TOKENIZER_NAMES = (*_TOKENIZER_CONFIGS, *_TOKENIZER_FILES, "additional_chat_templates")
+"""What a tokenizer is saved as."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".nemo")
 
 # Keys that make a library import or fetch code.
@@ -176,4 +178,4 @@ def _check_size_and_magic(path: Path, limit: int = MAX_TOKENIZER) -> None:
         refuse_by_magic(path, file.read(16))
 
 
-__all__ = ["check_adapter", "check_config", "check_tokenizer", "check_weights", "is_there"]
+__all__ = ["TOKENIZER_NAMES", "check_adapter", "check_config", "check_tokenizer", "check_weights", "is_there"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qd2mora.disk.durable import write_json
 from qd2mora.errors import InputRefused
-from qd2mora.evaluation.answer_file import AnswerFile, digest
+from qd2mora.evaluation.answer_file import AnswerFile, check_scores_place, digest
 from qd2mora.evaluation.display import asking
 from qd2mora.evaluation.questions import AskedTask, Exam, ask, check_exam
 from qd2mora.evaluation.rouge import rouge_l
@@ -16,6 +16,7 @@ from qd2mora.evaluation.scoring import ROWS_AT_ONCE, score_task
 from qd2mora.evaluation.subject import Subject, model_mark, open_subject
 from qd2mora.recipe import load_recipe
 from qd2mora.run_folder import is_run, read_recipe
+from qd2mora.safekeeping.places import writing
 
 
 def evaluate(
@@ -37,14 +38,19 @@ def evaluate(
     `allow_changed`), DamagedFile, NotFinite.
     """
     exam = _whole(model, exam or Exam())
-    subject = open_subject(model, allow_changed)
-    asked = ask(exam, subject)
-    answers = AnswerFile()
+    place, rows = None, None
     if out is not None:
-        answers = AnswerFile(Path(out).with_suffix(".rows.jsonl"), _question(model, asked, beams))
-    scores = score_all(subject, asked, answers, beams=beams, rows_at_once=rows_at_once, is_shown=is_shown)
-    if out is not None:
-        write_json(Path(out), {name: score.to_json() for name, score in scores.items()})
+        place, rows = Path(out), Path(out).with_suffix(".rows.jsonl")
+        check_scores_place(place, rows)
+    with writing("--out", place, rows):
+        subject = open_subject(model, allow_changed)
+        asked = ask(exam, subject)
+        answers = AnswerFile()
+        if rows is not None:
+            answers = AnswerFile(rows, _question(model, asked, beams))
+        scores = score_all(subject, asked, answers, beams=beams, rows_at_once=rows_at_once, is_shown=is_shown)
+        if place is not None:
+            write_json(place, {name: score.to_json() for name, score in scores.items()})
     return scores
 
 

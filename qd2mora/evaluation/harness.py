@@ -18,10 +18,11 @@ from qd2mora.data import Row
 from qd2mora.data.text_pairs import Pair
 from qd2mora.disk.durable import write_json
 from qd2mora.errors import InputRefused
-from qd2mora.evaluation.answer_file import HarnessFile, TaskNumbers, digest
+from qd2mora.evaluation.answer_file import HarnessFile, TaskNumbers, check_scores_place, digest
 from qd2mora.evaluation.answering import batch_of
 from qd2mora.evaluation.scoring import ROWS_AT_ONCE
 from qd2mora.evaluation.subject import Subject, model_mark, open_subject
+from qd2mora.safekeeping.places import writing
 
 try:
     import lm_eval
@@ -55,22 +56,31 @@ def run_harness(
     Raises InputRefused where a task is not known or the adapter reads more of a row than its text.
     """
     manager = _manager(tasks, folder)
-    subject = open_subject(model, allow_changed)
-    _refuse_rows_with_more(subject)
-    question = {"model": model_mark(model), "limit": limit, "lm_eval": version("lm_eval")}
-    question["folder"] = digest(_own_files(folder))
-    done = HarnessFile(None if out is None else Path(out).with_suffix(".tasks.json"), question)
-    asked = HarnessModel(subject, rows_at_once)
-    for name in tasks:
-        if name not in done.results:
-            found = lm_eval.simple_evaluate(
-                model=asked, tasks=[name], limit=limit, task_manager=manager, bootstrap_iters=1000, log_samples=False
-            )
-            done.add(name, {each: _plain(numbers) for each, numbers in found["results"].items()})
-    results = {each: numbers for name in tasks for each, numbers in done.results[name].items()}
+    place, kept = None, None
     if out is not None:
-        write_json(Path(out), results)
+        place, kept = Path(out), Path(out).with_suffix(".tasks.json")
+        check_scores_place(place, kept)
+    with writing("--out", place, kept):
+        subject = open_subject(model, allow_changed)
+        _refuse_rows_with_more(subject)
+        question = {"model": model_mark(model), "limit": limit, "lm_eval": version("lm_eval")}
+        question["folder"] = digest(_own_files(folder))
+        done = HarnessFile(kept, question)
+        asked = HarnessModel(subject, rows_at_once)
+        for name in tasks:
+            if name not in done.results:
+                done.add(name, _numbers(asked, name, manager, limit))
+        results = {each: numbers for name in tasks for each, numbers in done.results[name].items()}
+        if place is not None:
+            write_json(place, results)
     return results
+
+
+def _numbers(asked: "HarnessModel", name: str, manager: TaskManager, limit: int | None) -> TaskNumbers:
+    found = lm_eval.simple_evaluate(
+        model=asked, tasks=[name], limit=limit, task_manager=manager, bootstrap_iters=1000, log_samples=False
+    )
+    return {each: _plain(numbers) for each, numbers in found["results"].items()}
 
 
 def _manager(tasks: Sequence[str], folder: str | Path | None) -> TaskManager:

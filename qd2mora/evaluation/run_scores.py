@@ -11,6 +11,7 @@ from qd2mora.evaluation.score import Score
 from qd2mora.evaluation.subject import open_subject
 from qd2mora.recipe import Recipe
 from qd2mora.run_folder import RunFolder
+from qd2mora.safekeeping.inventory import noted
 
 
 def score_run(folder: RunFolder, recipe: Recipe) -> dict[str, dict[str, Score]]:
@@ -33,8 +34,9 @@ def score_run(folder: RunFolder, recipe: Recipe) -> dict[str, dict[str, Score]]:
         scores[name] = score_all(model, asked)
         answer_samples(name, model, rows)
     by_model = {name: {task: score.to_json() for task, score in by_task.items()} for name, by_task in scores.items()}
-    write_json(folder.scores, by_model)
-    write_json(folder.samples, [asdict(sample) for _, sample in rows])
+    with noted(folder.scores, folder.samples):
+        write_json(folder.scores, by_model)
+        write_json(folder.samples, [asdict(sample) for _, sample in rows])
     return scores
 
 

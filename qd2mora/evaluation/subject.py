@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qd2mora.base import compute_dtype, default_device, fingerprint, load_base, load_tokenizer
 from qd2mora.disk.file_hash import hash_of_bytes, hash_of_file, hashes_of_files
-from qd2mora.disk.sealed import MANIFEST, open_manifest
+from qd2mora.disk.sealed import MANIFEST, read_manifest, verify_where_ours
 from qd2mora.disk.untrusted import check_adapter, check_config, check_weights
 from qd2mora.errors import InputRefused
 from qd2mora.mixture import MixtureConfig, read_rows, reads_first_pass
@@ -98,6 +98,7 @@ def open_subject(path: str | Path, allow_changed: Collection[str] = ()) -> Subje
     if not Path(path).is_dir():
         raise InputRefused(f"'{path}': no such folder; name a run or a model folder")
     folder = Path(path)
+    verify_where_ours(folder)
     if is_routed_export(folder):
         return Subject(_routed_export(folder), load_tokenizer(str(path)))
     if (folder / "adapter_config.json").is_file():
@@ -161,7 +162,7 @@ def _lora_base(folder: Path) -> Base:
     """Return the base that a LoRA belongs to. Raises InputRefused."""
     check_adapter(folder)
     content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    settings = open_manifest(folder).get("base") if (folder / MANIFEST).is_file() else None
+    settings = (read_manifest(folder) or {}).get("base")
     return Base(**(settings or {"model": str(content.get("base_model_name_or_path")), "quantization": "none"}))
 
 

@@ -10,6 +10,7 @@ from qd2mora.errors import DamagedFile
 from qd2mora.inspection.experts import BankMeasures
 from qd2mora.inspection.measures import RouterMeasures
 from qd2mora.run_folder import RunFolder
+from qd2mora.safekeeping.inventory import noted
 
 VERSION = 1
 
@@ -96,7 +97,8 @@ class RoutingReport:
 
 
 def write_routing(folder: RunFolder, report: RoutingReport) -> None:
-    write_json(folder.routing, report.to_json())
+    with noted(folder.routing):
+        write_json(folder.routing, report.to_json())
 
 
 def read_routing(folder: RunFolder) -> RoutingReport | None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qd2mora.disk.durable import staged_folder, write_json
+from qd2mora.disk.durable import write_json
 from qd2mora.disk.sealed import seal_whole_folder
+from qd2mora.disk.staged import staged_folder
 from qd2mora.errors import InputRefused
 from qd2mora.merging.fidelity import Fidelity
 from qd2mora.merging.measured_updates import MeasuredUpdates, constant_mixing, make_static, measure_routed
@@ -18,9 +19,20 @@ from qd2mora.merging.rung import ExportForm, Written
 from qd2mora.merging.rungs import export_form, open_weights
 from qd2mora.merging.strategies import STRATEGIES, find_strategy
 from qd2mora.mixture.presets import find_method
-from qd2mora.run_folder import open_run, read_recipe, refuse_taken
+from qd2mora.run_folder import open_run, read_recipe
+from qd2mora.safekeeping.places import taken
 
 DEFAULT = "auto"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Of what an export is made, see `merge`."""
+
+    strategy: str
+    task: str | None
+    vector: list[float] | None
+    allow_changed: Collection[str]
 
 
 @dataclass(frozen=True)
@@ -105,21 +117,27 @@ def merge(
     """
     find_strategy(strategy)
     form = export_form(to, base, dtype, max_shard, with_vocabulary)
-    refuse_taken(Path(out), "--out")
     # All that can be refused is refused before the base is loaded, which takes minutes for a 7B.
     _refuse_unfit(run, form, strategy)
-    opened = open_run(run, allow_changed=allow_changed)
+    with taken(Path(out), "--out") as target:
+        asked = Asked(strategy, task, vector, allow_changed)
+        return replace(_exported(run, target, form, asked), folder=Path(out))
+
+
+def _exported(run: str | Path, target: Path, form: ExportForm, asked: Asked) -> Export:
+    """Make the export in a place that is taken."""
+    opened = open_run(run, allow_changed=asked.allow_changed)
     weights = open_weights(opened, form)
     if form.is_routed:
-        updates = measure_routed(opened, task, vector)
+        updates = measure_routed(opened, asked.task, asked.vector)
     else:
-        updates = make_static(opened, strategy, task, vector)
+        updates = make_static(opened, asked.strategy, asked.task, asked.vector)
     # What the writing needs is copied out of the model, so that this can go before the base's weights come in one by
     # one.
     write = form.rung.prepare(opened, weights, updates.statics, form)
     del opened  # the writing needs one weight at a time
-    with staged_folder(Path(out)) as stage:
-        export = Export(Path(out), updates, write(stage), form)
+    with staged_folder(target) as stage:
+        export = Export(target, updates, write(stage), form)
         write_json(stage / "export_report.json", export.to_json())
         # The large files' hashes are known from their writing: they are not read again.
         seal_whole_folder(stage, export.written.files, {"kind": "export", "base": weights.base.model_dump()})
@@ -131,9 +149,8 @@ def merge_tasks(run: str | Path, out: str | Path, **options: Any) -> dict[str, E
 
     `out` appears when all are there; after a kill the same command begins again.
     """
-    refuse_taken(Path(out), "--out")
     names = [each.name for each in read_recipe(run).data.tasks]
-    with staged_folder(Path(out)) as stage:
+    with taken(Path(out), "--out") as target, staged_folder(target) as stage:
         exports = {name: merge(run, stage / name, task=name, **options) for name in names}
     return {name: replace(export, folder=Path(out) / name) for name, export in exports.items()}
 

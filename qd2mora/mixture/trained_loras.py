@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qd2mora.disk.sealed import verify_where_ours
 from qd2mora.disk.untrusted import check_adapter
 from qd2mora.errors import InputRefused
 
@@ -45,6 +46,7 @@ def _read_lora(folder: Path, key: str) -> TrainedLora:
     if (folder / "adapter" / "adapter_config.json").is_file():  # a run of ours
         folder = folder / "adapter"
     # Folders come from anywhere: their bytes are checked before a library reads them.
+    verify_where_ours(folder)
     check_adapter(folder)
     try:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))

@@ -39,6 +39,7 @@ def parse_recipe(content: object, where: str = "recipe") -> Recipe:
 
 def _anchored(recipe: Recipe, folder: Path) -> Recipe:
     def anchor(text: str) -> str:
+        text = _at_home(text)
         beside = folder / text
         # os.path: an impossible name (too long, say) is not there, where Path.exists raises.
         if not Path(text).is_absolute() and os.path.exists(beside):
@@ -51,8 +52,18 @@ def _anchored(recipe: Recipe, folder: Path) -> Recipe:
         if isinstance(held_out, str):
             held_out = anchor(held_out)
         tasks.append(task.model_copy(update={"path": anchor(task.path), "validation": held_out}))
-    base = recipe.base.model_copy(update={"model": anchor(recipe.base.model)})
-    return recipe.model_copy(update={"base": base, "data": recipe.data.model_copy(update={"tasks": tasks})})
+    base = recipe.base.model_copy(update={"model": anchor(recipe.base.model), "cache": _at_home(recipe.base.cache)})
+    adapter = recipe.adapter
+    if adapter.adapters:
+        adapter = adapter.model_copy(update={"adapters": [_at_home(each) for each in adapter.adapters]})
+    data = recipe.data.model_copy(update={"tasks": tasks})
+    output = _at_home(recipe.output)
+    return recipe.model_copy(update={"base": base, "adapter": adapter, "data": data, "output": output})
+
+
+def _at_home(text: str) -> str:
+    """Return a place with `~` as a shell reads it: no shell reads a recipe. A user that is not there is left alone."""
+    return os.path.expanduser(text) if text.startswith("~") else text
 
 
 def _refuse_texts(node: object, where: str, location: tuple[str | int, ...]) -> None:

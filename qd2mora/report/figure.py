@@ -7,10 +7,12 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from qd2mora.disk.durable import write_file
+from qd2mora.disk.durable import write_bytes_atomically
 from qd2mora.errors import InputRefused
 from qd2mora.report.chart import Chart, KeyEntry, text
 from qd2mora.report.page import DRAWING_STYLE, colour, in_light
+from qd2mora.safekeeping.inventory import noted
+from qd2mora.safekeeping.places import check_file
 
 MARGIN, GUTTER = 20, 28
 HEADING, LINE = 24, 20
@@ -47,6 +49,7 @@ def check_png(out: Path) -> None:
         raise InputRefused("--png: resvg-py is not installed; pip install 'qd2mora[figures]'")
     if out.suffix != ".png" or out.is_dir() or not out.parent.is_dir():
         raise InputRefused(f"--png: '{out}' will not do: name a .png file in a folder that is there")
+    check_file(out, "--png", b"\x89PNG", "a picture")
 
 
 def can_render() -> bool:
@@ -59,7 +62,8 @@ def write_png(svg: str, out: Path) -> None:
     letter = f'<svg {NAMESPACE} width="9" height="9"><text y="9" font-family=\'{FONTS}\'>W</text></svg>'
     if _rendered(letter) == _rendered(letter.replace("W", "")):
         raise InputRefused("--png: no font is installed here to write with; install one, such as DejaVu Sans")
-    write_file(out, [_rendered(svg)])
+    with noted(out):
+        write_bytes_atomically(out, _rendered(svg))
 
 
 def _rendered(svg: str) -> bytes:

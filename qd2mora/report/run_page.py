@@ -8,12 +8,15 @@ from qd2mora import __version__
 from qd2mora.disk.durable import write_atomically
 from qd2mora.errors import InputRefused
 from qd2mora.memory.table import show_bytes
+from qd2mora.redact import redacted
 from qd2mora.report.chart import Chart
 from qd2mora.report.curves import Point, Series, line_chart, smoothed
 from qd2mora.report.page import card, escape, facts, folded, grid, page, paragraph, table, tiles
 from qd2mora.report.routing_page import experts_section, routing_section
 from qd2mora.report.run_contents import ByTask, ExportReport, LoggedEvaluation, RunContents, TaskScore
 from qd2mora.report.scores import WORDS
+from qd2mora.safekeeping.inventory import noted
+from qd2mora.safekeeping.places import check_file
 
 NATS = "nats a labelled token"
 MODELS = ("base", "adapter", "fp16 export")
@@ -23,10 +26,18 @@ NUM_WORST = 10
 def write_page(run: RunContents, out: Path | None = None) -> Path:
     """Write the page of a run to `out`, else into its folder; return where. Raises InputRefused."""
     target = out or run.folder.report
+    if out is not None:
+        check_page(out)
+    with noted(target):
+        write_atomically(target, redacted(run_page(run), named=False))
+    return target
+
+
+def check_page(target: Path) -> None:
+    """Refuse what no page can be written to. Raises InputRefused."""
     if target.is_dir() or not target.parent.is_dir():
         raise InputRefused(f"--html: '{target}' will not do: name a file in a folder that is there")
-    write_atomically(target, run_page(run))
-    return target
+    check_file(target, "--html", b"<!doctype html>", "a page")
 
 
 def run_page(run: RunContents) -> str:
@@ -264,4 +275,4 @@ SECTIONS: dict[str, Callable[[RunContents], str]] = {
     "Samples": _samples,
 }
 
-__all__ = ["held_out_chart", "run_page", "training_chart", "write_page"]
+__all__ = ["check_page", "held_out_chart", "run_page", "training_chart", "write_page"]

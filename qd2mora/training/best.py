@@ -13,10 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qd2mora.disk.durable import remove_folder, staged_folder, write_json
+from qd2mora.disk.durable import write_json
+from qd2mora.disk.owned import foreign_in
 from qd2mora.disk.sealed import MANIFEST, open_manifest, read_listed
+from qd2mora.disk.staged import remove_folder, staged_folder
 from qd2mora.errors import DamagedFile
 from qd2mora.evaluation import Score
+from qd2mora.safekeeping.inventory import ADAPTER_NAMES
 from qd2mora.training.progress import Best, Progress
 
 OVERALL = "*"  # no task can be called so
@@ -58,8 +61,10 @@ class BestKeeper:
         named = self._named(progress)
         if self.is_main and self.folder.is_dir():
             for path in self.folder.glob(f"{_PREFIX}*"):
-                if path.name.removeprefix(_PREFIX) not in map(str, named | self._of_checkpoint):
-                    remove_folder(path)
+                step = path.name.removeprefix(_PREFIX)
+                is_named = step in map(str, named | self._of_checkpoint)
+                if not is_named and step.isdecimal() and foreign_in(path, ADAPTER_NAMES) is None:
+                    remove_folder(path, ADAPTER_NAMES)
         self._of_checkpoint = named
 
     def copy_to(self, target: Path, progress: Progress) -> int | None:
@@ -74,7 +79,7 @@ class BestKeeper:
         if not source.is_dir():
             raise DamagedFile(f"{source}, the best adapter, is gone; set train.final=last")
         manifest = open_manifest(source, lambda name: not name.endswith(".md"))
-        with staged_folder(target) as stage:
+        with staged_folder(target, ADAPTER_NAMES) as stage:
             for name in manifest["files"]:
                 (stage / name).write_bytes(read_listed(source, manifest, name))
             (stage / MANIFEST).write_bytes((source / MANIFEST).read_bytes())

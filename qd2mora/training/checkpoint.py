@@ -22,10 +22,13 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from qd2mora.base.host_memory import available_bytes
-from qd2mora.disk.durable import remove_folder, staged_folder, write_file
+from qd2mora.disk.durable import write_file
+from qd2mora.disk.owned import foreign_in
 from qd2mora.disk.sealed import open_manifest, read_listed, seal_folder, verify_folder
+from qd2mora.disk.staged import remove_folder, staged_folder
 from qd2mora.disk.tensor_file import Inventory, encoded, inventory_of
 from qd2mora.errors import DamagedFile, NotFinite, StopError
+from qd2mora.safekeeping.inventory import CHECKPOINT_NAMES
 from qd2mora.training.disk_space import as_trouble
 from qd2mora.training.progress import Progress, State, StateSource, best_of_json, owner_of
 
@@ -39,7 +42,7 @@ def save(folder: Path, state: State, keep: int) -> Path:
     """
     _refuse_not_finite(state)
     target = folder / f"step-{state.progress.step}"
-    with staged_folder(target) as stage:
+    with staged_folder(target, CHECKPOINT_NAMES) as stage:
         tensors = {ADAPTER: state.adapter, OPTIMIZER: state.moments}
         files = {name: write_file(stage / name, encoded(content)) for name, content in tensors.items()}
         inventory = {name: inventory_of(content) for name, content in tensors.items()}
@@ -47,7 +50,9 @@ def save(folder: Path, state: State, keep: int) -> Path:
         seal_folder(stage, files, content)
         verify_folder(stage)
     for old in steps_on_disk(folder)[:-keep]:
-        remove_folder(folder / f"step-{old}")
+        place = folder / f"step-{old}"
+        if foreign_in(place, CHECKPOINT_NAMES) is None:  # else it stays, with what somebody put there
+            remove_folder(place, CHECKPOINT_NAMES)
     return target
 
 
@@ -64,7 +69,7 @@ def newest(folder: Path, adapter: Inventory, moments: Inventory) -> tuple[State 
         except DamagedFile as error:
             problems.append(str(error))
     if problems:
-        raise DamagedFile(f"no whole checkpoint: {'; '.join(problems)}; start anew with --overwrite")
+        raise DamagedFile(f"no whole checkpoint: {'; '.join(problems)}; start anew in another output")
     return None, problems
 
 
@@ -73,7 +78,7 @@ def set_aside_after(folder: Path, step: int) -> None:
     for damaged in [other for other in steps_on_disk(folder) if other > step]:
         place = folder / f"damaged-step-{damaged}"
         if place.exists():
-            remove_folder(place)
+            remove_folder(place, CHECKPOINT_NAMES)
         os.rename(folder / f"step-{damaged}", place)
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from qd2mora.adapter_folder import base_identity, save_adapter
 from qd2mora.base import base_config, compute_dtype, fingerprint, load_base, load_tokenizer
 from qd2mora.data import TaskMix, TaskRows, collate, prepare, share_lines
+from qd2mora.disk.lock import locked
 from qd2mora.errors import WillNotFit
 from qd2mora.evaluation import AskedTask, Subject
 from qd2mora.memory.engine import check_engine, refuse_storage
@@ -26,6 +27,7 @@ from qd2mora.memory.techniques import prepare_base
 from qd2mora.mixture import MixtureConfig, adapter_tensors, add_adapter, selection_biases
 from qd2mora.recipe import Recipe, Train
 from qd2mora.run_folder import RunFolder
+from qd2mora.safekeeping.inventory import seal_run
 from qd2mora.stopping import StopRequest, listening
 from qd2mora.training.adapter_start import start_adapter
 from qd2mora.training.best import BestKeeper
@@ -37,7 +39,6 @@ from qd2mora.training.held_out import HeldOut, LiveRouting, score_together
 from qd2mora.training.identity import Ancestry, Manifest, identity_of_inputs
 from qd2mora.training.journal import Journal, StepDisplay
 from qd2mora.training.launch import launched
-from qd2mora.training.lock import locked
 from qd2mora.training.loop import Training
 from qd2mora.training.micro_batches import Course, MicroBatches
 from qd2mora.training.opening import check_folder, open_folder, read_manifest, restore
@@ -153,6 +154,7 @@ def _train_locked(start: Start) -> Trained:
             Rehearsal(training.gradient, inputs.planned, folder.checkpoints).run()
         losses = training.run()
         processes.from_main(lambda: save_result(folder, training, inputs.tokenizer, mark))
+        processes.from_main(lambda: seal_run(folder.path))
     start.accelerator.end_training()
     return Trained(folder.path, progress.step, losses, progress.bad_steps, processes.is_main)
 

@@ -109,19 +109,29 @@ def test_what_is_long_unused_or_beyond_the_limit_is_removed_and_what_is_in_use_i
 
     (old,) = kept(50)
     fresh = kept(60) - {old}
-    half_written = cache / ".partial-1"
+    half_written = cache / ".partial-k2j4_x9a"
     half_written.mkdir()
+    killed = cache / f".{old}.{2**22 + 7}-0badcafe.partial"  # of a process whose number no system gives
+    killed.mkdir()
+    theirs = cache / "notes"
+    theirs.mkdir()
+    (theirs / "thesis.tex").write_text("years of work")
     days = 86400
     for entry, age in ((cache / old, 31 * days), (half_written, 2 * days)):
         os.utime(entry, (entry.stat().st_atime, entry.stat().st_mtime - age))
     prepare(save(tmp_path, 50), tokenizer, 0)  # used today: it stays
     both = {old, *fresh}
-    assert kept(70) > both and not half_written.exists()
+    assert kept(70) > both and not half_written.exists() and not killed.exists()
     os.utime(cache / old, (0, 0))
     assert not kept(80) & {old}
     monkeypatch.setenv("QD2MORA_CACHE_GIB", "0")
     mapped = prepare(save(tmp_path, 60), tokenizer, 0)[0]
-    assert len(kept(90)) == 1 and len(mapped.train) == 50 and mapped.train[0].pair.prompt
+    assert (
+        len(kept(90)) == 2
+        and (theirs / "thesis.tex").is_file()
+        and len(mapped.train) == 50
+        and mapped.train[0].pair.prompt
+    )
     monkeypatch.setenv("QD2MORA_CACHE_GIB", "much")
     with pytest.raises(InputRefused, match="QD2MORA_CACHE_GIB: 'much'"):
         kept(100)

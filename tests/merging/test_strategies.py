@@ -244,7 +244,7 @@ def test_an_adapter_is_static_where_its_recipe_makes_its_gates_so(tmp_path: Path
 def test_per_task_wants_a_task_and_all_makes_an_export_of_each(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match="--task all"):
         merge(run, tmp_path / "out", strategy="per_task")
-    (tmp_path / ".out.partial" / "first").mkdir(parents=True)  # what a kill leaves
+    (tmp_path / f".out.{2**22 + 7}-0badcafe.partial" / "first").mkdir(parents=True)  # what a kill leaves
     exports = merge_tasks(run, tmp_path / "out", strategy="per_task")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert list(exports) == ["first", "last"]

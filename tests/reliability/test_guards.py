@@ -13,6 +13,7 @@ import forked_runs as runs
 import pytest
 import small
 
+from qd2mora.disk.lock import locked
 from qd2mora.errors import DamagedFile, DeviceLost, DiskTrouble, InputRefused
 from qd2mora.memory.loss import RowLoss
 from qd2mora.recipe import load_recipe
@@ -20,7 +21,6 @@ from qd2mora.run_folder import RunFolder
 from qd2mora.training import train
 from qd2mora.training.checkpoint import Saver
 from qd2mora.training.clock import Watchdog
-from qd2mora.training.lock import locked
 from qd2mora.training.progress import Progress
 
 SIZES = int(os.environ.get("GATE_SIZES", "12"))

@@ -70,7 +70,7 @@ MUTANTS: list[tuple[str, Mutant]] = [
         ),
     ),
     ("X1", without("cli/__init__.py:main", "excepthook")),
-    ("X1", instead("disk/durable.py:write_atomically", "named", by="text")),
+    ("X1", instead("disk/durable.py:write_json", "redacted_values", "content", by="content")),
     ("X1", never("disk/untrusted.py:_checked_json", "kind")),
     ("X1", instead("redact.py:redacted", "_from_environment", by="()")),
 ]

@@ -1,4 +1,6 @@
-"""One run, one process: a lock on the run folder that ends with its holder, however that ends.
+"""One output, one process: a lock on a run folder, or beside a file or folder that is being made.
+
+It ends with its holder, however that ends.
 
 The lock is the kernel's (flock), so a killed holder leaves none. The file says who holds it. On file systems that do
 not share locks between machines it is a lease too: the holder touches it, and a file of another machine counts as held
@@ -20,16 +22,21 @@ from qd2mora.errors import InputRefused
 
 TOUCH_S = 10.0
 LEASE_S = 60.0
+_held: set[str] = set()
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, what: str = "output", place: Path | None = None) -> Iterator[None]:
     """Hold the lock file `path` while the block runs, making its folder; an empty folder made here is removed again.
+
+    `what` and `place` name in errors what is locked: else the lock's folder, as an output.
 
     Raises InputRefused where another process holds it, naming that one, or where the folder cannot be made.
     """
     made = [parent for parent in path.parents if not parent.exists()]
-    handle = _acquire(path)
+    handle = _acquire(path, f"{what}: '{place or path.parent}'")
+    name = os.path.realpath(path)
+    _held.add(name)
     ended = threading.Event()
     beat = threading.Thread(target=_touch, args=(handle, ended), name="lock", daemon=True)
     beat.start()
@@ -38,6 +45,7 @@ def locked(path: Path) -> Iterator[None]:
     finally:
         ended.set()
         beat.join()
+        _held.discard(name)
         with contextlib.suppress(FileNotFoundError):  # somebody removed the folder by hand
             os.unlink(path)
         os.close(handle)
@@ -46,7 +54,7 @@ def locked(path: Path) -> Iterator[None]:
                 os.rmdir(folder)
 
 
-def _acquire(path: Path) -> int:
+def _acquire(path: Path, named: str) -> int:
     """Return the locked handle of the file that stands at `path`, and not of one removed meanwhile."""
     while True:
         try:
@@ -55,17 +63,18 @@ def _acquire(path: Path) -> int:
         except FileNotFoundError:  # the last holder removed the folder between the two calls
             continue
         except OSError as error:
-            raise InputRefused(f"output: '{path.parent}' cannot be written: {error.strerror}") from error
+            raise InputRefused(f"{named} cannot be written: {error.strerror}") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = _holder(handle)
             os.close(handle)
-            raise InputRefused(f"output: '{path.parent}' is in use by {holder}; wait for it or stop it") from None
+            raise InputRefused(f"{named} is in use by {holder}; wait for it or stop it") from None
         if not _is_still_there(handle, path):
             os.close(handle)
             continue
-        _refuse_leased(handle, path)
+        _refuse_foreign(handle, path)
+        _refuse_leased(handle, named)
         os.ftruncate(handle, 0)
         record = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.pwrite(handle, json.dumps(record).encode(), 0)
@@ -79,17 +88,38 @@ def _is_still_there(handle: int, path: Path) -> bool:
         return False
 
 
-def _refuse_leased(handle: int, path: Path) -> None:
-    """A fresh file of another machine is held there, though this machine's kernel does not know."""
-    age = time.time() - os.fstat(handle).st_mtime
-    record = _record(handle)
-    if record.get("host", socket.gethostname()) != socket.gethostname() and age < LEASE_S:
-        holder = _holder(handle)
+def _refuse_foreign(handle: int, path: Path) -> None:
+    """What has content and no holder in it is somebody's file of that name; a cut may have left zeros."""
+    if os.pread(handle, 4096, 0).strip(b"\0") and "pid" not in _record(handle):
         os.close(handle)
-        raise InputRefused(
-            f"output: '{path.parent}' was in use {age:.0f} s ago by {holder}; if that one has ended, try again in "
-            f"{LEASE_S - age:.0f} s"
-        )
+        raise InputRefused(f"'{path}' is no lock of ours; move that file elsewhere")
+
+
+def _refuse_leased(handle: int, named: str) -> None:
+    """A fresh file of another machine is held there, though this machine's kernel does not know."""
+    if _record(handle).get("host", socket.gethostname()) == socket.gethostname():
+        return
+    age = time.time() - os.fstat(handle).st_mtime
+    # Of a clock that is ahead of ours the time says nothing; whether the holder goes on touching the file does.
+    if age >= LEASE_S or (age < 0 and not _is_touched(handle)):
+        return
+    holder = _holder(handle)
+    os.close(handle)
+    if age < 0:
+        raise InputRefused(f"{named} is in use by {holder}; wait for it or stop it")
+    raise InputRefused(
+        f"{named} was in use {age:.0f} s ago by {holder}; if that one has ended, try again in {LEASE_S - age:.0f} s"
+    )
+
+
+def _is_touched(handle: int) -> bool:
+    """Watch whether somebody touches the file, for as long as two touches are apart."""
+    before, until = os.fstat(handle).st_mtime_ns, time.monotonic() + 2 * TOUCH_S
+    while time.monotonic() < until:
+        if os.fstat(handle).st_mtime_ns != before:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def _holder(handle: int) -> str:
@@ -113,4 +143,14 @@ def _touch(handle: int, ended: threading.Event) -> None:
             os.utime(handle)
 
 
-__all__ = ["LEASE_S", "locked"]
+def is_held_here(path: Path) -> bool:
+    """Tell whether this process holds a lock."""
+    return os.path.realpath(path) in _held
+
+
+def lock_beside(path: Path) -> Path:
+    """Return the lock of a file or folder that is being made: a hidden file beside it while that lasts."""
+    return path.with_name(f".{path.name}.lock")
+
+
+__all__ = ["LEASE_S", "is_held_here", "lock_beside", "locked"]
