@@ -37,7 +37,7 @@ _SECRET_VARIABLE = re.compile(r"(?i)(?:^|_)(?:TOKEN|API_?KEY|ACCESS_KEY|SECRET|P
 SHORTEST = 12
 """Letters of the shortest value of the environment that is looked for: shorter ones stand in any text by chance."""
 # `identity`, `adapter_model.safetensors`: what stands in our own files is no secret, whatever a variable is called.
-_WORDS = re.compile(r"[A-Za-z]+(?:[_.][A-Za-z]+)*")
+_WORDS = re.compile(r"[A-Za-z]{1,16}(?:[_.][A-Za-z]{1,16})*")
 
 
 def secret_in(text: str) -> str | None:
