@@ -295,4 +295,23 @@ GATES: dict[str, Gate] = {
         {},
         (uncaught("training/journal.py:Journal._try", "OSError"),),
     ),
+    "TX1": Gate(
+        "an answer ends where the tokenizer, generation_config.json or the chat template ends it, and learns that end",
+        (
+            "tests/evaluation/test_ends.py",
+            "tests/data/test_chat.py::test_an_answer_that_the_template_leaves_open_is_closed",
+            "tests/report/test_preview.py::"
+            "test_a_template_that_closes_turns_with_plain_text_is_named_with_what_would_do",
+        ),
+        {},
+        {},
+        (
+            never("evaluation/ends.py:ends_of", "listed"),
+            always("evaluation/ends.py:ends_of", "added_tokens_decoder"),
+            without("evaluation/ends.py:ends_of", "signs", "add"),
+            doing("evaluation/ends.py:Ends.settled", "cut", by="text = text"),
+            instead("data/chat.py:segments", "content", "split", by="messages[turn]['content'].split(' ')[0]"),
+            never("data/notes.py:_open_ends", "format"),
+        ),
+    ),
 }

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from qd2mora.data.chat_template import ChatTemplate
 from qd2mora.data.file_rows import BadRow
 from qd2mora.data.row_format import RowFormat
+from qd2mora.recipe import Data
 
 FORMAT = RowFormat(("messages",), None, texts=(), inner=("role", "content"))
 ROLES = ("system", "user", "assistant")
 # Names of other collections of conversations for the same roles.
 _SAME = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+_PROBE = "probe-of-an-answer"
 
 TEMPLATES = {
     "chatml": (
@@ -63,12 +65,29 @@ def segments(messages: list[dict[str, str]], template: ChatTemplate) -> tuple[st
     for turn, before, after in zip(turns, asked, told, strict=True):
         if not before.startswith(done) or not after.startswith(before):
             raise BadRow("the chat template rewrites earlier turns", ", so what is learned cannot be told")
-        content, answer = messages[turn]["content"].rstrip(), after[len(before) :]
-        if answer.rstrip().endswith(content):  # the template leaves the turn open
+        # The last word: a template may trim the answer, or leave out how it begins.
+        last_word, answer = messages[turn]["content"].split()[-1], after[len(before) :]
+        if answer.rstrip().endswith(last_word):  # the template leaves the turn open
             answer += template.end
         parts += [before[len(done) :], answer]
         done = after
     return tuple(parts)
+
+
+def closing_sign(template: ChatTemplate) -> str:
+    """Return what a template writes after an assistant's answer, white space aside; empty where it writes nothing."""
+    talk = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}]
+    try:
+        _before, found, after = template.render(talk).rpartition(_PROBE)
+    except BadRow:
+        return ""
+    return after.strip() if found else ""
+
+
+def named_templates(data: Data) -> tuple[str, ...]:
+    """Return the templates of ours that word conversations of a recipe."""
+    chosen = dict.fromkeys(task.template for task in data.tasks if task.format == "chat")
+    return tuple(TEMPLATES[name] for name in chosen if name in TEMPLATES)
 
 
 def _short(value: object) -> str:
@@ -77,4 +96,4 @@ def _short(value: object) -> str:
     return type(value).__name__
 
 
-__all__ = ["FORMAT", "ROLES", "TEMPLATES", "check", "segments"]
+__all__ = ["FORMAT", "ROLES", "TEMPLATES", "check", "closing_sign", "named_templates", "segments"]

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from qd2mora.data import chat
 from qd2mora.data.chat_template import ChatTemplate
 from qd2mora.data.formats import find_format
-from qd2mora.data.text_pairs import Pair, Skipped, content_hash, iterate_pairs
+from qd2mora.data.read import Pair, Skipped, content_hash, iterate_pairs
 from qd2mora.data.token_store import RowsToStore, TokenStore, open_store
 from qd2mora.data.tokenise import Tokeniser, special_tokens, tokenizer_text
 from qd2mora.disk.file_hash import hash_of_bytes

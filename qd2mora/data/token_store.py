@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from qd2mora.data.text_pairs import Pair, Skipped
+from qd2mora.data.read import Pair, Skipped
 from qd2mora.data.token_cache import PARTIAL, limit_bytes, mark_used, prune, tokens_folder
 from qd2mora.data.tokenise import Tokeniser, Tokens, tokenised
 from qd2mora.disk.file_hash import hash_of_bytes

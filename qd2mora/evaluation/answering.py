@@ -33,7 +33,7 @@ def write_answers(subject: Subject, rows: list[Row], max_new_tokens: int, beams:
     batch = batch_of(subject, prompts, "left")
     subject.route(batch, copies=beams)
     tokens = subject.continue_texts(batch["input_ids"], batch["attention_mask"], max_new_tokens, beams)
-    return subject.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return subject.texts_of(tokens)
 
 
 @torch.no_grad()

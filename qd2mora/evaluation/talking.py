@@ -21,7 +21,8 @@ from qd2mora.data.file_rows import BadRow
 from qd2mora.data.instruction import split
 from qd2mora.data.tokenise import special_tokens
 from qd2mora.errors import InputRefused, nearest
-from qd2mora.evaluation.subject import Subject, open_subject, until
+from qd2mora.evaluation.ends import Ends
+from qd2mora.evaluation.subject import Subject, open_subject
 from qd2mora.mixture import reads_first_pass
 
 Write = Callable[[str], None]
@@ -158,7 +159,7 @@ class Talk:
         if given >= whole:
             raise InputRefused(f"the prompt has {given} tokens, the model is made for {whole} with the answer")
         self.subject.route(self._row(ids.device))
-        streamer = _Streamer(tokenizer, write or (lambda piece: None))
+        streamer = _Streamer(tokenizer, write or (lambda piece: None), self.subject.ends)
         with torch.no_grad(), torch.random.fork_rng(devices=[plain.device] if plain.device.type == "cuda" else []):
             torch.manual_seed(self.options.seed)
             out = plain.generate(
@@ -166,16 +167,16 @@ class Talk:
                 attention_mask=torch.ones_like(ids),
                 generation_config=self._settings(whole - given),
                 streamer=streamer,
+                stopping_criteria=self.subject.ends.criteria(tokenizer, given),
             )
-        tokens = until(out[0, ids.shape[1] :].tolist(), tokenizer.eos_token_id)
-        return streamer.finish(tokens)
+        return streamer.finish(self.subject.ends.before(out[0, given:].tolist()))
 
     def _settings(self, room: int) -> GenerationConfig:
         settings = GenerationConfig(
             do_sample=False,
             max_new_tokens=min(self.options.max_new_tokens, room),
             pad_token_id=self.subject.tokenizer.pad_token_id,
-            eos_token_id=self.subject.tokenizer.eos_token_id,
+            eos_token_id=list(self.subject.ends.ids),
             use_cache=not (self.subject.is_adapted and reads_first_pass(self.subject.model)),
         )
         if self.options.temperature > 0:
@@ -214,10 +215,10 @@ class Talk:
 
 
 class _Streamer(BaseStreamer):
-    """Hands on text as soon as no later token can change it: not half a letter, nor a word's space to come."""
+    """Hands on text as soon as no later token can change it: no half letter, no word's space to come, no begun end."""
 
-    def __init__(self, tokenizer: Any, write: Write) -> None:
-        self.tokenizer, self.write = tokenizer, write
+    def __init__(self, tokenizer: Any, write: Write, ends: Ends) -> None:
+        self.tokenizer, self.write, self.ends = tokenizer, write, ends
         self.tokens: list[int] = []
         self.is_prompt, self.shown = True, ""
 
@@ -226,15 +227,15 @@ class _Streamer(BaseStreamer):
             self.is_prompt = False
             return
         self.tokens += value.flatten().tolist()
-        if self.tokens[-1] != self.tokenizer.eos_token_id:
-            self._show(self._text(self.tokens))
+        if self.tokens[-1] not in self.ends.ids:
+            self._show(self.ends.settled(self._text(self.tokens)))
 
     def end(self) -> None:
         """The rest is shown by `finish`, which knows where the answer ends."""
 
     def finish(self, tokens: list[int]) -> str:
         """Show what is left of the whole answer, and return it."""
-        text = self._text(tokens)
+        text = self.ends.cut(self._text(tokens))
         self.write(text[len(self.shown) :])
         return text
 

@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from qd2mora.adapter_folder import base_identity, save_adapter
 from qd2mora.base import base_config, compute_dtype, fingerprint, load_base, load_tokenizer
 from qd2mora.data import TaskMix, TaskRows, collate, prepare, share_lines
+from qd2mora.data.chat import named_templates
+from qd2mora.data.notes import notes
 from qd2mora.errors import WillNotFit
 from qd2mora.evaluation import AskedTask, Subject
 from qd2mora.memory.engine import check_engine, refuse_storage
@@ -147,7 +149,7 @@ def _train_locked(start: Start) -> Trained:
     training = _training(start, inputs, course, batches, journal, mark)
     for problem in problems:
         journal.say(f"passed over: {problem}")
-    _say_what_starts(training, inputs.planned)
+    _say_what_starts(training, inputs.planned, inputs.tokenizer)
     with start.stop.deferred(), journal.display:
         if is_rehearsed and progress.step < course.total_steps:
             Rehearsal(training.gradient, inputs.planned, folder.checkpoints).run()
@@ -324,7 +326,8 @@ def _training(
         folder.best, settings.keep_best, lambda place: save_adapter(model, place, mark), processes.is_main
     )
     best.resumed(progress)
-    subject, live = Subject(model, inputs.tokenizer), LiveRouting(model, inputs.tasks)
+    subject = Subject(model, inputs.tokenizer, templates=named_templates(inputs.recipe.data))
+    live = LiveRouting(model, inputs.tasks)
     return Training(
         train=settings,
         course=course,
@@ -341,15 +344,17 @@ def _training(
     )
 
 
-def _say_what_starts(training: Training, planned: Plan) -> None:
+def _say_what_starts(training: Training, planned: Plan, tokenizer: PreTrainedTokenizerBase) -> None:
     say, course = training.journal.say, training.course
     for task in course.tasks:
-        notes = [f"{len(task.train)} rows", f"{len(task.validation)} held out"]
+        counts = [f"{len(task.train)} rows", f"{len(task.validation)} held out"]
         if task.num_cut:
-            notes.append(f"{task.num_cut} cut at the end")
+            counts.append(f"{task.num_cut} cut at the end")
         if task.num_dropped:
-            notes.append(f"{task.num_dropped} dropped (no room for the answer)")
-        say(f"task {task.task.name}: {', '.join(notes)}")
+            counts.append(f"{task.num_dropped} dropped (no room for the answer)")
+        say(f"task {task.task.name}: {', '.join(counts)}")
+        for line in notes(task, tokenizer):
+            say(f"task {task.task.name}: {line}")
     count = min(course.total_steps * course.rows_a_step, MOST_ROWS_COUNTED)
     for line in share_lines(course.mixture.shares(count), course.mixture.by_tokens):
         say(line)

@@ -110,6 +110,11 @@ def test_an_answer_that_the_template_leaves_open_is_closed() -> None:
 
     with ChatTemplate("{% for m in messages %}{{ m.content }} {% endfor %}", TOKENS, "here") as template:
         assert segments(TALK, template) == ("red sun ", "blue </s>", "green ", "moon star </s>")
+    trimming = "{% for m in messages %}[{{ m.role }}]{{ m.content.split('|')[-1] | trim }}\n{% endfor %}"
+    for answer in ("blue", "  blue ", "thought| blue"):
+        with ChatTemplate(trimming, TOKENS, "here") as template:
+            parts = segments([TALK[0], {"role": "assistant", "content": answer}], template)
+        assert parts == ("[user]red sun\n", "[assistant]blue\n</s>")
     rewriting = "{% for m in messages[-2:] %}{{ m.content }} {% endfor %}"
     with ChatTemplate(rewriting, TOKENS, "here") as template, pytest.raises(BadRow, match="rewrites earlier turns"):
         segments(TALK, template)
