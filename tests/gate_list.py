@@ -306,12 +306,26 @@ GATES: dict[str, Gate] = {
         {},
         {},
         (
-            never("evaluation/ends.py:ends_of", "listed"),
+            never("evaluation/ends.py:ends_of", "listed", "is not"),
             always("evaluation/ends.py:ends_of", "added_tokens_decoder"),
             without("evaluation/ends.py:ends_of", "signs", "add"),
             doing("evaluation/ends.py:Ends.settled", "cut", by="text = text"),
             instead("data/chat.py:segments", "content", "split", by="messages[turn]['content'].split(' ')[0]"),
-            never("data/notes.py:_open_ends", "format"),
+            never("data/notes.py:_open_ends", "wording", "not in"),
+        ),
+    ),
+    "TX2": Gate(
+        "a prompt is worded as its task was trained, said in one line, and exports carry the template",
+        ("tests/evaluation/test_wording.py",),
+        {},
+        {},
+        (
+            instead("evaluation/wording.py:_as_trained", "name", "tasks", "list", by="list(tasks)"),
+            without("evaluation/wording.py:_as_trained", "sort"),
+            never("evaluation/wording.py:_as_trained", "others"),
+            doing("merging/__init__.py:merge", "template_to_keep", by="pass"),
+            never("data/formats.py:find_format", "template"),
+            never("data/read.py:_pair_of", "template", "is not"),
         ),
     ),
 }

@@ -4,17 +4,20 @@ A conversation becomes segments, given and learned in turn: the template is rend
 what the answer adds, the sign that ends the turn included, is learned. What follows the last answer is left out.
 """
 
+import logging
 from collections.abc import Mapping
 
 from qd2mora.data.chat_template import ChatTemplate
 from qd2mora.data.file_rows import BadRow
-from qd2mora.data.row_format import RowFormat
+from qd2mora.data.row_format import Fields, RowFormat
 from qd2mora.recipe import Data
+from qd2mora.recipe.data import OWN
 
 FORMAT = RowFormat(("messages",), None, texts=(), inner=("role", "content"))
 ROLES = ("system", "user", "assistant")
 # Names of other collections of conversations for the same roles.
 _SAME = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+_log = logging.getLogger(__name__)
 _PROBE = "probe-of-an-answer"
 
 TEMPLATES = {
@@ -86,8 +89,25 @@ def closing_sign(template: ChatTemplate) -> str:
 
 def named_templates(data: Data) -> tuple[str, ...]:
     """Return the templates of ours that word conversations of a recipe."""
-    chosen = dict.fromkeys(task.template for task in data.tasks if task.format == "chat")
-    return tuple(TEMPLATES[name] for name in chosen if name in TEMPLATES)
+    return tuple(TEMPLATES[name] for name in dict.fromkeys(task.wording for task in data.tasks) if name in TEMPLATES)
+
+
+def template_to_keep(data: Data) -> str | None:
+    """Return the template of ours that an export carries; None where the tokenizer's own is what was trained with."""
+    chosen = list(dict.fromkeys(task.wording for task in data.tasks if task.wording in (OWN, *TEMPLATES)))
+    if not chosen:
+        return None
+    kept = OWN if OWN in chosen else chosen[0]
+    if len(chosen) > 1:
+        _log.warning("tasks were worded by %s; the export's chat template is %s", " and ".join(chosen), kept)
+    return TEMPLATES.get(kept)
+
+
+def segments_of_instruction(row: Fields, template: ChatTemplate) -> tuple[str, ...]:
+    """Return an instruction row as a conversation of one turn, cut as `segments` does. Raises BadRow."""
+    asked = [row[name] for name in ("instruction", "input") if row.get(name)]
+    turn = {"role": "user", "content": "\n\n".join(asked)}
+    return segments([turn, {"role": "assistant", "content": row["output"]}], template)
 
 
 def _short(value: object) -> str:
@@ -96,4 +116,14 @@ def _short(value: object) -> str:
     return type(value).__name__
 
 
-__all__ = ["FORMAT", "ROLES", "TEMPLATES", "check", "closing_sign", "named_templates", "segments"]
+__all__ = [
+    "FORMAT",
+    "ROLES",
+    "TEMPLATES",
+    "check",
+    "closing_sign",
+    "named_templates",
+    "segments",
+    "segments_of_instruction",
+    "template_to_keep",
+]

@@ -19,6 +19,11 @@ def find_format(task: Task) -> RowFormat:
         known = nearest(task.format, FORMATS)
         raise InputRefused(f"data.tasks.{task.name}.format: unknown format {task.format!r}; {known}")
     found = FORMATS[task.format]
+    if task.template is not None and task.format not in ("chat", "instruction"):
+        raise InputRefused(
+            f"data.tasks.{task.name}.template: {task.template} words chats and instructions, {task.format} rows are "
+            "joined as they are; leave it out"
+        )
     for name in task.fields or {}:
         if name not in found.names:
             raise InputRefused(

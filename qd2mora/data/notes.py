@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qd2mora.data.prepare import Row, TaskRows, TokenRows
+from qd2mora.recipe.data import AS_IT_IS, INSTRUCTION
 
 ROWS_LOOKED_AT = 20_000
 """Rows of a task whose end tokens are looked for."""
@@ -36,9 +37,9 @@ def _open_ends(task: TaskRows, tokenizer: PreTrainedTokenizerBase) -> Iterator[s
     if not is_open:
         return
     line = f"{is_open} whole rows never learn the end token {tokenizer.eos_token}: their answers may not end"
-    if task.task.format == "chat":
-        line += f"; template {task.task.template} closes a turn with no token of this tokenizer"
-        if task.task.template != "plain":
+    if task.task.wording not in (INSTRUCTION, AS_IT_IS):
+        line += f"; template {task.task.wording} closes a turn with no token of this tokenizer"
+        if task.task.wording != "plain":
             line += ", template: plain closes it with the end token"
     yield line
 

@@ -20,7 +20,7 @@ from qd2mora.data.tokenise import Tokeniser, special_tokens, tokenizer_text
 from qd2mora.disk.file_hash import hash_of_bytes
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Data, Task
-from qd2mora.recipe.data import HUB
+from qd2mora.recipe.data import AS_IT_IS, HUB, INSTRUCTION
 
 MAX_DROPPED = 0.05
 """Share of training rows that may lose their whole answer to `max_length` where bad rows are errors."""
@@ -199,7 +199,7 @@ def _stored_rows(
 
     if path.startswith(HUB) or not os.path.isfile(path):
         return open_store(RowsToStore(task.name, read, None, 0, path, task.limit), tokeniser)
-    names = ("format", "fields", "select", "limit", "vector", "template")
+    names = ("format", "fields", "select", "limit", "vector", "wording")
     key: dict[str, object] = {name: getattr(task, name) for name in names}
     key |= {"file": content_hash(path), "path": path, "on_bad_row": data.on_bad_row}
     key["tokenizer"] = hash_of_bytes(tokenizer_text(tokenizer).encode())
@@ -209,10 +209,11 @@ def _stored_rows(
 @contextmanager
 def _template(task: Task, tokenizer: PreTrainedTokenizerBase) -> Iterator[ChatTemplate | None]:
     """Yield what words this task's rows; None where the format does."""
-    if find_format(task).split is not None:
+    find_format(task)
+    if task.wording in (INSTRUCTION, AS_IT_IS):
         yield None
         return
-    where, text = f"data.tasks.{task.name}", chat.TEMPLATES.get(task.template)
+    where, text = f"data.tasks.{task.name}", chat.TEMPLATES.get(task.wording)
     if text is None:
         where, text = "base.model", tokenizer.chat_template
     if not isinstance(text, str):

@@ -135,14 +135,22 @@ def _pair_of(row_format: RowFormat, row: object, task: Task, template: ChatTempl
         vector = _vector(_mapping(row, row_format), task.vector)
     if row_format.split is None:
         return _conversation(fields["messages"], names, template, vector)
+    if template is not None:
+        _refuse_silent(fields["output"], row_format, names)
+        parts = chat.segments_of_instruction(fields, template)
+        return Pair("".join(parts[:-1]), fields["output"], vector, parts)
     prompt, answer = row_format.split(fields)
     if row_format.texts != row_format.fields:
         for text in (prompt, answer):
             _check_text("choices", text)
+    _refuse_silent(answer, row_format, names)
+    return Pair(prompt, answer, vector)
+
+
+def _refuse_silent(answer: str, row_format: RowFormat, names: Names) -> None:
     if not answer.strip():
         name = row_format.fields[-1]
         raise BadRow(f"field '{names.get(name, name)}' is empty", ", there is nothing to learn")
-    return Pair(prompt, answer, vector)
 
 
 def _mapping(row: object, row_format: RowFormat) -> Fields:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qd2mora.data.chat import template_to_keep
 from qd2mora.disk.durable import staged_folder, write_json
 from qd2mora.disk.sealed import seal_whole_folder
 from qd2mora.errors import InputRefused
@@ -109,6 +110,8 @@ def merge(
     # All that can be refused is refused before the base is loaded, which takes minutes for a 7B.
     _refuse_unfit(run, form, strategy)
     opened = open_run(run, allow_changed=allow_changed)
+    # Whoever loads the export words a conversation as the run was trained.
+    opened.tokenizer.chat_template = template_to_keep(opened.recipe.data) or opened.tokenizer.chat_template
     weights = open_weights(opened, form)
     if form.is_routed:
         updates = measure_routed(opened, task, vector)

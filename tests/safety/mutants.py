@@ -18,7 +18,7 @@ MUTANTS: list[tuple[str, Mutant]] = [
     ("D2", never("data/file_rows.py:_lines", "len")),
     ("D2", never("data/read.py:_check_text", "\x00")),
     ("D2", never("data/read.py:_check_text", "isascii")),
-    ("D2", instead("data/read.py:_pair_of", "not", "answer", by="not answer")),
+    ("D2", instead("data/read.py:_refuse_silent", "not", "answer", by="not answer")),
     ("D2", never("data/read.py:_check_text", "isinstance")),
     ("D2", never("data/read.py:iterate_pairs", "None")),
     ("D2 before the model", never("data/prepare.py:_prepare_task", "total")),
