@@ -328,4 +328,18 @@ GATES: dict[str, Gate] = {
             never("data/read.py:_pair_of", "template", "is not"),
         ),
     ),
+    "TX3": Gate(
+        "a key of a row that changes what is learned is refused, any other that nothing reads is named",
+        ("tests/data/test_row_keys.py",),
+        {},
+        {},
+        (
+            never("data/row_keys.py:unread_keys", "is_left_out"),
+            never("data/row_keys.py:unread_keys_of_message", "is_flag"),
+            ignoring("data/row_keys.py:unread_keys", "_MEDIA"),
+            never("data/instruction.py:split", "system"),
+            never("data/chat.py:with_system", "content"),
+            without("data/read.py:iterate_pairs", "unread", "get"),
+        ),
+    ),
 }

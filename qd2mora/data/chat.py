@@ -13,7 +13,7 @@ from qd2mora.data.row_format import Fields, RowFormat
 from qd2mora.recipe import Data
 from qd2mora.recipe.data import OWN
 
-FORMAT = RowFormat(("messages",), None, texts=(), inner=("role", "content"))
+FORMAT = RowFormat(("messages",), None, texts=(), optional=("system",), inner=("role", "content"))
 ROLES = ("system", "user", "assistant")
 # Names of other collections of conversations for the same roles.
 _SAME = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
@@ -106,8 +106,19 @@ def template_to_keep(data: Data) -> str | None:
 def segments_of_instruction(row: Fields, template: ChatTemplate) -> tuple[str, ...]:
     """Return an instruction row as a conversation of one turn, cut as `segments` does. Raises BadRow."""
     asked = [row[name] for name in ("instruction", "input") if row.get(name)]
-    turn = {"role": "user", "content": "\n\n".join(asked)}
-    return segments([turn, {"role": "assistant", "content": row["output"]}], template)
+    turns = [{"role": "user", "content": "\n\n".join(asked)}, {"role": "assistant", "content": row["output"]}]
+    return segments(with_system(turns, row.get("system")), template)
+
+
+def with_system(messages: list[dict[str, str]], system: str | None) -> list[dict[str, str]]:
+    """Return a conversation that begins with what the row's own field `system` says. Raises BadRow."""
+    if not system:
+        return messages
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if messages[0]["content"] != system:
+        raise BadRow("field 'system' and the first message are two system messages", ", and they differ")
+    return messages
 
 
 def _short(value: object) -> str:
@@ -126,4 +137,5 @@ __all__ = [
     "segments",
     "segments_of_instruction",
     "template_to_keep",
+    "with_system",
 ]

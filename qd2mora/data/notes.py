@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qd2mora.data.prepare import Row, TaskRows, TokenRows
+from qd2mora.data.row_keys import names_counted
 from qd2mora.recipe.data import AS_IT_IS, INSTRUCTION
 
 ROWS_LOOKED_AT = 20_000
@@ -16,6 +17,9 @@ ROWS_LOOKED_AT = 20_000
 
 def notes(task: TaskRows, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Yield a line for each thing about a task's rows that one would not expect."""
+    yield from names_counted(task.skipped.unread)
+    if task.skipped.systems:
+        yield f"{task.skipped.systems} rows bring their system message in field 'system'; it is put first"
     yield from _open_ends(task, tokenizer)
 
 

@@ -167,6 +167,9 @@ def _prepare_task(
         held_out = TokenRows(other, np.arange(len(other)), index, data.max_length, "last", task.group or 0)
         for reason, found in other.skipped.places.items():
             skipped.places.setdefault(reason, []).extend(found)
+        for key, number in other.skipped.unread.items():
+            skipped.unread[key] = skipped.unread.get(key, 0) + number
+        skipped.systems += other.skipped.systems
     else:
         places, held = _hold_out(len(store), task, seed)
         held_out = TokenRows(store, held, index, data.max_length, "last", task.group or 0)
@@ -195,7 +198,7 @@ def _stored_rows(
 
     def read(skipped: Skipped) -> Iterator[Pair]:
         with _template(task, tokenizer) as template:
-            yield from iterate_pairs(task, path, skipped if data.on_bad_row == "skip" else None, template)
+            yield from iterate_pairs(task, path, skipped if data.on_bad_row == "skip" else None, template, skipped)
 
     if path.startswith(HUB) or not os.path.isfile(path):
         return open_store(RowsToStore(task.name, read, None, 0, path, task.limit), tokeniser)

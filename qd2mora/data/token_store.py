@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -31,7 +31,7 @@ from qd2mora.disk.file_hash import hash_of_bytes
 from qd2mora.disk.sealed import open_manifest, seal_whole_folder, verify_folder
 from qd2mora.errors import DamagedFile
 
-VERSION = 1
+VERSION = 2
 """Counted up when the same file would be stored otherwise."""
 SMALLEST_KEPT = 4 << 20
 """Bytes of a data file from which on its tokens are kept: smaller ones take a second or two."""
@@ -169,7 +169,7 @@ def _store_in_cache(rows: RowsToStore, tokeniser: Tokeniser, folder: Path) -> To
     try:
         with pa.OSFile(str(stage / _FILE), "wb") as sink:
             skipped = _write_rows(sink, rows, tokeniser)
-        seal_whole_folder(stage, {}, {"skipped": skipped.places, "duplicates": skipped.duplicates})
+        seal_whole_folder(stage, {}, asdict(skipped))
         # A folder that holds files is never renamed onto: of two runs at once the slower one takes the other's.
         if not folder.exists():
             os.rename(stage, folder)
@@ -182,7 +182,7 @@ def _store_in_cache(rows: RowsToStore, tokeniser: Tokeniser, folder: Path) -> To
 def _cached_store(folder: Path) -> TokenStore:
     verify_folder(folder)
     content = open_manifest(folder)
-    return _mapped_store(folder, Skipped(content["skipped"], content["duplicates"]))
+    return _mapped_store(folder, Skipped(**{each.name: content[each.name] for each in fields(Skipped)}))
 
 
 def _mapped_store(folder: Path, skipped: Skipped) -> TokenStore:
