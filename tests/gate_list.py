@@ -342,4 +342,17 @@ GATES: dict[str, Gate] = {
             without("data/read.py:iterate_pairs", "unread", "get"),
         ),
     ),
+    "TX4": Gate(
+        "what is learned is prompt and completion joined; rows that the base cannot take are refused",
+        ("tests/data/test_limits.py",),
+        {},
+        {},
+        (
+            always("data/tokenise.py:Tokeniser.answers", "starts_word", "_adds_space"),
+            never("data/limits.py:beyond", "positions"),
+            never("data/limits.py:beyond", "largest"),
+            without("training/run.py:_read_inputs", "check_limits"),
+            never("data/limits.py:positions_of", "yarn"),
+        ),
+    ),
 }

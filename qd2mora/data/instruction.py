@@ -40,6 +40,7 @@ FORMAT = RowFormat(
     texts=("instruction", "output"),
     optional=("input", "system"),
     asks=("instruction", "input"),
+    starts_word=True,
 )
 
 __all__ = ["FORMAT", "split"]

@@ -27,13 +27,15 @@ class Pair:
     """One example as text.
 
     `segments`: a conversation whole, given and learned in turn, special tokens in it; `prompt` is all of it before the
-    last answer.
+    last answer. `starts_word`: the answer is tokenised as a text of its own, with the space that SentencePiece puts
+    before one, as published prompts are trained; else it goes on where the prompt ends.
     """
 
     prompt: str
     answer: str
     vector: Vector | None = None
     segments: tuple[str, ...] = ()
+    starts_word: bool = False
 
 
 @dataclass
@@ -157,7 +159,7 @@ def _pair_of(row_format: RowFormat, row: object, task: Task, template: ChatTempl
         for text in (prompt, answer):
             _check_text("choices", text)
     _refuse_silent(answer, row_format, names)
-    return Pair(prompt, answer, vector)
+    return Pair(prompt, answer, vector, starts_word=row_format.starts_word)
 
 
 def _refuse_silent(answer: str, row_format: RowFormat, names: Names) -> None:

@@ -43,6 +43,7 @@ _SCHEMA = pa.schema(
         "prompt": pa.large_string(),
         "answer": pa.large_string(),
         "vector": pa.list_(pa.float64()),
+        "starts_word": pa.bool_(),
     }
 )
 _log = logging.getLogger(__name__)
@@ -87,13 +88,18 @@ class TokenStore:
     def pair(self, number: int) -> Pair:
         """Return a row as text."""
         batch, place = self._find(number)
-        prompt, answer, vector = (batch.content.column(name)[place].as_py() for name in ("prompt", "answer", "vector"))
-        return Pair(prompt, answer, None if vector is None else tuple(vector))
+        names = ("prompt", "answer", "vector", "starts_word")
+        prompt, answer, vector, starts_word = (batch.content.column(name)[place].as_py() for name in names)
+        return Pair(prompt, answer, None if vector is None else tuple(vector), starts_word=starts_word)
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each row."""
         return self._of_all(lambda batch: np.diff(batch.offsets["ids"]))
+
+    @cached_property
+    def largest_id(self) -> int:
+        return max((int(batch.values["ids"].max(initial=0)) for batch in self._batches), default=0)
 
     @cached_property
     def first_bounds(self) -> NDArray[np.int32]:
@@ -222,6 +228,7 @@ def _batch(pairs: Sequence[Pair], tokens: Sequence[Tokens]) -> Any:
         pa.array([pair.prompt for pair in pairs], pa.large_string()),
         pa.array([pair.answer for pair in pairs], pa.large_string()),
         pa.array([pair.vector for pair in pairs], pa.list_(pa.float64())),
+        pa.array([pair.starts_word for pair in pairs], pa.bool_()),
     ]
     return pa.record_batch(columns, schema=_SCHEMA)
 

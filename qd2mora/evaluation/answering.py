@@ -115,6 +115,7 @@ def _sums(losses: Tensor, keep: Tensor) -> list[float]:
 def batch_of(subject: Subject, rows: list[Row], side: str) -> dict[str, Tensor]:
     """Collate rows on the device of the model, padded on `side`."""
     batch = collate(rows, subject.tokenizer.pad_token_id, multiple=1, side=side)
+    subject.check_ids(batch["input_ids"])
     return {name: tensor.to(subject.plain.device) for name, tensor in batch.items()}
 
 

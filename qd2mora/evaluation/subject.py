@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qd2mora.base import compute_dtype, default_device, fingerprint, load_base, load_tokenizer
 from qd2mora.data.chat import named_templates
+from qd2mora.data.tokenise import Tokeniser
 from qd2mora.disk.file_hash import hash_of_bytes, hash_of_file, hashes_of_files
 from qd2mora.disk.sealed import MANIFEST, open_manifest
 from qd2mora.disk.untrusted import check_adapter, check_config, check_weights
@@ -40,6 +41,19 @@ class Subject:
     def ends(self) -> Ends:
         """Where its answers end."""
         return ends_of(self.tokenizer, self.plain.generation_config, self.templates)
+
+    @cached_property
+    def tokeniser(self) -> Tokeniser:
+        return Tokeniser(self.tokenizer)
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Refuse tokens that the model has no embedding of. Raises InputRefused."""
+        there = self.plain.get_input_embeddings().num_embeddings
+        if ids.numel() and int(ids.max()) >= there:
+            raise InputRefused(
+                f"the text has token {int(ids.max())}, the model's embedding {there} rows; its tokenizer is that of "
+                "another model"
+            )
 
     def texts_of(self, tokens: list[list[int]]) -> list[str]:
         """Return what was written, up to where each answer ends."""

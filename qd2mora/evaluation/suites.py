@@ -146,7 +146,7 @@ def _item(suite: Suite, task: SuiteTask, row: Any, prompt: str) -> Item:
         asked = instruction.split({"instruction": row["instruction"], "output": right})[0]
     else:
         asked = _PUBLISHED.replace("{instruction}", row["instruction"], 1)
-    return Item(Pair(asked, right), label, _offered(task, row["instruction"], label))
+    return Item(Pair(asked, right, starts_word=True), label, _offered(task, row["instruction"], label))
 
 
 def _offered(task: SuiteTask, text: str, label: str) -> tuple[str, ...]:

@@ -168,6 +168,7 @@ class Talk:
         ids = torch.tensor([tokenizer(text, add_special_tokens=not is_rendered)["input_ids"]], device=plain.device)
         if not ids.numel():
             raise InputRefused("--prompt: there is no token to go on from")
+        self.subject.check_ids(ids)
         given, whole = ids.shape[1], int(plain.config.max_position_embeddings)
         if given >= whole:
             raise InputRefused(f"the prompt has {given} tokens, the model is made for {whole} with the answer")

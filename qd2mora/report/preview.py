@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from qd2mora.base import load_tokenizer
+from qd2mora.base import base_config, load_tokenizer
 from qd2mora.data import Row, TaskMix, TaskRows, prepare
+from qd2mora.data.limits import beyond
 from qd2mora.data.notes import ROWS_LOOKED_AT, is_learned, notes
 from qd2mora.recipe import Recipe
 from qd2mora.report.cells import with_columns, written
@@ -32,6 +33,8 @@ def show_rows(recipe: Recipe, number: int, console: Console) -> None:
     console.print("dim: given; green: learned; reversed: special tokens")
     console.print(_lengths(tasks, recipe.data.max_length))
     console.print(_shares(recipe, tasks))
+    for line in beyond(tasks, tokenizer, base_config(recipe.base)):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     for task in tasks:
         for line in problems(task, tokenizer, recipe.data.max_length):
             console.print(f"{task.task.name}: {line}", soft_wrap=True, highlight=False, markup=False)

@@ -45,7 +45,14 @@ from qd2mora.training.micro_batches import Course, MicroBatches
 from qd2mora.training.opening import check_folder, open_folder, read_manifest, restore
 from qd2mora.training.processes import Processes
 from qd2mora.training.progress import Progress
-from qd2mora.training.recipe_checks import check_judging, check_packing, check_rows, check_stages, tasks_to_score
+from qd2mora.training.recipe_checks import (
+    check_judging,
+    check_limits,
+    check_packing,
+    check_rows,
+    check_stages,
+    tasks_to_score,
+)
 from qd2mora.training.rehearsal import Rehearsal, is_worthwhile
 from qd2mora.training.result import save_result
 from qd2mora.training.updates import PlainUpdater, Updater, build_optimizer
@@ -162,11 +169,12 @@ def _train_locked(start: Start) -> Trained:
 def _read_inputs(start: Start) -> Inputs:
     """Read rows and plan. Raises InputRefused, WillNotFit."""
     recipe = start.recipe
-    base_config(recipe.base)  # refuses a base that cannot be read before rows are
+    read = base_config(recipe.base)  # refuses a base that cannot be read before rows are
     tokenizer = load_tokenizer(recipe.base.model)
     tasks = prepare(recipe.data, tokenizer, recipe.train.seed)
     config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
     check_rows(config, tasks)
+    check_limits(tasks, tokenizer, read)
     check_judging(recipe, tasks)
     asked = tasks_to_score(tasks)
     planned = _fitting_plan(recipe, start.processes.device)
