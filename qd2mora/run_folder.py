@@ -5,6 +5,7 @@
 `export/`. While a run goes on, `LOCK`.
 """
 
+import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,11 @@ class OpenRun:
     tokenizer: PreTrainedTokenizerBase
 
     @property
+    def clock(self) -> str | None:
+        """The time that chat templates read when its rows were made."""
+        return clock_of(self.folder)
+
+    @property
     def config(self) -> MixtureConfig | None:
         """The adapter's configuration with the recipe's changes; None for PEFT's own DoRA, which routes nothing."""
         config = self.model.peft_config["default"]
@@ -86,6 +92,16 @@ class OpenRun:
 def is_run(path: str | Path) -> bool:
     """Tell whether a folder holds a run."""
     return (Path(path) / "recipe.yaml").is_file()
+
+
+def clock_of(folder: RunFolder) -> str | None:
+    """Return the time that chat templates read when a run's rows were made; None where its manifest does not tell."""
+    try:
+        content = json.loads(folder.manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    clock = content.get("clock") if isinstance(content, dict) else None
+    return clock if isinstance(clock, str) else None
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -125,6 +141,7 @@ def refuse_taken(path: Path, what: str) -> None:
 __all__ = [
     "OpenRun",
     "RunFolder",
+    "clock_of",
     "is_run",
     "open_run",
     "read_recipe",

@@ -20,6 +20,8 @@ def notes(task: TaskRows, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     yield from names_counted(task.skipped.unread)
     if task.skipped.systems:
         yield f"{task.skipped.systems} rows bring their system message in field 'system'; it is put first"
+    if task.reads_clock:
+        yield "the chat template words the time of day or the date: a run keeps the time that it began at"
     yield from _open_ends(task, tokenizer)
 
 

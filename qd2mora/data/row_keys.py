@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from qd2mora.data.file_rows import BadRow
 
-_NOTHING = (None, "", "[]", "{}", [], {})
+_NOTHING: tuple[object, ...] = (None, "", "[]", "{}", [], {})
 _LISTS = ("tools", "functions", "tool_calls", "function_call", "history")
 """Refused where they hold something built of lists and objects, as it is or as JSON text."""
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")

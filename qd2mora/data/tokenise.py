@@ -43,7 +43,9 @@ class Tokens(NamedTuple):
 class Tokeniser:
     """A tokenizer's text-to-ids, with no padding and no cut whatever somebody set on it before."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, clock: str | None = None) -> None:
+        """`clock`: the time that a chat template reads, None for now."""
+        self.clock = clock
         self.end = tokenizer.eos_token_id
         self._slow = tokenizer
         self._fast: Tokenizer | None = None

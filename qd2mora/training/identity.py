@@ -34,6 +34,7 @@ class Manifest(TypedDict):
     lineage: list[Change]
     device: str
     threads: int
+    clock: str
     plan: dict[str, object]
 
 

@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from qd2mora.memory.plan import Plan, plan
 from qd2mora.memory.techniques import prepare_base
 from qd2mora.mixture import MixtureConfig, adapter_tensors, add_adapter, selection_biases
 from qd2mora.recipe import Recipe, Train
-from qd2mora.run_folder import RunFolder
+from qd2mora.run_folder import RunFolder, clock_of
 from qd2mora.stopping import StopRequest, listening
 from qd2mora.training.adapter_start import start_adapter
 from qd2mora.training.best import BestKeeper
@@ -101,6 +102,8 @@ class Inputs:
     asked: list[AskedTask]
     """Tasks that are scored beside the loss."""
     planned: Plan
+    clock: str
+    """The time that chat templates read, kept for every resume."""
 
 
 def train(
@@ -171,7 +174,8 @@ def _read_inputs(start: Start) -> Inputs:
     recipe = start.recipe
     read = base_config(recipe.base)  # refuses a base that cannot be read before rows are
     tokenizer = load_tokenizer(recipe.base.model)
-    tasks = prepare(recipe.data, tokenizer, recipe.train.seed)
+    clock = start.processes.from_main(lambda: _clock(start))
+    tasks = prepare(recipe.data, tokenizer, recipe.train.seed, clock)
     config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
     check_rows(config, tasks)
     check_limits(tasks, tokenizer, read)
@@ -181,7 +185,12 @@ def _read_inputs(start: Start) -> Inputs:
     if recipe.train.optimizer == "auto":
         chosen = recipe.train.model_copy(update={"optimizer": planned.layout.optimizer})
         recipe = recipe.model_copy(update={"train": chosen})
-    return Inputs(recipe, config, tokenizer, tasks, asked, planned)
+    return Inputs(recipe, config, tokenizer, tasks, asked, planned, clock)
+
+
+def _clock(start: Start) -> str:
+    kept = clock_of(start.folder) if start.is_resumed else None
+    return kept or datetime.now().isoformat(timespec="seconds")
 
 
 def _fitting_plan(recipe: Recipe, device: torch.device) -> Plan:
@@ -289,6 +298,7 @@ def _open(start: Start, inputs: Inputs, ancestry: Ancestry, progress: Progress) 
         "identity": ancestry.identity,
         "lineage": ancestry.lineage(progress.step),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "clock": inputs.clock,
         "threads": torch.get_num_threads(),
         "plan": inputs.planned.to_json(),
     }
