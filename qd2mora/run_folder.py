@@ -5,6 +5,7 @@
 `export/`. While a run goes on, `LOCK`.
 """
 
+import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,11 @@ class OpenRun:
     tokenizer: PreTrainedTokenizerBase
 
     @property
+    def clock(self) -> str | None:
+        """The time that chat templates read when its rows were made."""
+        return clock_of(self.folder)
+
+    @property
     def config(self) -> MixtureConfig | None:
         """The adapter's configuration with the recipe's changes; None for PEFT's own DoRA, which routes nothing."""
         config = self.model.peft_config["default"]
@@ -89,11 +95,33 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / "recipe.yaml").is_file()
 
 
+def clock_of(folder: RunFolder) -> str | None:
+    """Return the time that chat templates read when a run's rows were made; None where its manifest does not tell."""
+    try:
+        content = json.loads(folder.manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    clock = content.get("clock") if isinstance(content, dict) else None
+    return clock if isinstance(clock, str) else None
+
+
 def read_recipe(path: str | Path) -> Recipe:
     """Return the resolved recipe of a run. Raises InputRefused where there is no run."""
     if not is_run(path):
         raise InputRefused(f"'{path}' is not a run folder: it holds no recipe.yaml")
-    return load_recipe(RunFolder(Path(path)).recipe)
+    folder = RunFolder(Path(path))
+    recipe = load_recipe(folder.recipe)
+    if clock_of(folder) is None:
+        return _as_worded_before(recipe)
+    return recipe
+
+
+def _as_worded_before(recipe: Recipe) -> Recipe:
+    """Runs from before instructions could have a template name one on every task; it worded conversations alone."""
+    tasks = [
+        task if task.format == "chat" else task.model_copy(update={"template": None}) for task in recipe.data.tasks
+    ]
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tasks": tasks})})
 
 
 def open_run(path: str | Path, device: torch.device | None = None, *, allow_changed: Collection[str] = ()) -> OpenRun:
@@ -119,6 +147,7 @@ def open_run(path: str | Path, device: torch.device | None = None, *, allow_chan
 __all__ = [
     "OpenRun",
     "RunFolder",
+    "clock_of",
     "is_run",
     "open_run",
     "read_recipe",

@@ -362,4 +362,78 @@ GATES: dict[str, Gate] = {
         {},
         (uncaught("training/journal.py:Journal._try", "OSError"),),
     ),
+    "TX1": Gate(
+        "an answer ends where the tokenizer, generation_config.json or the chat template ends it, and learns that end",
+        (
+            "tests/evaluation/test_ends.py",
+            "tests/data/test_chat.py::test_an_answer_that_the_template_leaves_open_is_closed",
+            "tests/report/test_preview.py::"
+            "test_a_template_that_closes_turns_with_plain_text_is_named_with_what_would_do",
+        ),
+        {},
+        {},
+        (
+            never("evaluation/ends.py:ends_of", "listed", "is not"),
+            always("evaluation/ends.py:ends_of", "added_tokens_decoder"),
+            without("evaluation/ends.py:ends_of", "signs", "add"),
+            doing("evaluation/ends.py:Ends.settled", "cut", by="text = text"),
+            instead("data/chat.py:segments", "content", "split", by="messages[turn]['content'].split(' ')[0]"),
+            never("data/notes.py:_open_ends", "wording", "not in"),
+        ),
+    ),
+    "TX2": Gate(
+        "a prompt is worded as its task was trained, said in one line, and exports carry the template",
+        ("tests/evaluation/test_wording.py",),
+        {},
+        {},
+        (
+            instead("evaluation/wording.py:_as_trained", "name", "tasks", "list", by="list(tasks)"),
+            without("evaluation/wording.py:_as_trained", "sort"),
+            never("evaluation/wording.py:_as_trained", "others"),
+            doing("merging/__init__.py:_exported", "template_to_keep", by="pass"),
+            never("data/formats.py:find_format", "template"),
+            never("data/read.py:_pair_of", "template", "is not"),
+        ),
+    ),
+    "TX3": Gate(
+        "a key of a row that changes what is learned is refused, any other that nothing reads is named",
+        ("tests/data/test_row_keys.py",),
+        {},
+        {},
+        (
+            never("data/row_keys.py:unread_keys", "is_left_out"),
+            never("data/row_keys.py:unread_keys_of_message", "is_flag"),
+            ignoring("data/row_keys.py:unread_keys", "_MEDIA"),
+            never("data/instruction.py:split", "system"),
+            never("data/chat.py:with_system", "content"),
+            without("data/read.py:iterate_pairs", "unread", "get"),
+        ),
+    ),
+    "TX4": Gate(
+        "what is learned is prompt and completion joined; rows that the base cannot take are refused",
+        (
+            "tests/data/test_limits.py",
+            "tests/data/test_chat.py::test_a_template_reads_the_time_that_its_run_began_at",
+        ),
+        {},
+        {},
+        (
+            always("data/tokenise.py:Tokeniser.answers", "starts_word", "_adds_space"),
+            never("data/limits.py:beyond", "positions"),
+            never("data/limits.py:beyond", "largest"),
+            without("training/run.py:_read_inputs", "check_limits"),
+            never("data/limits.py:positions_of", "yarn"),
+            never("data/chat_template_child.py:main", "clock", "is not"),
+        ),
+    ),
+    "TX5": Gate(
+        "an export reads the same in transformers 4 and 5",
+        ("tests/merging/test_older_loaders.py",),
+        {},
+        {},
+        (
+            instead("merging/hf_folder.py:config_of", "_older_rope", "content", by="{}"),
+            never("base/tokenizer.py:save_tokenizer", "TokenizersBackend"),
+        ),
+    ),
 }

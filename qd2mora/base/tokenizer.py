@@ -1,8 +1,12 @@
 """A base's tokenizer, with a pad token that is never mistaken for the end of a text."""
 
+import json
+from pathlib import Path
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qd2mora.base.files import RANDOM, UNLOADABLE, first_line, folder_of
+from qd2mora.disk.durable import save_pretrained, write_file
 from qd2mora.disk.untrusted import check_tokenizer
 from qd2mora.errors import InputRefused
 
@@ -34,4 +38,18 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-__all__ = ["load_tokenizer"]
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files under a class that older loaders know. Raises OSError.
+
+    transformers 5 calls a tokenizer of no class of its own `TokenizersBackend`, which 4.56 refuses; both read
+    `PreTrainedTokenizerFast` as the same.
+    """
+    save_pretrained(tokenizer, folder)
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+        write_file(path, [(json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()])
+
+
+__all__ = ["load_tokenizer", "save_tokenizer"]

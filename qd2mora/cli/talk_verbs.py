@@ -8,7 +8,7 @@ import typer
 
 from qd2mora.cli.app import AllowChanged, ModelPath, app, numbers
 
-Task = Annotated[str | None, typer.Option(help="Task, where the adapter routes by task.")]
+Task = Annotated[str | None, typer.Option(help="Task: words as it was trained, routes by it where the adapter does.")]
 Vector = Annotated[str | None, typer.Option(help="Numbers with commas, where the adapter reads a vector.")]
 Template = Annotated[
     str | None,
@@ -40,7 +40,7 @@ def generate(
     options = TalkOptions(task, numbers(vector), template, max_new_tokens, temperature, top_p, seed)
     if prompt == "-":
         prompt = sys.stdin.read()
-    run_generation(model, prompt, options, raw=raw, write=_show, allow_changed=allow_changed or ())
+    run_generation(model, prompt, options, raw=raw, write=_show, say=_say, allow_changed=allow_changed or ())
     typer.echo()
 
 
@@ -64,7 +64,7 @@ def chat(
     from qd2mora.evaluation import chat as run_chat
 
     options = TalkOptions(task, numbers(vector), template, max_new_tokens, temperature, top_p, seed)
-    run_chat(model, _lines(), _show, options, allow_changed=allow_changed or ())
+    run_chat(model, _lines(), _show, options, say=_say, allow_changed=allow_changed or ())
 
 
 def _lines() -> Iterator[str]:
@@ -76,6 +76,10 @@ def _lines() -> Iterator[str]:
         if not line:
             return
         yield line
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _show(text: str) -> None:

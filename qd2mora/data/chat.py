@@ -4,16 +4,21 @@ A conversation becomes segments, given and learned in turn: the template is rend
 what the answer adds, the sign that ends the turn included, is learned. What follows the last answer is left out.
 """
 
+import logging
 from collections.abc import Mapping
 
 from qd2mora.data.chat_template import ChatTemplate
 from qd2mora.data.file_rows import BadRow
-from qd2mora.data.row_format import RowFormat
+from qd2mora.data.row_format import Fields, RowFormat
+from qd2mora.recipe import Data
+from qd2mora.recipe.data import OWN
 
-FORMAT = RowFormat(("messages",), None, texts=(), inner=("role", "content"))
+FORMAT = RowFormat(("messages",), None, texts=(), optional=("system",), inner=("role", "content"))
 ROLES = ("system", "user", "assistant")
 # Names of other collections of conversations for the same roles.
 _SAME = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+_log = logging.getLogger(__name__)
+_PROBE = "probe-of-an-answer"
 
 TEMPLATES = {
     "chatml": (
@@ -63,12 +68,57 @@ def segments(messages: list[dict[str, str]], template: ChatTemplate) -> tuple[st
     for turn, before, after in zip(turns, asked, told, strict=True):
         if not before.startswith(done) or not after.startswith(before):
             raise BadRow("the chat template rewrites earlier turns", ", so what is learned cannot be told")
-        content, answer = messages[turn]["content"].rstrip(), after[len(before) :]
-        if answer.rstrip().endswith(content):  # the template leaves the turn open
+        # The last word: a template may trim the answer, or leave out how it begins.
+        last_word, answer = messages[turn]["content"].split()[-1], after[len(before) :]
+        if answer.rstrip().endswith(last_word):  # the template leaves the turn open
             answer += template.end
         parts += [before[len(done) :], answer]
         done = after
     return tuple(parts)
+
+
+def closing_sign(template: ChatTemplate) -> str:
+    """Return what a template writes after an assistant's answer, white space aside; empty where it writes nothing."""
+    talk = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}]
+    try:
+        _before, found, after = template.render(talk).rpartition(_PROBE)
+    except BadRow:
+        return ""
+    return after.strip() if found else ""
+
+
+def named_templates(data: Data) -> tuple[str, ...]:
+    """Return the templates of ours that word conversations of a recipe."""
+    return tuple(TEMPLATES[name] for name in dict.fromkeys(task.wording for task in data.tasks) if name in TEMPLATES)
+
+
+def template_to_keep(data: Data) -> str | None:
+    """Return the template of ours that an export carries; None where the tokenizer's own is what was trained with."""
+    chosen = list(dict.fromkeys(task.wording for task in data.tasks if task.wording in (OWN, *TEMPLATES)))
+    if not chosen:
+        return None
+    kept = OWN if OWN in chosen else chosen[0]
+    if len(chosen) > 1:
+        _log.warning("tasks were worded by %s; the export's chat template is %s", " and ".join(chosen), kept)
+    return TEMPLATES.get(kept)
+
+
+def segments_of_instruction(row: Fields, template: ChatTemplate) -> tuple[str, ...]:
+    """Return an instruction row as a conversation of one turn, cut as `segments` does. Raises BadRow."""
+    asked = [row[name] for name in ("instruction", "input") if row.get(name)]
+    turns = [{"role": "user", "content": "\n\n".join(asked)}, {"role": "assistant", "content": row["output"]}]
+    return segments(with_system(turns, row.get("system")), template)
+
+
+def with_system(messages: list[dict[str, str]], system: str | None) -> list[dict[str, str]]:
+    """Return a conversation that begins with what the row's own field `system` says. Raises BadRow."""
+    if not system:
+        return messages
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if messages[0]["content"] != system:
+        raise BadRow("field 'system' and the first message are two system messages", ", and they differ")
+    return messages
 
 
 def _short(value: object) -> str:
@@ -77,4 +127,15 @@ def _short(value: object) -> str:
     return type(value).__name__
 
 
-__all__ = ["FORMAT", "ROLES", "TEMPLATES", "check", "segments"]
+__all__ = [
+    "FORMAT",
+    "ROLES",
+    "TEMPLATES",
+    "check",
+    "closing_sign",
+    "named_templates",
+    "segments",
+    "segments_of_instruction",
+    "template_to_keep",
+    "with_system",
+]

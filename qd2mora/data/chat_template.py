@@ -30,13 +30,16 @@ LONGEST_TEMPLATE = 128 << 10
 class ChatTemplate:
     """Renders conversations; `with` it, and the child ends with the block."""
 
-    def __init__(self, template: str, tokens: dict[str, str], where: str) -> None:
-        """`tokens`: what the template may name, `bos_token` and the like; `where` names it in errors."""
+    def __init__(self, template: str, tokens: dict[str, str], where: str, clock: str | None = None) -> None:
+        """`tokens`: what the template may name, `bos_token` and the like; `where` names it in errors.
+
+        `clock`: the time that it reads, in ISO form; None for now.
+        """
         if len(template) > LONGEST_TEMPLATE:
             raise InputRefused(f"{where}: a chat template of {len(template)} characters (limit {LONGEST_TEMPLATE})")
         self.where = where
         self.end = tokens.get("eos_token", "")
-        self.settings: dict[str, object] = {"path": sys.path, "template": template, "tokens": tokens}
+        self.settings: dict[str, object] = {"path": sys.path, "template": template, "tokens": tokens, "clock": clock}
         self.settings |= {"memory": MEMORY, "seconds": SECONDS, "longest": LONGEST}
 
     def __enter__(self) -> Self:
@@ -107,4 +110,9 @@ class ChatTemplate:
         return pipe
 
 
-__all__ = ["ChatTemplate"]
+def reads_clock(template: str) -> bool:
+    """Tell whether a template words the time of its rendering."""
+    return "strftime_now" in template
+
+
+__all__ = ["ChatTemplate", "reads_clock"]

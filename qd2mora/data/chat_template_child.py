@@ -7,6 +7,7 @@ processor time of each answer; whatever it does beyond that ends this process, n
 import json
 import resource
 import sys
+from datetime import datetime
 from types import TracebackType
 
 
@@ -21,8 +22,12 @@ def main() -> None:
     settings = json.loads(sys.stdin.readline())
     sys.path[:] = settings["path"]
     import jinja2
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from transformers.utils import chat_template_utils
 
+    if settings["clock"] is not None:
+        began = datetime.fromisoformat(settings["clock"])
+        # What `strftime_now` of templates reads in transformers 5.24, which has no argument for it.
+        chat_template_utils.datetime = type("Stopped", (datetime,), {"now": staticmethod(lambda: began)})
     resource.setrlimit(resource.RLIMIT_AS, (settings["memory"], settings["memory"]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     print("ready", flush=True)
@@ -32,7 +37,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (until, resource.RLIM_INFINITY))
         try:
             request = json.loads(line) | settings["tokens"]
-            texts, _ = render_jinja_template(**request, chat_template=settings["template"])
+            texts, _ = chat_template_utils.render_jinja_template(**request, chat_template=settings["template"])
             is_short = sum(map(len, texts)) <= settings["longest"]
             answer = {"texts": texts} if is_short else {"refused": "the text is too long"}
         except jinja2.exceptions.SecurityError:

@@ -19,6 +19,12 @@ def find_format(task: Task) -> RowFormat:
         known = nearest(task.format, FORMATS)
         raise InputRefused(f"data.tasks.{task.name}.format: unknown format {task.format!r}; {known}")
     found = FORMATS[task.format]
+    # Resolved recipes of old runs name `tokenizer` on every task, where it words nothing.
+    if task.template not in (None, "tokenizer") and task.format not in ("chat", "instruction"):
+        raise InputRefused(
+            f"data.tasks.{task.name}.template: {task.template} words chats and instructions, {task.format} rows are "
+            "joined as they are; leave it out"
+        )
     for name in task.fields or {}:
         if name not in found.names:
             raise InputRefused(

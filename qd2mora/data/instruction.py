@@ -3,6 +3,7 @@
 The odd spaces are that project's: its template is an indented Python string. Reproducing published numbers needs them.
 """
 
+from qd2mora.data.file_rows import BadRow
 from qd2mora.data.row_format import Fields, RowFormat
 
 _INDENT = " " * 16
@@ -19,7 +20,12 @@ _WITHOUT_INPUT = (
 
 
 def split(row: Fields) -> tuple[str, str]:
-    """Return (prompt, answer) of a row with `instruction`, `output` and, where there is one, `input`."""
+    """Return (prompt, answer) of a row with `instruction`, `output` and, where there is one, `input`.
+
+    Raises BadRow where there is a `system`, which this prompt has no place for.
+    """
+    if row.get("system"):
+        raise BadRow("field 'system' has no place in this prompt", "; template: tokenizer words it, or take it out")
     if row.get("input"):
         # Not str.format: braces in the data are data.
         prompt = _WITH_INPUT.replace("{instruction}", row["instruction"], 1)
@@ -32,8 +38,9 @@ FORMAT = RowFormat(
     ("instruction", "output"),
     split,
     texts=("instruction", "output"),
-    optional=("input",),
+    optional=("input", "system"),
     asks=("instruction", "input"),
+    starts_word=True,
 )
 
 __all__ = ["FORMAT", "split"]

@@ -46,6 +46,6 @@ def _right(answer: object, choices: list[str], labels: list[str]) -> int:
     raise BadRow("the answer is outside the choices", f": {repr(answer)[:40]} of {', '.join(labels)}")
 
 
-FORMAT = RowFormat(("question", "choices", "answer"), split, texts=("question",), asks=("question",))
+FORMAT = RowFormat(("question", "choices", "answer"), split, texts=("question",), asks=("question",), starts_word=True)
 
 __all__ = ["FORMAT", "split"]

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import overload
 
 import numpy as np
@@ -12,15 +13,15 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qd2mora.data import chat
-from qd2mora.data.chat_template import ChatTemplate
+from qd2mora.data.chat_template import ChatTemplate, reads_clock
 from qd2mora.data.formats import find_format
-from qd2mora.data.text_pairs import Pair, Skipped, content_hash, iterate_pairs
+from qd2mora.data.read import Pair, Skipped, content_hash, iterate_pairs
 from qd2mora.data.token_store import RowsToStore, TokenStore, open_store
 from qd2mora.data.tokenise import Tokeniser, special_tokens, tokenizer_text
 from qd2mora.disk.file_hash import hash_of_bytes
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Data, Task
-from qd2mora.recipe.data import HUB
+from qd2mora.recipe.data import AS_IT_IS, HUB, INSTRUCTION
 
 MAX_DROPPED = 0.05
 """Share of training rows that may lose their whole answer to `max_length` where bad rows are errors."""
@@ -111,6 +112,8 @@ class TaskRows:
     """Training rows that lost their end to `max_length`."""
     num_dropped: int = 0
     """Training rows that lost their whole answer, and are left out."""
+    reads_clock: bool = False
+    """Whether its template words the time."""
     skipped: Skipped = field(default_factory=Skipped)
     """Rows of the files that could not be learned from (`data.on_bad_row: skip`), and rows said twice."""
 
@@ -127,13 +130,13 @@ def lengths_of(rows: Sequence[Row]) -> NDArray[np.int32]:
     return np.array([len(row.ids) for row in rows], dtype=np.int32)
 
 
-def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[TaskRows]:
+def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, clock: str | None = None) -> list[TaskRows]:
     """Read and tokenise every task; held-out rows depend on the seed and the task's name alone.
 
     Raises InputRefused with file and row, and where a task has nothing left to learn. Where bad rows are skipped, how
     many, why and where is logged, and kept in `TaskRows.skipped`.
     """
-    tokeniser = Tokeniser(tokenizer)
+    tokeniser = Tokeniser(tokenizer, clock)
     return [_prepare_task(data, index, tokenizer, tokeniser, seed) for index in range(len(data.tasks))]
 
 
@@ -167,6 +170,9 @@ def _prepare_task(
         held_out = TokenRows(other, np.arange(len(other)), index, data.max_length, "last", task.group or 0)
         for reason, found in other.skipped.places.items():
             skipped.places.setdefault(reason, []).extend(found)
+        for key, number in other.skipped.unread.items():
+            skipped.unread[key] = skipped.unread.get(key, 0) + number
+        skipped.systems += other.skipped.systems
     else:
         places, held = _hold_out(len(store), task, seed)
         held_out = TokenRows(store, held, index, data.max_length, "last", task.group or 0)
@@ -176,6 +182,7 @@ def _prepare_task(
     rows = TokenRows(store, places, index, data.max_length, masking, task.group or 0)
     train = rows.where(rows.is_learned)
     result = TaskRows(task, train, held_out.where(held_out.is_learned), skipped=skipped)
+    result.reads_clock = reads_clock(_template_text(task, tokenizer) or "")
     result.num_dropped = len(rows) - len(train)
     result.num_cut = int(train.is_cut.sum())
     _refuse_masked(data, result, rows)
@@ -194,34 +201,47 @@ def _stored_rows(
     find_format(task)
 
     def read(skipped: Skipped) -> Iterator[Pair]:
-        with _template(task, tokenizer) as template:
-            yield from iterate_pairs(task, path, skipped if data.on_bad_row == "skip" else None, template)
+        with _template(task, tokenizer, tokeniser.clock) as template:
+            yield from iterate_pairs(task, path, skipped if data.on_bad_row == "skip" else None, template, skipped)
 
     if path.startswith(HUB) or not os.path.isfile(path):
         return open_store(RowsToStore(task.name, read, None, 0, path, task.limit), tokeniser)
-    names = ("format", "fields", "select", "limit", "vector", "template")
+    names = ("format", "fields", "select", "limit", "vector", "wording")
     key: dict[str, object] = {name: getattr(task, name) for name in names}
     key |= {"file": content_hash(path), "path": path, "on_bad_row": data.on_bad_row}
     key["tokenizer"] = hash_of_bytes(tokenizer_text(tokenizer).encode())
+    if reads_clock(_template_text(task, tokenizer) or ""):
+        key["clock"] = tokeniser.clock or datetime.now().isoformat()
     return open_store(RowsToStore(task.name, read, key, os.path.getsize(path), path, task.limit), tokeniser)
 
 
 @contextmanager
-def _template(task: Task, tokenizer: PreTrainedTokenizerBase) -> Iterator[ChatTemplate | None]:
+def _template(
+    task: Task, tokenizer: PreTrainedTokenizerBase, clock: str | None = None
+) -> Iterator[ChatTemplate | None]:
     """Yield what words this task's rows; None where the format does."""
-    if find_format(task).split is not None:
+    find_format(task)
+    if task.wording in (INSTRUCTION, AS_IT_IS):
         yield None
         return
-    where, text = f"data.tasks.{task.name}", chat.TEMPLATES.get(task.template)
-    if text is None:
-        where, text = "base.model", tokenizer.chat_template
+    where, text = f"data.tasks.{task.name}", _template_text(task, tokenizer)
+    if task.wording not in chat.TEMPLATES:
+        where = "base.model"
     if not isinstance(text, str):
         raise InputRefused(
             f"data.tasks.{task.name}.template: the tokenizer has no chat template; name one of "
             f"{', '.join(chat.TEMPLATES)}"
         )
-    with ChatTemplate(text, special_tokens(tokenizer), where) as template:
+    with ChatTemplate(text, special_tokens(tokenizer), where, clock) as template:
         yield template
+
+
+def _template_text(task: Task, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the text of what words a task's rows; None where that is no template, or the tokenizer has none."""
+    if task.wording in (INSTRUCTION, AS_IT_IS):
+        return None
+    text = chat.TEMPLATES.get(task.wording, tokenizer.chat_template)
+    return text if isinstance(text, str) else None
 
 
 def _refuse_masked(data: Data, result: TaskRows, rows: TokenRows) -> None:

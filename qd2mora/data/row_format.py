@@ -16,7 +16,7 @@ class RowFormat:
     """`split` returns prompt and answer, or raises BadRow; None where a chat template words the row.
 
     `texts`: the fields that are text; `split` checks the others. `asks`: fields of which one must say something.
-    `inner`: names inside a field that a recipe may map.
+    `starts_word`: answers are tokenised as texts of their own. `inner`: names inside a field that a recipe may map.
     """
 
     fields: tuple[str, ...]
@@ -25,6 +25,7 @@ class RowFormat:
     optional: tuple[str, ...] = ()
     inner: tuple[str, ...] = ()
     asks: tuple[str, ...] = ()
+    starts_word: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

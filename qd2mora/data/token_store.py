@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from qd2mora.data.text_pairs import Pair, Skipped
+from qd2mora.data.read import Pair, Skipped
 from qd2mora.data.token_cache import ROWS, limit_bytes, mark_used, prune, remove_entry, tokens_folder
 from qd2mora.data.tokenise import Tokeniser, Tokens, tokenised
 from qd2mora.disk.file_hash import hash_of_bytes
@@ -30,7 +30,7 @@ from qd2mora.disk.passing import passing_name, remove_passing
 from qd2mora.disk.sealed import open_manifest, seal_whole_folder, verify_folder
 from qd2mora.errors import DamagedFile
 
-VERSION = 1
+VERSION = 2
 """Counted up when the same file would be stored otherwise."""
 SMALLEST_KEPT = 4 << 20
 """Bytes of a data file from which on its tokens are kept: smaller ones take a second or two."""
@@ -41,6 +41,7 @@ _SCHEMA = pa.schema(
         "prompt": pa.large_string(),
         "answer": pa.large_string(),
         "vector": pa.list_(pa.float64()),
+        "starts_word": pa.bool_(),
     }
 )
 _log = logging.getLogger(__name__)
@@ -85,13 +86,18 @@ class TokenStore:
     def pair(self, number: int) -> Pair:
         """Return a row as text."""
         batch, place = self._find(number)
-        prompt, answer, vector = (batch.content.column(name)[place].as_py() for name in ("prompt", "answer", "vector"))
-        return Pair(prompt, answer, None if vector is None else tuple(vector))
+        names = ("prompt", "answer", "vector", "starts_word")
+        prompt, answer, vector, starts_word = (batch.content.column(name)[place].as_py() for name in names)
+        return Pair(prompt, answer, None if vector is None else tuple(vector), starts_word=starts_word)
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each row."""
         return self._of_all(lambda batch: np.diff(batch.offsets["ids"]))
+
+    @cached_property
+    def largest_id(self) -> int:
+        return max((int(batch.values["ids"].max(initial=0)) for batch in self._batches), default=0)
 
     @cached_property
     def first_bounds(self) -> NDArray[np.int32]:
@@ -168,7 +174,7 @@ def _store_in_cache(rows: RowsToStore, tokeniser: Tokeniser, folder: Path) -> To
     try:
         with pa.OSFile(str(stage / ROWS), "wb") as sink:
             skipped = _write_rows(sink, rows, tokeniser)
-        seal_whole_folder(stage, {}, {"skipped": skipped.places, "duplicates": skipped.duplicates})
+        seal_whole_folder(stage, {}, asdict(skipped))
         # A folder that holds files is never renamed onto: of two runs at once the slower one takes the other's.
         if not folder.exists():
             os.rename(stage, folder)
@@ -181,7 +187,7 @@ def _store_in_cache(rows: RowsToStore, tokeniser: Tokeniser, folder: Path) -> To
 def _cached_store(folder: Path) -> TokenStore:
     verify_folder(folder)
     content = open_manifest(folder)
-    return _mapped_store(folder, Skipped(content["skipped"], content["duplicates"]))
+    return _mapped_store(folder, Skipped(**{each.name: content[each.name] for each in fields(Skipped)}))
 
 
 def _mapped_store(folder: Path, skipped: Skipped) -> TokenStore:
@@ -221,6 +227,7 @@ def _batch(pairs: Sequence[Pair], tokens: Sequence[Tokens]) -> Any:
         pa.array([pair.prompt for pair in pairs], pa.large_string()),
         pa.array([pair.answer for pair in pairs], pa.large_string()),
         pa.array([pair.vector for pair in pairs], pa.list_(pa.float64())),
+        pa.array([pair.starts_word for pair in pairs], pa.bool_()),
     ]
     return pa.record_batch(columns, schema=_SCHEMA)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from qd2mora.data.text_pairs import Pair
+from qd2mora.data.read import Pair
 
 CHUNK = 2048
 """Rows that are tokenised together, at most."""
@@ -23,6 +23,9 @@ CHUNK_LETTERS = 1 << 20
 """Letters that are tokenised together, but for one row that alone has more."""
 AHEAD = 2
 """Chunks that are tokenised at once: the library's threads work on one while Python takes the ids of the other."""
+
+_SPACES = ("▁", "Ġ", " ")  # how tokenizers write a space in a token
+_ANCHORS = ("\n", ".", "1", "a")
 
 
 class Tokens(NamedTuple):
@@ -40,7 +43,9 @@ class Tokens(NamedTuple):
 class Tokeniser:
     """A tokenizer's text-to-ids, with no padding and no cut whatever somebody set on it before."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, clock: str | None = None) -> None:
+        """`clock`: the time that a chat template reads, None for now."""
+        self.clock = clock
         self.end = tokenizer.eos_token_id
         self._slow = tokenizer
         self._fast: Tokenizer | None = None
@@ -48,6 +53,8 @@ class Tokeniser:
             self._fast = Tokenizer.from_str(_backend_text(tokenizer))
             self._fast.no_padding()
             self._fast.no_truncation()
+        first = str(tokenizer.convert_ids_to_tokens(self.texts(["a"], special=False)[0])[0])
+        self._adds_space = first[:1] in _SPACES
 
     def texts(self, texts: list[str], *, special: bool) -> list[list[int]]:
         """Return the ids of each text; `special`: with what the tokenizer puts around a text."""
@@ -62,12 +69,30 @@ class Tokeniser:
         plain = [pair for pair in pairs if not pair.segments]
         prompts = self.texts([pair.prompt for pair in plain], special=True)
         # Answers of a task are often few: each is tokenised once.
-        different = list(dict.fromkeys(pair.answer for pair in plain))
-        known = dict(zip(different, self.texts(different, special=False), strict=True))
-        answers = [known[pair.answer] for pair in plain]
+        known: dict[bool, dict[str, list[int]]] = {}
+        for starts in (True, False):
+            texts = list(dict.fromkeys(pair.answer for pair in plain if _starts(pair) == starts))
+            known[starts] = dict(zip(texts, self.answers(texts, starts_word=starts), strict=True))
+        answers = [known[_starts(pair)][pair.answer] for pair in plain]
         talks = iter(self._conversations([pair.segments for pair in pairs if pair.segments]))
         joined = (self._joined(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
         return [next(talks) if pair.segments else next(joined) for pair in pairs]
+
+    def answers(self, texts: list[str], *, starts_word: bool) -> list[list[int]]:
+        """Return the ids of texts that follow a prompt; `starts_word`: as texts of their own.
+
+        SentencePiece puts a space before a text; one that goes on is tokenised behind a letter that no token joins.
+        """
+        own = self.texts(texts, special=False)
+        if starts_word or not self._adds_space:
+            return own
+        found: list[list[int] | None] = [None] * len(texts)
+        for anchor in _ANCHORS:
+            (start,) = self.texts([anchor], special=False)
+            for place, ids in enumerate(self.texts([anchor + text for text in texts], special=False)):
+                if found[place] is None and ids[: len(start)] == start:
+                    found[place] = ids[len(start) :]
+        return [own[place] if ids is None else ids for place, ids in enumerate(found)]
 
     def _joined(self, prompt: list[int], answer: list[int]) -> Tokens:
         if prompt and prompt[-1] == self.end:  # tokenizers that close every text
@@ -95,7 +120,7 @@ class Tokeniser:
         return Tokens((encoding.ids,), tuple(bounds))
 
     def _piecewise(self, parts: tuple[str, ...]) -> Tokens:
-        pieces = self.texts(list(parts), special=False)
+        pieces = self.texts([parts[0]], special=False) + self.answers(list(parts[1:]), starts_word=False)
         bounds = list(itertools.accumulate(map(len, pieces)))
         return Tokens(tuple(pieces), tuple(bounds[:-1]))
 
@@ -124,6 +149,10 @@ def _chunks(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
             chunk, letters = [], 0
     if chunk:
         yield chunk
+
+
+def _starts(pair: Pair) -> bool:
+    return pair.starts_word or not pair.prompt
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

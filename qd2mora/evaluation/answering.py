@@ -33,7 +33,7 @@ def write_answers(subject: Subject, rows: list[Row], max_new_tokens: int, beams:
     batch = batch_of(subject, prompts, "left")
     subject.route(batch, copies=beams)
     tokens = subject.continue_texts(batch["input_ids"], batch["attention_mask"], max_new_tokens, beams)
-    return subject.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return subject.texts_of(tokens)
 
 
 @torch.no_grad()
@@ -115,6 +115,7 @@ def _sums(losses: Tensor, keep: Tensor) -> list[float]:
 def batch_of(subject: Subject, rows: list[Row], side: str) -> dict[str, Tensor]:
     """Collate rows on the device of the model, padded on `side`."""
     batch = collate(rows, subject.tokenizer.pad_token_id, multiple=1, side=side)
+    subject.check_ids(batch["input_ids"])
     return {name: tensor.to(subject.plain.device) for name, tensor in batch.items()}
 
 

@@ -15,7 +15,7 @@ import torch
 
 from qd2mora.base.passes import last_states, output_head
 from qd2mora.data import Row
-from qd2mora.data.text_pairs import Pair
+from qd2mora.data.read import Pair
 from qd2mora.disk.durable import write_json
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.answer_file import HarnessFile, TaskNumbers, check_scores_place, digest
@@ -193,7 +193,7 @@ class HarnessModel(TemplateLM):
         batch = batch_of(self.subject, rows, "left")
         self.subject.route(batch, copies=beams)
         tokens = self.subject.continue_texts(batch["input_ids"], batch["attention_mask"], room, beams)
-        return [_until(text, stops) for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        return [_until(text, stops) for text in self.subject.texts_of(tokens)]
 
 
 def _until(text: str, stops: list[str]) -> str:

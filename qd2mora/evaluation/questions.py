@@ -105,7 +105,8 @@ def ask(exam: Exam, subject: Subject) -> list[AskedTask]:
         asked = ask_suite(exam, subject.tokenizer, numbers)
     else:
         assert isinstance(exam.recipe, Recipe)
-        tasks = prepare(exam.recipe.data, subject.tokenizer, exam.recipe.train.seed)
+        clock = None if subject.run is None else subject.run.clock
+        tasks = prepare(exam.recipe.data, subject.tokenizer, exam.recipe.train.seed, clock)
         asked = ask_held_out(_chosen(tasks, exam.tasks), exam.limit)
         asked = _numbered(asked, task_numbers(subject, [task.name for task in asked]))
     if not asked:

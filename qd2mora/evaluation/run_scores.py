@@ -10,7 +10,7 @@ from qd2mora.evaluation.samples import answer_samples, sampled_rows
 from qd2mora.evaluation.score import Score
 from qd2mora.evaluation.subject import open_subject
 from qd2mora.recipe import Recipe
-from qd2mora.run_folder import RunFolder
+from qd2mora.run_folder import RunFolder, clock_of
 from qd2mora.safekeeping.inventory import noted
 
 
@@ -20,7 +20,7 @@ def score_run(folder: RunFolder, recipe: Recipe) -> dict[str, dict[str, Score]]:
     Nothing is written, and nothing returned, where no task holds out rows. Raises InputRefused, DamagedFile, NotFinite.
     """
     subject = open_subject(folder.path)
-    tasks = prepare(recipe.data, subject.tokenizer, recipe.train.seed)
+    tasks = prepare(recipe.data, subject.tokenizer, recipe.train.seed, clock_of(folder))
     asked, rows = ask_held_out(tasks), sampled_rows(tasks)
     if not asked:
         return {}

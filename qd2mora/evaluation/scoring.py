@@ -97,7 +97,7 @@ def _judged(task: AskedTask, labels: list[str], written: list[str]) -> tuple[lis
 
 
 def _weigh(subject: Subject, task: AskedTask, numbers: list[int], rows: list[Row]) -> list[Record]:
-    ids = [_choice_ids(subject, task.choices[number]) for number in numbers]
+    ids = [_choice_ids(subject, task.choices[number], task.rows[number].pair.starts_word) for number in numbers]
     records = []
     for number, weighed in zip(numbers, weigh_choices(subject, rows, ids), strict=True):
         texts = task.choices[number]
@@ -118,9 +118,9 @@ def _weigh(subject: Subject, task: AskedTask, numbers: list[int], rows: list[Row
     return records
 
 
-def _choice_ids(subject: Subject, texts: tuple[str, ...]) -> list[list[int]]:
+def _choice_ids(subject: Subject, texts: tuple[str, ...], starts_word: bool) -> list[list[int]]:
     """Tokenise choices as answers; where one begins another, the end token tells them apart."""
-    ids: list[list[int]] = subject.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    ids = subject.tokeniser.answers(list(texts), starts_word=starts_word)
     begins = any(one != two and two[: len(one)] == one for one in ids for two in ids)
     if not begins:
         return ids

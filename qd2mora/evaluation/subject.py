@@ -4,6 +4,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qd2mora.base import compute_dtype, default_device, fingerprint, load_base, load_tokenizer
+from qd2mora.data.chat import named_templates
+from qd2mora.data.tokenise import Tokeniser
 from qd2mora.disk.file_hash import hash_of_bytes, hash_of_file, hashes_of_files
 from qd2mora.disk.sealed import MANIFEST, read_manifest, verify_where_ours
 from qd2mora.disk.untrusted import check_adapter, check_config, check_weights
 from qd2mora.errors import InputRefused
+from qd2mora.evaluation.ends import Ends, ends_of
 from qd2mora.mixture import MixtureConfig, read_rows, reads_first_pass
 from qd2mora.recipe import Base
 from qd2mora.routed.modeling_mixture import AUTO_MAP, MixtureLlamaConfig, MixtureLlamaForCausalLM
@@ -30,6 +34,31 @@ class Subject:
     model: Any
     tokenizer: PreTrainedTokenizerBase
     run: OpenRun | None = None
+    templates: tuple[str, ...] = ()
+    """Chat templates that word what it was trained on, beside the tokenizer's own."""
+
+    @cached_property
+    def ends(self) -> Ends:
+        """Where its answers end."""
+        return ends_of(self.tokenizer, self.plain.generation_config, self.templates)
+
+    @cached_property
+    def tokeniser(self) -> Tokeniser:
+        return Tokeniser(self.tokenizer)
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Refuse tokens that the model has no embedding of. Raises InputRefused."""
+        there = self.plain.get_input_embeddings().num_embeddings
+        if ids.numel() and int(ids.max()) >= there:
+            raise InputRefused(
+                f"the text has token {int(ids.max())}, the model's embedding {there} rows; its tokenizer is that of "
+                "another model"
+            )
+
+    def texts_of(self, tokens: list[list[int]]) -> list[str]:
+        """Return what was written, up to where each answer ends."""
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [self.ends.cut(text) for text in texts]
 
     @property
     def is_adapted(self) -> bool:
@@ -74,27 +103,32 @@ class Subject:
     def continue_texts(self, ids: Tensor, mask: Tensor, max_new_tokens: int, beams: int = 1) -> list[list[int]]:
         """Continue left-padded prompts (rows, length), greedily or with a beam search; return each row's new tokens.
 
-        The end token is left out. `route` comes before, with `copies=beams`.
+        The token that ends an answer is left out, a sign that is text is not. `route` comes before, with
+        `copies=beams`.
         """
-        eos = self.tokenizer.eos_token_id
         settings = GenerationConfig(
             do_sample=False,
             num_beams=beams,
             max_new_tokens=max_new_tokens,
             pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=eos,
+            eos_token_id=list(self.ends.ids),
             use_cache=not (self.is_adapted and reads_first_pass(self.model)),
         )
         with torch.no_grad():
-            out = self.plain.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-        return [until(row, eos) for row in out[:, ids.shape[1] :].tolist()]
+            out = self.plain.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=settings,
+                stopping_criteria=self.ends.criteria(self.tokenizer, ids.shape[1]),
+            )
+        return [self.ends.before(row) for row in out[:, ids.shape[1] :].tolist()]
 
 
 def open_subject(path: str | Path, allow_changed: Collection[str] = ()) -> Subject:
     """Open a run or a model folder for asking. Raises InputRefused, DamagedFile."""
     if is_run(path):
         opened = open_run(path, allow_changed=allow_changed)
-        return Subject(opened.model, opened.tokenizer, opened)
+        return Subject(opened.model, opened.tokenizer, opened, named_templates(opened.recipe.data))
     if not Path(path).is_dir():
         raise InputRefused(f"'{path}': no such folder; name a run or a model folder")
     folder = Path(path)
@@ -166,11 +200,4 @@ def _lora_base(folder: Path) -> Base:
     return Base(**(settings or {"model": str(content.get("base_model_name_or_path")), "quantization": "none"}))
 
 
-def until(tokens: list[int], end: int) -> list[int]:
-    """Return the tokens before the first end token."""
-    if end in tokens:
-        return tokens[: tokens.index(end)]
-    return tokens
-
-
-__all__ = ["Subject", "model_mark", "open_subject", "until"]
+__all__ = ["Subject", "model_mark", "open_subject"]

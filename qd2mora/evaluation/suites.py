@@ -13,7 +13,7 @@ from typing import Any
 
 from qd2mora.data import instruction
 from qd2mora.data.file_rows import BadRow, rows_of
-from qd2mora.data.text_pairs import Pair
+from qd2mora.data.read import Pair
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.recipe import Task
 
@@ -146,7 +146,7 @@ def _item(suite: Suite, task: SuiteTask, row: Any, prompt: str) -> Item:
         asked = instruction.split({"instruction": row["instruction"], "output": right})[0]
     else:
         asked = _PUBLISHED.replace("{instruction}", row["instruction"], 1)
-    return Item(Pair(asked, right), label, _offered(task, row["instruction"], label))
+    return Item(Pair(asked, right, starts_word=True), label, _offered(task, row["instruction"], label))
 
 
 def _offered(task: SuiteTask, text: str, label: str) -> tuple[str, ...]:

@@ -1,13 +1,12 @@
 """Talking with a model: one answer or a conversation, token by token as it is written.
 
-How a message is worded: a run trained on conversations takes its task's chat template, any other run the instruction
-template that it was trained on; a plain model takes its tokenizer's chat template where it brings one. Chat templates
-are rendered in a child with limits, as in training. Generation is transformers' own, with its cache.
+A run is asked as it was trained; see `wording`. Chat templates are rendered in a child with limits, as in training.
+Generation is transformers' own, with its cache.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,18 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from qd2mora.data import chat as chat_format
 from qd2mora.data.chat_template import ChatTemplate
 from qd2mora.data.file_rows import BadRow
 from qd2mora.data.instruction import split
 from qd2mora.data.tokenise import special_tokens
-from qd2mora.errors import InputRefused, nearest
-from qd2mora.evaluation.subject import Subject, open_subject, until
+from qd2mora.errors import InputRefused
+from qd2mora.evaluation.ends import Ends
+from qd2mora.evaluation.subject import Subject, open_subject
+from qd2mora.evaluation.wording import Wording, wording_of
 from qd2mora.mixture import reads_first_pass
+from qd2mora.recipe.data import AS_IT_IS
 
 Write = Callable[[str], None]
-INSTRUCTION, OWN = "instruction", "tokenizer"
 FORGET = "/new"
 _HALF_LETTER = "�"
 
@@ -34,9 +34,9 @@ _HALF_LETTER = "�"
 class TalkOptions:
     """How a model is talked with: what its routers are told of each message, how messages are worded, how it answers.
 
-    task, vector: where the adapter reads them. template: instruction, tokenizer (its own chat template), chatml or
-    plain; None as trained. The next token is the likeliest at temperature 0, else drawn among the likeliest tokens of
-    the summed probability `top_p`; the same seed draws the same.
+    task, vector: where the adapter reads them; a message is worded as the task was trained. template: instruction,
+    tokenizer (its own chat template), chatml or plain; None as trained. The next token is the likeliest at temperature
+    0, else drawn among the likeliest tokens of the summed probability `top_p`; the same seed draws the same.
     """
 
     task: str | None = None
@@ -63,16 +63,19 @@ def generate(
     *,
     raw: bool = False,
     write: Write | None = None,
+    say: Write | None = None,
     allow_changed: Collection[str] = (),
 ) -> str:
-    """Answer an instruction or (`raw`) continue a text; `write` gets the text as it comes.
+    """Answer an instruction or (`raw`) continue a text; `write` gets the text as it comes, `say` how it is worded.
 
     Raises InputRefused, DamagedFile.
     """
     talk = open_talk(model, options or TalkOptions(), allow_changed)
     if raw:
+        if say is not None:
+            say(Wording(AS_IT_IS, None, "--raw").line)
         return talk.continue_text(prompt, write)
-    with talk.worded():
+    with talk.worded(say):
         return talk.answer(prompt, write)
 
 
@@ -82,6 +85,7 @@ def chat(
     write: Write,
     options: TalkOptions | None = None,
     *,
+    say: Write | None = None,
     allow_changed: Collection[str] = (),
 ) -> None:
     """Answer line after line, the conversation so far in mind where a chat template words it; `/new` forgets it.
@@ -89,7 +93,7 @@ def chat(
     Raises InputRefused, DamagedFile.
     """
     talk = open_talk(model, options or TalkOptions(), allow_changed)
-    with talk.worded():
+    with talk.worded(say, is_conversation=True):
         for line in lines:
             message = line.strip()
             if message == FORGET:
@@ -118,21 +122,31 @@ class Talk:
     options: TalkOptions
     task_number: int
     messages: list[dict[str, str]] = field(default_factory=list)
+    _wording: Wording | None = None
     _template: ChatTemplate | None = None
 
     @contextmanager
-    def worded(self) -> Iterator[None]:
-        """Word messages by the template asked for while the block runs. Raises InputRefused."""
-        text = self._chat_template()
-        if text is None:
+    def worded(self, say: Write | None = None, *, is_conversation: bool = False) -> Iterator[None]:
+        """Word messages as trained or asked for while the block runs; `say` is told how. Raises InputRefused."""
+        options = self.options
+        wording = wording_of(self.subject, options.template, options.task, is_conversation=is_conversation)
+        if say is not None:
+            say(wording.line)
+        self._wording = wording
+        if wording.template is None:
             yield
             return
-        with ChatTemplate(text, special_tokens(self.subject.tokenizer), "--template") as self._template:
+        if wording.template not in self.subject.templates:  # its sign ends an answer too
+            self.subject = replace(self.subject, templates=(*self.subject.templates, wording.template))
+        with ChatTemplate(wording.template, special_tokens(self.subject.tokenizer), "--template") as self._template:
             yield
         self._template = None
 
     def answer(self, message: str, write: Write | None = None) -> str:
         """Answer a message; both join the conversation. Raises InputRefused."""
+        assert self._wording is not None
+        if self._wording.name == AS_IT_IS:
+            return self.continue_text(message, write)
         if self._template is None:
             return self.continue_text(split({"instruction": message, "output": ""})[0], write)
         self.messages.append({"role": "user", "content": message})
@@ -154,11 +168,12 @@ class Talk:
         ids = torch.tensor([tokenizer(text, add_special_tokens=not is_rendered)["input_ids"]], device=plain.device)
         if not ids.numel():
             raise InputRefused("--prompt: there is no token to go on from")
+        self.subject.check_ids(ids)
         given, whole = ids.shape[1], int(plain.config.max_position_embeddings)
         if given >= whole:
             raise InputRefused(f"the prompt has {given} tokens, the model is made for {whole} with the answer")
         self.subject.route(self._row(ids.device))
-        streamer = _Streamer(tokenizer, write or (lambda piece: None))
+        streamer = _Streamer(tokenizer, write or (lambda piece: None), self.subject.ends)
         with torch.no_grad(), torch.random.fork_rng(devices=[plain.device] if plain.device.type == "cuda" else []):
             torch.manual_seed(self.options.seed)
             out = plain.generate(
@@ -166,16 +181,16 @@ class Talk:
                 attention_mask=torch.ones_like(ids),
                 generation_config=self._settings(whole - given),
                 streamer=streamer,
+                stopping_criteria=self.subject.ends.criteria(tokenizer, given),
             )
-        tokens = until(out[0, ids.shape[1] :].tolist(), tokenizer.eos_token_id)
-        return streamer.finish(tokens)
+        return streamer.finish(self.subject.ends.before(out[0, given:].tolist()))
 
     def _settings(self, room: int) -> GenerationConfig:
         settings = GenerationConfig(
             do_sample=False,
             max_new_tokens=min(self.options.max_new_tokens, room),
             pad_token_id=self.subject.tokenizer.pad_token_id,
-            eos_token_id=self.subject.tokenizer.eos_token_id,
+            eos_token_id=list(self.subject.ends.ids),
             use_cache=not (self.subject.is_adapted and reads_first_pass(self.subject.model)),
         )
         if self.options.temperature > 0:
@@ -189,35 +204,12 @@ class Talk:
             row["external"] = torch.tensor([self.options.vector], device=device)
         return row
 
-    def _chat_template(self) -> str | None:
-        """Return the text of a chat template, or None where the instruction template words messages."""
-        template, task = self.options.template, self.options.task
-        known = (INSTRUCTION, OWN, *chat_format.TEMPLATES)
-        if template is not None and template not in known:
-            raise InputRefused(f"--template: unknown '{template}'; {nearest(template, known)}")
-        own, chosen = self.subject.tokenizer.chat_template, template
-        if chosen is None and self.subject.run is not None:
-            tasks = self.subject.run.recipe.data.tasks
-            asked = [each for each in tasks if task in (None, each.name) and each.format == "chat"]
-            chosen = INSTRUCTION
-            if asked:
-                chosen = asked[0].template
-        if chosen is None:
-            chosen = OWN if isinstance(own, str) else INSTRUCTION
-        if chosen == INSTRUCTION:
-            return None
-        text = chat_format.TEMPLATES.get(chosen, own)
-        if not isinstance(text, str):
-            there = ", ".join(name for name in known if name != OWN)
-            raise InputRefused(f"--template: the tokenizer has no chat template; there are {there}")
-        return text
-
 
 class _Streamer(BaseStreamer):
-    """Hands on text as soon as no later token can change it: not half a letter, nor a word's space to come."""
+    """Hands on text as soon as no later token can change it: no half letter, no word's space to come, no begun end."""
 
-    def __init__(self, tokenizer: Any, write: Write) -> None:
-        self.tokenizer, self.write = tokenizer, write
+    def __init__(self, tokenizer: Any, write: Write, ends: Ends) -> None:
+        self.tokenizer, self.write, self.ends = tokenizer, write, ends
         self.tokens: list[int] = []
         self.is_prompt, self.shown = True, ""
 
@@ -226,15 +218,15 @@ class _Streamer(BaseStreamer):
             self.is_prompt = False
             return
         self.tokens += value.flatten().tolist()
-        if self.tokens[-1] != self.tokenizer.eos_token_id:
-            self._show(self._text(self.tokens))
+        if self.tokens[-1] not in self.ends.ids:
+            self._show(self.ends.settled(self._text(self.tokens)))
 
     def end(self) -> None:
         """The rest is shown by `finish`, which knows where the answer ends."""
 
     def finish(self, tokens: list[int]) -> str:
         """Show what is left of the whole answer, and return it."""
-        text = self._text(tokens)
+        text = self.ends.cut(self._text(tokens))
         self.write(text[len(self.shown) :])
         return text
 

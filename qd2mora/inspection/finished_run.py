@@ -26,7 +26,7 @@ def inspect_run(run: str | Path, *, rows: int = ROWS_OF_A_TASK, allow_changed: C
     Raises InputRefused where there is no finished adapter or the base is another, DamagedFile.
     """
     opened = open_run(run, allow_changed=allow_changed)
-    tasks = prepare(opened.recipe.data, opened.tokenizer, opened.recipe.train.seed)
+    tasks = prepare(opened.recipe.data, opened.tokenizer, opened.recipe.train.seed, opened.clock)
     chosen = [rows_to_watch(task, rows) for task in tasks]
     watch = RoutingWatch(opened.model, len(tasks))
     if watch.routers:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qd2mora.data.chat import template_to_keep
 from qd2mora.disk.durable import write_json
 from qd2mora.disk.sealed import seal_whole_folder
 from qd2mora.disk.staged import staged_folder
@@ -127,6 +128,8 @@ def merge(
 def _exported(run: str | Path, target: Path, form: ExportForm, asked: Asked) -> Export:
     """Make the export in a place that is taken."""
     opened = open_run(run, allow_changed=asked.allow_changed)
+    # Whoever loads the export words a conversation as the run was trained.
+    opened.tokenizer.chat_template = template_to_keep(opened.recipe.data) or opened.tokenizer.chat_template
     weights = open_weights(opened, form)
     if form.is_routed:
         updates = measure_routed(opened, asked.task, asked.vector)

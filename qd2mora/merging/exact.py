@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from qd2mora.base.device import FLOATS
-from qd2mora.disk.durable import save_pretrained
+from qd2mora.base.tokenizer import save_tokenizer
 from qd2mora.disk.shards import write_shards
 from qd2mora.disk.tensor_file import TensorToWrite, tensor_at_hand
 from qd2mora.errors import InputRefused
@@ -97,7 +97,7 @@ def write_exact(
     ]
     written.files = write_shards(folder, base + added, limit)
     _write_code(source, folder, dtype, routed.contents)
-    save_pretrained(tokenizer, folder)
+    save_tokenizer(tokenizer, folder)
     return written
 
 

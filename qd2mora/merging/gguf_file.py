@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-from qd2mora.disk.durable import save_pretrained
+from qd2mora.base.tokenizer import save_tokenizer
 from qd2mora.disk.file_hash import size_and_hash
 from qd2mora.disk.tensor_file import TensorToWrite
 from qd2mora.errors import InputRefused
@@ -83,7 +83,7 @@ def write_gguf(
     _add_settings(writer, weights.config, name, dtype)
     if vocabulary is None:
         writer.add_tokenizer_model("none")
-        save_pretrained(tokenizer, folder)
+        save_tokenizer(tokenizer, folder)
     else:
         _add_vocabulary(writer, vocabulary, tokenizer)
     _write_tensors(writer, _tensors(weights, updates, dtype, written.rounding), _llama3_factors(weights.config))

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from qd2mora.base.device import FLOATS
-from qd2mora.disk.durable import save_pretrained
+from qd2mora.base.tokenizer import save_tokenizer
 from qd2mora.disk.shards import write_shards
 from qd2mora.merging.base_weights import BaseWeights
 from qd2mora.merging.rung import SHARD_BYTES, ExportForm, Rung, WriteFolder, Written
@@ -47,7 +47,7 @@ def write_model(
     generation = weights.folder / "generation_config.json"
     if generation.is_file():
         (folder / generation.name).write_bytes(generation.read_bytes())
-    save_pretrained(tokenizer, folder)
+    save_tokenizer(tokenizer, folder)
     return written
 
 
@@ -57,7 +57,17 @@ def config_of(weights: BaseWeights, dtype: str) -> dict[str, object]:
     # What tells of the weights as they were: in 4 bits, in another dtype, in another folder.
     for key in ("quantization_config", "_pre_quantization_dtype", "_name_or_path", "torch_dtype"):
         content.pop(key, None)
-    return content | {"dtype": dtype, "architectures": [weights.architecture]}
+    return content | _older_rope(content) | {"dtype": dtype, "architectures": [weights.architecture]}
+
+
+def _older_rope(content: Mapping[str, object]) -> dict[str, object]:
+    """Return positions as transformers 4 and converters spell them; without, they would take 10000 and no scaling."""
+    rope = content.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:  # one for each kind of layer has no older spelling
+        return {}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    is_scaled = scaling.get("rope_type", "default") != "default"
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if is_scaled else None}
 
 
 def write_config(content: Mapping[str, object], folder: Path) -> None:

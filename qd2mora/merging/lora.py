@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from qd2mora.base.device import FLOATS
-from qd2mora.disk.durable import save_pretrained, write_file
+from qd2mora.base.tokenizer import save_tokenizer
+from qd2mora.disk.durable import write_file
 from qd2mora.disk.file_hash import SizeAndHash
 from qd2mora.disk.tensor_file import tensor_at_hand, write_tensors
 from qd2mora.errors import InputRefused, NotFinite
@@ -107,7 +108,7 @@ def _prepare(opened: OpenRun, weights: BaseWeights, statics: Statics, form: Expo
 
     def write(folder: Path) -> Written:
         files = write_lora(updates, weights.base.model, weights.linears, folder, dtype=FLOATS[form.dtype])
-        save_pretrained(tokenizer, folder)
+        save_tokenizer(tokenizer, folder)
         return Written(files)
 
     return write

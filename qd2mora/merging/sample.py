@@ -59,7 +59,7 @@ def sample_rows(opened: OpenRun, number: int | None, share: float = 1.0) -> Samp
 
     `share`: of the training's own cost that the work may take; with little, fewer rows are calibrated and checked on.
     """
-    tasks = prepare(opened.recipe.data, opened.tokenizer, opened.recipe.train.seed)
+    tasks = prepare(opened.recipe.data, opened.tokenizer, opened.recipe.train.seed, opened.clock)
     train = opened.recipe.train
     epochs = train.epochs or 0
     mixture = TaskMix(opened.recipe.data, tasks, train.seed)

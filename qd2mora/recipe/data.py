@@ -9,6 +9,9 @@ from qd2mora.recipe.section import Count, Place, Section
 HUB = "hub:"
 """How the name of a data set on the hub begins."""
 
+INSTRUCTION, OWN, AS_IT_IS = "instruction", "tokenizer", "as it is"
+"""Wordings of rows beside the chat templates of ours: Alpaca's prompt, the tokenizer's own template, none."""
+
 
 class Task(Section):
     """One data set."""
@@ -24,8 +27,9 @@ class Task(Section):
     fields: dict[str, str | list[str]] | None = None
     """What the file calls the format's fields, for example {instruction: question, output: answer}; a list of names
     makes one list of several columns."""
-    template: Literal["tokenizer", "chatml", "plain"] = "tokenizer"
-    """What words a chat: the tokenizer's own template, or one of ours for a tokenizer without."""
+    template: Literal["tokenizer", "chatml", "plain"] | None = None
+    """What words a chat: `tokenizer`, its own template (where left out), or one of ours for a tokenizer without. On
+    instruction rows, words them as a chat of one turn in place of Alpaca's prompt."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """Share in the mixture relative to the others'; all tasks give one, or none does (plain concatenation)."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -44,6 +48,12 @@ class Task(Section):
     """How `eval` scores held-out rows: `exact`, the written words are the right ones (where left out); `choice`, the
     right one of the task's answers is the likeliest; `rouge`, ROUGE-L (extra `scores`); `loss` alone. Where it is
     given, training scores it too at every `train.eval_every`."""
+
+    @property
+    def wording(self) -> str:
+        """How rows become text: `instruction`, a chat template by name, or as they are."""
+        left_out = {"chat": OWN, "instruction": INSTRUCTION}.get(self.format, AS_IT_IS)
+        return self.template or left_out
 
 
 class Data(Section):

@@ -10,13 +10,13 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from qd2mora.base import load_tokenizer
-from qd2mora.data import Row, TaskMix, TaskRows, TokenRows, prepare
+from qd2mora.base import base_config, load_tokenizer
+from qd2mora.data import Row, TaskMix, TaskRows, prepare
+from qd2mora.data.limits import beyond
+from qd2mora.data.notes import ROWS_LOOKED_AT, is_learned, notes
 from qd2mora.recipe import Recipe
 from qd2mora.report.cells import with_columns, written
 
-ROWS_LOOKED_AT = 20_000
-"""Rows of a task whose end tokens are looked for."""
 _BARS = " ▁▂▃▄▅▆▇█"
 _BUCKETS = 32
 
@@ -33,6 +33,8 @@ def show_rows(recipe: Recipe, number: int, console: Console) -> None:
     console.print("dim: given; green: learned; reversed: special tokens")
     console.print(_lengths(tasks, recipe.data.max_length))
     console.print(_shares(recipe, tasks))
+    for line in beyond(tasks, tokenizer, base_config(recipe.base)):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     for task in tasks:
         for line in problems(task, tokenizer, recipe.data.max_length):
             console.print(f"{task.task.name}: {line}", soft_wrap=True, highlight=False, markup=False)
@@ -56,14 +58,6 @@ def coloured(row: Row, tokenizer: PreTrainedTokenizerBase) -> Text:
     return text
 
 
-def is_learned(row: Row) -> NDArray[np.bool_]:
-    """Return for each token of a row whether it is learned."""
-    learned = np.zeros(len(row.ids), dtype=bool)
-    for start, stop in (*row.earlier, (row.masked, len(row.ids))):
-        learned[max(start, 1) : stop] = True
-    return learned
-
-
 def problems(task: TaskRows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[str]:
     """Yield a line for each thing that is lost, doubled or missing, with its count."""
     for reason, places in task.skipped.places.items():
@@ -77,14 +71,7 @@ def problems(task: TaskRows, tokenizer: PreTrainedTokenizerBase, max_length: int
         yield f"{task.num_cut} rows lose the end of the answer to data.max_length {max_length}"
     if task.skipped.duplicates:
         yield f"{task.skipped.duplicates} rows say what an earlier row says"
-    # A row that lost its end to the limit cannot hold an end token, and is told of already.
-    whole = task.train
-    if isinstance(whole, TokenRows):
-        whole = whole.where(~whole.is_cut)
-    rows = itertools.islice(whole, ROWS_LOOKED_AT)
-    is_open = sum(not (row.ids[is_learned(row)] == tokenizer.eos_token_id).any() for row in rows)
-    if is_open:
-        yield f"{is_open} whole rows never learn the end token {tokenizer.eos_token}: their answers may not end"
+    yield from notes(task, tokenizer)
 
 
 def bars(lengths: NDArray[np.int32], max_length: int) -> str:
@@ -128,4 +115,4 @@ def _shares(recipe: Recipe, tasks: list[TaskRows]) -> Table:
     return table
 
 
-__all__ = ["bars", "coloured", "is_learned", "problems", "show_rows"]
+__all__ = ["bars", "coloured", "problems", "show_rows"]

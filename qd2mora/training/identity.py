@@ -34,6 +34,7 @@ class Manifest(TypedDict):
     lineage: list[Change]
     device: str
     threads: int
+    clock: str
     plan: dict[str, object]
 
 
@@ -106,6 +107,8 @@ def _recipe_keys(recipe: Recipe) -> Identity:
     flat: Identity = {"data.tasks": [task["name"] for task in sections["data"]["tasks"]]}
     for task in sections["data"].pop("tasks"):
         del task["path"]
+        if task["template"] is None:  # runs of before this could be left open say `tokenizer`; rows tell what was used
+            del task["template"]
         if isinstance(task["validation"], str):  # a place too: what is in it counts as rows
             del task["validation"]
         flat |= {f"data.tasks.{task['name']}.{key}": value for key, value in task.items()}

@@ -3,7 +3,10 @@
 Every function raises InputRefused, naming the key, the value and what would do.
 """
 
+from transformers import LlamaConfig, PreTrainedTokenizerBase
+
 from qd2mora.data import TaskRows
+from qd2mora.data.limits import beyond
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation import AskedTask, ask_held_out
 from qd2mora.evaluation.rouge import rouge_l
@@ -61,6 +64,12 @@ def check_rows(config: MixtureConfig, tasks: list[TaskRows]) -> None:
             _check_vectors(name, config, task)
 
 
+def check_limits(tasks: list[TaskRows], tokenizer: PreTrainedTokenizerBase, base: LlamaConfig) -> None:
+    """Refuse rows that are longer than the base was made for, or hold tokens that it does not know."""
+    for problem in beyond(tasks, tokenizer, base):
+        raise InputRefused(problem)
+
+
 def _check_vectors(name: str, config: MixtureConfig, task: TaskRows) -> None:
     if task.task.vector is None:
         raise InputRefused(f"{name}.vector: {config.method} reads a vector of each row; name the field that holds it")
@@ -91,4 +100,4 @@ def tasks_to_score(tasks: list[TaskRows]) -> list[AskedTask]:
     return asked
 
 
-__all__ = ["check_judging", "check_packing", "check_rows", "check_stages", "tasks_to_score"]
+__all__ = ["check_judging", "check_limits", "check_packing", "check_rows", "check_stages", "tasks_to_score"]

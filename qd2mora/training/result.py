@@ -3,7 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from qd2mora.adapter_folder import save_adapter
-from qd2mora.disk.durable import save_pretrained
+from qd2mora.base.tokenizer import save_tokenizer
 from qd2mora.inspection import write_routing
 from qd2mora.run_folder import RunFolder
 from qd2mora.training.disk_space import as_trouble
@@ -17,7 +17,7 @@ def save_result(
     """Write what is left of a run; `mark` is what the adapter remembers of its base. Raises DiskTrouble."""
     with as_trouble("the adapter", folder.path):
         save_adapter(training.batches.model, folder.adapter, mark)
-        save_pretrained(tokenizer, folder.path)
+        save_tokenizer(tokenizer, folder.path)
     if training.train.final == "best":
         _take_best(folder, training)
     else:

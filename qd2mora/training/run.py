@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from qd2mora.adapter_folder import base_identity, save_adapter
 from qd2mora.base import base_config, compute_dtype, fingerprint, load_base, load_tokenizer
 from qd2mora.data import TaskMix, TaskRows, collate, prepare, share_lines
+from qd2mora.data.chat import named_templates
+from qd2mora.data.notes import notes
 from qd2mora.disk.lock import locked
 from qd2mora.errors import WillNotFit
 from qd2mora.evaluation import AskedTask, Subject
@@ -26,7 +29,7 @@ from qd2mora.memory.plan import Plan, plan
 from qd2mora.memory.techniques import prepare_base
 from qd2mora.mixture import MixtureConfig, adapter_tensors, add_adapter, selection_biases
 from qd2mora.recipe import Recipe, Train
-from qd2mora.run_folder import RunFolder
+from qd2mora.run_folder import RunFolder, clock_of
 from qd2mora.safekeeping.inventory import seal_run
 from qd2mora.stopping import StopRequest, listening
 from qd2mora.training.adapter_start import start_adapter
@@ -44,7 +47,14 @@ from qd2mora.training.micro_batches import Course, MicroBatches
 from qd2mora.training.opening import check_folder, open_folder, read_manifest, restore
 from qd2mora.training.processes import Processes
 from qd2mora.training.progress import Progress
-from qd2mora.training.recipe_checks import check_judging, check_packing, check_rows, check_stages, tasks_to_score
+from qd2mora.training.recipe_checks import (
+    check_judging,
+    check_limits,
+    check_packing,
+    check_rows,
+    check_stages,
+    tasks_to_score,
+)
 from qd2mora.training.rehearsal import Rehearsal, is_worthwhile
 from qd2mora.training.result import save_result
 from qd2mora.training.updates import PlainUpdater, Updater, build_optimizer
@@ -93,6 +103,8 @@ class Inputs:
     asked: list[AskedTask]
     """Tasks that are scored beside the loss."""
     planned: Plan
+    clock: str
+    """The time that chat templates read, kept for every resume."""
 
 
 def train(
@@ -148,7 +160,7 @@ def _train_locked(start: Start) -> Trained:
     training = _training(start, inputs, course, batches, journal, mark)
     for problem in problems:
         journal.say(f"passed over: {problem}")
-    _say_what_starts(training, inputs.planned)
+    _say_what_starts(training, inputs.planned, inputs.tokenizer)
     with start.stop.deferred(), journal.display:
         if is_rehearsed and progress.step < course.total_steps:
             Rehearsal(training.gradient, inputs.planned, folder.checkpoints).run()
@@ -162,18 +174,25 @@ def _train_locked(start: Start) -> Trained:
 def _read_inputs(start: Start) -> Inputs:
     """Read rows and plan. Raises InputRefused, WillNotFit."""
     recipe = start.recipe
-    base_config(recipe.base)  # refuses a base that cannot be read before rows are
+    read = base_config(recipe.base)  # refuses a base that cannot be read before rows are
     tokenizer = load_tokenizer(recipe.base.model)
-    tasks = prepare(recipe.data, tokenizer, recipe.train.seed)
+    clock = start.processes.from_main(lambda: _clock(start))
+    tasks = prepare(recipe.data, tokenizer, recipe.train.seed, clock)
     config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
     check_rows(config, tasks)
+    check_limits(tasks, tokenizer, read)
     check_judging(recipe, tasks)
     asked = tasks_to_score(tasks)
     planned = _fitting_plan(recipe, start.processes.device)
     if recipe.train.optimizer == "auto":
         chosen = recipe.train.model_copy(update={"optimizer": planned.layout.optimizer})
         recipe = recipe.model_copy(update={"train": chosen})
-    return Inputs(recipe, config, tokenizer, tasks, asked, planned)
+    return Inputs(recipe, config, tokenizer, tasks, asked, planned, clock)
+
+
+def _clock(start: Start) -> str:
+    kept = clock_of(start.folder) if start.is_resumed else None
+    return kept or datetime.now().isoformat(timespec="seconds")
 
 
 def _fitting_plan(recipe: Recipe, device: torch.device) -> Plan:
@@ -281,6 +300,7 @@ def _open(start: Start, inputs: Inputs, ancestry: Ancestry, progress: Progress) 
         "identity": ancestry.identity,
         "lineage": ancestry.lineage(progress.step),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "clock": inputs.clock,
         "threads": torch.get_num_threads(),
         "plan": inputs.planned.to_json(),
     }
@@ -326,7 +346,8 @@ def _training(
         folder.best, settings.keep_best, lambda place: save_adapter(model, place, mark), processes.is_main
     )
     best.resumed(progress)
-    subject, live = Subject(model, inputs.tokenizer), LiveRouting(model, inputs.tasks)
+    subject = Subject(model, inputs.tokenizer, templates=named_templates(inputs.recipe.data))
+    live = LiveRouting(model, inputs.tasks)
     return Training(
         train=settings,
         course=course,
@@ -343,15 +364,17 @@ def _training(
     )
 
 
-def _say_what_starts(training: Training, planned: Plan) -> None:
+def _say_what_starts(training: Training, planned: Plan, tokenizer: PreTrainedTokenizerBase) -> None:
     say, course = training.journal.say, training.course
     for task in course.tasks:
-        notes = [f"{len(task.train)} rows", f"{len(task.validation)} held out"]
+        counts = [f"{len(task.train)} rows", f"{len(task.validation)} held out"]
         if task.num_cut:
-            notes.append(f"{task.num_cut} cut at the end")
+            counts.append(f"{task.num_cut} cut at the end")
         if task.num_dropped:
-            notes.append(f"{task.num_dropped} dropped (no room for the answer)")
-        say(f"task {task.task.name}: {', '.join(notes)}")
+            counts.append(f"{task.num_dropped} dropped (no room for the answer)")
+        say(f"task {task.task.name}: {', '.join(counts)}")
+        for line in notes(task, tokenizer):
+            say(f"task {task.task.name}: {line}")
     count = min(course.total_steps * course.rows_a_step, MOST_ROWS_COUNTED)
     for line in share_lines(course.mixture.shares(count), course.mixture.by_tokens):
         say(line)

@@ -12,6 +12,7 @@ from qd2mora.base.passes import IGNORE
 from qd2mora.data import Pair, TokenRows, collate, prepare, read_pairs
 from qd2mora.data.chat_template import ChatTemplate
 from qd2mora.data.file_rows import BadRow
+from qd2mora.data.notes import notes
 from qd2mora.data.tokenise import Tokeniser
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Data, Task
@@ -110,6 +111,11 @@ def test_an_answer_that_the_template_leaves_open_is_closed() -> None:
 
     with ChatTemplate("{% for m in messages %}{{ m.content }} {% endfor %}", TOKENS, "here") as template:
         assert segments(TALK, template) == ("red sun ", "blue </s>", "green ", "moon star </s>")
+    trimming = "{% for m in messages %}[{{ m.role }}]{{ m.content.split('|')[-1] | trim }}\n{% endfor %}"
+    for answer in ("blue", "  blue ", "thought| blue"):
+        with ChatTemplate(trimming, TOKENS, "here") as template:
+            parts = segments([TALK[0], {"role": "assistant", "content": answer}], template)
+        assert parts == ("[user]red sun\n", "[assistant]blue\n</s>")
     rewriting = "{% for m in messages[-2:] %}{{ m.content }} {% endfor %}"
     with ChatTemplate(rewriting, TOKENS, "here") as template, pytest.raises(BadRow, match="rewrites earlier turns"):
         segments(TALK, template)
@@ -152,3 +158,19 @@ def test_a_token_across_a_boundary_never_joins_what_is_given_and_what_is_learned
     assert crossing.convert_ids_to_tokens(pair.ids) == ["b:", "ab", "</s>"] and pair.bounds == (1,)
     assert crossing.convert_ids_to_tokens(talk.ids) == ["b:", "ab", "b:", "a"] and talk.bounds == (1, 2, 3)
     assert crossing.convert_ids_to_tokens(clean.ids) == ["a", "b", "</s>"] and clean.bounds == (1,)
+
+
+def test_a_template_reads_the_time_that_its_run_began_at(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dated = "{{ strftime_now('%d %b %Y %H:%M') }}|" + TEMPLATE
+    monkeypatch.setattr(tokenizer, "chat_template", dated)
+    data = Data(tasks=[save(tmp_path, [TALK])])
+    texts = []
+    for _ in range(2):
+        (rows,) = prepare(data, tokenizer, 0, "2020-02-01T10:30:00")
+        texts.append(tokenizer.decode(rows.train[0].ids))
+    assert texts[0] == texts[1] and texts[0].startswith("01 Feb 2020 10:30|")
+    assert rows.reads_clock and "keeps the time that it began at" in next(notes(rows, tokenizer))
+    (now,) = prepare(data, tokenizer, 0)
+    assert "2020" not in tokenizer.decode(now.train[0].ids)

@@ -55,6 +55,23 @@ def test_what_is_lost_doubled_or_open_is_counted(tokenizer: PreTrainedTokenizerB
     assert "2 whole rows never learn the end token </s>" in list(problems(task, tokenizer, 32))[-1]
 
 
+def test_a_template_that_closes_turns_with_plain_text_is_named_with_what_would_do(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = tmp_path / "talks.jsonl"
+    talk = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "sun"}]
+    path.write_text(json.dumps({"messages": talk}), encoding="utf-8")
+
+    def said(template: str) -> list[str]:
+        tasks = [Task(name="t", path=str(path), format="chat", template=template)]
+        return list(problems(prepare(Data(tasks=tasks), tokenizer, 0)[0], tokenizer, 512))
+
+    (line,) = said("chatml")
+    assert line.startswith("1 whole rows never learn the end token </s>") and "template chatml closes a turn" in line
+    assert line.endswith("template: plain closes it with the end token")
+    assert said("plain") == []
+
+
 def test_a_histogram_has_its_bars_where_the_lengths_are() -> None:
     line = bars(np.array([0, 0, 0, 0, 63, 63], dtype=np.int32), 63)
     assert (line[0], line[-1], set(line[1:-1])) == ("█", "▄", {" "})

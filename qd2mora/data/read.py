@@ -10,6 +10,7 @@ from qd2mora.data.chat_template import ChatTemplate
 from qd2mora.data.file_rows import MAX_ROW_BYTES, BadRow, Repeated, rows_of
 from qd2mora.data.formats import find_format
 from qd2mora.data.row_format import Fields, RowFormat
+from qd2mora.data.row_keys import unread_keys, unread_keys_of_message
 from qd2mora.disk.file_hash import hash_of_bytes, hash_of_file
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Task
@@ -26,13 +27,15 @@ class Pair:
     """One example as text.
 
     `segments`: a conversation whole, given and learned in turn, special tokens in it; `prompt` is all of it before the
-    last answer.
+    last answer. `starts_word`: the answer is tokenised as a text of its own, with the space that SentencePiece puts
+    before one, as published prompts are trained; else it goes on where the prompt ends.
     """
 
     prompt: str
     answer: str
     vector: Vector | None = None
     segments: tuple[str, ...] = ()
+    starts_word: bool = False
 
 
 @dataclass
@@ -42,6 +45,10 @@ class Skipped:
     places: dict[str, list[str]] = field(default_factory=dict)
     duplicates: int = 0
     """Rows kept that say what an earlier one says."""
+    unread: dict[str, int] = field(default_factory=dict)
+    """Rows kept that have a key which nothing reads, by key."""
+    systems: int = 0
+    """Rows kept whose system message is a field of the row."""
 
     @property
     def total(self) -> int:
@@ -74,22 +81,30 @@ def read_pairs(
 
 
 def iterate_pairs(
-    task: Task, path: str, skipped: Skipped | None = None, template: ChatTemplate | None = None
+    task: Task,
+    path: str,
+    skipped: Skipped | None = None,
+    template: ChatTemplate | None = None,
+    noted: Skipped | None = None,
 ) -> Iterator[Pair]:
-    """Yield what `read_pairs` returns, row by row."""
-    row_format = find_format(task)
+    """Yield what `read_pairs` returns, row by row; `noted` is told of keys that nothing reads."""
+    row_format, noted = find_format(task), noted or Skipped()
     number = 0
     for place, row in _selected(task, path):
         if number == task.limit:
             break
         try:
             pair = _pair_of(row_format, row, task, template)
+            unread = _unread(row_format, _mapping(row, row_format), task)
         except BadRow as error:
             if skipped is None:
                 raise InputRefused(f"{path}, {place}: {error}") from error
             skipped.places.setdefault(error.reason, []).append(f"{path}, {place}")
             continue
         number += 1
+        for name in unread:
+            noted.unread[name] = noted.unread.get(name, 0) + 1
+        noted.systems += _has_system(row_format, _mapping(row, row_format), task)
         yield pair
     if not number:
         problem = f"{path}: no rows for task '{task.name}'"
@@ -134,15 +149,23 @@ def _pair_of(row_format: RowFormat, row: object, task: Task, template: ChatTempl
     if task.vector is not None:
         vector = _vector(_mapping(row, row_format), task.vector)
     if row_format.split is None:
-        return _conversation(fields["messages"], names, template, vector)
+        return _conversation(fields, names, template, vector)
+    if template is not None:
+        _refuse_silent(fields["output"], row_format, names)
+        parts = chat.segments_of_instruction(fields, template)
+        return Pair("".join(parts[:-1]), fields["output"], vector, parts)
     prompt, answer = row_format.split(fields)
     if row_format.texts != row_format.fields:
         for text in (prompt, answer):
             _check_text("choices", text)
+    _refuse_silent(answer, row_format, names)
+    return Pair(prompt, answer, vector, starts_word=row_format.starts_word)
+
+
+def _refuse_silent(answer: str, row_format: RowFormat, names: Names) -> None:
     if not answer.strip():
         name = row_format.fields[-1]
         raise BadRow(f"field '{names.get(name, name)}' is empty", ", there is nothing to learn")
-    return Pair(prompt, answer, vector)
 
 
 def _mapping(row: object, row_format: RowFormat) -> Fields:
@@ -187,18 +210,40 @@ def _refuse_missing(names: list[str], row: Fields) -> None:
 
 
 def _conversation(
-    messages: object,
+    fields: Fields,
     names: Names,
     template: ChatTemplate | None,
     vector: Vector | None,
 ) -> Pair:
     assert template is not None
-    found = chat.check(messages, {ours: theirs for ours, theirs in names.items() if isinstance(theirs, str)})
+    called = {ours: theirs for ours, theirs in names.items() if isinstance(theirs, str)}
+    found = chat.with_system(chat.check(fields["messages"], called), fields.get("system"))
     for message in found:
         _check_text("content", message["content"])
     parts = chat.segments(found, template)
     answer = next(message["content"] for message in reversed(found) if message["role"] == "assistant")
     return Pair("".join(parts[:-1]), answer, vector, parts)
+
+
+def _unread(row_format: RowFormat, row: Fields, task: Task) -> list[str]:
+    """Return the keys of a good row that nothing reads, `messages.KEY` those of its messages. Raises BadRow."""
+    names = task.fields or {}
+    read = {*(task.select or {}), *([task.vector] if task.vector else [])}
+    for name in (*row_format.fields, *row_format.optional):
+        theirs = names.get(name, name)
+        read.update(theirs if isinstance(theirs, list) else [theirs])
+    unread = unread_keys(row, read)
+    if row_format.split is None:
+        place = str(names.get("messages", "messages"))
+        inner = [str(names.get(name, name)) for name in row_format.inner]
+        keys = dict.fromkeys(key for message in row[place] for key in unread_keys_of_message(message, inner))
+        unread += [f"{place}.{key}" for key in keys]
+    return unread
+
+
+def _has_system(row_format: RowFormat, row: Fields, task: Task) -> bool:
+    name = (task.fields or {}).get("system", "system")
+    return "system" in row_format.optional and isinstance(name, str) and bool(row.get(name))
 
 
 def _vector(row: Fields, name: str) -> Vector:
