@@ -3,10 +3,10 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from qd2mora.cli.app import app
 from qd2mora.errors import InputRefused, nearest
+from qd2mora.terminal import Screen
 
 
 @app.command()
@@ -14,7 +14,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method in full.
     """List the methods; with a name, its equation, defaults and source."""
     from qd2mora.report import show_methods
 
-    show_methods(name, Console())
+    show_methods(name, Screen())
 
 
 @app.command()
