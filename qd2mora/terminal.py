@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable
-from typing import TextIO
+from typing import IO, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -128,11 +128,9 @@ class Outlet(io.TextIOBase):
         return self.below.fileno()
 
     def write(self, text: str) -> int:
-        bar = _BAR.match(text) if self._takes_bars else None
-        if bar is not None:
-            self.below.write(bar[0] + harmless(text[bar.end() :]))
-        else:
-            self.below.write(harmless(text))
+        bar = _BAR.match(text)
+        begin = bar[0] if bar and self._takes_bars else ""
+        self.below.write(begin + harmless(text[len(begin) :]))
         return len(text)
 
 
@@ -141,10 +139,10 @@ class Screen(Console):
 
     def __init__(self, *, stderr: bool = False) -> None:
         stream = sys.stderr if stderr else sys.stdout
-        file = stream.below if isinstance(stream, Outlet) else None
+        file = cast(IO[str], stream.below) if isinstance(stream, Outlet) else None
         super().__init__(file=file, stderr=stderr, markup=False, emoji=False)
 
-    def render_str(self, text: str, **options: object) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: object) -> Text:
         return super().render_str(harmless(text), **options)  # type: ignore[arg-type]
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
