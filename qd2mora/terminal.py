@@ -152,7 +152,7 @@ class Screen(Console):
 
 def open_terminal() -> None:
     """Put outlets in the place of the standard streams, closed ones too."""
-    _hold_standard_handles()
+    # In this order each takes the number that was closed: else the next file would be what libraries print to.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
@@ -167,17 +167,6 @@ def lost_output() -> str | None:
     """Return why standard output was not written whole; None where it was, or where nobody reads it any more."""
     trouble = sys.stdout.below.trouble if isinstance(sys.stdout, Outlet) else 0
     return os.strerror(trouble) if trouble not in (0, errno.EPIPE) else None
-
-
-def _hold_standard_handles() -> None:
-    """Open what the caller has closed, or the next file of ours would be standard output to every library."""
-    handle = 0
-    while handle < 3:
-        try:
-            os.fstat(handle)
-            handle += 1
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
 
 
 __all__ = ["Outlet", "Screen", "Unbreakable", "harmless", "lost_output", "open_terminal"]

@@ -76,7 +76,6 @@ MUTANTS: list[tuple[str, Mutant]] = [
     ("ST1", uncaught("terminal.py:Unbreakable.write", "OSError")),
     ("ST1", instead("terminal.py:Unbreakable._pass_on", "encode", "errors", by="text.encode(self.encoding)")),
     ("ST1", always("terminal.py:Unbreakable.__init__", "TextIOWrapper", "isinstance")),
-    ("ST1", without("terminal.py:open_terminal", "_hold_standard_handles")),
     ("ST1", never("terminal.py:open_terminal", "None")),
     ("ST1", instead("cli/__init__.py:main", "_told", "arguments", by="code")),
     ("ST1", never("cli/__init__.py:_told", "LEAVES_FILES")),

@@ -26,7 +26,7 @@ class Printed:
 
 
 def run_on(
-    *arguments: object, out: str = "kept", err: str = "kept", given: bytes = b"", encoding: str = "utf-8"
+    *arguments: object, out: str = "kept", err: str = "kept", given: bytes = b"", encoding: str = "utf-8", limit_s: float = 120
 ) -> Printed:
     """Run `qd2mora` with these arguments; `given` is standard input, `encoding` what the streams are to speak."""
     with tempfile.TemporaryDirectory() as folder:
@@ -36,7 +36,7 @@ def run_on(
         child = os.fork()
         if child == 0:
             _child([str(argument) for argument in arguments], source, kept, {1: out, 2: err}, encoding)
-        code = _waited(child, 120)
+        code = _waited(child, limit_s)
         texts = [path.read_bytes().decode("utf-8", "replace") if path.exists() else "" for path in kept.values()]
     return Printed(code, *texts)
 
