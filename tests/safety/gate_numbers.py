@@ -87,7 +87,7 @@ def _is_answered(printed: Printed) -> bool:
     if printed.code == 0:
         return "Traceback" not in printed.err
     is_line = printed.err.startswith("error: ") and printed.err.count("\n") == 1 and len(printed.err) < 1000
-    return printed.code in (2, 3, 4) and is_line or printed.code == 3 and not printed.err  # `plan` tells on stdout
+    return (printed.code in (2, 3, 4) and is_line) or (printed.code == 3 and not printed.err)  # `plan` tells on stdout
 
 
 __all__ = ["cases", "gate", "numeric_keys"]

@@ -199,7 +199,7 @@ def _logged(result: Result, text: str) -> None:
 
     def action() -> None:
         from qd2mora import cli
-        from qd2mora.training.progress import StepDisplay
+        from qd2mora.training.journal import StepDisplay
 
         sys.argv = ["qd2mora", "--version"]
         try:

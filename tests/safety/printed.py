@@ -26,7 +26,12 @@ class Printed:
 
 
 def run_on(
-    *arguments: object, out: str = "kept", err: str = "kept", given: bytes = b"", encoding: str = "utf-8", limit_s: float = 120
+    *arguments: object,
+    out: str = "kept",
+    err: str = "kept",
+    given: bytes = b"",
+    encoding: str = "utf-8",
+    limit_s: float = 120,
 ) -> Printed:
     """Run `qd2mora` with these arguments; `given` is standard input, `encoding` what the streams are to speak."""
     with tempfile.TemporaryDirectory() as folder:
