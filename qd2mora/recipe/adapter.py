@@ -16,7 +16,8 @@ DownInit = Literal["kaiming", "gaussian", "orthogonal", "sparse"]
 class Experts(Section):
     """One bank of experts."""
 
-    experts: Size
+    experts: Annotated[int, Field(ge=1, le=4096)]
+    """How many; each has its row in a router."""
 
 
 class Shared(Section):

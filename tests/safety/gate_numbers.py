@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from qd2mora.recipe import Recipe
 
-INTEGERS = (-1, 0, 1, 2**20, 2**20 + 1, 10**9, 2**32, 2**63, 2**64, 10**30, 10**400)
+INTEGERS = (-1, 0, 1, 2**12, 2**20, 2**20 + 1, 10**9, 2**32, 2**63, 2**64, 10**30, 10**400)
 FLOATS = (-1.0, 0.0, 5e-324, 1e-40, 1e-30, 1e-6, 1e6, 1e30, 3.5e38, 1.7e308)
 # Sections that the tiny recipe leaves out, and keys that go with others.
 WITH: dict[str, list[str]] = {

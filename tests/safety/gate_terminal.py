@@ -95,6 +95,7 @@ def gate(made: Path, folder: Path, number: int) -> Result:
     """Bring `number` texts in by every way."""
     result, each = Result("TM1"), texts(number)
     _rows(result, each, made, folder)
+    _brackets(result, made, folder)
     for begin in range(0, number, 50):
         _answers(result, each[begin : begin + 50], made, folder / f"answers {begin}")
     for place, text in enumerate(each):
@@ -133,6 +134,13 @@ def _rows(result: Result, each: list[str], made: Path, folder: Path) -> None:
         code == 0 and not shown and not unsafe(_OWN.sub("", sent)), f"rows on a terminal: {shown} {sent[:300]!r}"
     )
     result.check("\x1b[" in sent, "rows on a terminal have no colours of ours")
+
+
+def _brackets(result: Result, made: Path, folder: Path) -> None:
+    """Words in brackets and colons of a path are printed as they are."""
+    target = folder / "".join(BRACKETS).replace("/", "")
+    printed = run_on("train", made / "recipe.yaml", f"output={json.dumps(str(target))}", "train.steps=1")
+    result.check(printed.code == 0 and printed.out.count(str(target)) > 2, f"brackets in a path: {printed}")
 
 
 def _answers(result: Result, each: list[str], made: Path, folder: Path) -> None:
