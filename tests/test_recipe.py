@@ -204,6 +204,6 @@ def test_all_unknown_keys_are_named_in_one_line_each_with_what_would_do() -> Non
     neighbours = {"cutoff_len": 1, "lora_r": 2, "micro_batch_size": 3}
     with pytest.raises(InputRefused, match=r"lora_r \(here it is adapter.rank\).*recipes --from axolotl"):
         parse_recipe({"base": {"model": "x"}, "train": {"steps": 1}, "output": "o", **neighbours})
-    with pytest.raises(InputRefused, match="20000 unknown keys: .* and 19980 more") as many:
+    with pytest.raises(InputRefused, match=r"20000 unknown keys: .* and 19980 more") as many:
         parse_recipe({str(place): 1 for place in range(20_000)})
     assert len(str(many.value)) < 2000

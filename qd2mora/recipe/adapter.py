@@ -24,11 +24,31 @@ class Shared(Section):
     """One expert more that no gate touches."""
 
     rank: Size
+    """Inner width of this expert."""
     alpha: Positive | None = None
     """Scaled by alpha / rank; twice the rank where left out."""
     init: SharedInit = "kaiming"
     """`pissa`, `olora`: from the weight, its start subtracted again; `eva`: from the data's activations; `loftq`: what
     4-bit quantisation lost."""
+
+
+_GATE = {
+    "input": "What the router reads",
+    "granularity": "What gets gates of its own",
+    "scope": "What shares one router",
+    "score": "How what is read becomes scores",
+    "select": "Which experts are used",
+    "weight": "What those count",
+    "top_k": "Experts used, where the selection counts them",
+    "top_p": "Share of the gates that the experts used have together, for `select: entropy`",
+    "temperature": "Scores are divided by it; a lower one makes gates more decided",
+    "entropy_order": "Order of the Tsallis entropy, for `select: entropy`",
+    "entropy_limit": "Entropy above which all experts are used, for `select: entropy`",
+    "omega": "What an expert that is used counts, for the weights `straight_through` and `uniform`",
+    "width": "Inner width of a router that is a network, for `score: mlp` and `prototype`",
+    "bias_rate": "How fast a bias moves that evens out the use of experts; 0: none",
+}
+"""What a gate's fields are for, as the reference of recipes tells it."""
 
 
 class _Gate(Section):
@@ -46,9 +66,14 @@ class _Gate(Section):
 def _gate_fields() -> type[Section]:
     """Return the section made of a gate's fields: words as they come, numbers with their ranges."""
     # `mixture.method` names the words there are once it knows which the method forbids.
-    found: dict[str, Any] = {word: (str | None, None) for word in words_of_gates()}
+    found: dict[str, Any] = {}
+    for word, words in words_of_gates().items():
+        found[word] = (str | None, Field(None, description=f"{_GATE[word]}: {', '.join(words)}."))
     for number, (kind, limits) in numbers_of_gates().items():
-        found[number] = (Annotated[kind, Field(**_in_reach(kind, limits))] | None, None)
+        found[number] = (
+            Annotated[kind, Field(**_in_reach(kind, limits))] | None,
+            Field(None, description=f"{_GATE[number]}."),
+        )
     about = "Fields of one router; those left out are the method's (`qd2mora methods NAME`)."
     return create_model("GateFields", __base__=_Gate, __doc__=about, __module__=__name__, **found)
 
@@ -67,6 +92,7 @@ class Adapter(Section):
     """What is trained. Keys left out take the method's own defaults (`qd2mora methods`)."""
 
     method: str = "d2mora"
+    """Which of the mixtures; `qd2mora methods` lists them."""
     rank: Size | None = None
     """Inner width of one expert."""
     ranks: Annotated[list[Size], Field(min_length=1)] | None = None

@@ -14,6 +14,7 @@ class Task(Section):
     """One data set."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    """What scores and reports call it."""
     path: Place
     """A json, jsonl, csv, parquet or arrow file (beside the recipe, else in the working folder) or
     `hub:owner/name:split`."""
