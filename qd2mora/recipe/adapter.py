@@ -4,7 +4,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model, model_validator
 
-from qd2mora.recipe.section import LARGEST, MOST, SMALLEST, Fraction, NotNegative, Place, Positive, Section, Size
+from qd2mora.recipe.section import (
+    LARGEST,
+    MOST,
+    MOST_EXPERTS,
+    SMALLEST,
+    Fraction,
+    NotNegative,
+    Place,
+    Positive,
+    Section,
+    Size,
+)
 from qd2mora.routed.gate import Limits, Role, numbers_of_gates, words_of_gates
 
 SharedInit = Literal["kaiming", "orthogonal", "pissa", "olora", "eva", "loftq"]
@@ -16,7 +27,7 @@ DownInit = Literal["kaiming", "gaussian", "orthogonal", "sparse"]
 class Experts(Section):
     """One bank of experts."""
 
-    experts: Annotated[int, Field(ge=1, le=4096)]
+    experts: Annotated[int, Field(ge=1, le=MOST_EXPERTS)]
     """How many; each has its row in a router."""
 
 

@@ -16,8 +16,8 @@ class Task(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     """What scores and reports call it."""
     path: Place
-    """A json, jsonl, csv, parquet or arrow file (beside the recipe, else in the working folder) or
-    `hub:owner/name:split`."""
+    """A json, jsonl, csv, parquet or arrow file, text also as .gz (beside the recipe, else in the working folder)
+    or `hub:owner/name:split`."""
     streaming: bool = False
     """Read a hub data set as it comes over the network, without a copy on disk."""
     format: str = "instruction"

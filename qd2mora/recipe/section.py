@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MOST = 10**9
 """More of anything is a slip, and beyond it lie the limits of NumPy, torch and a day's clock."""
+MOST_EXPERTS = 4096
 SMALLEST, LARGEST = 1e-30, 1e30
 """Between them a number and its square root, or its quotient by a rank, are numbers in float32 and bfloat16 too."""
 
@@ -29,6 +30,6 @@ class Section(BaseModel):
 
 
 __all__ = [
-    *("LARGEST", "MOST", "SMALLEST"),
+    *("LARGEST", "MOST", "MOST_EXPERTS", "SMALLEST"),
     *("Count", "Epochs", "Fraction", "NotNegative", "Place", "Positive", "Section", "Size", "Whole"),
 ]

@@ -17,6 +17,15 @@ WORK = ("rank", "ranks.0", "experts", "steps", "epochs", "global_batch", "micro_
 MOST_WORK = 64
 
 
+NINES = "9" * 400
+TEXTS = {
+    "memory.budget": (f"{NINES}GiB", f"1.{NINES}GiB", "0GiB", "999999999999GB"),
+    "train.time_limit": (f"{NINES}h", "0.0000001s"),
+    "adapter.allocation": (NINES, f"2-{NINES}", "2-99999999999", "0-2", "4096-2"),
+}
+"""Texts that hold numbers."""
+
+
 def numeric_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, bool]:
     """Return every key that takes a number, dotted as overrides are, and whether it takes a fraction."""
     found: dict[str, bool] = {}
@@ -41,11 +50,14 @@ def _parts(annotation: Any) -> list[Any]:
     return [part for argument in arguments for part in _parts(argument)]
 
 
-def cases(step: int) -> list[tuple[str, int | float]]:
+def cases(step: int) -> list[tuple[str, int | float | str]]:
     """Return every `step`-th pair of a key and a number."""
     keys = numeric_keys()
-    pairs = [(key, number) for key, is_float in keys.items() for number in INTEGERS + (FLOATS if is_float else ())]
-    return pairs[::step]
+    pairs: list[tuple[str, int | float | str]] = [
+        (key, number) for key, is_float in keys.items() for number in INTEGERS + (FLOATS if is_float else ())
+    ]
+    texts = [(key, text) for key, several in TEXTS.items() for text in several]
+    return pairs[::step] + texts[:: max(1, step // 10)]
 
 
 def gate(made: Path, folder: Path, step: int) -> Result:
@@ -56,12 +68,12 @@ def gate(made: Path, folder: Path, step: int) -> Result:
         for verb in ("plan", "train"):
             printed = run_on(verb, *arguments, *(["--overwrite"] if verb == "train" else []))
             result.check(_is_answered(printed), f"{verb} {key}={number}: {printed}")
-            if printed.code != 0 or (key.endswith(WORK) and number > MOST_WORK):
+            if printed.code != 0 or (key.endswith(WORK) and isinstance(number, int | float) and number > MOST_WORK):
                 break
     return result
 
 
-def _arguments(recipe: Path, folder: Path, key: str, number: int | float) -> list[str]:
+def _arguments(recipe: Path, folder: Path, key: str, number: int | float | str) -> list[str]:
     written = yaml.safe_dump(number).removesuffix("\n...\n").strip()
     more = [] if key == "train.steps" else ["train.steps=2"]
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
