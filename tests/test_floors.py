@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "qd2mora"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "redact": 0,
+    "terminal": 0,
     "routed": 0,
     "errors": 1,
     "disk": 2,

@@ -185,3 +185,25 @@ def test_a_resolved_recipe_of_before_opens_though_a_key_of_gates_is_no_more() ->
     content["adapter"]["gates"]["down"]["capacity"] = 4
     with pytest.raises(InputRefused, match="capacity"):
         parse_recipe(content)
+
+
+def test_all_unknown_keys_are_named_in_one_line_each_with_what_would_do() -> None:
+    content = {
+        "base": {"model": "x", "lora": 1},
+        "adapter": {"rnak": 4},
+        "data": {"tasks": [{"name": "a", "path": "b", "pth": "c"}]},
+        "train": {"steps": 1},
+        "output": "o",
+    }
+    with pytest.raises(InputRefused) as found:
+        parse_recipe(content)
+    line = str(found.value)
+    assert line.startswith("recipe: 3 unknown keys: ") and "\n" not in line
+    for words in ("base.lora (", "adapter.rnak (did you mean adapter.rank?)", "data.tasks.0.pth ("):
+        assert words in line
+    neighbours = {"cutoff_len": 1, "lora_r": 2, "micro_batch_size": 3}
+    with pytest.raises(InputRefused, match=r"lora_r \(here it is adapter.rank\).*recipes --from axolotl"):
+        parse_recipe({"base": {"model": "x"}, "train": {"steps": 1}, "output": "o", **neighbours})
+    with pytest.raises(InputRefused, match=r"20000 unknown keys: .* and 19980 more") as many:
+        parse_recipe({str(place): 1 for place in range(20_000)})
+    assert len(str(many.value)) < 2000

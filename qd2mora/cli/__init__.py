@@ -23,16 +23,21 @@ from qd2mora.cli import (  # isort: skip  # noqa: F401
 from qd2mora.cli.app import app
 from qd2mora.errors import DiskTrouble, InputRefused, StopError
 from qd2mora.redact import redacted
+from qd2mora.terminal import lost_output, open_terminal
+
+LEAVES_FILES = ("train", "merge", "compare", "compose")
+"""Verbs whose result lies on disk; others do with --out, and inspect without --json."""
 
 
 def main() -> None:
     """Run the command line; an error becomes one line and an exit code."""
+    open_terminal()
     sys.excepthook = _show_traceback
     _show_log()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         # Not app(...): that puts typer's own hook for tracebacks in place of ours.
-        code = typer.main.get_command(app)(arguments, standalone_mode=False)
+        code = typer.main.get_command(app)(arguments or ["--help"], standalone_mode=False)
     except (StopError, TyperException, OSError) as error:
         if len(arguments) < len(sys.argv[1:]):
             raise
@@ -43,7 +48,21 @@ def main() -> None:
         sys.exit(_exit_code(error))
     except typer.Abort:
         sys.exit(130)
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(_told(code if isinstance(code, int) else 0, arguments))
+
+
+def _told(code: int, arguments: list[str]) -> int:
+    """Tell of output that was lost; where it was the result itself, as of `plan > FILE`, the command has failed."""
+    trouble = lost_output()
+    if trouble is None:
+        return code
+    verb = next((argument for argument in arguments if not argument.startswith("-")), "")
+    asked = {argument.partition("=")[0] for argument in arguments}
+    if verb in LEAVES_FILES or "--out" in asked or (verb == "inspect" and "--json" not in asked):
+        print(f"warning: standard output: {trouble}; what was printed is lost, the result is whole", file=sys.stderr)
+        return code
+    print(f"error: standard output: {trouble}; what was printed is lost, run the command again", file=sys.stderr)
+    return code or DiskTrouble.exit_code
 
 
 def _process() -> str:

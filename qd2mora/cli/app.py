@@ -26,6 +26,9 @@ AllowChanged = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RunPath = Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN", show_default=False)]
 
+MOST = 1_000_000_000
+"""Most that any count of the command line may be: beyond it lie Python's and torch's own limits."""
+
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -58,4 +61,26 @@ def numbers(text: str | None) -> list[float] | None:
         raise InputRefused(f"--vector: '{text}' will not do: numbers with commas, for example 0.1,-2,0.5") from None
 
 
-__all__ = ["AllowChanged", "AsJson", "ModelPath", "Overrides", "RecipePath", "RunPath", "app", "numbers", "words"]
+def text_of(words: str, where: str) -> str:
+    """Return what is text. Raises InputRefused where it holds bytes that are none."""
+    try:
+        words.encode()
+    except UnicodeEncodeError as error:
+        byte = f"byte 0x{ord(words[error.start]) & 0xFF:02x}"
+        raise InputRefused(f"{where}: {byte} at character {error.start + 1} is no text; give it as UTF-8") from None
+    return words
+
+
+__all__ = [
+    "MOST",
+    "AllowChanged",
+    "AsJson",
+    "ModelPath",
+    "Overrides",
+    "RecipePath",
+    "RunPath",
+    "app",
+    "numbers",
+    "text_of",
+    "words",
+]

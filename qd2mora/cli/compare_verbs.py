@@ -5,27 +5,27 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from qd2mora.cli.app import AsJson, Overrides, RecipePath, app, words
+from qd2mora.cli.app import MOST, AsJson, Overrides, RecipePath, app, words
 from qd2mora.comparison.settings import ComparisonSettings
 from qd2mora.errors import InputRefused
 from qd2mora.stopping import listening
+from qd2mora.terminal import Screen
 
 USUAL_METHODS = ",".join(ComparisonSettings.methods)
 Methods = Annotated[str, typer.Option(help="With commas; the first is what the others are compared with.")]
-Seeds = Annotated[int, typer.Option(help="Runs of each method; 0: the sweep alone.", min=0)]
+Seeds = Annotated[int, typer.Option(help="Runs of each method; 0: the sweep alone.", min=0, max=MOST)]
 Sweep = Annotated[str | None, typer.Option(help="Rates to try, or none; else thirds and thrice.")]
-SweepSteps = Annotated[int | None, typer.Option(help="Steps of a run of the sweep.", min=1)]
-Minutes = Annotated[float | None, typer.Option(help="Time for all training; steps follow from it.", min=0)]
-ChooseRows = Annotated[int, typer.Option(help="Rows a task to choose rate and export by.", min=1)]
+SweepSteps = Annotated[int | None, typer.Option(help="Steps of a run of the sweep.", min=1, max=MOST)]
+Minutes = Annotated[float | None, typer.Option(help="Time for all training; steps follow from it.", min=0, max=MOST)]
+ChooseRows = Annotated[int, typer.Option(help="Rows a task to choose rate and export by.", min=1, max=MOST)]
 Strategies = Annotated[str | None, typer.Option(help="Exports to try, with commas; all where left out.")]
 WithExport = Annotated[bool, typer.Option(help="Score the best static export too.")]
 Suite = Annotated[str | None, typer.Option(help="Test on a published suite: commonsense.")]
 SuiteData = Annotated[Path | None, typer.Option(help="Folder of the suite's test files.")]
 SuiteTasks = Annotated[str | None, typer.Option(help="Tasks of the suite, with commas; all where left out.")]
 Scoring = Annotated[str, typer.Option(help="Of the suite: generate or likelihood.")]
-Limit = Annotated[int | None, typer.Option(help="Test rows of each task.", min=1)]
+Limit = Annotated[int | None, typer.Option(help="Test rows of each task.", min=1, max=MOST)]
 Out = Annotated[Path | None, typer.Option(help="Folder; the recipe's output and -compare where left out.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier comparison.")]
 
@@ -55,7 +55,7 @@ def compare(
     from qd2mora.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    folder, console = out or Path(f"{loaded.output}-compare"), Console()
+    folder, console = out or Path(f"{loaded.output}-compare"), Screen()
     with listening():
         from qd2mora.comparison.running import compare as run_comparison
         from qd2mora.comparison.tables import show, write_tables

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qd2mora.cli.app import app
+from qd2mora.cli.app import MOST, app
 
 
 @app.command()
@@ -17,10 +17,14 @@ def compose(
     ],
     out: Annotated[Path, typer.Option(help="New folder for the adapter.", show_default=False)],
     weights: Annotated[str | None, typer.Option(help="One for each input, with commas; else all 1 / n.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of what comes out: lego, sub, extract.", min=1)] = None,
-    experts: Annotated[int | None, typer.Option(help="Experts of what comes out: sub, upcycle.", min=1)] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of what comes out: lego, sub, extract.", min=1, max=MOST)
+    ] = None,
+    experts: Annotated[
+        int | None, typer.Option(help="Experts of what comes out: sub, upcycle.", min=1, max=MOST)
+    ] = None,
     learn: Annotated[Path | None, typer.Option(help="Of cat: recipe or run on whose rows weights are learned.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Of --learn; else 100.", min=0)] = None,
+    steps: Annotated[int | None, typer.Option(help="Of --learn; else 100.", min=0, max=MOST)] = None,
 ) -> None:
     """Make one adapter of several (cat, linear, lego), a smaller or a routed one (sub, upcycle), or extract a LoRA."""
     from qd2mora.composition import ComposeOptions

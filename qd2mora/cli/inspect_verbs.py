@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from qd2mora.cli.app import AllowChanged, RunPath, app
+from qd2mora.cli.app import MOST, AllowChanged, RunPath, app
+from qd2mora.terminal import Screen
 
 
 @app.command()
@@ -17,7 +17,7 @@ def inspect(
     png: Annotated[Path | None, typer.Option(help="Draw curves and routing into this PNG (the extra figures).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the routing report as JSON; no page.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Measure routing anew, though routing.json is there.")] = False,
-    rows: Annotated[int, typer.Option(help="Rows of each task to measure it on.", min=1)] = 256,
+    rows: Annotated[int, typer.Option(help="Rows of each task to measure it on.", min=1, max=MOST)] = 256,
     allow_changed: AllowChanged = None,
 ) -> None:
     """Show routing by task, experts' likeness and curves: a summary here, all of it in one HTML file."""
@@ -31,7 +31,7 @@ def inspect(
     inspect_where_due(run, again=again, rows=rows, allow_changed=allow_changed or ())
     found = read_run(run)
     if not as_json:
-        show_inspection(found, write_page(found, html), Console())
+        show_inspection(found, write_page(found, html), Screen())
     elif found.routing is None:
         typer.echo("null")
     else:

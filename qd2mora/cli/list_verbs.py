@@ -1,12 +1,14 @@
 """Verbs that list what there is: methods, recipes."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from qd2mora.cli.app import app
 from qd2mora.errors import InputRefused, nearest
+from qd2mora.redact import redacted
+from qd2mora.terminal import Screen
 
 
 @app.command()
@@ -14,12 +16,23 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method in full.
     """List the methods; with a name, its equation, defaults and source."""
     from qd2mora.report import show_methods
 
-    show_methods(name, Console())
+    show_methods(name, Screen())
 
 
 @app.command()
-def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None) -> None:
-    """List the recipes that come along; with a name, print one: `qd2mora recipes quickstart > my.yaml`."""
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe; with --from, the file to translate.")] = None,
+    neighbour: Annotated[
+        str | None, typer.Option("--from", help="Translate a file of axolotl or llama-factory.", metavar="NEIGHBOUR")
+    ] = None,
+) -> None:
+    """List the recipes that come along; with a name, print one: `qd2mora recipes quickstart > my.yaml`.
+
+    With --from, print a neighbour's training file as a recipe, and on standard error all that has no place in it.
+    """
+    if neighbour is not None:
+        _translate(neighbour, name)
+        return
     from qd2mora.recipe.shipped import copied_recipe, shipped_recipes
 
     found = shipped_recipes()
@@ -30,6 +43,25 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe."
     if name not in found:
         raise InputRefused(f"no recipe '{name}'; {nearest(name, sorted(found))}")
     typer.echo(copied_recipe(found[name]), nl=False)
+
+
+def _translate(neighbour: str, file: str | None) -> None:
+    """Print a neighbour's file as a recipe. Raises InputRefused."""
+    from qd2mora.recipe.axolotl import AXOLOTL
+    from qd2mora.recipe.llama_factory import LLAMA_FACTORY
+    from qd2mora.recipe.translation import translate
+    from qd2mora.recipe.yaml_file import dump_yaml, read_mapping
+
+    known = {"axolotl": AXOLOTL, "llama-factory": LLAMA_FACTORY}
+    if neighbour not in known:
+        raise InputRefused(f"--from: unknown '{neighbour}'; {nearest(neighbour, known)}")
+    if file is None:
+        raise InputRefused(f"--from {neighbour}: name the file to translate")
+    path = Path(file)
+    found = translate(known[neighbour], read_mapping(path), path.parent)
+    typer.echo(dump_yaml(found.content), nl=False)
+    for line in found.left:
+        typer.echo(redacted(f"not translated: {' '.join(line.split())}"), err=True)
 
 
 __all__ = ["methods", "recipes"]

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from qd2mora.cli.app import AllowChanged, AsJson, ModelPath, RunPath, app, numbers, words
+from qd2mora.cli.app import MOST, AllowChanged, AsJson, ModelPath, RunPath, app, numbers, words
 from qd2mora.disk.sealed import MANIFEST
 from qd2mora.errors import InputRefused
 from qd2mora.stopping import listening
+from qd2mora.terminal import Screen
 
 ExamRecipe = Annotated[Path | None, typer.Option(help="Recipe whose held-out rows are asked.")]
 Suite = Annotated[str | None, typer.Option(help="Published tests to ask instead: commonsense.")]
@@ -18,10 +18,10 @@ ExamData = Annotated[Path | None, typer.Option(help="Folder of the suite's test 
 ExamTasks = Annotated[str | None, typer.Option(help="Only these tasks, with commas between.")]
 Scoring = Annotated[str, typer.Option(help="Of a suite: generate, or likelihood of the choices.")]
 SuitePrompt = Annotated[str, typer.Option(help="Of a suite: published, or training's own.")]
-Beams = Annotated[int, typer.Option(help="1 is greedy; the commonsense tables use 4.", min=1)]
+Beams = Annotated[int, typer.Option(help="1 is greedy; the commonsense tables use 4.", min=1, max=1024)]
 HarnessTasks = Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")]
-Limit = Annotated[int | None, typer.Option(help="Rows of each task.", min=1)]
-RowsAtOnce = Annotated[int, typer.Option(help="Rows of a batch; no score depends on it.", min=1)]
+Limit = Annotated[int | None, typer.Option(help="Rows of each task.", min=1, max=MOST)]
+RowsAtOnce = Annotated[int, typer.Option(help="Rows of a batch; no score depends on it.", min=1, max=MOST)]
 ScoresFile = Annotated[Path | None, typer.Option(help="JSON file for the scores; the same command goes on.")]
 
 
@@ -79,7 +79,7 @@ def merge(
         else:
             exports = [run_merge(run, out, task=task, **options)]
     for export in exports:
-        show_export(export, export.folder, Console())
+        show_export(export, export.folder, Screen())
 
 
 @app.command(name="eval")
@@ -112,7 +112,7 @@ def evaluate(
         if as_json:
             typer.echo(json.dumps(results, indent=1))
         else:
-            show_harness(results, Console())
+            show_harness(results, Screen())
         return
     from qd2mora import evaluation
 
@@ -123,7 +123,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps({name: score.to_json() for name, score in scores.items()}, indent=1))
     else:
-        show_scores({str(model): scores}, Console())
+        show_scores({str(model): scores}, Screen())
 
 
 @app.command()

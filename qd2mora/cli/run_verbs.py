@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from qd2mora.cli.app import AllowChanged, AsJson, Overrides, RecipePath, app
+from qd2mora.cli.app import MOST, AllowChanged, AsJson, Overrides, RecipePath, app
 from qd2mora.stopping import listening
+from qd2mora.terminal import Screen
 
 
 @app.command()
@@ -33,7 +33,7 @@ def train(
 
         trained = run_training(loaded, resume=resume, overwrite=overwrite, allow_changed=allow_changed or ())
         if trained.is_main:
-            finish(trained.folder, Console())
+            finish(trained.folder, Screen())
 
 
 def own_folder(path: Path, output: str, overrides: list[str]) -> str:
@@ -72,11 +72,11 @@ def plan(
     if as_json:
         typer.echo(json.dumps(planned.to_json(), indent=1))
     else:
-        Console().print(render(planned))
+        Screen().print(render(planned))
         if unshared(loaded):
-            Console().print(unshared(loaded))
+            Screen().print(unshared(loaded))
         if loaded.data.packing:
-            Console().print("data.packing: a line of packed rows is planned for as one row of data.max_length tokens")
+            Screen().print("data.packing: a line of packed rows is planned for as one row of data.max_length tokens")
     if png is not None:
         from qd2mora.report import draw_plan
 
@@ -89,7 +89,7 @@ def plan(
 def preview(
     recipe: RecipePath,
     overrides: Overrides = None,
-    number: Annotated[int, typer.Option("-n", help="Rows of each task.", min=1)] = 3,
+    number: Annotated[int, typer.Option("-n", help="Rows of each task.", min=1, max=MOST)] = 3,
 ) -> None:
     """Show rows as the model sees them: what is given, what is learned, lengths, shares."""
     from qd2mora.recipe import load_recipe
@@ -97,7 +97,7 @@ def preview(
     loaded = load_recipe(recipe, overrides or [])
     from qd2mora.report import show_rows
 
-    show_rows(loaded, number, Console())
+    show_rows(loaded, number, Screen())
 
 
 @app.command()
@@ -121,7 +121,7 @@ def suggest_experts(
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1))
     else:
-        show_suggestion(found, Console())
+        show_suggestion(found, Screen())
 
 
 __all__ = ["own_folder", "plan", "preview", "suggest_experts", "train"]

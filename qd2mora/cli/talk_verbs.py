@@ -1,12 +1,13 @@
 """Verbs that talk with a run, an export or a base: generate, chat."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import typer
 
-from qd2mora.cli.app import AllowChanged, ModelPath, app, numbers
+from qd2mora.cli.app import MOST, AllowChanged, ModelPath, app, numbers, text_of
+from qd2mora.errors import InputRefused
 
 Task = Annotated[str | None, typer.Option(help="Task: words as it was trained, routes by it where the adapter does.")]
 Vector = Annotated[str | None, typer.Option(help="Numbers with commas, where the adapter reads a vector.")]
@@ -16,7 +17,7 @@ Template = Annotated[
 ]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token, more draws.")]
 TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens of this summed probability.")]
-Seed = Annotated[int, typer.Option(help="The same seed draws the same.", min=0)]
+Seed = Annotated[int, typer.Option(help="The same seed draws the same.", min=0, max=2**32 - 1)]
 
 
 @app.command()
@@ -26,7 +27,7 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text without any template.")] = False,
     task: Task = None,
     vector: Vector = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=1)] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=1, max=MOST)] = 128,
     template: Template = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -39,7 +40,8 @@ def generate(
 
     options = TalkOptions(task, numbers(vector), template, max_new_tokens, temperature, top_p, seed)
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = _read(sys.stdin.read)
+    prompt = text_of(prompt, "--prompt")
     run_generation(model, prompt, options, raw=raw, write=_show, say=_say, allow_changed=allow_changed or ())
     typer.echo()
 
@@ -49,7 +51,7 @@ def chat(
     model: ModelPath,
     task: Task = None,
     vector: Vector = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1)] = 512,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1, max=MOST)] = 512,
     template: Template = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -72,7 +74,7 @@ def _lines() -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             typer.echo("> ", nl=False)
-        line = sys.stdin.readline()
+        line = _read(sys.stdin.readline)
         if not line:
             return
         yield line
@@ -80,6 +82,15 @@ def _lines() -> Iterator[str]:
 
 def _say(line: str) -> None:
     typer.echo(line, err=True)
+
+
+def _read(read: Callable[[], str]) -> str:
+    """Read from standard input. Raises InputRefused where it is no text."""
+    try:
+        return text_of(read(), "standard input")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise InputRefused(f"standard input: byte 0x{byte:02x} is no {error.encoding}; give text as UTF-8") from None
 
 
 def _show(text: str) -> None:

@@ -32,7 +32,10 @@ def finish(run: Path, console: Console) -> None:
         _score(folder, recipe, console)
         lies["scores"] = folder.scores
     inspect_where_due(run)
-    lies["report"] = write_page(read_run(run))
+    contents = read_run(run)
+    lies["report"] = write_page(contents)
+    if contents.advice:
+        console.print(f"note: {contents.advice}", highlight=False, soft_wrap=True)
     for name, path in lies.items():
         console.print(f"{name:12} {path}", highlight=False, soft_wrap=True)
 

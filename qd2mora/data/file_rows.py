@@ -1,19 +1,26 @@
 """Rows of a file, one at a time: each a value, or the reason why it is none.
 
-A line longer than `MAX_ROW_BYTES` is passed over unread, so that no file takes more memory than one row; only a JSON
-list is parsed whole, as JSON demands.
+A row longer than `MAX_ROW_BYTES` is passed over unread, so that no file takes more memory than one row; only a JSON
+list is parsed whole, as JSON demands. Text may be packed by gzip (`rows.jsonl.gz`).
 """
 
 import csv
+import gzip
+import io
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Task
 from qd2mora.recipe.data import HUB
 
 MAX_ROW_BYTES = 8 << 20
+MAX_UNPACKED_BYTES = 1 << 30
+"""Of a packed JSON list, which is held whole: a few MiB could unpack to any size."""
+PACKED = ".gz"
 
 
 class BadRow(ValueError):  # noqa: N818 - reads as the sentence it is
@@ -39,13 +46,6 @@ def rows_of(path: str, task: Task) -> Iterator[tuple[str, object]]:
     if path.startswith(HUB):
         return _numbered(_hub_rows(path, task))
     file = Path(path)
-    readers = {
-        ".json": _json_rows,
-        ".jsonl": _jsonl_rows,
-        ".csv": _csv_rows,
-        ".parquet": _parquet_rows,
-        ".arrow": _arrow_rows,
-    }
     try:
         if not file.exists():
             raise InputRefused(f"data.tasks.{task.name}: no file '{path}'")
@@ -59,9 +59,30 @@ def rows_of(path: str, task: Task) -> Iterator[tuple[str, object]]:
         file.open("rb").close()
     except (OSError, ValueError) as error:
         raise InputRefused(f"data.tasks.{task.name}: no file '{path}': {error}") from error
-    if file.suffix not in readers:
-        raise InputRefused(f"{path}: unknown kind of file '{file.suffix}'; there are {', '.join(readers)}")
-    return readers[file.suffix](file)
+    name = file.name.lower()
+    is_packed = name.endswith(PACKED)
+    kind = Path(name.removesuffix(PACKED)).suffix
+    readers = _TEXT_READERS if is_packed else _TEXT_READERS | _READERS
+    if kind not in readers:
+        shown = kind + PACKED if is_packed else kind
+        known = ", ".join([*(_TEXT_READERS | _READERS), *(each + PACKED for each in _TEXT_READERS)])
+        raise InputRefused(f"{path}: unknown kind of file '{shown}'; there are {known}")
+    rows = readers[kind](file)
+    return _unpacked(rows, file) if is_packed else rows
+
+
+def _open(file: Path) -> BinaryIO:
+    """Open the text of a file, unpacked."""
+    if file.name.lower().endswith(PACKED):
+        return cast(BinaryIO, gzip.open(file, "rb"))
+    return file.open("rb")
+
+
+def _unpacked(rows: Iterator[tuple[str, object]], file: Path) -> Iterator[tuple[str, object]]:
+    try:
+        yield from rows
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputRefused(f"{file}: not a whole gzip file: {error}") from error
 
 
 def parse_row(text: str) -> object:
@@ -111,7 +132,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, object]]:
 
 def _lines(file: Path) -> Iterator[str | BadRow]:
     place = 0
-    with file.open("rb") as stream:
+    with _open(file) as stream:
         while line := stream.readline(MAX_ROW_BYTES + 1):
             begin, place = place, place + len(line)
             if len(line) > MAX_ROW_BYTES:
@@ -126,17 +147,26 @@ def _lines(file: Path) -> Iterator[str | BadRow]:
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, object]]:
-    with file.open("rb") as stream:
-        start = stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    """A list of rows, one row, or {"data": [...]}; or JSON lines under the name .json."""
+    with _open(file) as stream:
+        content = stream.read(MAX_UNPACKED_BYTES + 1) if file.suffix.lower() == PACKED else stream.read()
+    if len(content) > MAX_UNPACKED_BYTES and file.suffix.lower() == PACKED:
+        raise InputRefused(f"{file}: unpacks to more than {MAX_UNPACKED_BYTES} bytes; JSON lines are read row by row")
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
+        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        if start.startswith(b"{"):
-            return _jsonl_rows(file)  # JSON lines under the name .json
+        if content[:64].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+            yield from _jsonl_rows(file)
+            return
         raise InputRefused(_not_json(file, error)) from error
-    if not isinstance(content, list):
-        raise InputRefused(f"{file}: a JSON data file is a list of rows, this is {type(content).__name__}")
-    return _numbered(iter(content))
+    if isinstance(value, dict):
+        # Under another name than `data`, or beside other keys, a list is a field of the one row.
+        value = value["data"] if list(value) == ["data"] and isinstance(value["data"], list) else [value]
+    elif isinstance(value, Repeated):
+        value = [value]
+    if not isinstance(value, list):
+        raise InputRefused(f"{file}: a JSON data file is a list of rows, this is {type(value).__name__}")
+    yield from _numbered(iter(value))
 
 
 def _not_json(file: Path, error: ValueError | RecursionError) -> str:
@@ -151,25 +181,78 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, object]]:
     return _numbered(_csv_values(file))
 
 
+class _CsvLines:
+    """Lines for a reader of csv, none of them from a row that is too long."""
+
+    def __init__(self, stream: io.TextIOBase) -> None:
+        self._stream = stream
+        self._line, self._size, self._quotes = "", 0, 0
+        self.is_too_long = False
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        self._read()
+        if not self._line:
+            raise StopIteration
+        if self._size > MAX_ROW_BYTES:
+            self.is_too_long = True
+            raise csv.Error(f"longer than {MAX_ROW_BYTES} letters")
+        return self._line
+
+    def begin_row(self) -> None:
+        """Count anew."""
+        self._size = self._quotes = 0
+        self.is_too_long = False
+
+    def pass_over(self) -> bool:
+        """Read to the end of the row; return whether there is one: each quote that opens must close."""
+        while self._line and (self._quotes % 2 or not self._line.endswith(("\n", "\r"))):
+            self._read()
+        return self._quotes % 2 == 0
+
+    def _read(self) -> None:
+        self._line = self._stream.readline(MAX_ROW_BYTES + 1)
+        self._size += len(self._line)
+        self._quotes += self._line.count('"')
+
+
 def _csv_values(file: Path) -> Iterator[object]:
     """Fields stay text: 007 is not 7, and NA is not missing."""
+    # Python's own limit is 131,072 letters a field; rows are limited here.
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
     # Bytes that are not UTF-8 become lone surrogates, which are refused row by row.
-    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-        reader = csv.DictReader(stream, strict=True)
+    with io.TextIOWrapper(_open(file), encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        lines = _CsvLines(stream)
+        reader = csv.DictReader(lines, strict=True)
         try:
             names = list(reader.fieldnames or ())
             twice = next((name for name in names if names.count(name) > 1), None)
             if twice is not None:
                 raise InputRefused(f"{file}: the header names '{twice}' twice")
-            for row in reader:
-                if None in row:  # a comma that is not quoted would cut the answer short
-                    yield BadRow("more fields than the header names", "; quote text that holds commas")
-                elif None in row.values():
-                    yield BadRow("fewer fields than the header names")
-                else:
-                    yield row
+            while True:
+                yield _csv_row(reader, lines)
+        except StopIteration:
+            return
         except csv.Error as error:
             raise InputRefused(f"{file}, line {reader.line_num}: not a csv file: {error}") from error
+
+
+def _csv_row(reader: "csv.DictReader[str]", lines: _CsvLines) -> object:
+    """Return the next row. Raises StopIteration, csv.Error."""
+    lines.begin_row()
+    try:
+        row = next(reader)
+    except csv.Error:
+        if not lines.is_too_long or not lines.pass_over():
+            raise
+        return BadRow(f"longer than {MAX_ROW_BYTES} letters")
+    if None in row:  # a comma that is not quoted would cut the answer short
+        return BadRow("more fields than the header names", "; quote text that holds commas")
+    if None in row.values():
+        return BadRow("fewer fields than the header names")
+    return row
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, object]]:
@@ -222,5 +305,9 @@ def _hub_rows(path: str, task: Task) -> Iterator[object]:
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         raise InputRefused(f"data.tasks.{task.name}: '{path}' cannot be got: {str(error).splitlines()[0]}") from error
 
+
+Reader = Callable[[Path], Iterator[tuple[str, object]]]
+_TEXT_READERS: dict[str, Reader] = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
+_READERS: dict[str, Reader] = {".parquet": _parquet_rows, ".arrow": _arrow_rows}
 
 __all__ = ["MAX_ROW_BYTES", "BadRow", "Repeated", "parse_row", "rows_of"]

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qd2mora.data.read import Pair, Skipped
@@ -29,6 +28,7 @@ from qd2mora.disk.file_hash import hash_of_bytes
 from qd2mora.disk.passing import passing_name, remove_passing
 from qd2mora.disk.sealed import open_manifest, seal_whole_folder, verify_folder
 from qd2mora.errors import DamagedFile
+from qd2mora.terminal import Screen
 
 VERSION = 2
 """Counted up when the same file would be stored otherwise."""
@@ -199,7 +199,7 @@ def _write_rows(sink: Any, rows: RowsToStore, tokeniser: Tokeniser) -> Skipped:
     hashes: list[NDArray[np.int64]] = []
     columns = (TextColumn("tokenising {task.description}"), BarColumn(), TextColumn("{task.completed} rows"))
     shown = sys.stderr.isatty() and rows.size >= SMALLEST_KEPT
-    display = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), disable=not shown, transient=True)
+    display = Progress(*columns, TimeElapsedColumn(), console=Screen(stderr=True), disable=not shown, transient=True)
     with pa.ipc.new_file(sink, _SCHEMA) as writer, display:
         line = display.add_task(rows.name, total=_rows_expected(rows) if shown else None)
         for pairs, tokens in tokenised(tokeniser, rows.read(skipped)):

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qd2mora.evaluation.questions import AskedTask
 from qd2mora.evaluation.score import Record
+from qd2mora.terminal import Screen
 
 
 class AskingDisplay:
@@ -33,7 +33,7 @@ class AskingDisplay:
 @contextmanager
 def asking(tasks: list[AskedTask], is_shown: bool) -> Iterator[AskingDisplay]:
     """Show a bar on standard error while the block runs."""
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     progress = Progress(
         TextColumn("{task.fields[what]}"),
         MofNCompleteColumn(),

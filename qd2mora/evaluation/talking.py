@@ -48,8 +48,11 @@ class TalkOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise InputRefused(f"--temperature: {self.temperature} will not do: 0 for the likeliest token, or above")
+        # Nearer to 0, logits divided by it are no float32 any more.
+        if self.temperature != 0 and not 1e-3 <= self.temperature <= 1e3:
+            raise InputRefused(
+                f"--temperature: {self.temperature} will not do: 0 for the likeliest token, or 0.001 to 1000"
+            )
         if not 0 < self.top_p <= 1:
             raise InputRefused(f"--top-p: {self.top_p} will not do: above 0, up to 1")
         if self.top_p < 1 and self.temperature == 0:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from qd2mora.errors import InputRefused
 from qd2mora.recipe.adapter import DownInit
+from qd2mora.recipe.section import MOST_EXPERTS
 from qd2mora.routed.gate import Gate, Gates, Limits, numbers_of_gates, words_of_gates
 from qd2mora.routed.ops import Core, Pairing
 
@@ -183,11 +184,13 @@ def _scope_problems(gate: Gate) -> Iterator[str]:
 
 def experts_by_layer(allocation: str, num_layers: int) -> list[int]:
     """Return the experts of each layer: "2-4-6-8" gives a quarter of the layers each. Raises InputRefused."""
-    if not re.fullmatch(r"\d+(-\d+)*", allocation, re.ASCII):
+    if not re.fullmatch(r"\d{1,9}(-\d{1,9})*", allocation, re.ASCII):
         raise InputRefused(f"adapter.allocation: '{allocation}' will not do: experts by depth, for example 2-4-6-8")
     groups = [int(part) for part in allocation.split("-")]
-    if min(groups) < 1:
-        raise InputRefused(f"adapter.allocation: '{allocation}' will not do: at least 1 expert in every layer")
+    if not 1 <= min(groups) <= max(groups) <= MOST_EXPERTS:
+        raise InputRefused(
+            f"adapter.allocation: '{allocation}' will not do: 1 to {MOST_EXPERTS} experts in every layer"
+        )
     if len(groups) > num_layers:
         raise InputRefused(f"adapter.allocation: '{allocation}' has {len(groups)} groups for {num_layers} layers")
     # As even as whole layers allow: 2-4-6-8 on 30 layers gives groups of 8, 7, 8 and 7.

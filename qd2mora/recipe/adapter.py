@@ -4,8 +4,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model, model_validator
 
-from qd2mora.recipe.section import Count, Fraction, Place, Section
-from qd2mora.routed.gate import Role, numbers_of_gates, words_of_gates
+from qd2mora.recipe.section import (
+    LARGEST,
+    MOST,
+    MOST_EXPERTS,
+    SMALLEST,
+    Fraction,
+    NotNegative,
+    Place,
+    Positive,
+    Section,
+    Size,
+)
+from qd2mora.routed.gate import Limits, Role, numbers_of_gates, words_of_gates
 
 SharedInit = Literal["kaiming", "orthogonal", "pissa", "olora", "eva", "loftq"]
 """How a shared expert starts: `pissa`, `olora`, `loftq` from the weight, `eva` from the data."""
@@ -16,18 +27,39 @@ DownInit = Literal["kaiming", "gaussian", "orthogonal", "sparse"]
 class Experts(Section):
     """One bank of experts."""
 
-    experts: Count
+    experts: Annotated[int, Field(ge=1, le=MOST_EXPERTS)]
+    """How many; each has its row in a router."""
 
 
 class Shared(Section):
     """One expert more that no gate touches."""
 
-    rank: Count
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    rank: Size
+    """Inner width of this expert."""
+    alpha: Positive | None = None
     """Scaled by alpha / rank; twice the rank where left out."""
     init: SharedInit = "kaiming"
     """`pissa`, `olora`: from the weight, its start subtracted again; `eva`: from the data's activations; `loftq`: what
     4-bit quantisation lost."""
+
+
+_GATE = {
+    "input": "What the router reads",
+    "granularity": "What gets gates of its own",
+    "scope": "What shares one router",
+    "score": "How what is read becomes scores",
+    "select": "Which experts are used",
+    "weight": "What those count",
+    "top_k": "Experts used, where the selection counts them",
+    "top_p": "Share of the gates that the experts used have together, for `select: entropy`",
+    "temperature": "Scores are divided by it; a lower one makes gates more decided",
+    "entropy_order": "Order of the Tsallis entropy, for `select: entropy`",
+    "entropy_limit": "Entropy above which all experts are used, for `select: entropy`",
+    "omega": "What an expert that is used counts, for the weights `straight_through` and `uniform`",
+    "width": "Inner width of a router that is a network, for `score: mlp` and `prototype`",
+    "bias_rate": "How fast a bias moves that evens out the use of experts; 0: none",
+}
+"""What a gate's fields are for, as the reference of recipes tells it."""
 
 
 class _Gate(Section):
@@ -45,11 +77,23 @@ class _Gate(Section):
 def _gate_fields() -> type[Section]:
     """Return the section made of a gate's fields: words as they come, numbers with their ranges."""
     # `mixture.method` names the words there are once it knows which the method forbids.
-    found: dict[str, Any] = {word: (str | None, None) for word in words_of_gates()}
+    found: dict[str, Any] = {}
+    for word, words in words_of_gates().items():
+        found[word] = (str | None, Field(None, description=f"{_GATE[word]}: {', '.join(words)}."))
     for number, (kind, limits) in numbers_of_gates().items():
-        found[number] = (Annotated[kind, Field(**limits)] | None, None)
+        found[number] = (
+            Annotated[kind, Field(**_in_reach(kind, limits))] | None,
+            Field(None, description=f"{_GATE[number]}."),
+        )
     about = "Fields of one router; those left out are the method's (`qd2mora methods NAME`)."
     return create_model("GateFields", __base__=_Gate, __doc__=about, __module__=__name__, **found)
+
+
+def _in_reach(kind: type, limits: Limits) -> Limits:
+    """Return a number's range within what float32 and counts can hold."""
+    most: Limits = {"le": MOST if kind is int else LARGEST}
+    least: Limits = {"ge": SMALLEST} if "gt" in limits else {}
+    return {**most, **least, **limits}
 
 
 GateFields = _gate_fields()
@@ -59,11 +103,12 @@ class Adapter(Section):
     """What is trained. Keys left out take the method's own defaults (`qd2mora methods`)."""
 
     method: str = "d2mora"
-    rank: Count | None = None
+    """Which of the mixtures; `qd2mora methods` lists them."""
+    rank: Size | None = None
     """Inner width of one expert."""
-    ranks: Annotated[list[Count], Field(min_length=1)] | None = None
+    ranks: Annotated[list[Size], Field(min_length=1)] | None = None
     """A rank for each paired expert, where they differ."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    alpha: Positive | None = None
     """The update is scaled by alpha / rank."""
     rank_stabilized: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
@@ -79,9 +124,9 @@ class Adapter(Section):
     """Experts by depth: "2-4-6-8" gives each quarter of the layers so many (MoLA's schedule, for every method)."""
     gates: dict[Role, GateFields] | None = None  # type: ignore[valid-type]  # mypy follows no made class
     """Changes of the method's routers; paired experts have the one called down."""
-    penalty: Annotated[float, Field(ge=0)] | None = None
+    penalty: NotNegative | None = None
     """Weight of the method's first penalty; D2MoRA's is the orthogonality of experts."""
-    penalties: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    penalties: dict[str, NotNegative] | None = None
     """Weights of penalties by kind, the method's own or others."""
     shared: Shared | None = None
     """One expert more that no gate touches."""
@@ -91,9 +136,9 @@ class Adapter(Section):
     """Folders of trained LoRAs that become the paired experts, where a method takes them."""
     train_experts: bool = True
     """Whether such experts go on training, or the routers alone do."""
-    external_width: Count | None = None
+    external_width: Size | None = None
     """Length of the vector that each row brings, where a router reads one."""
-    task_embedding: Count | None = None
+    task_embedding: Size | None = None
     """Width of the task embedding where a method routes by task."""
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from qd2mora.recipe.section import Count, Place, Section
+from qd2mora.recipe.section import Count, Epochs, Place, Positive, Section, Whole
 
 HUB = "hub:"
 """How the name of a data set on the hub begins."""
@@ -17,9 +17,10 @@ class Task(Section):
     """One data set."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    """What scores and reports call it."""
     path: Place
-    """A json, jsonl, csv, parquet or arrow file (beside the recipe, else in the working folder) or
-    `hub:owner/name:split`."""
+    """A json, jsonl, csv, parquet or arrow file, text also as .gz (beside the recipe, else in the working folder)
+    or `hub:owner/name:split`."""
     streaming: bool = False
     """Read a hub data set as it comes over the network, without a copy on disk."""
     format: str = "instruction"
@@ -30,9 +31,9 @@ class Task(Section):
     template: Literal["tokenizer", "chatml", "plain"] | None = None
     """What words a chat: `tokenizer`, its own template (where left out), or one of ours for a tokenizer without. On
     instruction rows, words them as a chat of one turn in place of Alpaca's prompt."""
-    weight: Annotated[float, Field(gt=0)] | None = None
+    weight: Positive | None = None
     """Share in the mixture relative to the others'; all tasks give one, or none does (plain concatenation)."""
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Epochs = 1.0
     """How often these rows count in one epoch of the run, and until a weighted task is exhausted (`data.stop`)."""
     limit: Count | None = None
     """Use the first so many rows."""
@@ -42,7 +43,7 @@ class Task(Section):
     """Which half of the experts a localised balance steers these rows to: 1 the first half, 0 the rest."""
     vector: str | None = None
     """Field that holds a list of numbers, for methods whose router reads a vector of each row."""
-    validation: Annotated[int, Field(ge=0)] | Place = 0
+    validation: Whole | Place = 0
     """Rows held out from the file, or another file."""
     metric: Literal["exact", "choice", "rouge", "loss"] | None = None
     """How `eval` scores held-out rows: `exact`, the written words are the right ones (where left out); `choice`, the
@@ -65,7 +66,7 @@ class Data(Section):
     stop: Literal["first", "last"] | None = None
     """In place of train.steps and train.epochs: the run ends when the first, or the last, weighted task has given all
     its rows."""
-    max_length: Annotated[int, Field(ge=8)] = 512
+    max_length: Annotated[int, Field(ge=8, le=2**24)] = 512
     """Longer rows are cut at the end, and counted."""
     packing: bool = False
     """Rows of a step share lines of max_length tokens; attention keeps them apart, and the result is the same."""

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from qd2mora.recipe.section import Count, Section
 
 SIZE_UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
-SIZE = rf"^\d+(\.\d+)? ?({'|'.join(SIZE_UNITS)})$"
+SIZE = rf"^\d{{1,12}}(\.\d{{1,12}})? ?({'|'.join(SIZE_UNITS)})$"
 """How an amount of memory is written."""
 
 

@@ -45,13 +45,17 @@ NEIGHBOURS = {
     "output_dir": "output",
 }
 
+MOST_NAMED = 20
+"""Unknown keys that one line names."""
+
 
 def first_problem(error: ValidationError, schema: type[BaseModel]) -> str:
-    """One line for the most telling of pydantic's complaints: an unknown key explains what is missing."""
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    """One line for the most telling of pydantic's complaints: unknown keys, all of them, explain what is missing."""
+    problems = error.errors()
+    unknown = dict.fromkeys(problem["loc"] for problem in problems if problem["type"] == "extra_forbidden")
+    if unknown:
+        return _unknown_keys(list(unknown), schema)
     problem = problems[0]
-    if problem["type"] == "extra_forbidden":
-        return _unknown_key(problem["loc"], schema)
     # Literal and type tags in the location belong to unions, not to the recipe.
     tag = re.compile(r"[\[(]|^(int|str|float|bool)$|^constrained")
     key = dotted([part for part in problem["loc"] if not tag.search(str(part))])
@@ -80,21 +84,42 @@ def dotted(location: Sequence[str | int]) -> str:
     return ".".join(part if part.isprintable() and len(part) <= 60 else _short(part) for part in parts)
 
 
-def _unknown_key(location: Sequence[str | int], schema: type[BaseModel]) -> str:
-    key, name = dotted(location), str(location[-1])
-    if name in NEIGHBOURS:
-        return f"unknown key {key}; here it is {NEIGHBOURS[name]}"
+def _unknown_keys(places: list[tuple[str | int, ...]], schema: type[BaseModel]) -> str:
+    """Name every unknown key with what would do; of very many the first ones."""
     known = sorted(set(_key_names(schema)))
+    if len(places) == 1:
+        return f"unknown key {dotted(places[0])}; {_instead(places[0], known) or _those_of(places[0], known)}"
+    named = [f"{dotted(place)} ({_instead(place, known) or 'no such key'})" for place in places[:MOST_NAMED]]
+    if len(places) > MOST_NAMED:
+        named.append(f"and {len(places) - MOST_NAMED} more")
+    line = f"{len(places)} unknown keys: {', '.join(named)}"
+    if sum(str(place[-1]) in NEIGHBOURS for place in places) > 2:
+        line += "; `qd2mora recipes --from axolotl|llama-factory FILE` translates a neighbour's file"
+    return line
+
+
+def _instead(place: tuple[str | int, ...], known: list[str]) -> str | None:
+    """Return what a key is called here, or what it is near to; None where it is like none."""
+    name = str(place[-1])
+    if name in NEIGHBOURS:
+        return f"here it is {NEIGHBOURS[name]}"
     if "." in name and name in known:
-        return f"unknown key {key}; in a file '{name.rpartition('.')[2]}' stands inside '{name.rpartition('.')[0]}'"
-    section = ".".join(part for part in location[:-1] if isinstance(part, str))
-    here = [full for full in known if full.rpartition(".")[0] == section]
-    for candidates, cutoff in ((here, 0.5), (known, 0.7)):
+        return f"in a file '{name.rpartition('.')[2]}' stands inside '{name.rpartition('.')[0]}'"
+    for candidates, cutoff in ((_keys_beside(place, known), 0.5), (known, 0.7)):
         last_parts = [full.rpartition(".")[2] for full in candidates]
         near = difflib.get_close_matches(name, last_parts, 1, cutoff)
         if near:
-            return f"unknown key {key}; did you mean {candidates[last_parts.index(near[0])]}?"
-    return f"unknown key {key}; the keys here are {', '.join(full.rpartition('.')[2] for full in here)}"
+            return f"did you mean {candidates[last_parts.index(near[0])]}?"
+    return None
+
+
+def _those_of(place: tuple[str | int, ...], known: list[str]) -> str:
+    return f"the keys here are {', '.join(full.rpartition('.')[2] for full in _keys_beside(place, known))}"
+
+
+def _keys_beside(place: tuple[str | int, ...], known: list[str]) -> list[str]:
+    section = ".".join(part for part in place[:-1] if isinstance(part, str))
+    return [full for full in known if full.rpartition(".")[0] == section]
 
 
 def _key_names(model: type[BaseModel], prefix: str = "") -> list[str]:

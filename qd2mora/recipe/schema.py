@@ -25,6 +25,7 @@ class Recipe(Section):
     memory: Memory = Memory()
     finish: Finish = Finish()
     output: Place
+    """The run folder."""
 
     @model_validator(mode="after")
     def _has_one_end(self) -> "Recipe":

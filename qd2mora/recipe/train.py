@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from qd2mora.recipe.optimizers import OptimizerName
-from qd2mora.recipe.section import Count, Section
+from qd2mora.recipe.section import MOST, Count, Epochs, NotNegative, Positive, Section, Size, Whole
 
 # Keys of `train` that leave the trained weights as they are.
 HARMLESS = (
@@ -20,23 +20,32 @@ class Train(Section):
     """How it is learned."""
 
     steps: Count | None = None
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    micro_batch: Count | Literal["auto"] = "auto"
+    """Optimiser steps; one of `steps`, `epochs` and `data.stop` ends a run."""
+    epochs: Epochs | None = None
+    """How often the rows are gone through."""
+    micro_batch: Size | Literal["auto"] = "auto"
     """Rows in one forward pass; the result does not depend on it."""
-    global_batch: Count = 16
+    global_batch: Size = 16
     """Rows in one optimiser step."""
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    learning_rate: Positive = 3e-4
+    """The largest one, after the warmup."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """How the learning rate falls to zero, or that it does not."""
+    warmup_steps: Whole = 0
+    """Steps in which the learning rate rises from zero."""
     optimizer: Literal["auto", OptimizerName] = "adamw"
     """`auto`: adamw where the budget allows it, else adamw_8bit; decided before step 1 and then part of the run."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    weight_decay: NotNegative = 0.0
+    """AdamW's, apart from the gradient."""
+    max_grad_norm: Positive | None = 1.0
     """The gradient of a step is scaled down to this norm; null: never."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """The same seed gives the same bytes on the same machine."""
     save_every: Count = 100
+    """Steps from one checkpoint to the next."""
     eval_every: Count = 100
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Steps from one evaluation of held-out rows to the next."""
+    keep_checkpoints: Annotated[int, Field(ge=2, le=MOST)] = 2
     """At least two, so that there is a way back where the newest is damaged."""
     time_limit: Annotated[str, Field(pattern=rf"^\d+(\.\d+)? ?({'|'.join(_TIME_UNITS)})$")] | None = None
     """Save and stop (exit 75) before so much time is over, for example 11.5h."""
@@ -47,7 +56,9 @@ class Train(Section):
     final: Literal["last", "best"] = "last"
     """What `adapter/` holds at the end: the adapter of the last step, or the best overall."""
     log_every: Count = 1
+    """Steps from one line of `metrics.jsonl` to the next."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim"]] = Field(default=[])
+    """Where numbers go besides; each must be installed."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "Train":

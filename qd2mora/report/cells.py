@@ -24,6 +24,13 @@ def written(value: float | None, form: str = ".3f") -> str:
     return format(value, form)
 
 
+def clock_time(seconds: float) -> str:
+    """Return hours, minutes and seconds as 1:02:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}"
+
+
 def with_columns(table: Table, headings: Sequence[str], words: Collection[str] = ()) -> Table:
     """Give a table its columns: the first and those named in `words` begin at the left, numbers end at the right."""
     for heading in headings:
@@ -34,4 +41,4 @@ def with_columns(table: Table, headings: Sequence[str], words: Collection[str] =
     return table
 
 
-__all__ = ["grouped", "with_columns", "written"]
+__all__ = ["clock_time", "grouped", "with_columns", "written"]

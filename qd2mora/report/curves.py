@@ -50,12 +50,15 @@ def line_chart(
     x_scale = Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
     y_scale = Scale(min(*bounds, y_ticks[0]), max(*bounds, y_ticks[-1]), HEIGHT - BOTTOM, TOP, is_log)
     drawing = _axes(x_scale, x_ticks, x_name, y_scale, y_ticks)
+    if is_log:
+        drawing += text(LEFT, HEIGHT - 4, "logarithmic axis", "tiny")
     for each in shown:
         drawing += _line([(x_scale.place(x), y_scale.place(y)) for x, y in each.points], each)
     named = [each for each in shown if not each.is_faint]
+    axis = "; logarithmic axis" if is_log else ""
     ends = ", ".join(f"{each.name} ends at {short(each.points[-1][1])}" for each in named)
     key = tuple(KeyEntry(each.name, each.number, short(each.points[-1][1])) for each in named)
-    return Chart(title, f"{title} by {x_name}: {ends}", WIDTH, HEIGHT, drawing, key)
+    return Chart(title, f"{title} by {x_name}: {ends}{axis}", WIDTH, HEIGHT, drawing, key)
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qd2mora.merging import Export
+from qd2mora.merging.fidelity import Fidelity
 from qd2mora.report.cells import written
 
 ENOUGH = 0.95
@@ -102,9 +103,25 @@ def _bases(export: Export) -> str | None:
     """Compare both bases, where both were measured."""
     if len(export.updates.bases) < 2:
         return None
-    losses = ", ".join(f"{name} {each.merged:.4f}" for name, each in export.updates.bases.items())
-    written = "it holds neither" if export.form.rung.holds_no_base else f"written: {export.form.base}"
+    bases = export.updates.bases
+    losses = ", ".join(f"{name} {each.merged:.4f}" for name, each in bases.items())
+    written = f"written: {export.form.base}"
+    if export.form.rung.holds_no_base:
+        written = f"a LoRA holds neither: {_on_16_bits(bases['dequantized'], bases['original'])}"
     return f"loss by the base that the update is added to: {losses}; {written}"
+
+
+def _on_16_bits(trained_on: Fidelity, original: Fidelity) -> str:
+    """Say what other programs lose that load a LoRA of a 4-bit base on the 16-bit one."""
+    lost, gain = original.merged - trained_on.merged, trained_on.base - trained_on.routed
+    if lost <= 0:
+        return "on the 16-bit base, where other programs load it, it is no worse"
+    share = f", {lost / gain:.0%} of the gain" if gain > 0 else ""
+    how = "is much worse" if gain > 0 and lost > (1 - ENOUGH) * gain else "is a little worse"
+    return (
+        f"on the 16-bit base, where other programs load it, this LoRA {how} ({lost:.4f} nats a token{share}) than on "
+        "the 4-bit weights it was trained on; load it on those, or export --to hf"
+    )
 
 
 def _tasks(export: Export) -> Table:

@@ -29,7 +29,7 @@ def show_rows(recipe: Recipe, number: int, console: Console) -> None:
         console.rule(task.task.name)
         for row in task.train[:number]:
             console.print(coloured(row, tokenizer), soft_wrap=True, highlight=False)
-            console.print(f"[dim]{len(row.ids)} tokens, {row.num_labels} learned[/dim]")
+            console.print(f"{len(row.ids)} tokens, {row.num_labels} learned", style="dim")
     console.print("dim: given; green: learned; reversed: special tokens")
     console.print(_lengths(tasks, recipe.data.max_length))
     console.print(_shares(recipe, tasks))

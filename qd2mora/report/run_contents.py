@@ -9,7 +9,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter
 
 from qd2mora.evaluation.samples import Sample
-from qd2mora.inspection import RoutingReport, read_routing
+from qd2mora.inspection import RoutingReport, likeness_line, read_routing
 from qd2mora.memory.reasons import Choice
 from qd2mora.recipe import Recipe
 from qd2mora.run_folder import RunFolder, read_recipe
@@ -26,6 +26,7 @@ class LoggedStep:
     loss: float | None = None
     learning_rate: float | None = None
     grad_norm: float | None = None
+    tokens: int | None = None
     tokens_per_s: float | None = None
     memory: int | None = None
     bad_steps: int = 0
@@ -123,6 +124,17 @@ class RunContents:
         if not self.evaluations:
             return None
         return self.evaluations[-1].alarm
+
+    @property
+    def advice(self) -> str | None:
+        """That the mixture acts nearly like one LoRA, and what to try; None where it does not, or is not known."""
+        return None if self.routing is None else likeness_line(self.routing.summary)
+
+    @property
+    def training_s(self) -> float | None:
+        """Seconds that the steps took, evaluations and saves apart; from those logged where not all are."""
+        each = [line.tokens / line.tokens_per_s for line in self.steps if line.tokens and line.tokens_per_s]
+        return sum(each) / len(each) * self.steps[-1].step if each else None
 
     def curve(self, number: Callable[[LoggedStep], float | None]) -> list[tuple[float, float]]:
         """Return one number of every logged step that has it, by step."""

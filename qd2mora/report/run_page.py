@@ -9,6 +9,7 @@ from qd2mora.disk.durable import write_atomically
 from qd2mora.errors import InputRefused
 from qd2mora.memory.table import show_bytes
 from qd2mora.redact import redacted
+from qd2mora.report.cells import clock_time
 from qd2mora.report.chart import Chart
 from qd2mora.report.curves import Point, Series, line_chart, smoothed
 from qd2mora.report.page import card, escape, facts, folded, grid, page, paragraph, table, tiles
@@ -47,6 +48,8 @@ def run_page(run: RunContents) -> str:
     banner = ""
     if run.alarm:
         banner = f'<div class="warn" role="alert">{escape(run.alarm.capitalize())}</div>'
+    if run.advice:
+        banner += f'<div class="warn">{escape(run.advice[0].upper() + run.advice[1:])}</div>'
     if run.damaged:
         banner += f'<div class="warn">Not shown, as it is damaged: {escape(", ".join(run.damaged))}</div>'
     sections = [(name, _built(build, run)) for name, build in SECTIONS.items()]
@@ -105,6 +108,7 @@ def _facts(run: RunContents) -> str:
         ("rank, alpha", f"{adapter.rank}, {adapter.alpha}"),
         ("targets", targets),
         ("steps done", done),
+        ("time of the steps", _time(run)),
         ("rows a step", recipe.train.global_batch),
         ("learning rate", f"{recipe.train.learning_rate:g}, {recipe.train.schedule}, {recipe.train.optimizer}"),
         ("device", manifest.device),
@@ -116,6 +120,12 @@ def _facts(run: RunContents) -> str:
     return grid([card("what was trained", facts(trained)), card("versions", facts([*versions, *changes]))]) + folded(
         "the whole recipe", f"<pre>{escape(recipe.dump_yaml())}</pre>"
     )
+
+
+def _time(run: RunContents) -> str:
+    if run.training_s is None:
+        return "not logged"
+    return f"{clock_time(run.training_s)}, evaluations and saves apart"
 
 
 def _short(model: str) -> str:

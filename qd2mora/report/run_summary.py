@@ -9,7 +9,7 @@ from rich.text import Text
 
 from qd2mora.inspection.measures import mean_of_known
 from qd2mora.inspection.routing_report import BankReport, RouterReport
-from qd2mora.report.cells import grouped, with_columns, written
+from qd2mora.report.cells import clock_time, grouped, with_columns, written
 from qd2mora.report.run_contents import RunContents
 
 NUM_WORST = 5
@@ -31,6 +31,8 @@ def show_inspection(run: RunContents, page: Path, console: Console) -> None:
         console.print(_banks(routing.banks))
     if run.alarm:
         _say(console, f"warning: {run.alarm}")
+    if run.advice:
+        _say(console, f"note: {run.advice}")
     for name in run.damaged:
         _say(console, f"warning: {name} is damaged and was left out")
     _say(console, f"report       {page}")
@@ -43,7 +45,8 @@ def _say(console: Console, line: str) -> None:
 def _headline(run: RunContents) -> str:
     words = [f"{run.name}: {run.recipe.adapter.method} on {run.recipe.base.model}"]
     if run.steps:
-        words.append(f"{run.steps[-1].step} steps")
+        took = f" in {clock_time(run.training_s)}" if run.training_s is not None else ""
+        words.append(f"{run.steps[-1].step} steps{took}")
     losses = run.mean_losses()
     if losses:
         words.append(f"mean held-out loss {losses[0]:.4f} to {losses[-1]:.4f}")

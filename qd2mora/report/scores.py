@@ -2,6 +2,7 @@
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from qd2mora.evaluation import Score
 from qd2mora.evaluation.answer_file import TaskNumbers
@@ -31,7 +32,7 @@ def show_scores(columns: dict[str, dict[str, Score]], console: Console) -> None:
     for task, score in first.items():
         cells = [shown(scores[task]) for scores in columns.values()]
         if is_mixed:
-            cells.insert(0, WORDS[score.metric])
+            cells.insert(0, Text(WORDS[score.metric]))
         table.add_row(task, *cells)
     if not is_mixed:
         form = ".4f" if "loss" in metrics else ".1%"
@@ -40,15 +41,15 @@ def show_scores(columns: dict[str, dict[str, Score]], console: Console) -> None:
     console.print(table)
 
 
-def shown(score: Score) -> str:
+def shown(score: Score) -> Text:
     """Return a score with its interval."""
     low, high = score.interval
     if score.metric == "loss":
-        return f"{score.mean:.4f} [dim]({low:.3f} to {high:.3f})[/dim]"
+        return Text.assemble(f"{score.mean:.4f} ", (f"({low:.3f} to {high:.3f})", "dim"))
     more = ""
     if score.accuracy_normalized is not None:
         more = f", {score.accuracy_normalized:.1%} a token"
-    return f"{score.mean:.1%} [dim]({low:.0%} to {high:.0%}){more}[/dim]"
+    return Text.assemble(f"{score.mean:.1%} ", (f"({low:.0%} to {high:.0%}){more}", "dim"))
 
 
 def show_harness(results: TaskNumbers, console: Console) -> None:

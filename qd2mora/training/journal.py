@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from qd2mora.disk.durable import write_atomically
+from qd2mora.terminal import Screen
 from qd2mora.training.held_out import Evaluation
 
 GIB = 1 << 30
@@ -32,7 +33,7 @@ class StepDisplay:
     def __init__(
         self, total: int, start: int, console: Console | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.console = console or Console(stderr=False)
+        self.console = console or Screen()
         self.total, self.start, self.clock = total, start, clock
         self.began = clock()
         self.every = max(1, total // 20)

@@ -1,11 +1,13 @@
 """Rows from files: every kind of file, every kind of mistake, named with its place."""
 
+import gzip
 import json
 from pathlib import Path
 
 import pytest
 
-from qd2mora.data import Pair, read_pairs
+from qd2mora.data import Pair, file_rows, read_pairs
+from qd2mora.data.file_rows import BadRow, rows_of
 from qd2mora.data.instruction import split
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Task
@@ -62,6 +64,65 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
         assert read(path) == wanted, path.name
 
 
+def test_one_row_a_list_under_data_packed_files_and_capitals_just_work(tmp_path: Path) -> None:
+    two, lines = json.dumps(ROWS), "\n".join(json.dumps(row) for row in ROWS)
+    rows_of_csv = "instruction,input,output\n" + "\n".join(",".join(list(row.values())[:3]) for row in ROWS)
+    both = {
+        "data.json": json.dumps({"data": ROWS}),
+        "A.JSON": two,
+        "B.JSONL": lines,
+        "C.Csv": rows_of_csv,
+        "d.json.gz": two,
+        "e.jsonl.gz": lines,
+        "f.JSONL.GZ": lines,
+        "g.csv.gz": rows_of_csv,
+        "h.json.gz": json.dumps({"data": ROWS}),
+        "i.json.gz": lines,
+    }
+    for name, text in both.items():
+        content = text.encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
+        assert [pair.answer for pair in read(tmp_path / name)] == ["3", "007"], name
+    for name in ("one.json", "one.json.gz"):
+        content = json.dumps(ROWS[0]).encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        assert [pair.answer for pair in read(tmp_path / name)] == ["3"], name
+    (tmp_path / "talk.json").write_text(json.dumps({"prompt": "x", "data": ["a"], "completion": "y"}), encoding="utf-8")
+    assert read(tmp_path / "talk.json", format="completion") == [Pair("x", "y")]
+
+
+def test_a_packed_list_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_rows, "MAX_UNPACKED_BYTES", 1000)
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(ROWS * 20).encode()))
+    assert "unpacks to more than 1000 bytes" in refusal(tmp_path / "a.json.gz")
+
+
+def test_a_long_field_of_csv_is_read_and_one_that_is_too_long_costs_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f'instruction,output\n"{"x " * 200_000}",1\n', encoding="utf-8")
+    assert [pair.answer for pair in read(path)] == ["1"]
+    monkeypatch.setattr(file_rows, "MAX_ROW_BYTES", 300)
+    long = [
+        '"' + "x" * 500 + '"',
+        '"' + 'a ""quoted"" line,\n' * 40 + '"',
+        "x" * 301,
+        "x" * 5000,
+        '"' + "\n" * 400 + '"',
+    ]
+    for field in long:
+        for end in ("\n", "\r\n"):
+            text = f"instruction,output\nfirst,1\n{field},2\nthird,3\n".replace("\n", end)
+            path.write_text(text, encoding="utf-8", newline="")
+            places = [(place, row) for place, row in rows_of(str(path), task(path))]
+            assert [place for place, _ in places] == ["row 1", "row 2", "row 3"], field[:20]
+            assert isinstance(places[1][1], BadRow) and "longer than 300 letters" in str(places[1][1])
+            assert places[2][1] == {"instruction": "third", "output": "3"}
+    path.write_text(f'instruction,output\nfirst,1\n"{"never closed, " * 100},2\nthird,3\n', encoding="utf-8")
+    assert "not a csv file: longer than 300 letters" in refusal(path)
+
+
 def test_rows_are_limited_and_selected(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps(ROWS * 3), encoding="utf-8")
@@ -83,7 +144,14 @@ def test_completion_rows_are_taken_as_they_are(tmp_path: Path) -> None:
         ("a.json", b"", "empty"),
         ("a.json", b"[]", "no rows"),
         ("a.json", b'[{"instruction": "x",\n "output": }]', "line 2: not JSON"),
-        ("a.json", b'{"instruction": "x"}', "a list of rows"),
+        ("a.json", b'{"instruction": "x"}', "row 1: no field 'output'"),
+        ("a.json", b'"x"', "a list of rows"),
+        ("a.json", b'{"instruction": "x", "instruction": "y", "output": "z"}', "row 1: "),
+        ("a.json", b'{"data": "x"}', "row 1: no field 'instruction'"),
+        ("a.json", b'{"version": 1, "data": []}', "row 1: no field 'instruction'"),
+        ("a.jsonl.gz", b'{"instruction": "x", "output": "y"}', "not a whole gzip file"),
+        ("a.json.gz", gzip.compress(b'[{"instruction": "x", "output": "y"}]')[:-9], "not a whole gzip file"),
+        ("a.parquet.gz", b"x", "unknown kind of file '.parquet.gz'"),
         ("a.json", b'["x"]', "row 1: a row is an object"),
         ("a.jsonl", b'{"instruction": "x", "output": "y"}\nnot json\n', "line 2: not JSON"),
         ("a.jsonl", b'{"instruction": "x", "output": "y"}\n{"instruction": "x"}\n', "row 2: no field 'output'"),

@@ -1,9 +1,11 @@
 """The page of a run: whole, self-contained, harmless whatever a run holds, and seen by a browser."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,9 +17,9 @@ from qd2mora.cli import main
 from qd2mora.cli.training_end import finish
 from qd2mora.inspection import inspect_where_due
 from qd2mora.recipe import load_recipe
-from qd2mora.report import read_run
+from qd2mora.report import read_run, show_inspection
 from qd2mora.report.chart import short
-from qd2mora.report.curves import line_chart, smoothed, thinned
+from qd2mora.report.curves import Series, line_chart, smoothed, thinned
 from qd2mora.report.page import escape
 from qd2mora.report.run_page import run_page
 from qd2mora.report.scales import ticks
@@ -235,3 +237,26 @@ def test_a_browser_shows_the_page_without_a_complaint(finished: Path, tmp_path: 
     assert "CONSOLE" not in shown.stderr
     assert "what the export keeps" in shown.stdout and "alert(1)" in Seen(shown.stdout).text
     assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_an_axis_of_logarithms_says_so_and_others_do_not() -> None:
+    for points, is_said in (([(0.0, 1.0), (1.0, 100.0)], True), ([(0.0, 1.0), (1.0, 2.0)], False)):
+        chart = line_chart("loss", [Series("loss", points)], is_log=True)
+        assert ("logarithmic axis" in chart.drawing, "logarithmic axis" in chart.about) == (is_said, is_said)
+
+
+def test_a_page_tells_how_long_the_steps_took_and_that_experts_are_alike(run: Path, tmp_path: Path) -> None:
+    contents = read_run(run)
+    assert contents.routing is not None and contents.training_s is not None
+    logged = [replace(line, tokens=300, tokens_per_s=0.1) for line in contents.steps]
+    summary = contents.routing.summary | {"entropy": 0.97, "cos_up": 0.1, "cos_down": 0.1}
+    contents = replace(contents, steps=logged, routing=replace(contents.routing, summary=summary))
+    hours = logged[-1].step * 3000 // 3600
+    text = check_harmless(run_page(contents)).text
+    assert f"{hours}:" in text.partition("time of the steps")[2][:40]
+    assert "Routers are near uniform (mean gate entropy 97.0%" in text and "one LoRA" in text
+    output = io.StringIO()
+    show_inspection(contents, tmp_path / "page.html", Console(file=output, width=200))
+    assert "note: routers are near uniform" in output.getvalue() and f" steps in {hours}:" in output.getvalue()
+    other = replace(contents, routing=replace(contents.routing, summary=summary | {"entropy": 0.5}))
+    assert "one LoRA" not in check_harmless(run_page(other)).text

@@ -70,8 +70,25 @@ def gate(folder: Path, kinds: int | None = None) -> Result:
             places = [found for all_of in skipped.places.values() for found in all_of]
             exact &= skipped.total == 1 and sum(skipped.counts.values()) == 1 and f" {number + 1}" in places[0]
             result.check(exact, f"{kind}, {place}: {len(pairs)} rows kept, {skipped.places}")
-    result.numbers["kinds"] = len(BAD)
+    _check_csv(result, folder / "rows.csv")
+    result.numbers["kinds"] = len(BAD) + 1
     return result
+
+
+def _check_csv(result: Result, path: Path) -> None:
+    """A row of csv that is too long costs itself alone, over many lines too; one that is merely long costs nothing."""
+    good = [f"say,blue {index}" for index in range(20)]
+    for field, is_kept in (("a" * 200_000, True), ("a,\n" * (MAX_ROW_BYTES // 3 + 1), False)):
+        for number in PLACES.values():
+            rows = [*good[:number], f'"{field}",long', *good[number:]]
+            path.write_text("\n".join(["instruction,output", *rows]) + "\n", encoding="utf-8")
+            skipped = Skipped()
+            answers = [pair.answer for pair in read_pairs(Task(name="t", path=str(path)), str(path), skipped)]
+            wanted = [f"blue {index}" for index in range(20)]
+            if is_kept:
+                wanted.insert(number, "long")
+            result.check(answers == wanted and skipped.total == 1 - is_kept, f"csv, row {number}: {answers} {skipped}")
+            result.check(is_kept or _refused_there(path, number + 1), f"csv, row {number}: not refused by its number")
 
 
 def _refused_there(path: Path, number: int) -> bool:

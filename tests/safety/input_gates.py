@@ -8,16 +8,19 @@ from pathlib import Path
 import gate_bombs
 import gate_canaries
 import gate_files
+import gate_numbers
 import gate_recipes
 import gate_rows
+import gate_streams
 import gate_templates
+import gate_terminal
 import tiny
 from forked import Result
 
 
 def warm_up() -> None:
     """Import once what every fork needs."""
-    for name in ("training", "run_folder", "report", "evaluation"):
+    for name in ("training", "run_folder", "report", "evaluation", "composition"):
         importlib.import_module(f"qd2mora.{name}")
 
 
@@ -38,6 +41,9 @@ GATES: dict[str, Callable[[Path, Path, bool], Result]] = {
     "Y1": lambda made, folder, quick: gate_files.gate_tricks(made, folder),
     "J1": lambda made, folder, quick: gate_templates.gate(7 if quick else 1),
     "BM1": lambda made, folder, quick: gate_bombs.gate_bombs(made, folder, 60 if quick else 1000),
+    "NB1": lambda made, folder, quick: gate_numbers.gate(made, folder, 29 if quick else 1),
+    "ST1": gate_streams.gate,
+    "TM1": lambda made, folder, quick: gate_terminal.gate(made, folder, 30 if quick else 500),
     "X1": lambda made, folder, quick: gate_canaries.gate(made, folder, 5 if quick else 1),
 }
 

@@ -15,6 +15,9 @@ CLAIMS = {
     "Y1": "a config brings no code",
     "J1": "a chat template escapes nothing and stops nothing",
     "BM1": "a header that lies is refused at once and in little memory",
+    "NB1": "a number at the edge of what machines count with is answered",
+    "ST1": "a standard stream that is closed, full, broken or speaks ASCII stops no verb",
+    "TM1": "a control or bidi mark reaches the terminal by no verb",
     "X1": "no secret is printed or written",
 }
 
