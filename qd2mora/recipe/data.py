@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from qd2mora.recipe.section import Count, Epochs, Place, Positive, Section, Whole
+from qd2mora.recipe.section import Count, Place, Positive, Section, Whole
 
 HUB = "hub:"
 """How the name of a data set on the hub begins."""
@@ -33,7 +33,7 @@ class Task(Section):
     instruction rows, words them as a chat of one turn in place of Alpaca's prompt."""
     weight: Positive | None = None
     """Share in the mixture relative to the others'; all tasks give one, or none does (plain concatenation)."""
-    epochs: Epochs = 1.0
+    epochs: Annotated[float, Field(ge=1e-9, le=1e4)] = 1.0  # the order of one epoch stands in memory
     """How often these rows count in one epoch of the run, and until a weighted task is exhausted (`data.stop`)."""
     limit: Count | None = None
     """Use the first so many rows."""
