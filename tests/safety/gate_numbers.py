@@ -21,7 +21,7 @@ NINES = "9" * 400
 TEXTS = {
     "memory.budget": (f"{NINES}GiB", f"1.{NINES}GiB", "0GiB", "999999999999GB"),
     "train.time_limit": (f"{NINES}h", "0.0000001s"),
-    "adapter.allocation": (NINES, f"2-{NINES}", "2-99999999999", "0-2", "4096-2"),
+    "adapter.allocation": (NINES, f"2-{NINES}", "2-99999999999", "0-2", "8-2"),
 }
 """Texts that hold numbers."""
 
@@ -97,9 +97,8 @@ def _is_answered(printed: Printed) -> bool:
     if printed.code == 0:
         return "Traceback" not in printed.err
     is_line = printed.err.startswith("error: ") and printed.err.count("\n") == 1 and len(printed.err) < 1000
-    return (printed.code in (2, 3, 4, 5) and is_line) or (
-        printed.code == 3 and not printed.err
-    )  # `plan` tells on stdout
+    is_told = printed.code == 3 and not printed.err  # `plan` tells of what does not fit on standard output
+    return is_told or (printed.code in (2, 3, 4, 5) and is_line)
 
 
 __all__ = ["cases", "gate", "numeric_keys"]
