@@ -17,6 +17,15 @@ WORK = ("rank", "ranks.0", "experts", "steps", "epochs", "global_batch", "micro_
 MOST_WORK = 64
 
 
+TELLING: list[tuple[str, int | float | str]] = [
+    ("train.seed", 2**32),
+    ("adapter.alpha", 1.7e308),
+    ("train.epochs", 1.7e308),
+    ("train.epochs", 5e-324),
+    ("adapter.rank", 2**63),
+    ("train.steps", 10**400),
+]
+"""What once gave a traceback, asked in every size."""
 NINES = "9" * 400
 TEXTS = {
     "memory.budget": (f"{NINES}GiB", f"1.{NINES}GiB", "0GiB", "999999999999GB"),
@@ -57,7 +66,7 @@ def cases(step: int) -> list[tuple[str, int | float | str]]:
         (key, number) for key, is_float in keys.items() for number in INTEGERS + (FLOATS if is_float else ())
     ]
     texts = [(key, text) for key, several in TEXTS.items() for text in several]
-    return pairs[::step] + texts[:: max(1, step // 10)]
+    return TELLING + pairs[::step] + texts[:: max(1, step // 10)]
 
 
 def gate(made: Path, folder: Path, step: int) -> Result:

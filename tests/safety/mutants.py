@@ -80,6 +80,7 @@ MUTANTS: list[tuple[str, Mutant]] = [
     ("NB1", instead("recipe/section.py", "SMALLEST", "ge", "float", by="float, Field(gt=0)")),
     ("NB1", instead("recipe/section.py", "1e-09", "float", by="float, Field(gt=0)")),
     ("NB1", instead("recipe/section.py", "MOST", "1", "int", by="int, Field(ge=1)")),
+    ("NB1", instead("recipe/section.py", "20", "int", by="int, Field(ge=1)")),
     ("ST1", uncaught("terminal.py:Unbreakable.write", "OSError")),
     ("ST1", instead("terminal.py:Unbreakable._pass_on", "encode", "errors", by="text.encode(self.encoding)")),
     ("ST1", always("terminal.py:Unbreakable.__init__", "TextIOWrapper", "isinstance")),
