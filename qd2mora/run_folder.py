@@ -99,7 +99,7 @@ def clock_of(folder: RunFolder) -> str | None:
     """Return the time that chat templates read when a run's rows were made; None where its manifest does not tell."""
     try:
         content = json.loads(folder.manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     clock = content.get("clock") if isinstance(content, dict) else None
     return clock if isinstance(clock, str) else None

@@ -67,7 +67,10 @@ def _older_rope(content: Mapping[str, object]) -> dict[str, object]:
         return {}
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     is_scaled = scaling.get("rope_type", "default") != "default"
-    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if is_scaled else None}
+    older = {"rope_theta": rope["rope_theta"]}
+    if is_scaled:  # where there is none, transformers 5 warns of the old name, and 4 needs none
+        older["rope_scaling"] = scaling
+    return older
 
 
 def write_config(content: Mapping[str, object], folder: Path) -> None:

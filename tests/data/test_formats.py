@@ -36,7 +36,7 @@ def test_the_letter_of_the_right_choice_is_learned(
     choices: object, answer: object, letter: str, tmp_path: Path
 ) -> None:
     row = {"question": "Which?", "choices": choices, "answer": answer}
-    assert read(tmp_path, [row], format="multiple_choice") == [Pair(PROMPT, letter)]
+    assert read(tmp_path, [row], format="multiple_choice") == [Pair(PROMPT, letter, starts_word=True)]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,9 @@ def test_fields_go_by_the_files_own_names(tmp_path: Path) -> None:
     assert read(tmp_path, rows, format="completion", fields=names) == [Pair("red ", "blue")]
     columns: list[dict[str, object]] = [{"question": "Which?", "a": "red", "b": "blue", "c": "3", "key": "B"}]
     names_of_choices: dict[str, object] = {"choices": ["a", "b", "c"], "answer": "key"}
-    assert read(tmp_path, columns, format="multiple_choice", fields=names_of_choices) == [Pair(PROMPT, "B")]
+    assert read(tmp_path, columns, format="multiple_choice", fields=names_of_choices) == [
+        Pair(PROMPT, "B", starts_word=True)
+    ]
     with pytest.raises(InputRefused, match="row 1: no field 'd'"):
         read(tmp_path, columns, format="multiple_choice", fields=names_of_choices | {"choices": ["a", "d"]})
     with pytest.raises(InputRefused, match="completion rows have no field 'output'; there are prompt"):

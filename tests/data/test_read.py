@@ -59,7 +59,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "e.parquet")
     lines = ["instruction,input,output,kind"] + [",".join(row.values()) for row in ROWS]
     (tmp_path / "f.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    wanted = [Pair(WITH_INPUT, "3"), Pair(WITHOUT_INPUT, "007")]
+    wanted = [Pair(WITH_INPUT, "3", starts_word=True), Pair(WITHOUT_INPUT, "007", starts_word=True)]
     for path in sorted(tmp_path.iterdir()):
         assert read(path) == wanted, path.name
 

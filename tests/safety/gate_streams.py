@@ -6,7 +6,7 @@ from pathlib import Path
 from forked import Result
 from printed import CONDITIONS, Printed, run_on
 
-from qd2mora.disk.sealed import sealed_in, verify_folder
+from qd2mora.safekeeping.verification import verified
 
 PRINTS = "exit 5 where nothing that was to be printed arrives"
 LEAVES = "its result lies on disk"
@@ -86,8 +86,8 @@ def _is_whole(name: str, folder: Path) -> bool:
     place = {"train": folder / "run", "merge": folder / "merged", "compose": folder / "composed"}.get(name)
     if place is None:
         return True
-    found = sealed_in(place)
-    return bool(found) and all(verify_folder(each, lambda file: not file.endswith(".md")) > 0 for each in found)
+    found = list(verified(place))
+    return bool(found) and all(each.num_bytes > 0 for each in found)
 
 
 __all__ = ["gate"]
