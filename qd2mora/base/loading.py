@@ -17,12 +17,13 @@ from transformers import (
     AutoConfig,
     BitsAndBytesConfig,
     GenerationConfig,
-    LlamaConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
 from qd2mora.base.cache import CachedWeights
 from qd2mora.base.device import compute_dtype, default_device
+from qd2mora.base.families import family_of
 from qd2mora.base.files import RANDOM, UNLOADABLE, fingerprint, first_line, folder_of
 from qd2mora.base.host_memory import give_back_large_blocks
 from qd2mora.base.nf4 import is_nf4, nf4_config, settled
@@ -38,7 +39,7 @@ from qd2mora.recipe import Base
 _MODEL_PATTERNS = ["*config.json", "*.safetensors", "model.safetensors.index.json"]
 
 
-def base_config(base: Base) -> LlamaConfig:
+def base_config(base: Base) -> PreTrainedConfig:
     """Return the model's configuration without reading weights. Raises InputRefused."""
     if base.model.startswith(RANDOM):
         return shape_of(base.model).config()
@@ -48,6 +49,7 @@ def base_config(base: Base) -> LlamaConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except UNLOADABLE as error:
         raise InputRefused(f"base.model: '{base.model}' cannot be loaded: {first_line(error)}") from error
+    family_of(config, base.model)
     return config
 
 

@@ -66,10 +66,44 @@ def read_on(model: Model, batch: Mapping[str, Tensor], before: CachedText | None
     return CachedText(read.last_hidden_state, read.past_key_values)
 
 
-def output_head(model: Model) -> nn.Module:
-    """Return the linear from hidden states to logits."""
-    head: nn.Module = _transformers_model(model).get_output_embeddings()
-    return head
+@dataclass(frozen=True)
+class OutputHead:
+    """From last hidden states to logits: a linear, then what a family does to its output.
+
+    logits = cap tanh(y / (divisor cap)), or y / divisor where there is no cap, with y = linear(states). Granite divides
+    (`logits_scaling`), Gemma caps (`final_logit_softcapping`); others do neither.
+    """
+
+    linear: nn.Module
+    divisor: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Return logits (..., vocabulary) of states (..., hidden), float32."""
+        return self.shaped(self.linear(states).float())
+
+    def shaped(self, logits: Tensor) -> Tensor:
+        """Return what the family makes of its linear's output."""
+        if self.divisor != 1.0:
+            logits = logits / self.divisor
+        if self.cap is not None:
+            logits = self.cap * torch.tanh(logits / self.cap)
+        return logits
+
+    def shape_(self, logits: Tensor) -> Tensor:
+        """Do the same in place."""
+        if self.divisor != 1.0:
+            logits.div_(self.divisor)
+        if self.cap is not None:
+            logits.div_(self.cap).tanh_().mul_(self.cap)
+        return logits
+
+
+def output_head(model: Model) -> OutputHead:
+    """Return a model's way from hidden states to logits."""
+    inner = _transformers_model(model)
+    divisor = getattr(inner.config, "logits_scaling", 1.0)
+    return OutputHead(inner.get_output_embeddings(), divisor, getattr(inner.config, "final_logit_softcapping", None))
 
 
 def labelled(batch: Mapping[str, Tensor]) -> Tensor:
@@ -82,15 +116,16 @@ def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
     return batch["labels"][:, 1:][labelled(batch)]
 
 
-def token_losses(hidden: Tensor, targets: Tensor, head: nn.Module, chunk: int = CHUNK) -> Tensor:
+def token_losses(hidden: Tensor, targets: Tensor, head: OutputHead, chunk: int = CHUNK) -> Tensor:
     """Return the cross-entropy of each token, (tokens,) float32, holding logits of at most `chunk` tokens at a time.
 
     `hidden` (tokens, width), `targets` (tokens,) int64. A head that is trained, or not a plain linear, goes through
     autograd, which holds twice as much; so does one that ZeRO-3 gathers when, and only when, its module is called.
     """
-    is_frozen = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
-    if is_frozen and not hasattr(head.weight, "ds_id"):
-        losses: Tensor = _FrozenHeadLoss.apply(hidden, targets, head.weight, chunk)
+    linear = head.linear
+    is_frozen = type(linear) is nn.Linear and linear.bias is None and not linear.weight.requires_grad
+    if is_frozen and not hasattr(linear.weight, "ds_id"):
+        losses: Tensor = _FrozenHeadLoss.apply(hidden, targets, linear.weight, head, chunk)
         return losses
     chunks = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     if not torch.is_grad_enabled() or len(hidden) <= chunk:
@@ -101,38 +136,41 @@ def token_losses(hidden: Tensor, targets: Tensor, head: nn.Module, chunk: int = 
     return torch.cat(losses_of)
 
 
-def _losses_by_autograd(states: Tensor, target: Tensor, head: nn.Module) -> Tensor:
-    return F.cross_entropy(head(states).float(), target, reduction="none")
+def _losses_by_autograd(states: Tensor, target: Tensor, head: OutputHead) -> Tensor:
+    return F.cross_entropy(head(states), target, reduction="none")
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
     """Cross-entropy behind a frozen linear: its logits are made twice and never kept. Accumulates in float32.
 
-    With e_v = exp(x_v - max x) and s = sum e: the loss is log s - (x_t - max x), its gradient e / s less one at t.
+    With e_v = exp(x_v - max x) and s = sum e: the loss is log s - (x_t - max x), its gradient e / s less one at t; of
+    what is before a cap, times 1 - (x / cap)^2.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, head: OutputHead, chunk: int) -> Tensor:
         losses, greatest, sums = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
         for part in _chunks_of(len(hidden), chunk):
-            losses[part], greatest[part], sums[part] = _losses_of_chunk(hidden[part], targets[part], weight)
+            losses[part], greatest[part], sums[part] = _losses_of_chunk(hidden[part], targets[part], weight, head)
         ctx.save_for_backward(hidden, targets, weight, greatest, sums)
-        ctx.chunk = chunk
+        ctx.head, ctx.chunk = head, chunk
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         hidden, targets, weight, *known = ctx.saved_tensors
         gradient = torch.empty_like(hidden)
         for part in _chunks_of(len(hidden), ctx.chunk):
             of_part = (tensor[part] for tensor in (*known, gradients[0]))
-            gradient[part] = _gradient_of_chunk(hidden[part], targets[part], weight, *of_part)
-        return gradient, None, None, None
+            gradient[part] = _gradient_of_chunk(hidden[part], targets[part], weight, ctx.head, *of_part)
+        return gradient, None, None, None, None
 
 
-def _losses_of_chunk(states: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _losses_of_chunk(
+    states: Tensor, targets: Tensor, weight: Tensor, head: OutputHead
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the losses of a chunk, its greatest logits, and the sums of exponents below them."""
-    logits = _logits(states, weight)
+    logits = _logits(states, weight, head)
     greatest = logits.amax(1)
     logits.sub_(greatest[:, None])  # no exponent is above one, and no sum can overflow
     of_target = logits.gather(1, targets[:, None])[:, 0]  # before exp_ takes its place
@@ -140,12 +178,19 @@ def _losses_of_chunk(states: Tensor, targets: Tensor, weight: Tensor) -> tuple[T
     return sums.log() - of_target, greatest, sums
 
 
-def _gradient_of_chunk(
-    states: Tensor, targets: Tensor, weight: Tensor, greatest: Tensor, sums: Tensor, gradient: Tensor
-) -> Tensor:
-    """Return the gradient of a chunk's states, given that of its losses."""
-    logits = _logits(states, weight).sub_(greatest[:, None]).exp_().div_(sums[:, None])
+def _gradient_of_chunk(states: Tensor, targets: Tensor, weight: Tensor, head: OutputHead, *known: Tensor) -> Tensor:
+    """Return the gradient of a chunk's states; `known`: greatest logits, sums, and the gradient of the losses."""
+    greatest, sums, gradient = known
+    logits = _logits(states, weight, head)
+    slope = None
+    if head.cap is not None:
+        slope = logits.div(head.cap).square_().neg_().add_(1)
+    logits.sub_(greatest[:, None]).exp_().div_(sums[:, None])
     logits.scatter_add_(1, targets[:, None], logits.new_full((len(targets), 1), -1.0))
+    if slope is not None:
+        logits.mul_(slope)
+    if head.divisor != 1.0:
+        gradient = gradient / head.divisor
     # Rounded to the weight's dtype last, as autograd would round the gradient of logits that were cast to float32.
     return logits.mul_(gradient[:, None]).to(weight.dtype) @ weight
 
@@ -154,9 +199,9 @@ def _chunks_of(number: int, chunk: int) -> list[slice]:
     return [slice(start, start + chunk) for start in range(0, number, chunk)]
 
 
-def _logits(states: Tensor, weight: Tensor) -> Tensor:
+def _logits(states: Tensor, weight: Tensor, head: OutputHead) -> Tensor:
     """Return a chunk's logits, float32, which the caller may overwrite."""
-    return F.linear(states.to(weight.dtype), weight).float()
+    return head.shape_(F.linear(states.to(weight.dtype), weight).float())
 
 
 def _transformers_model(model: Model) -> PreTrainedModel:
@@ -173,6 +218,7 @@ __all__ = [
     "IGNORE",
     "CachedText",
     "Model",
+    "OutputHead",
     "labelled",
     "labels_of",
     "last_states",

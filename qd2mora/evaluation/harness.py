@@ -176,7 +176,7 @@ class HarnessModel(TemplateLM):
         found = []
         for number, row in enumerate(rows):
             first, last = max(row.masked, 1), len(row.ids)
-            logits = head(states[number, first - 1 : last - 1]).float().log_softmax(-1)
+            logits = head(states[number, first - 1 : last - 1]).log_softmax(-1)
             targets = batch["input_ids"][number, first:last]
             total = float(logits.gather(-1, targets[:, None]).double().sum())
             found.append((total, bool((logits.argmax(-1) == targets).all())))

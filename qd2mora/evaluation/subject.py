@@ -23,7 +23,7 @@ from qd2mora.errors import InputRefused
 from qd2mora.evaluation.ends import Ends, ends_of
 from qd2mora.mixture import MixtureConfig, read_rows, reads_first_pass
 from qd2mora.recipe import Base
-from qd2mora.routed.modeling_mixture import AUTO_MAP, MixtureLlamaConfig, MixtureLlamaForCausalLM
+from qd2mora.routed.modeling_mixture import CONFIGS, SUFFIX, MixtureForCausalLM, auto_map, classes_of
 from qd2mora.run_folder import OpenRun, RunFolder, is_run, open_run
 
 
@@ -74,7 +74,7 @@ class Subject:
     @property
     def may_fork(self) -> bool:
         """Whether one cached prompt can be continued in several ways: no router keeps something for each row."""
-        if isinstance(self.model, MixtureLlamaForCausalLM):
+        if isinstance(self.model, MixtureForCausalLM):
             return not (self.model.keeps_means or self.model.reads_first_pass)
         if not self.is_adapted:
             return True
@@ -84,7 +84,7 @@ class Subject:
 
     def route(self, batch: Mapping[str, Tensor], copies: int = 1) -> None:
         """Tell the routers what a batch says of its rows, each of which runs `copies` times one after another."""
-        if isinstance(self.model, MixtureLlamaForCausalLM):
+        if isinstance(self.model, MixtureForCausalLM):
             self.model.text.read_labels(batch.get("labels"), batch.get("attention_mask"))
         if not self.is_adapted:
             return
@@ -161,22 +161,33 @@ def model_mark(path: str | Path) -> str:
 
 def is_routed_export(folder: Path) -> bool:
     """Tell whether a folder holds an export of the routed model itself."""
+    return _routed_family(folder) is not None
+
+
+def _routed_family(folder: Path) -> str | None:
+    """Return the family of an exported routed model; None where a folder holds none that runs here."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("model_type") == MixtureLlamaConfig.model_type
+    except (OSError, ValueError, RecursionError):
+        return None
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if not isinstance(kind, str) or not kind.endswith(SUFFIX) or kind.removesuffix(SUFFIX) not in CONFIGS:
+        return None
+    return kind.removesuffix(SUFFIX)
 
 
 def _routed_export(folder: Path) -> Any:
     """Load an export of the routed model by this package's own code; the folder's copy of it is not run."""
     device = default_device()
     dtype = compute_dtype(Base(model=str(folder), quantization="none"), device)
-    check_config(folder, code=AUTO_MAP)
+    family = _routed_family(folder)
+    assert family is not None
+    check_config(folder, code=auto_map(family))
     check_weights(folder)
+    config_class, model_class = classes_of(family)
     try:
-        config = MixtureLlamaConfig.from_pretrained(folder)
-        model = MixtureLlamaForCausalLM.from_pretrained(
+        config = config_class.from_pretrained(folder)
+        model = model_class.from_pretrained(
             folder, config=config, dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:

@@ -30,6 +30,24 @@ class LayerShapes:
     is_lean: bool = True
     slots: int = 1
     """Copies of a token between an MLP's linears: the experts it chose, where whole MLPs are mixed."""
+    norms: int = 2
+    """Norms of the states: four where what a block gives is normed too (Gemma)."""
+    norms_first: bool = True
+    """Whether a layer's first norm reads the residual stream itself, and not what a block gives (OLMo 2)."""
+    head_norms: int = 0
+    """Entries a token of queries and keys that are normed (Qwen 3, Gemma 3, OLMo 2)."""
+    head_factors: int = 0
+    """Factors a token that those norms keep: one a head, or one where a norm spans the heads."""
+    fused_width: int = 0
+    """Width of q, k and v in one linear, which stays whole because values are a view of it (Phi-3)."""
+    keeps_scores: bool = False
+    """Whether attention is written out, scores and all: where they are capped (Gemma 2)."""
+    scales_blocks: bool = False
+    """Whether what a block gives is multiplied on its way into the residual stream (Granite)."""
+    caps_logits: bool = False
+    """Whether logits are capped, whose slope stands beside them in the backward pass (Gemma 2)."""
+    num_rotary: int = 1
+    """Tables of sines and cosines: two where windows have angles of their own (Gemma 3)."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +67,31 @@ class Pass:
 
 def layer_bytes(layer: LayerShapes, done: Pass) -> int:
     """Return what one decoder layer keeps for its backward pass."""
-    # Padding brings a mask; with one, keys and values are repeated for each head, and it is cast to the compute dtype.
-    attention = done.item * (4 * layer.heads_width + done.length) + FLOAT * layer.heads
+    attention = _attention(layer, done)
+    norms = layer.norms * _norm(layer, done) + done.item * layer.head_norms + FLOAT * layer.head_factors
     # gate and up, which the gated product reads; where layers are not lean the activated gate besides.
     mlp = done.item * (2 if layer.is_lean else 3) * layer.slots * layer.intermediate
     adapters = done.item * (layer.adapter_inputs + layer.adapter_features)
-    return done.tokens * (2 * _norm(layer, done) + attention + mlp + adapters)
+    return done.tokens * (norms + attention + mlp + adapters)
+
+
+def _attention(layer: LayerShapes, done: Pass) -> int:
+    """Return the bytes a token that attention keeps: rotated q, k and v for each head, what it gives, and the mask."""
+    # Padding brings a mask; with one, keys and values are repeated for each head, and it is cast to the compute dtype.
+    kept = done.item * 4 * layer.heads_width
+    if layer.fused_width:
+        kept += done.item * (layer.fused_width - layer.heads_width)
+    if layer.keeps_scores:
+        return kept + _scores(layer, done)
+    return kept + done.item * done.length + FLOAT * layer.heads
+
+
+def _scores(layer: LayerShapes, done: Pass) -> int:
+    """Return the bytes a token of scores written out: capped ones, their softmax in float32, and that in 16 bits."""
+    entry = done.item + FLOAT
+    if done.item < FLOAT:
+        entry += done.item
+    return layer.heads * done.length * entry
 
 
 def kept_bytes(layer: LayerShapes, done: Pass, num_kept: int, is_whole: bool) -> int:
@@ -65,7 +102,9 @@ def kept_bytes(layer: LayerShapes, done: Pass, num_kept: int, is_whole: bool) ->
     """
     size = num_kept * layer_bytes(layer, done)
     if is_whole:
-        size += _rotary(layer, done) - done.tokens * _norm(layer, done)
+        size += _rotary(layer, done)
+        if layer.norms_first:
+            size -= done.tokens * _norm(layer, done)
     return size
 
 
@@ -78,7 +117,7 @@ def layer_inputs_bytes(layer: LayerShapes, done: Pass, num_layers: int) -> int:
 def recomputed_bytes(layer: LayerShapes, done: Pass) -> int:
     """Return what one recomputed layer keeps besides its input, which its first norm need not copy."""
     size = layer_bytes(layer, done)
-    if layer.is_lean or done.item == FLOAT:
+    if layer.norms_first and (layer.is_lean or done.item == FLOAT):
         # That norm saves the very tensor that the checkpoint keeps, unless it widens it.
         size -= done.tokens * done.item * layer.hidden
     return size
@@ -93,10 +132,16 @@ def backward_bytes(layer: LayerShapes, done: Pass, dequantised: int) -> dict[str
     """
     hidden, wide = (done.tokens * done.item * width for width in (layer.hidden, layer.slots * layer.intermediate))
     gradients = hidden + 3 * wide
+    if layer.scales_blocks:
+        gradients += hidden
     if layer.adapts_down:
         gradients -= wide
         if done.dropout:
             gradients += done.tokens * FLOAT * layer.rank_space
+    if layer.keeps_scores:
+        # Later, with the MLP's own gone: gradients of scores in float32, and twice in the compute dtype.
+        scores = done.tokens * layer.heads * done.length * (FLOAT + 2 * done.item)
+        gradients = max(gradients, scores + hidden - (2 * wide if layer.is_lean else 3 * wide))
     if dequantised + hidden + wide > gradients:
         return {"gradients in a layer": hidden + wide, "largest weight dequantised": dequantised}
     return {"gradients in a layer": gradients}
@@ -110,6 +155,9 @@ def evaluation_bytes(layer: LayerShapes, vocab: int, done: Pass, chunk: int, deq
     mask = done.tokens * done.length * (1 + done.item)
     wide = layer.slots * done.item * 3 * layer.intermediate
     mlp = done.tokens * (done.item * 3 * layer.hidden + wide) + dequantised + mask
+    if layer.keeps_scores:
+        scores = layer.heads * done.length * (FLOAT + 2 * done.item)
+        mlp = max(mlp, done.tokens * (done.item * (2 * layer.hidden + 3 * layer.heads_width) + scores) + mask)
     return max(mlp, _logits_bytes(vocab, done, chunk) + done.tokens * 2 * done.item * layer.hidden)
 
 
@@ -119,6 +167,8 @@ def loss_bytes(layer: LayerShapes, vocab: int, done: Pass, chunk: int) -> int:
     One chunk of logits; for all tokens what the last norm keeps, their states, and the gradient of these.
     """
     states = done.tokens * (_norm(layer, done) + 2 * done.item * layer.hidden)
+    if layer.caps_logits:
+        states += min(done.tokens, chunk) * vocab * FLOAT
     return _logits_bytes(vocab, done, chunk) + states + min(done.tokens, chunk) * layer.hidden * done.item
 
 
@@ -137,7 +187,7 @@ def _norm(layer: LayerShapes, done: Pass) -> int:
 
 def _rotary(layer: LayerShapes, done: Pass) -> int:
     """Bytes of the sines and cosines of all positions, which the layers share."""
-    return 2 * done.item * done.length * (layer.heads_width // layer.heads)
+    return layer.num_rotary * 2 * done.item * done.length * (layer.heads_width // layer.heads)
 
 
 __all__ = [

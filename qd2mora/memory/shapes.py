@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from qd2mora.memory.activations import LayerShapes
+from qd2mora.memory.checkpointing import decoder_layers
 from qd2mora.memory.lean import is_lean
 from qd2mora.mixture import MixtureConfig, MixtureLinear, add_adapter, mixture_layers
 from qd2mora.mixture.penalties import groups_of
@@ -96,7 +97,7 @@ def read_shapes(config: PretrainedConfig, adapter: MixtureConfig) -> Shapes:
     banks = [tensor for name, tensor in tensors if name in ("mixture_A", "mixture_B")]
     return Shapes(
         linears=linears,
-        layer=_layer_shapes(config, linears, _inputs(layers), steps, max(map(_slots, layers.values())), is_lean(model)),
+        layer=_layer_shapes(model, linears, layers),
         num_layers=config.num_hidden_layers,
         vocab=config.vocab_size,
         embedding_entries=embedding.numel(),
@@ -110,33 +111,53 @@ def read_shapes(config: PretrainedConfig, adapter: MixtureConfig) -> Shapes:
     )
 
 
-def _layer_shapes(
-    config: PretrainedConfig,
-    linears: tuple[Linear, ...],
-    adapted: dict[str, int],
-    steps: list[RankStep],
-    slots: int,
-    is_lean: bool,
-) -> LayerShapes:
+def _layer_shapes(model: PreTrainedModel, linears: tuple[Linear, ...], layers: dict[str, MixtureLinear]) -> LayerShapes:
     """Take one decoder layer's widths; what adapters read is averaged over the layers."""
+    config, adapted = model.config, _inputs(layers)
+    steps = [layer.mixture_spec["default"].step for layer in layers.values()]
     kinds = {linear.name.rpartition(".")[2]: linear for linear in linears}
     # o_proj reads what attention keeps anyway.
     inputs = {_input_of(name): d_in for name, d_in in adapted.items() if not name.endswith(".o_proj")}
     # Means over layers are rounded up: a plan may say too much, never too little.
-    return LayerShapes(
+    shapes = LayerShapes(
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,
         heads=config.num_attention_heads,
-        # Heads may be wider together than the states (Qwen3); a fused projection has no q_proj and tells nothing.
-        heads_width=kinds["q_proj"].d_out if "q_proj" in kinds else config.hidden_size,
+        # Heads may be wider together than the states (Qwen 3, Gemma): what o_proj reads tells in every family.
+        heads_width=kinds["o_proj"].d_in,
         adapter_inputs=-(-sum(inputs.values()) // config.num_hidden_layers),
         adapter_features=-(-sum(step.features for step in steps) // config.num_hidden_layers),
         # The code, its gradient and its gated parts; then what goes to the up product, and its gradient.
         rank_space=max(3 * step.features + 2 * step.width_up for step in steps),
         adapts_down=any(name.endswith(".down_proj") for name in adapted),
-        is_lean=is_lean,
-        slots=slots,
+        is_lean=is_lean(model),
+        slots=max(map(_slots, layers.values())),
     )
+    return replace(shapes, **_of_family(model, kinds))
+
+
+def _of_family(model: PreTrainedModel, kinds: dict[str, Linear]) -> dict[str, int | bool]:
+    """Return what a family's layers have beside a LLaMA's, seen on the first of them."""
+    first = dict(decoder_layers(model)[0].named_children())
+    attention = dict(first["self_attn"].named_children())
+    head_norms = head_factors = 0
+    for of, name in (("q_norm", "q_proj"), ("k_norm", "k_proj")):
+        if of in attention:
+            width = attention[of].weight.numel()
+            head_norms += kinds[name].d_out
+            head_factors += kinds[name].d_out // width
+    rope = model.config.rope_parameters
+    return {
+        "norms": sum(name.endswith("layernorm") for name in first),
+        "norms_first": "input_layernorm" in first,
+        "head_norms": head_norms,
+        "head_factors": head_factors,
+        "fused_width": kinds["qkv_proj"].d_out if "qkv_proj" in kinds else 0,
+        "keeps_scores": getattr(model.config, "attn_logit_softcapping", None) is not None,
+        "scales_blocks": getattr(model.config, "residual_multiplier", 1.0) != 1.0,
+        "caps_logits": getattr(model.config, "final_logit_softcapping", None) is not None,
+        "num_rotary": len(rope) if "full_attention" in rope else 1,
+    }
 
 
 def _inputs(layers: dict[str, MixtureLinear]) -> dict[str, int]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
-from qd2mora.base.passes import labelled, output_head
+from qd2mora.base.passes import OutputHead, labelled, output_head
 from qd2mora.memory.checkpointing import enable_checkpointing
 from qd2mora.merging.static_updates import replaced
 from qd2mora.merging.statistics import decode
@@ -115,10 +115,10 @@ def _relative_error(states: Tensor, wanted: Tensor, attended: Tensor) -> Tensor:
     return error / wanted.float()[attended].square().sum().clamp_min(1e-12)
 
 
-def _divergence(mine: Tensor, theirs: Tensor, head: nn.Module) -> Tensor:
+def _divergence(mine: Tensor, theirs: Tensor, head: OutputHead) -> Tensor:
     with torch.no_grad():
-        target = head(theirs).float().log_softmax(-1)
-    return F.kl_div(head(mine).float().log_softmax(-1), target, reduction="sum", log_target=True)
+        target = head(theirs).log_softmax(-1)
+    return F.kl_div(head(mine).log_softmax(-1), target, reduction="sum", log_target=True)
 
 
 def _add_gradients(

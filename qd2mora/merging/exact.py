@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from qd2mora.base.device import FLOATS
 from qd2mora.base.tokenizer import save_tokenizer
@@ -38,9 +38,8 @@ _STATIC = "--to hf or --to lora exports its best static update"
 
 def refuse_unfit(model: PeftModel, source: BaseWeights, adapter_name: str = "default") -> None:
     """Refuse what the code file does not run, in one line that names the way out. Raises InputRefused."""
-    # The exact type: relatives of LLaMA (Mistral, Qwen) differ where the code file does not look.
-    if type(source.config) is not LlamaConfig:
-        raise InputRefused(f"--to exact: the base is a {source.config.model_type}; the code file runs LLaMA alone")
+    if source.config.model_type not in modeling_mixture.CONFIGS:
+        raise InputRefused(f"--to exact: the base is a {source.config.model_type}, which the code file does not run")
     if not mixture_layers(model):
         raise InputRefused("--to exact: this adapter depends on no token: --to hf is exact already")
     for name, layer in mixture_layers(model).items():
@@ -103,9 +102,9 @@ def write_exact(
 
 def _write_code(source: BaseWeights, folder: Path, dtype: str, contents: dict[str, LinearContent]) -> None:
     content = config_of(source, "float32" if dtype == "nf4" else dtype) | {
-        "model_type": modeling_mixture.MixtureLlamaConfig.model_type,
-        "architectures": [modeling_mixture.MixtureLlamaForCausalLM.__name__],
-        "auto_map": modeling_mixture.AUTO_MAP,
+        "model_type": source.config.model_type + modeling_mixture.SUFFIX,
+        "architectures": [modeling_mixture.classes_of(source.config.model_type)[1].__name__],
+        "auto_map": modeling_mixture.auto_map(source.config.model_type),
         "mixture": contents,
     }
     if dtype == "nf4":

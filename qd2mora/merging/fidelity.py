@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from qd2mora.base.passes import labelled, labels_of, output_head
+from qd2mora.base.passes import OutputHead, labelled, labels_of, output_head
 from qd2mora.memory.loss import labelled_states
 from qd2mora.merging.static_updates import Statics, replaced
 from qd2mora.merging.statistics import Moments, decode, observed
@@ -143,7 +143,7 @@ def _fidelity(sums: Tensor, tasks: dict[str, Fidelity] | None = None) -> Fidelit
     return Fidelity(base, routed, merged, kl, int(sums[5]), agreed, tasks or {})
 
 
-def _compare(base: Tensor, routed: Tensor, static: Tensor, targets: Tensor, head: torch.nn.Module) -> Tensor:
+def _compare(base: Tensor, routed: Tensor, static: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
     """Return (tokens, 6): three losses, KL(routed | merged), whether both rank the same token first, and 1.
 
     The logits of a few hundred tokens are there at once.
@@ -152,7 +152,7 @@ def _compare(base: Tensor, routed: Tensor, static: Tensor, targets: Tensor, head
     parts = zip(*(tensor.split(TOKENS_AT_ONCE) for tensor in (base, routed, static, targets)), strict=True)
     for base_part, routed_part, static_part, target in parts:
         # In float32: a KL of a hundredth of a nat is below what 16 bits hold of a logit.
-        logs = [head(states).float().log_softmax(-1) for states in (base_part, routed_part, static_part)]
+        logs = [head(states).log_softmax(-1) for states in (base_part, routed_part, static_part)]
         losses = [F.nll_loss(log, target, reduction="none") for log in logs]
         kl = F.kl_div(logs[2], logs[1], reduction="none", log_target=True).sum(-1)
         agreed = (logs[2].argmax(-1) == logs[1].argmax(-1)).float()

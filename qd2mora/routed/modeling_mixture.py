@@ -1,4 +1,4 @@
-"""A LLaMA with a routed mixture of LoRA beside its linears: this file and those it imports, on torch and transformers.
+"""A model with a routed mixture of LoRA beside its linears: this file and those it imports, on torch and transformers.
 
 Exports of a routed adapter carry copies of them: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 loads them anywhere, in 16 bits, or on the 4-bit weights that were trained on. For inference.
@@ -8,13 +8,13 @@ routers] x, a step in rank space v = K_t u (`ops`), one product B v. K_t is what
 the token, or of the text (`text`). config.json holds, by name of a linear, what `LinearContent` says.
 """
 
+from functools import cache
 from typing import Any, TypedDict
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaMLP
 
 from .gate import Gate, Gates
 from .ops import RankStep, features, up_product, wide
@@ -37,20 +37,13 @@ class LinearContent(TypedDict):
     is_of_whole_mlp: bool
 
 
-class MixtureLlamaConfig(LlamaConfig):
-    """LLaMA's configuration and `mixture`, a `LinearContent` by name of a linear."""
+class MixtureForCausalLM(nn.Module):
+    """What every family's model gets in front of its own class: adapted linears are wrapped, the rest stays."""
 
-    model_type = "llama_mixture"
-
-
-class MixtureLlamaForCausalLM(LlamaForCausalLM):
-    """The model; adapted linears are wrapped, everything else is transformers' own."""
-
-    config_class = MixtureLlamaConfig
     # Gates are decided in float32, whatever dtype the base is loaded in.
     _keep_in_fp32_modules_strict = ("mixture",)
 
-    def __init__(self, config: MixtureLlamaConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.text = Text(takes_all=True)
         found = {name: RoutedUpdate(name, content, self.text) for name, content in config.mixture.items()}
@@ -74,7 +67,7 @@ class MixtureLlamaForCausalLM(LlamaForCausalLM):
             kwargs["use_cache"] = not self.reads_first_pass
         return super().generate(*args, **kwargs)
 
-    def train(self, mode: bool = True) -> "MixtureLlamaForCausalLM":
+    def train(self, mode: bool = True) -> "MixtureForCausalLM":
         """Switch modes; in neither may bitsandbytes 0.50 repack 4-bit weights, which rounds their scales to 16 bits."""
         for module in self.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -82,7 +75,7 @@ class MixtureLlamaForCausalLM(LlamaForCausalLM):
         return super().train(mode)
 
 
-def _read_labels(model: MixtureLlamaForCausalLM, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
+def _read_labels(model: MixtureForCausalLM, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
     model.text.read_labels(kwargs.get("labels"), kwargs.get("attention_mask"))
 
 
@@ -104,7 +97,7 @@ class RoutedLinear(nn.Module):
 class RoutedMLP(nn.Module):
     """y = sum_e g_e W2_e (act(W1_e x) * W3_e x), W_e = W + s B_e A_e: a token runs the experts it uses, in turn."""
 
-    def __init__(self, mlp: LlamaMLP, text: Text) -> None:
+    def __init__(self, mlp: Any, text: Text) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         self.act_fn, self.text = mlp.act_fn, text
@@ -195,13 +188,55 @@ class RoutedUpdate(nn.Module):
         return dict(self.named_parameters()).get(name)
 
 
-AUTO_MAP = {
-    "AutoConfig": "modeling_mixture.MixtureLlamaConfig",
-    "AutoModelForCausalLM": "modeling_mixture.MixtureLlamaForCausalLM",
+CONFIGS = {
+    "llama": "LlamaConfig",
+    "mistral": "MistralConfig",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
+    "gemma2": "Gemma2Config",
+    "gemma3_text": "Gemma3TextConfig",
+    "phi3": "Phi3Config",
+    "smollm3": "SmolLM3Config",
+    "olmo2": "Olmo2Config",
+    "granite": "GraniteConfig",
 }
-"""What config.json says of this file, so that transformers finds it."""
+"""The families that run here: transformers' `model_type`, and the class of its configuration."""
+SUFFIX = "_mixture"
+"""What an export's `model_type` has behind the family's."""
+
+
+@cache
+def classes_of(model_type: str) -> tuple[type[Any], type[Any]]:
+    """Return the configuration and the model of a family; both are made once, from transformers' own classes."""
+    prefix = CONFIGS[model_type].removesuffix("Config").removesuffix("Text")
+    plain_config, plain_model = (getattr(transformers, name) for name in (CONFIGS[model_type], f"{prefix}ForCausalLM"))
+    config: type[Any] = type(
+        f"Mixture{prefix}Config", (plain_config,), {"model_type": f"{model_type}{SUFFIX}", "__module__": __name__}
+    )
+    content = {"config_class": config, "__module__": __name__}
+    return config, type(f"Mixture{prefix}ForCausalLM", (MixtureForCausalLM, plain_model), content)
+
+
+def auto_map(model_type: str) -> dict[str, str]:
+    """Return what config.json says of this file, so that transformers finds the classes of a family."""
+    config, model = classes_of(model_type)
+    return {
+        "AutoConfig": f"modeling_mixture.{config.__name__}",
+        "AutoModelForCausalLM": f"modeling_mixture.{model.__name__}",
+    }
+
+
+def __getattr__(name: str) -> type[Any]:
+    """Return a family's class by its name: of a module transformers asks for what config.json names."""
+    # Made when asked for: importing ten families' code takes seconds, and a folder needs one.
+    for model_type in CONFIGS:
+        for kind in classes_of(model_type):
+            if kind.__name__ == name:
+                return kind
+    raise AttributeError(name)
+
 
 FILES = ("modeling_mixture.py", "gate.py", "ops.py", "routers.py", "text.py")
 """This file and those it imports."""
 
-__all__ = ["AUTO_MAP", "FILES", "LinearContent", "MixtureLlamaConfig", "MixtureLlamaForCausalLM"]
+__all__ = ["CONFIGS", "FILES", "SUFFIX", "LinearContent", "MixtureForCausalLM", "auto_map", "classes_of"]

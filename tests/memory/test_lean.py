@@ -1,17 +1,35 @@
 """Lean norms and gated products: the results of transformers' own, for less that is kept."""
 
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from qd2mora.base.families import FAMILIES, NormForm
 from qd2mora.memory import lean
-from qd2mora.memory.lean import MLPS, NORMS, gated, make_lean
+from qd2mora.memory.lean import gated, make_lean
 
 SHAPE, WIDTH = (3, 5, 24), 24
 CONFIG = LlamaConfig(hidden_size=WIDTH, intermediate_size=40, num_attention_heads=2)
+
+
+def class_of(family: Any, part: str) -> Any:
+    return getattr(import_module(family.module), f"{family.prefix}{part}")
+
+
+def norm_in_float64(x: Tensor, weight: Tensor, form: NormForm) -> Tensor:
+    scale = weight.double() + (1.0 if form == "one more than its weight" else 0.0)
+    return scale * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def config_of(family: Any) -> Any:
+    config = import_module(family.module.replace("modeling", "configuration"))
+    kind = getattr(config, f"{family.prefix}TextConfig", None) or getattr(config, f"{family.prefix}Config")
+    return kind(hidden_size=WIDTH, intermediate_size=40, num_attention_heads=2, pad_token_id=0)
 
 
 def pair(kind: Any, dtype: torch.dtype, *arguments: Any) -> tuple[nn.Module, nn.Module]:
@@ -37,13 +55,13 @@ def run(module: Any, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 @pytest.mark.parametrize("at_once", [1 << 23, 2 * WIDTH])
 def test_a_norm_gives_the_same_bits_and_the_gradient_of_float64(
-    kind: Any, dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
+    family: Any, dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lean, "AT_ONCE", at_once)
-    plain, ours = pair(kind, dtype, WIDTH, 1e-5)
+    plain, ours = pair(class_of(family, "RMSNorm"), dtype, WIDTH, 1e-5)
     x, dy = 3 * numbers(1, dtype), numbers(2, dtype)
     before = x.clone(), dy.clone()
     y, dx = run(ours, x, dy)
@@ -51,7 +69,7 @@ def test_a_norm_gives_the_same_bits_and_the_gradient_of_float64(
     theirs = run(plain, x, dy)
     assert torch.equal(y, theirs[0]) and y.dtype is theirs[0].dtype and dx.dtype is dtype
     x64 = x.double().requires_grad_()
-    y64 = plain.weight.double() * x64 / (x64.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    y64 = norm_in_float64(x64, plain.weight, family.norm)
     (wanted,) = torch.autograd.grad(y64, x64, dy.double())
     off, theirs_off = ((each.double() - wanted).norm() / wanted.norm() for each in (dx, theirs[1]))
     # One rounding, to the dtype; transformers' own has three.
@@ -59,7 +77,7 @@ def test_a_norm_gives_the_same_bits_and_the_gradient_of_float64(
 
 
 def test_a_norm_of_float32_weights_over_16_bits_gives_float32_as_transformers_does() -> None:
-    plain, ours = pair(NORMS[0], torch.float32, WIDTH)
+    plain, ours = pair(LlamaRMSNorm, torch.float32, WIDTH)
     x, dy = numbers(1, torch.bfloat16), numbers(2, torch.float32)
     (y, dx), theirs = run(ours, x, dy), run(plain, x, dy)
     assert y.dtype is torch.float32 and torch.equal(y, theirs[0])
@@ -67,7 +85,7 @@ def test_a_norm_of_float32_weights_over_16_bits_gives_float32_as_transformers_do
 
 
 def test_a_norm_that_is_trained_gets_its_gradient() -> None:
-    plain, ours = pair(NORMS[0], torch.float32, WIDTH)
+    plain, ours = pair(LlamaRMSNorm, torch.float32, WIDTH)
     x = numbers(1, torch.float32)
     gradients = []
     for norm in (plain.requires_grad_(), ours.requires_grad_()):
@@ -77,9 +95,9 @@ def test_a_norm_that_is_trained_gets_its_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", MLPS)
-def test_an_mlp_gives_the_same_bits_forward_and_backward(kind: Any, dtype: torch.dtype) -> None:
-    plain, ours = pair(kind, dtype, CONFIG)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_an_mlp_gives_the_same_bits_forward_and_backward(family: Any, dtype: torch.dtype) -> None:
+    plain, ours = pair(class_of(family, "MLP"), dtype, config_of(family))
     x, dy = numbers(1, dtype), numbers(2, dtype)
     before = dy.clone()
     for mine, theirs in zip(run(ours, x, dy), run(plain, x, dy), strict=True):
@@ -89,9 +107,9 @@ def test_an_mlp_gives_the_same_bits_forward_and_backward(kind: Any, dtype: torch
 
 def test_another_activation_stays_as_it_is() -> None:
     config = LlamaConfig(hidden_size=WIDTH, intermediate_size=40, num_attention_heads=2, hidden_act="gelu")
-    mlp = MLPS[0](config)
+    mlp = LlamaMLP(config)
     make_lean(mlp)
-    assert type(mlp) is MLPS[0]
+    assert type(mlp) is LlamaMLP
 
 
 def test_gates_in_slots_broadcast_over_an_up_that_has_none() -> None:
@@ -103,7 +121,7 @@ def test_gates_in_slots_broadcast_over_an_up_that_has_none() -> None:
 
 
 def test_what_is_kept_is_what_was_read_and_a_factor_a_token() -> None:
-    _, norm = pair(NORMS[0], torch.bfloat16, WIDTH)
+    _, norm = pair(LlamaRMSNorm, torch.bfloat16, WIDTH)
     kept: list[Tensor] = []
     x = numbers(1, torch.bfloat16).requires_grad_()
     gate, up = (numbers(seed, torch.bfloat16).requires_grad_() for seed in (2, 3))
@@ -116,7 +134,7 @@ def test_what_is_kept_is_what_was_read_and_a_factor_a_token() -> None:
 
 
 def test_making_lean_twice_changes_nothing_and_says_what_it_is() -> None:
-    mlp = MLPS[0](CONFIG)
+    mlp = LlamaMLP(CONFIG)
     assert lean.is_lean(mlp)
     make_lean(mlp)
     kind = type(mlp)

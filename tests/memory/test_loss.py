@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from qd2mora.base import SHAPES
-from qd2mora.base.passes import CHUNK, IGNORE, token_losses
+from qd2mora.base.passes import CHUNK, IGNORE, OutputHead, token_losses
 from qd2mora.memory.loss import RowLoss
 
 TINY = SHAPES["tiny"]
@@ -40,7 +40,7 @@ def inputs(num_tokens: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor, nn.
 @pytest.mark.parametrize("num_tokens", [0, 1, CHUNK, CHUNK + 1, 2 * CHUNK + 77])
 def test_chunks_change_neither_loss_nor_gradient(num_tokens: int) -> None:
     states, targets, head = inputs(num_tokens, 33)
-    losses = token_losses(states, targets, head)
+    losses = token_losses(states, targets, OutputHead(head))
     (gradient,) = torch.autograd.grad(losses.sum(), states)
     wanted = F.cross_entropy(head(states), targets, reduction="none")
     (wanted_gradient,) = torch.autograd.grad(wanted.sum(), states)
@@ -56,7 +56,7 @@ def test_losses_are_float32_and_exact_up_to_the_rounding_of_logits(
     states, targets, head = inputs(50, 33)
     head = head.to(dtype)
     given = (scale * states.detach()).to(dtype).requires_grad_()
-    losses = token_losses(given, targets, head, 16)
+    losses = token_losses(given, targets, OutputHead(head), 16)
     weights = torch.linspace(-1, 2, 50)
     (gradient,) = torch.autograd.grad((weights * losses).sum(), given)
     exact = given.detach().double().requires_grad_()
@@ -69,15 +69,37 @@ def test_losses_are_float32_and_exact_up_to_the_rounding_of_logits(
         assert (gradient - wanted_gradient).norm() <= 8 * rounding * wanted_gradient.norm()
 
 
+@pytest.mark.parametrize(("divisor", "cap"), [(4.0, None), (1.0, 3.0), (2.5, 1.5)])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_divided_and_capped_logits_give_the_losses_and_gradients_of_float64(
+    dtype: torch.dtype, rounding: float, divisor: float, cap: float | None
+) -> None:
+    states, targets, head = inputs(50, 33)
+    head = head.to(dtype)
+    given = (4 * states.detach()).to(dtype).requires_grad_()
+    weights = torch.linspace(-1, 2, 50)
+    exact = given.detach().double().requires_grad_()
+    logits = F.linear(exact, head.weight.double()) / divisor
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    wanted = F.cross_entropy(logits, targets, reduction="none")
+    (wanted_gradient,) = torch.autograd.grad((weights * wanted).sum(), exact)
+    for linear in (head, nn.Sequential(head)):  # the lean way, and that by autograd
+        losses = token_losses(given, targets, OutputHead(linear, divisor, cap), 16)
+        (gradient,) = torch.autograd.grad((weights * losses).sum(), given)
+        assert (losses - wanted).abs().max() <= 30 * rounding
+        assert (gradient - wanted_gradient).norm() <= 8 * rounding * wanted_gradient.norm()
+
+
 @pytest.mark.parametrize("wrap", [lambda head: head.requires_grad_(), lambda head: nn.Sequential(head)])
 def test_a_head_that_is_trained_or_wrapped_gets_the_same_loss_and_its_own_gradient(
     wrap: Callable[[nn.Linear], nn.Module],
 ) -> None:
     states, targets, plain = inputs(40, 33)
-    wanted = token_losses(states, targets, plain, 16)
+    wanted = token_losses(states, targets, OutputHead(plain), 16)
     (wanted_gradient,) = torch.autograd.grad(wanted.sum(), states)
     head = wrap(plain)
-    losses = token_losses(states, targets, head, 16)
+    losses = token_losses(states, targets, OutputHead(head), 16)
     losses.sum().backward()
     torch.testing.assert_close(losses, wanted)
     torch.testing.assert_close(states.grad, wanted_gradient)
@@ -96,7 +118,7 @@ def test_a_loss_takes_one_chunk_of_logits_and_their_16_bit_form(dtype: torch.dty
         targets = torch.zeros(num_tokens, dtype=torch.long)
 
         def both() -> None:
-            losses = token_losses(states, targets, head, chunk)
+            losses = token_losses(states, targets, OutputHead(head), chunk)
             if is_training:
                 losses.sum().backward()
 
