@@ -10,6 +10,7 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 
 from qd2mora.disk.file_hash import hash_of_bytes, hash_of_file
+from qd2mora.disk.gguf_header import parts_of
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Base
 
@@ -34,18 +35,34 @@ def fingerprint(base: Base) -> str:
     A hub id is hashed by what is in the local cache, which loading fills; random weights by the shape's name. Files are
     read side by side at about 1 GB/s each, once in a process, and are in the page cache then.
     """
-    folder = local_folder(base.model)
-    if folder is None:
+    paths = _files_of(base.model)
+    if not paths:
         return hash_of_bytes(base.model.encode())
-    paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         hashes = pool.map(_remembered_hash, paths)
         names = [f"{path.name} {content}" for path, content in zip(paths, hashes, strict=True)]
     return hash_of_bytes("".join(names).encode())
 
 
+def _files_of(model: str) -> list[Path]:
+    """Return the files that a base is read from, on this machine."""
+    if is_gguf(model):  # in parts: all those beside it that are called alike
+        return parts_of(Path(model))
+    folder = local_folder(model)
+    if folder is None:
+        return []
+    return [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+
+
+def is_gguf(model: str) -> bool:
+    """Tell whether a base is a GGUF file, by its name."""
+    return model.lower().endswith(".gguf")
+
+
 def local_folder(model: str) -> Path | None:
-    """Return where a model's files lie on this machine."""
+    """Return where a model's files lie on this machine; of a GGUF file, the folder that holds it."""
+    if is_gguf(model):
+        return Path(model).parent if os.path.isfile(model) else None
     if Path(model).is_dir():
         return Path(model)
     if model.startswith(RANDOM):
@@ -78,7 +95,9 @@ def _refuse_missing(model: str, needs: str = "config.json") -> None:
         if not (Path(model) / needs).exists():
             raise InputRefused(f"base.model: '{model}' holds no {needs}; name the folder of a Hugging Face model")
     elif os.path.exists(model):
-        raise InputRefused(f"base.model: '{model}' is a file; name the folder of a Hugging Face model")
+        raise InputRefused(f"base.model: '{model}' is a file; name a Hugging Face model's folder, or a .gguf file")
+    elif is_gguf(model):
+        raise InputRefused(f"base.model: no file '{model}'")
     elif looks_like_path:
         raise InputRefused(f"base.model: no folder '{model}'; give a model's folder, a hub id or random:SHAPE")
 
@@ -102,4 +121,4 @@ def _hash_in_state(path: Path, *state: int) -> str:
     return hash_of_file(path)
 
 
-__all__ = ["RANDOM", "UNLOADABLE", "fingerprint", "first_line", "folder_of", "local_folder"]
+__all__ = ["RANDOM", "UNLOADABLE", "fingerprint", "first_line", "folder_of", "is_gguf", "local_folder"]

@@ -1,4 +1,4 @@
-"""The frozen model: a LLaMA-family folder or hub id in NF4, or random weights of a named shape.
+"""The frozen model: a LLaMA-family folder, hub id or GGUF file in NF4, or random weights of a named shape.
 
 Norms, embeddings and the residual stream stay in the compute dtype: PEFT's k-bit preparation would lift them to
 float32, which costs memory and time and buys nothing for a frozen base.
@@ -6,6 +6,7 @@ float32, which costs memory and time and buys nothing for a frozen base.
 
 import copy
 import os
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,15 @@ from transformers import (
 from qd2mora.base.cache import CachedWeights
 from qd2mora.base.device import compute_dtype, default_device
 from qd2mora.base.families import family_of
-from qd2mora.base.files import RANDOM, UNLOADABLE, fingerprint, first_line, folder_of
+from qd2mora.base.files import RANDOM, UNLOADABLE, fingerprint, first_line, folder_of, is_gguf
+from qd2mora.base.gguf_base import StoredBlocks, gguf_config, gguf_generation, gguf_tensors
 from qd2mora.base.host_memory import give_back_large_blocks
 from qd2mora.base.nf4 import is_nf4, nf4_config, settled
 from qd2mora.base.random_weights import random_base
 from qd2mora.base.shapes import shape_of
 from qd2mora.disk.durable import save_pretrained
 from qd2mora.disk.sealed import verify_where_ours
-from qd2mora.disk.tensor_file import stored_tensors
+from qd2mora.disk.tensor_file import StoredTensor, stored_tensors
 from qd2mora.disk.untrusted import check_config, check_weights
 from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.recipe import Base
@@ -43,6 +45,8 @@ def base_config(base: Base) -> PreTrainedConfig:
     """Return the model's configuration without reading weights. Raises InputRefused."""
     if base.model.startswith(RANDOM):
         return shape_of(base.model).config()
+    if is_gguf(base.model):
+        return gguf_config(base.model)
     folder = folder_of(base.model, ["*config.json"])
     check_config(folder)
     try:
@@ -69,8 +73,8 @@ def load_base(
         give_back_large_blocks()
     if not base.model.startswith(RANDOM):
         base_config(base)
-        verify_where_ours(folder_of(base.model, _MODEL_PATTERNS))  # an export may be a base
-        check_weights(folder_of(base.model, _MODEL_PATTERNS))  # there and plain files: an entry's hash is taken of them
+        verify_where_ours(_folder_of_files(base.model))  # an export may be a base
+        stored_weights(base.model)  # there and plain files: an entry's hash is taken of them
     cached = _cached_weights(base, device, dtype)
     model = None if cached is None else _from_cache(cached, base.model, device, dtype)
     if model is None:
@@ -83,31 +87,55 @@ def load_base(
     return settled(model)
 
 
+def stored_weights(model: str) -> Mapping[str, StoredTensor | StoredBlocks]:
+    """Return a base's weights by name, to be read one by one. Raises InputRefused, DamagedFile."""
+    if is_gguf(model):
+        return gguf_tensors(model)
+    return stored_tensors(check_weights(folder_of(model, _MODEL_PATTERNS)))
+
+
+def write_generation(model: str, folder: Path) -> None:
+    """Write a base's generation_config.json into a folder as the base has it; of a GGUF file, what its header says."""
+    if is_gguf(model):
+        save_pretrained(gguf_generation(model), folder)
+        return
+    path = folder_of(model, _MODEL_PATTERNS) / "generation_config.json"
+    if path.is_file():
+        (folder / path.name).write_bytes(path.read_bytes())
+
+
+def _folder_of_files(model: str) -> Path:
+    if is_gguf(model):
+        return Path(model).parent
+    return folder_of(model, _MODEL_PATTERNS)
+
+
 def _build_model(base: Base, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Build a model from the files of its base, or from random numbers."""
     if base.model.startswith(RANDOM):
         return random_base(shape_of(base.model), base, device, dtype=dtype)
-    folder = folder_of(base.model, _MODEL_PATTERNS)
-    return _from_files(folder, check_weights(folder), base.model, device, dtype, nf4_config(base, dtype))
+    weights = stored_weights(base.model)
+    model = _from_weights(base_config(base), weights, base.model, device, dtype, nf4_config(base, dtype))
+    folder = None if is_gguf(base.model) else folder_of(base.model, _MODEL_PATTERNS)
+    return _with_generation(model, folder, base.model)
 
 
-def _from_files(
-    folder: Path,
-    files: list[Path],
+def _from_weights(
+    config: PreTrainedConfig,
+    weights: Mapping[str, StoredTensor | StoredBlocks],
     name: str,
     device: torch.device,
     dtype: torch.dtype,
     quantization: BitsAndBytesConfig | None,
 ) -> PreTrainedModel:
-    """Load a model from files that were checked, tensor by tensor: no more than one is in memory unquantised."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    """Load a model from weights that were checked, tensor by tensor: no more than one is in memory unquantised."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputRefused(f"base.model: '{name}' is a {config.model_type}, which does not continue texts")
     try:
         model, loading = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
             None,
             config=config,
-            state_dict=stored_tensors(files),
+            state_dict=dict(weights),
             quantization_config=quantization,
             dtype=dtype,
             device_map={"": device},
@@ -115,11 +143,21 @@ def _from_files(
             ignore_mismatched_sizes=True,  # named below, where transformers points to a report that is not shown
             output_loading_info=True,
         )
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
     except (*UNLOADABLE, RuntimeError, ImportError) as error:  # a config may ask for packages
         raise InputRefused(f"base.model: '{name}' cannot be loaded: {first_line(error)}") from error
     _refuse_partial(model, loading, name)
+    return model
+
+
+def _with_generation(model: PreTrainedModel, folder: Path | None, name: str) -> PreTrainedModel:
+    """Give a model its files' own way to continue texts; `folder`: where they lie, None for a GGUF file."""
+    try:
+        if folder is None:
+            model.generation_config = gguf_generation(name)
+        elif (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except UNLOADABLE as error:
+        raise InputRefused(f"base.model: '{name}' cannot be loaded: {first_line(error)}") from error
     return model
 
 
@@ -146,7 +184,10 @@ def _from_cache(cached: CachedWeights, name: str, device: torch.device, dtype: t
             return None
         try:
             check_config(cached.folder)
-            return _from_files(cached.folder, sorted(cached.folder.glob("*.safetensors")), name, device, dtype, None)
+            config = AutoConfig.from_pretrained(cached.folder, trust_remote_code=False)
+            weights = stored_tensors(sorted(cached.folder.glob("*.safetensors")))
+            model = _from_weights(config, weights, name, device, dtype, None)
+            return _with_generation(model, cached.folder, name)
         except (InputRefused, DamagedFile) as error:  # somebody else's, sealed as ours are
             cached.say_made_anew(str(error))
             return None
@@ -190,4 +231,4 @@ def _refuse_partial(model: PreTrainedModel, loading: dict[str, Any], name: str) 
         raise InputRefused(f"base.model: '{name}': the size of {wrong[0]} is not the one its config.json gives")
 
 
-__all__ = ["base_config", "load_base"]
+__all__ = ["base_config", "load_base", "stored_weights", "write_generation"]

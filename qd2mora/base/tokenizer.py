@@ -5,7 +5,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qd2mora.base.files import RANDOM, UNLOADABLE, first_line, folder_of
+from qd2mora.base.files import RANDOM, UNLOADABLE, first_line, folder_of, is_gguf
+from qd2mora.base.gguf_base import gguf_tokenizer
 from qd2mora.disk.durable import save_pretrained, write_file
 from qd2mora.disk.untrusted import check_tokenizer
 from qd2mora.errors import InputRefused
@@ -21,12 +22,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """
     if model.startswith(RANDOM):
         raise InputRefused(f"base.model: '{model}' has random weights and no tokenizer; it can be planned and timed")
-    folder = folder_of(model, _TOKENIZER_PATTERNS, needs="tokenizer_config.json")
-    check_tokenizer(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except UNLOADABLE as error:
-        raise InputRefused(f"base.model: no tokenizer in '{model}': {first_line(error)}") from error
+    tokenizer = gguf_tokenizer(model) if is_gguf(model) else _of_folder(model)
     if tokenizer.eos_token_id is None:
         raise InputRefused(f"base.model: the tokenizer of '{model}' has no end token; set eos_token in its config")
     if tokenizer.pad_token_id is None:
@@ -35,6 +31,16 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         reserved = [name for name in names if name in known]
         tokenizer.pad_token = reserved[0] if reserved else tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _of_folder(model: str) -> PreTrainedTokenizerBase:
+    folder = folder_of(model, _TOKENIZER_PATTERNS, needs="tokenizer_config.json")
+    check_tokenizer(folder)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except UNLOADABLE as error:
+        raise InputRefused(f"base.model: no tokenizer in '{model}': {first_line(error)}") from error
     return tokenizer
 
 

@@ -39,7 +39,7 @@ def is_lean(model: nn.Module) -> bool:
 
 
 @cache
-def _lean_kind(kind: type[nn.Module]) -> type[nn.Module] | None:
+def _lean_kind(kind: Any) -> type[nn.Module] | None:
     """Return a class of transformers' with a lean forward in front of its own; None where it is no known one."""
     family = _family_of(kind, "RMSNorm")
     if family is not None:
@@ -51,7 +51,7 @@ def _lean_kind(kind: type[nn.Module]) -> type[nn.Module] | None:
     return None
 
 
-def _family_of(kind: type[nn.Module], part: str) -> Family | None:
+def _family_of(kind: type, part: str) -> Family | None:
     """Return the family whose norm or MLP a class is: by transformers' own naming, in its own module."""
     for family in FAMILIES:
         if kind.__name__ == f"{family.prefix}{part}" and kind.__module__ == family.module:

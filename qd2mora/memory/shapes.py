@@ -6,9 +6,10 @@ trainable tensors are right by construction; no weight is read.
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from qd2mora.memory.activations import LayerShapes
@@ -17,7 +18,6 @@ from qd2mora.memory.lean import is_lean
 from qd2mora.mixture import MixtureConfig, MixtureLinear, add_adapter, mixture_layers
 from qd2mora.mixture.penalties import groups_of
 from qd2mora.mixture.slots import num_slots
-from qd2mora.routed.ops import RankStep
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,6 @@ def read_shapes(config: PretrainedConfig, adapter: MixtureConfig) -> Shapes:
         # PEFT's DoRA is no mixture; a LoRA of ours has the same tensors, all but the magnitudes, which are added below.
         layers = mixture_layers(add_adapter(model, replace(adapter, method="lora") if by_peft else adapter, seed=0))
     tensors = [pair for layer in layers.values() for pair in layer.tensors("default").items() if pair[1].requires_grad]
-    steps = [layer.mixture_spec["default"].step for layer in layers.values()]
     banks = [tensor for name, tensor in tensors if name in ("mixture_A", "mixture_B")]
     return Shapes(
         linears=linears,
@@ -136,14 +135,16 @@ def _layer_shapes(model: PreTrainedModel, linears: tuple[Linear, ...], layers: d
     return replace(shapes, **_of_family(model, kinds))
 
 
-def _of_family(model: PreTrainedModel, kinds: dict[str, Linear]) -> dict[str, int | bool]:
+def _of_family(model: PreTrainedModel, kinds: dict[str, Linear]) -> dict[str, Any]:
     """Return what a family's layers have beside a LLaMA's, seen on the first of them."""
     first = dict(decoder_layers(model)[0].named_children())
     attention = dict(first["self_attn"].named_children())
     head_norms = head_factors = 0
     for of, name in (("q_norm", "q_proj"), ("k_norm", "k_proj")):
         if of in attention:
-            width = attention[of].weight.numel()
+            weight = attention[of].weight
+            assert isinstance(weight, Tensor)
+            width = weight.numel()
             head_norms += kinds[name].d_out
             head_factors += kinds[name].d_out // width
     rope = model.config.rope_parameters

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qd2mora.base import base_config, compute_dtype, default_device, dense_weight, local_folder
-from qd2mora.disk.tensor_file import stored_tensors
-from qd2mora.disk.untrusted import check_weights
+from qd2mora.base.loading import stored_weights
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Base
 
@@ -34,13 +33,12 @@ class BaseWeights:
     """
 
     def __init__(self, base: Base, *, original: bool = False, device: torch.device | None = None) -> None:
-        found = local_folder(base.model)
-        if found is None:
+        if local_folder(base.model) is None:
             raise InputRefused(f"base.model: the files of '{base.model}' are not on this machine")
-        self.folder, self.base, self.config = found, base, base_config(base)
+        self.base, self.config = base, base_config(base)
         self.device = device or default_device()
         self.dtype = compute_dtype(base, self.device)
-        self.stored = stored_tensors(check_weights(found))
+        self.stored = stored_weights(base.model)
         self.is_packed = any(name.endswith(_NF4_MARK) for name in self.stored)
         if original and self.is_packed:
             raise InputRefused(

@@ -1,10 +1,9 @@
 """One GGUF file for llama.cpp, in f16 or Q8_0, through the `gguf` package (optional), tensor by tensor.
 
-The architecture is llama's: rows of q and k are reordered within each head, because llama.cpp rotates neighbouring
-pairs where transformers rotates halves. Vectors stay float32, as llama.cpp wants them.
+What a family is called there, and how its tensors lie, is a row of `base/gguf_forms.py`, which GGUF bases are read by
+too. Vectors stay float32, as llama.cpp wants them.
 """
 
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from qd2mora.base.gguf_base import gguf_names, heads_of
+from qd2mora.base.gguf_forms import FORMS, KEYS, check_fixed, context_length, head_dim_of, llama3_factors, rope_of
 from qd2mora.base.tokenizer import save_tokenizer
 from qd2mora.disk.file_hash import size_and_hash
+from qd2mora.disk.gguf_header import gguf_package
 from qd2mora.disk.tensor_file import TensorToWrite
 from qd2mora.errors import InputRefused
 from qd2mora.merging.base_weights import BaseWeights
@@ -36,31 +38,23 @@ _FILE_ENDS = {"float16": "f16", "q8_0": "q8_0"}
 Numbers = NDArray[np.generic]
 
 
-def gguf_package() -> Any:
-    """Return the `gguf` module. Raises InputRefused where it is not installed."""
-    try:
-        import gguf
-    except ImportError:
-        raise InputRefused("--to gguf needs the gguf package: pip install 'qd2mora[gguf]'") from None
-    # It tells every tensor it writes.
-    logging.getLogger("gguf").setLevel(logging.ERROR)
-    return gguf
-
-
 def vocabulary_for(
     weights: BaseWeights, tokenizer: PreTrainedTokenizerBase, *, with_vocabulary: bool = True
 ) -> Vocabulary | None:
-    """Return the vocabulary, where one is wanted; refuse a model that llama.cpp's llama is not. Raises InputRefused."""
-    gguf_package()
+    """Return the vocabulary, where one is wanted; refuse a model that llama.cpp has not. Raises InputRefused."""
     config = weights.config
-    if type(config) is not LlamaConfig:
-        raise InputRefused(f"--to gguf: the base is a {config.model_type}; --to hf and llama.cpp's converter will do")
-    kind = _rope(config)["rope_type"]
-    if kind not in ("default", "linear", "llama3"):
-        raise InputRefused(f"--to gguf: position scaling '{kind}' is not written; --to hf will do")
+    check_family(config, "--to gguf")
     if not with_vocabulary:
         return None
     return vocabulary_of(tokenizer, config.vocab_size)
+
+
+def check_family(config: PreTrainedConfig, what: str) -> None:
+    """Refuse a model that llama.cpp does not run as transformers does. Raises InputRefused."""
+    gguf_package()
+    if config.model_type not in FORMS:
+        raise InputRefused(f"{what}: the base is a {config.model_type}, which is not written; --to hf will do")
+    check_fixed(config, what)
 
 
 def write_gguf(
@@ -79,14 +73,14 @@ def write_gguf(
     """
     written, path = Written(), folder / f"{name}-{_FILE_ENDS[dtype]}.gguf"
     vocabulary = vocabulary_for(weights, tokenizer, with_vocabulary=with_vocabulary)
-    writer = gguf_package().GGUFWriter(path, "llama")
+    writer = gguf_package().GGUFWriter(path, FORMS[weights.config.model_type].arch)
     _add_settings(writer, weights.config, name, dtype)
     if vocabulary is None:
         writer.add_tokenizer_model("none")
         save_tokenizer(tokenizer, folder)
     else:
         _add_vocabulary(writer, vocabulary, tokenizer)
-    _write_tensors(writer, _tensors(weights, updates, dtype, written.rounding), _llama3_factors(weights.config))
+    _write_tensors(writer, _tensors(weights, updates, dtype, written.rounding), _factors(weights.config))
     written.files = {path.name: size_and_hash(path)}
     return written
 
@@ -98,7 +92,13 @@ def _tensors(
         entries = updated_weights(weights, updates, torch.float16, rounding)
     else:  # float32 until the file: an 8-bit number is rounded once
         entries = updated_weights(weights, updates, torch.float32, rounding, _read_back_from_q8)
-    return [_GgufTensor.of(each, weights.config, is_q8=dtype == "q8_0") for each in entries]
+    names = {ours: theirs for theirs, ours in gguf_names(weights.config).items()}
+    found = []
+    for each in entries:
+        if each.name not in names:
+            raise InputRefused(f"--to gguf: llama.cpp's {weights.config.model_type} has no place for {each.name}")
+        found.append(_GgufTensor.of(each, names[each.name], weights.config, is_q8=dtype == "q8_0"))
+    return found
 
 
 def _write_tensors(writer: Any, tensors: "list[_GgufTensor]", rope_factors: Numbers | None) -> None:
@@ -126,22 +126,20 @@ class _GgufTensor:
     name: str
     kind: str
     heads: int | None
+    offset: float
 
     @classmethod
-    def of(cls, entry: TensorToWrite, config: LlamaConfig, *, is_q8: bool) -> "_GgufTensor":
-        """Find a tensor's place in llama.cpp's llama. Raises InputRefused."""
-        gguf = gguf_package()
-        # llama.cpp's own table of names, which follows its model code from version to version.
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-        found = names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
-        if found is None:
-            raise InputRefused(f"--to gguf: llama.cpp's llama has no place for {entry.name}")
+    def of(cls, entry: TensorToWrite, name: str, config: PreTrainedConfig, *, is_q8: bool) -> "_GgufTensor":
+        """Return a tensor of this name there, in the kind that its shape takes."""
         kind = "float32"
         if is_q8 and _takes_q8(entry.shape):
             kind = "uint8"
         elif len(entry.shape) == 2:
             kind = "float16"
-        return cls(entry, found, kind, heads_of(entry.name.rpartition(".")[0], config))
+        offset = 0.0
+        if FORMS[config.model_type].adds_one and entry.name.endswith("norm.weight"):
+            offset = 1.0
+        return cls(entry, name, kind, heads_of(entry.name, config), offset)
 
     @property
     def byte_shape(self) -> tuple[int, ...]:
@@ -165,6 +163,8 @@ class _GgufTensor:
         """Return all numbers as the file holds them."""
         parts = [self._narrow(block) for block in self.entry.blocks()]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self.offset:
+            whole = whole + np.asarray(self.offset, whole.dtype)
         return np.ascontiguousarray(rotated_in_pairs(whole, self.heads))
 
     def _narrow(self, block: Tensor) -> Numbers:
@@ -191,15 +191,6 @@ def _read_back_from_q8(block: Tensor) -> Tensor:
     return torch.from_numpy(gguf.quants.dequantize(_quantized(block), gguf.GGMLQuantizationType.Q8_0))
 
 
-def heads_of(linear: str, config: LlamaConfig) -> int | None:
-    """Return how many heads the rows of a linear belong to, for q and k; None for others."""
-    if linear.endswith(".q_proj"):
-        return config.num_attention_heads
-    if linear.endswith(".k_proj"):
-        return config.num_key_value_heads
-    return None
-
-
 def rotated_in_pairs(rows: Numbers, heads: int | None) -> Numbers:
     """Reorder each head's rows from halves (0, 1, ..., h/2, ...) to pairs (0, h/2, 1, h/2 + 1, ...), if of heads."""
     if heads is None:
@@ -208,27 +199,40 @@ def rotated_in_pairs(rows: Numbers, heads: int | None) -> Numbers:
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _add_settings(writer: Any, config: LlamaConfig, name: str, dtype: str) -> None:
-    gguf, rope = gguf_package(), _rope(config)
+def _add_settings(writer: Any, config: PreTrainedConfig, name: str, dtype: str) -> None:
+    gguf, rope, form = gguf_package(), rope_of(config), FORMS[config.model_type]
     writer.add_name(name)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
+    for field, key in (KEYS | dict(form.keys)).items():
+        value = getattr(config, field)
+        if field == "max_position_embeddings":
+            value = context_length(config)
+        if value is None:
+            continue
+        if isinstance(value, float) or field in _FRACTIONS:
+            writer.add_float32(f"{form.arch}.{key}", float(value))
+        else:
+            writer.add_uint32(f"{form.arch}.{key}", value)
+    head_dim = head_dim_of(config)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(float(rope["rope_theta"]))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     kinds = {"float16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
     writer.add_file_type(kinds[dtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if form.arch == "phi3":  # llama.cpp asks for it, and leaves the window out
+        writer.add_sliding_window(context_length(config))
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
+
+
+_FRACTIONS = (
+    *("rms_norm_eps", "attn_logit_softcapping", "final_logit_softcapping", "attention_multiplier"),
+    *("embedding_multiplier", "residual_multiplier", "logits_scaling"),
+)
+"""Fields that llama.cpp reads as floats, whatever they are written as in a configuration."""
 
 
 def _add_vocabulary(writer: Any, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -257,25 +261,12 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, tokenizer: PreTrainedTo
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _rope(config: LlamaConfig) -> dict[str, Any]:
-    return dict(config.rope_parameters)
-
-
-def _llama3_factors(config: LlamaConfig) -> Numbers | None:
-    """Return what llama.cpp divides each rotation's frequency by: 1 for short waves, the factor for long ones.
-
-    None where a model does not scale its positions as LLaMA 3.1 does.
-    """
-    rope = _rope(config)
+def _factors(config: PreTrainedConfig) -> Numbers | None:
+    """Return the file's table of frequencies; None where a model does not scale its positions as LLaMA 3.1 does."""
+    rope = rope_of(config)
     if rope["rope_type"] != "llama3":
         return None
-    # As in transformers' `_compute_llama3_parameters` (5.24); llama.cpp wants what frequencies are divided by.
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    waves = 2 * math.pi * float(rope["rope_theta"]) ** half
-    factor, length = rope["factor"], rope["original_max_position_embeddings"]
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    smooth = ((length / waves - low) / (high - low)).clamp(0, 1)
-    factors: Numbers = (1 / ((1 - smooth) / factor + smooth)).float().numpy()
+    factors: Numbers = llama3_factors(rope, head_dim_of(config)).numpy()
     return factors
 
 
@@ -295,4 +286,4 @@ def _prepare(opened: OpenRun, weights: BaseWeights, statics: Statics, form: Expo
 
 RUNG = Rung(_prepare, ("float16", "q8_0"), _refuse_unfit, may_lack_vocabulary=True)
 
-__all__ = ["RUNG", "gguf_package", "heads_of", "rotated_in_pairs", "write_gguf"]
+__all__ = ["RUNG", "check_family", "rotated_in_pairs", "write_gguf"]

@@ -7,13 +7,14 @@ in llama.cpp's order of rotation.
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig
-
 from qd2mora.base.device import FLOATS
+from qd2mora.base.gguf_base import gguf_names, heads_of
+from qd2mora.base.gguf_forms import FORMS
 from qd2mora.disk.file_hash import SizeAndHash, size_and_hash
+from qd2mora.disk.gguf_header import gguf_package
 from qd2mora.errors import InputRefused
 from qd2mora.merging.base_weights import BaseWeights
-from qd2mora.merging.gguf_file import gguf_package, heads_of, rotated_in_pairs
+from qd2mora.merging.gguf_file import check_family, rotated_in_pairs
 from qd2mora.merging.lora import factors_of
 from qd2mora.merging.rung import ExportForm, Rung, WriteFolder, Written
 from qd2mora.merging.static_updates import Statics
@@ -26,20 +27,20 @@ def write_gguf_lora(
     """Write NAME-lora.gguf. Raises InputRefused where llama.cpp has no place for an update, NotFinite."""
     gguf = gguf_package()
     rank, factors = factors_of(statics, "--to gguf_lora", FLOATS[dtype])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, weights.config.num_hidden_layers)
+    names = {ours: theirs for theirs, ours in gguf_names(weights.config).items()}
     path = folder / f"{name}-lora.gguf"
-    writer: Any = gguf.GGUFWriter(path, "llama")
+    writer: Any = gguf.GGUFWriter(path, FORMS[weights.config.model_type].arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(name)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     # alpha = rank: the scale is 1, ours is in B already (`factors_of`).
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
     for linear, (down, up) in factors.items():
-        found = names.get_name(linear)
-        if found is None or f"{linear}.weight" not in weights.names:
-            raise InputRefused(f"--to gguf_lora: llama.cpp's llama has no matrix for {linear}; --to gguf will do")
-        writer.add_tensor(f"{found}.weight.lora_a", down.numpy())
-        writer.add_tensor(f"{found}.weight.lora_b", rotated_in_pairs(up.numpy(), heads_of(linear, weights.config)))
+        weight = f"{linear}.weight"
+        if weight not in names or weight not in weights.names:
+            raise InputRefused(f"--to gguf_lora: llama.cpp has no matrix for {linear}; --to gguf will do")
+        writer.add_tensor(f"{names[weight]}.lora_a", down.numpy())
+        writer.add_tensor(f"{names[weight]}.lora_b", rotated_in_pairs(up.numpy(), heads_of(weight, weights.config)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -48,10 +49,7 @@ def write_gguf_lora(
 
 
 def _refuse_unfit(opened: OpenRun, weights: BaseWeights, form: ExportForm) -> None:
-    gguf_package()
-    if type(weights.config) is not LlamaConfig:
-        kind = weights.config.model_type
-        raise InputRefused(f"--to gguf_lora: the base is a {kind}; --to lora and llama.cpp's converter will do")
+    check_family(weights.config, "--to gguf_lora")
 
 
 def _prepare(opened: OpenRun, weights: BaseWeights, statics: Statics, form: ExportForm) -> WriteFolder:

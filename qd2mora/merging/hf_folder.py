@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from qd2mora.base.device import FLOATS
+from qd2mora.base.loading import write_generation
 from qd2mora.base.tokenizer import save_tokenizer
 from qd2mora.disk.shards import write_shards
 from qd2mora.merging.base_weights import BaseWeights
@@ -44,9 +45,7 @@ def write_model(
         config["tie_word_embeddings"] = False
     write_config(config, folder)
     # End tokens and the like stand there alone in newer models; without it text would not end.
-    generation = weights.folder / "generation_config.json"
-    if generation.is_file():
-        (folder / generation.name).write_bytes(generation.read_bytes())
+    write_generation(weights.base.model, folder)
     save_tokenizer(tokenizer, folder)
     return written
 

@@ -40,6 +40,10 @@ class LinearContent(TypedDict):
 class MixtureForCausalLM(nn.Module):
     """What every family's model gets in front of its own class: adapted linears are wrapped, the rest stays."""
 
+    model: Any
+    text: Text
+    reads_first_pass: bool
+    keeps_means: bool
     # Gates are decided in float32, whatever dtype the base is loaded in.
     _keep_in_fp32_modules_strict = ("mixture",)
 
@@ -65,13 +69,14 @@ class MixtureForCausalLM(nn.Module):
         """Generate as ever; a first pass has no cache, and means are kept beside one."""
         if self.reads_first_pass or self.keeps_means:
             kwargs["use_cache"] = not self.reads_first_pass
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]  # the family's own class has it
 
     def train(self, mode: bool = True) -> "MixtureForCausalLM":
         """Switch modes; in neither may bitsandbytes 0.50 repack 4-bit weights, which rounds their scales to 16 bits."""
         for module in self.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+                linear: Any = module
+                linear.support_avx512bf16_for_cpu = False
         return super().train(mode)
 
 

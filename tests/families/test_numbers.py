@@ -1,4 +1,4 @@
-"""Every family: what training computes is transformers' own model, whatever saves memory, and the plan is what it takes."""
+"""Every family: training computes transformers' own model, whatever saves memory, and takes what was planned."""
 
 from dataclasses import replace
 from pathlib import Path
