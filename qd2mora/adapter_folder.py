@@ -5,7 +5,8 @@ without a word; so its manifest carries the base's fingerprint, and another base
 """
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict
@@ -38,12 +39,13 @@ def save_adapter(model: PeftModel, folder: Path, identity: Mapping[str, str]) ->
 
     Raises NotFinite, OSError, and DamagedFile where the disk gave back something else.
     """
-    wanted = {name: tensor.detach().cpu() for name, tensor in get_peft_model_state_dict(model).items()}
+    wanted = {name: tensor.detach().cpu() for name, tensor in _tensors_of(model).items()}
     bad = [name for name, tensor in wanted.items() if not tensor.isfinite().all()]
     if bad:
         raise NotFinite(f"the adapter is not saved: {bad[0]} is not finite")
     with staged_folder(folder, ADAPTER_NAMES) as stage:
-        save_pretrained(model, stage)
+        with _no_search_for_the_base():
+            save_pretrained(model, stage)
         files = {name: size_and_hash(stage / name) for name in (CONFIG, WEIGHTS)}
         for name in files:
             (stage / name).chmod(0o666 & ~_umask())  # safetensors 0.8 makes files that others cannot read
@@ -51,6 +53,19 @@ def save_adapter(model: PeftModel, folder: Path, identity: Mapping[str, str]) ->
         there = load_tensors((stage / WEIGHTS).read_bytes())
         if there.keys() != wanted.keys() or not all(there[name].equal(wanted[name]) for name in wanted):
             raise DamagedFile(f"{stage}: the adapter read back is not the one in memory")
+
+
+def _tensors_of(model: PeftModel) -> dict[str, Tensor]:
+    with _no_search_for_the_base():
+        return dict(get_peft_model_state_dict(model))
+
+
+@contextmanager
+def _no_search_for_the_base() -> Iterator[None]:
+    """Keep PEFT from warning that a base has no config.json to compare vocabularies with: a GGUF file has none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Could not find a config file")
+        yield
 
 
 def load_adapter(model: nn.Module, base: Base, folder: Path, allow_changed: Collection[str] = ()) -> PeftModel:
@@ -69,7 +84,7 @@ def load_adapter(model: nn.Module, base: Base, folder: Path, allow_changed: Coll
         raise DamagedFile(f"{folder / WEIGHTS} does not hold the tensors that {CONFIG} asks for: {first}") from error
     # PEFT 0.21 only warns of missing tensors, and takes those of another dtype.
     there = _inventory(load_tensors(content[WEIGHTS]))
-    if there != manifest["inventory"] or there != _inventory(get_peft_model_state_dict(adapted)):
+    if there != manifest["inventory"] or there != _inventory(_tensors_of(adapted)):
         raise DamagedFile(f"{folder / WEIGHTS} does not hold the tensors that {CONFIG} asks for")
     return adapted
 

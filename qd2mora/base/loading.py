@@ -54,7 +54,18 @@ def base_config(base: Base) -> PreTrainedConfig:
     except UNLOADABLE as error:
         raise InputRefused(f"base.model: '{base.model}' cannot be loaded: {first_line(error)}") from error
     family_of(config, base.model)
+    _refuse_8_bit(config, base.model)
     return config
+
+
+def _refuse_8_bit(config: PreTrainedConfig, name: str) -> None:
+    """Refuse weights stored in bitsandbytes' 8 bits: no adapter here runs on them. Raises InputRefused."""
+    stored = getattr(config, "quantization_config", None)
+    if isinstance(stored, dict) and stored.get("load_in_8bit"):
+        raise InputRefused(
+            f"base.model: '{name}' is stored in 8 bits; name the 16-bit model, which is quantised to NF4 as it loads, "
+            "or one in bitsandbytes' 4 bits"
+        )
 
 
 def load_base(

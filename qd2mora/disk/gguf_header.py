@@ -72,7 +72,7 @@ def read_header(path: Path) -> GgufHeader:
         if twice:
             raise DamagedFile(f"{part}: tensor {min(twice)} stands in another part too")
         tensors |= header.tensors
-    said = headers[0].content.get("split.count", 1)
+    said = headers[0].content.get("split.count", len(parts))
     if said not in (0, len(parts)):
         raise InputRefused(f"{path} says it is one of {said} parts; name the first by the name it was given")
     return GgufHeader(headers[0].content, tensors)

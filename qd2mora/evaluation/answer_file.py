@@ -120,7 +120,7 @@ def check_scores_place(out: Path, rows: Path) -> None:
     """Refuse, before anything is asked, scores and answers that would lie where they may not. Raises InputRefused."""
     for place in (out, rows):
         check_file(place, "--out", b"{", "scores or answers")
-    if not out.is_file():
+    if not out.is_file() or not out.stat().st_size:
         return
     scores = _parsed(out.read_bytes())
     if scores is None or not all(isinstance(numbers, dict) for numbers in scores.values()) or "asked" in scores:

@@ -6,7 +6,6 @@ factor a token, and the gated product keeps gate and up. The forward pass runs t
 the gradient of the gated product, and that of a norm is off by roundings alone: it is computed in float32 throughout.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -38,9 +37,17 @@ def is_lean(model: nn.Module) -> bool:
     )
 
 
-@cache
-def _lean_kind(kind: Any) -> type[nn.Module] | None:
+_LEAN: dict[type, type[nn.Module] | None] = {}
+
+
+def _lean_kind(kind: type[nn.Module]) -> type[nn.Module] | None:
     """Return a class of transformers' with a lean forward in front of its own; None where it is no known one."""
+    if kind not in _LEAN:
+        _LEAN[kind] = _made_lean(kind)
+    return _LEAN[kind]
+
+
+def _made_lean(kind: type[nn.Module]) -> type[nn.Module] | None:
     family = _family_of(kind, "RMSNorm")
     if family is not None:
         return type(f"Lean{kind.__name__}", (_LeanNorm, kind), {"form": family.norm})

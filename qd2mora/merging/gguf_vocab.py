@@ -11,18 +11,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from qd2mora.base.gguf_tokens import BYTE, CONTROL, NORMAL, PATTERNS, UNKNOWN, UNUSED, USER_DEFINED
 from qd2mora.errors import InputRefused
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"
 _WAYS = "--no-vocabulary writes a file for token ids alone, --to hf keeps the tokenizer"
 
-_LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-_CUTS = {_LLAMA_3: "llama-bpe", _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
-
+_CUTS = {pattern: name for name, pattern in PATTERNS.items()}
 
 TokenizerJson = dict[str, Any]
 """A tokenizer, or a part of one, as the tokenizers library writes it (0.22); its fields depend on its type."""
@@ -99,6 +94,9 @@ def _marks_spaces(content: TokenizerJson) -> bool | None:
     normalizer, cutting = content.get("normalizer"), content.get("pre_tokenizer")
     steps = _steps(normalizer, "normalizers")
     marked = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    # Gemma cuts at spaces, of which none is left once they are marked.
+    if cutting is not None and cutting["type"] == "Split" and cutting["pattern"] == {"String": " "} and marked in steps:
+        cutting = None
     if cutting is None and marked in steps:
         others = [step for step in steps if step != marked]
         if others in ([], [{"type": "Prepend", "prepend": SPACE}]) and content["model"].get("byte_fallback"):
@@ -115,6 +113,8 @@ def _cut(content: TokenizerJson) -> str:
     if is_plain and steps and steps[-1]["type"] == "ByteLevel" and not steps[-1]["add_prefix_space"]:
         if len(steps) == 1 and steps[0]["use_regex"]:
             return "gpt-2"
+        if len(steps) == 2 and steps[0] == {"type": "Digits", "individual_digits": True} and steps[1]["use_regex"]:
+            return "smollm"
         if len(steps) == 2 and steps[0]["type"] == "Split" and steps[0]["behavior"] == "Isolated":
             name = _CUTS.get(steps[0]["pattern"].get("Regex", ""))
             if name is not None:

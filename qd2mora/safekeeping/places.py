@@ -70,7 +70,9 @@ def check_file(out: Path, what: str, begins: bytes, kind: str) -> None:
     if not out.is_file():
         raise InputRefused(f"{what}: '{out}' is no ordinary file; name another")
     with out.open("rb") as file:
-        if not file.read(len(begins)).startswith(begins):
+        start = file.read(len(begins))
+        # An empty file holds nothing of anybody's: a kill at the first write leaves one.
+        if start and not start.startswith(begins):
             raise InputRefused(f"{what}: '{out}' is there and is not {kind}; name another file, or remove that one")
 
 

@@ -15,11 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qd2mora.base.gguf_forms import llama3_factors
+from qd2mora.base.gguf_tokens import BYTE, CONTROL, UNKNOWN, UNUSED
 from qd2mora.errors import InputRefused
 from qd2mora.merging import merge
 from qd2mora.merging.base_weights import BaseWeights
-from qd2mora.merging.gguf_file import _llama3_factors, rotated_in_pairs, write_gguf
-from qd2mora.merging.gguf_vocab import BYTE, CONTROL, SPACE, UNKNOWN, UNUSED, vocabulary_of
+from qd2mora.merging.gguf_file import rotated_in_pairs, write_gguf
+from qd2mora.merging.gguf_vocab import SPACE, vocabulary_of
 from qd2mora.recipe import Base
 
 gguf = pytest.importorskip("gguf")
@@ -214,7 +216,7 @@ def test_llama_3_positions_come_out_as_transformers_makes_them() -> None:
     config = LlamaConfig(hidden_size=512, num_attention_heads=4, rope_parameters=rope)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 500000.0 ** (-torch.arange(0, 128, 2) / 128)
-    found = plain / torch.from_numpy(_llama3_factors(config))
+    found = plain / llama3_factors(config.rope_parameters, 128)
     torch.testing.assert_close(found, scaled, rtol=1e-5, atol=0)
     assert math.isclose(float(scaled[0]), 1.0) and float(plain[-1] / scaled[-1]) == pytest.approx(8.0)
 
