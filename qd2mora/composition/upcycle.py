@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qd2mora.errors import InputRefused
 from qd2mora.mixture import MixtureConfig
+from qd2mora.mixture.presets import find_method
 from qd2mora.mixture.trained_loras import TrainedLora
 
 METHOD = "loramoe"
@@ -22,8 +23,11 @@ def upcycle(lora: TrainedLora, experts: int) -> tuple[MixtureConfig, dict[str, T
     if experts < 2 or lora.rank % experts:
         raise InputRefused(f"--experts: {lora.rank} ranks do not share out among {experts} experts, of at least 2")
     rank = lora.rank // experts
+    # Its balance steers rows by a group that they seldom have: without, the mixture trains on any rows.
+    without = {penalty.kind: 0.0 for penalty in find_method(METHOD).penalties}
     config = MixtureConfig(
         method=METHOD,
+        penalties=without,
         rank=rank,
         alpha=lora.scaling * rank,
         down={"experts": experts},

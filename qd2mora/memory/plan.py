@@ -137,7 +137,11 @@ def _limit(recipe: Recipe, budget: str | int | None, device: torch.device | None
 
 def _shapes(recipe: Recipe) -> Shapes:
     config = base_config(recipe.base)
-    return _built(config.to_json_string(use_diff=False), recipe.adapter.model_dump_json(), len(recipe.data.tasks))
+    return _built(
+        config.to_json_string(use_diff=False),
+        recipe.adapter.model_dump_json(exclude_unset=True),
+        len(recipe.data.tasks),
+    )
 
 
 @lru_cache(maxsize=16)

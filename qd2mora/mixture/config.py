@@ -13,12 +13,25 @@ from qd2mora.mixture.method import Method, Penalty, check_counts, check_gate, ex
 from qd2mora.mixture.penalties import WEIGHT_PENALTIES
 from qd2mora.mixture.presets import find_method
 from qd2mora.mixture.registration import QD2MORA
+from qd2mora.mixture.start_folder import KEY as START
+from qd2mora.mixture.start_folder import start_settings
 from qd2mora.mixture.trained_loras import read_trained_loras
 from qd2mora.recipe.adapter import Adapter, DownInit, SharedInit
 from qd2mora.routed.gate import ROLES, Gate, Gates
 
 GateChanges = Mapping[str, object]
 """Fields of one router that a configuration sets."""
+
+
+_OF_A_RUN = {"dropout", "dropout_per_expert", "penalty", "penalties"}
+"""Keys that a run may change of the adapter it goes on from: they are in none of its tensors."""
+
+
+def _alike(one: object, other: object) -> bool:
+    """Compare settings, lists of names whatever their order."""
+    if isinstance(one, list | set) and isinstance(other, list | set):
+        return sorted(map(str, one)) == sorted(map(str, other))
+    return one == other
 
 
 @dataclass
@@ -203,6 +216,8 @@ class MixtureConfig(PeftConfig):
     @classmethod
     def from_recipe(cls, adapter: Adapter, num_tasks: int) -> "MixtureConfig":
         """Build from a recipe's adapter section. Raises InputRefused."""
+        if adapter.start is not None:
+            return cls._from_start(adapter, num_tasks)
         row = find_method(adapter.method)
         content = adapter.model_dump(exclude={"targets", "penalty", "adapters"}, exclude_none=True)
         content |= _experts_given(adapter, row)
@@ -218,6 +233,44 @@ class MixtureConfig(PeftConfig):
         config = cls(**content, target_modules=targets, task_type="CAUSAL_LM")
         config._check_aims(num_tasks)
         return config
+
+    @classmethod
+    def _from_start(cls, adapter: Adapter, num_tasks: int) -> "MixtureConfig":
+        """Build from the adapter that a run goes on from; what the recipe says beside it must be so. InputRefused."""
+        assert adapter.start is not None
+        settings = start_settings(adapter.start)
+        try:
+            start = cls(**settings, task_type="CAUSAL_LM")
+        except (TypeError, ValueError) as error:
+            raise InputRefused(f"{START}: '{adapter.start}': {str(error).splitlines()[0]}") from error
+        given = adapter.model_fields_set - {"start"}
+        if "method" in given and adapter.method != start.method:
+            raise InputRefused(
+                f"adapter.method: {adapter.method}, but '{adapter.start}' is a {start.method}; leave it out, or make a "
+                "mixture of a LoRA first: qd2mora compose upcycle FOLDER --experts N --out OTHER"
+            )
+        if start.num_tasks not in (None, num_tasks):
+            raise InputRefused(f"data.tasks: {num_tasks}, but '{adapter.start}' tells {start.num_tasks} tasks apart")
+        # What is given is read as in any recipe, so that defaults and short forms mean the same.
+        told = adapter.model_copy(update={"start": None, "method": start.method})
+        asked = cls.from_recipe(told, num_tasks)
+        for key in sorted(given - _OF_A_RUN - {"method", "adapters"}):
+            name = "target_modules" if key == "targets" else key
+            wanted, there = getattr(asked, name), getattr(start, name)
+            if not _alike(wanted, there):
+                raise InputRefused(f"adapter.{key}: {wanted}, but '{adapter.start}' has {there}; leave it out")
+        changes: dict[str, Any] = {
+            key: getattr(asked, key) for key in ("dropout", "dropout_per_expert") if key in given
+        }
+        if given & {"penalty", "penalties"}:
+            changes["penalties"] = asked.penalties
+        return replace(start, **changes)
+
+    def as_section(self, adapter: Adapter) -> Adapter:
+        """Return a recipe's section with all that this configuration says, as a run's own recipe has it."""
+        told = {name: getattr(self, name) for name in Adapter.model_fields if hasattr(self, name)}
+        told |= {"start": adapter.start, "targets": self.target_modules}
+        return Adapter.model_validate({name: value for name, value in told.items() if value is not None})
 
     def _check_aims(self, num_tasks: int) -> None:
         """A penalty that aims each task at the expert of its number needs as many experts."""

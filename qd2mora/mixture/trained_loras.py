@@ -61,6 +61,9 @@ def _read_lora(folder: Path, key: str) -> TrainedLora:
     divisor = rank
     if settings.get("use_rslora") or settings.get("rank_stabilized"):
         divisor = rank**0.5
+    alone = [key for key in tensors if key.endswith(down_key) and key.replace(down_key, up_key) not in tensors]
+    if alone:
+        raise InputRefused(f"{where} is not whole: there is a {alone[0]} and no {up_key} beside it")
     pairs = {
         _linear_name(key, down_key): (tensor.float().flatten(0, -2), _flat_up(tensors[key.replace(down_key, up_key)]))
         for key, tensor in tensors.items()

@@ -132,6 +132,9 @@ class Adapter(Section):
     """One expert more that no gate touches."""
     init: DownInit | None = None
     """How down experts start; up experts start at zero."""
+    start: Place | None = None
+    """Folder of an adapter to go on from: a run, an adapter, a PEFT LoRA, or what `compose` made. It says the method
+    and all sizes; keys given beside it must agree, but for dropout and penalties, which are this run's own."""
     adapters: Annotated[list[Place], Field(min_length=2)] | None = None
     """Folders of trained LoRAs that become the paired experts, where a method takes them."""
     train_experts: bool = True

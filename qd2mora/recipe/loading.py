@@ -56,6 +56,8 @@ def _anchored(recipe: Recipe, folder: Path) -> Recipe:
     adapter = recipe.adapter
     if adapter.adapters:
         adapter = adapter.model_copy(update={"adapters": [_at_home(each) for each in adapter.adapters]})
+    if adapter.start is not None:
+        adapter = adapter.model_copy(update={"start": anchor(adapter.start)})
     data = recipe.data.model_copy(update={"tasks": tasks})
     output = _at_home(recipe.output)
     return recipe.model_copy(update={"base": base, "adapter": adapter, "data": data, "output": output})

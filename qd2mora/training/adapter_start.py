@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from qd2mora.base import dense_weight
@@ -18,6 +18,8 @@ from qd2mora.disk.tensor_file import stored_tensors
 from qd2mora.errors import InputRefused
 from qd2mora.mixture import MixtureConfig, MixtureLinear, load_experts, mixture_layers, read_rows
 from qd2mora.mixture.initialisers import Activations, olora, pissa, residual
+from qd2mora.mixture.start_folder import KEY as START
+from qd2mora.mixture.start_folder import PREFIX, start_tensors
 from qd2mora.mixture.trained_loras import read_trained_loras
 from qd2mora.recipe import Recipe
 
@@ -32,6 +34,9 @@ def start_adapter(
     Raises InputRefused where a LoRA does not fit, or where LoftQ lacks the 16-bit weights.
     """
     layers = mixture_layers(model)
+    if recipe.adapter.start is not None:
+        _take_over(model, recipe.adapter.start)
+        return
     if recipe.adapter.adapters:
         load_experts(layers, read_trained_loras(list(recipe.adapter.adapters)))
     if config.shared is None:
@@ -47,6 +52,28 @@ def start_adapter(
             # A generator a linear: what one draws must not depend on how many came before it.
             generator = torch.Generator().manual_seed(recipe.train.seed * 1_000_003 + number)
             _start_from_weight(name, layer, config, generator, originals)
+
+
+def _take_over(model: PeftModel, start: str) -> None:
+    """Copy every tensor of a saved adapter, to the bit. Raises InputRefused where one is missing or does not fit."""
+    there = start_tensors(start)
+    wanted = {name.removeprefix(PREFIX): tensor for name, tensor in get_peft_model_state_dict(model).items()}
+    for name, tensor in wanted.items():
+        found = there.get(name)
+        if found is None:
+            raise InputRefused(f"{START}: '{start}' has no {name}, which this base and these targets need")
+        # A LoRA of PEFT's has no axis for its one expert.
+        if found.numel() != tensor.numel() or found.shape[-1] != tensor.shape[-1]:
+            raise InputRefused(
+                f"{START}: {name} is {tuple(found.shape)} in '{start}' and {tuple(tensor.shape)} here: another base"
+            )
+        if not found.isfinite().all():
+            raise InputRefused(f"{START}: {name} in '{start}' is not finite")
+        with torch.no_grad():
+            tensor.copy_(found.view(tensor.shape))
+    unused = sorted(set(there) - set(wanted))
+    if unused:
+        raise InputRefused(f"{START}: '{start}' has {unused[0]}, which this base has no place for")
 
 
 def _start_from_weight(

@@ -10,8 +10,12 @@ from typing import TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
+from qd2mora.adapter_folder import WEIGHTS, base_identity
 from qd2mora.data import TaskRows, content_hash, tokenizer_text
+from qd2mora.disk.file_hash import hash_of_file
+from qd2mora.disk.sealed import read_manifest as read_manifest_of
 from qd2mora.errors import InputRefused
+from qd2mora.mixture.start_folder import start_folder
 from qd2mora.recipe import Recipe
 from qd2mora.training.processes import Processes
 
@@ -78,6 +82,25 @@ def identity_of_inputs(
     rows = {f"rows.{task.task.name}": _hash_of_rows(task) for task in tasks}
     where = {"device": processes.device.type, "processes": processes.count, "engine": recipe.memory.engine}
     return _recipe_keys(recipe) | versions | where | {"tokenizer": tokenizer_hash(tokenizer)} | files | rows
+
+
+def identity_of_start(recipe: Recipe) -> Identity:
+    """Return the adapter that a run goes on from, by its content: the hash of its weights.
+
+    Raises InputRefused where it was trained on another base, or another quantisation of it.
+    """
+    if recipe.adapter.start is None:
+        return {}
+    folder = start_folder(recipe.adapter.start)
+    before = (read_manifest_of(folder) or {}).get("identity")
+    if isinstance(before, dict):
+        for name, value in base_identity(recipe.base).items():
+            if before.get(name, value) != value:
+                raise InputRefused(
+                    f"adapter.start: '{recipe.adapter.start}' was trained on another {name} "
+                    f"({_short(before[name])}, here {_short(value)})"
+                )
+    return {"adapter.start.weights": hash_of_file(folder / WEIGHTS)}
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -39,7 +39,7 @@ from qd2mora.training.clock import TimeLimit, Watchdog
 from qd2mora.training.disk_space import checkpoint_bytes, refuse_full
 from qd2mora.training.gradient import StepGradient
 from qd2mora.training.held_out import HeldOut, LiveRouting, score_together
-from qd2mora.training.identity import Ancestry, Manifest, identity_of_inputs
+from qd2mora.training.identity import Ancestry, Manifest, identity_of_inputs, identity_of_start
 from qd2mora.training.journal import Journal, StepDisplay
 from qd2mora.training.launch import launched
 from qd2mora.training.loop import Training
@@ -120,6 +120,8 @@ def train(
     """
     folder = RunFolder(Path(recipe.output))
     config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
+    if recipe.adapter.start is not None:
+        recipe = recipe.model_copy(update={"adapter": config.as_section(recipe.adapter)})
     check_stages(config, recipe.train)
     if recipe.data.packing:
         check_packing(config)
@@ -149,6 +151,7 @@ def _train_locked(start: Start) -> Trained:
     course = _course(inputs)
     model = _started_model(start, inputs, course.mixture)
     ancestry.add({"base": fingerprint(inputs.recipe.base)})  # after the load, which fetches what is not here yet
+    ancestry.add(identity_of_start(inputs.recipe))
     # What is computed of weights or rows may differ in a last bit on another GPU.
     processes.copy_from_main(adapter_tensors(model))
     updater = _updater(start, inputs, model)
