@@ -25,9 +25,10 @@ from transformers import (
 from qd2mora.base.cache import CachedWeights
 from qd2mora.base.device import compute_dtype, default_device
 from qd2mora.base.families import family_of
-from qd2mora.base.files import RANDOM, UNLOADABLE, fingerprint, first_line, folder_of, is_gguf
+from qd2mora.base.files import RANDOM, UNLOADABLE, fingerprint, first_line, folder_of, is_gguf, local_folder
 from qd2mora.base.gguf_base import StoredBlocks, gguf_config, gguf_generation, gguf_tensors
 from qd2mora.base.host_memory import give_back_large_blocks
+from qd2mora.base.known_models import known_config, known_name
 from qd2mora.base.nf4 import is_nf4, nf4_config, settled
 from qd2mora.base.random_weights import random_base
 from qd2mora.base.shapes import shape_of
@@ -56,6 +57,17 @@ def base_config(base: Base) -> PreTrainedConfig:
     family_of(config, base.model)
     _refuse_8_bit(config, base.model)
     return config
+
+
+def planning_config(base: Base) -> tuple[PreTrainedConfig, str | None]:
+    """Return the configuration that a plan needs, and the name in the table of known models where it comes from there.
+
+    It does where the files of a hub id are not here: no network, no licence is needed for a plan. Raises InputRefused.
+    """
+    name = known_name(base.model)
+    if name is not None and local_folder(base.model) is None:
+        return known_config(name), name
+    return base_config(base), None
 
 
 def _refuse_8_bit(config: PreTrainedConfig, name: str) -> None:
@@ -242,4 +254,4 @@ def _refuse_partial(model: PreTrainedModel, loading: dict[str, Any], name: str) 
         raise InputRefused(f"base.model: '{name}': the size of {wrong[0]} is not the one its config.json gives")
 
 
-__all__ = ["base_config", "load_base", "stored_weights", "write_generation"]
+__all__ = ["base_config", "load_base", "planning_config", "stored_weights", "write_generation"]

@@ -8,7 +8,8 @@ from functools import lru_cache
 import torch
 from transformers import AutoConfig
 
-from qd2mora.base import base_config, compute_dtype, default_device
+from qd2mora.base import compute_dtype, default_device
+from qd2mora.base.loading import planning_config
 from qd2mora.errors import InputRefused
 from qd2mora.memory.choosing import Search
 from qd2mora.memory.ledger import ledger
@@ -136,7 +137,7 @@ def _limit(recipe: Recipe, budget: str | int | None, device: torch.device | None
 
 
 def _shapes(recipe: Recipe) -> Shapes:
-    config = base_config(recipe.base)
+    config, _ = planning_config(recipe.base)
     return _built(
         config.to_json_string(use_diff=False),
         recipe.adapter.model_dump_json(exclude_unset=True),
