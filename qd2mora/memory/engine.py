@@ -28,6 +28,8 @@ def check_engine(recipe: Recipe, config: MixtureConfig) -> None:
         if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
             raise InputRefused("memory.engine: none, but the launcher asks for DeepSpeed; set memory.engine=deepspeed")
         return
+    if recipe.adapter.grow is not None:
+        raise InputRefused("memory.engine: deepspeed shares experts out whole, and adapter.grow freezes some; none")
     if importlib.util.find_spec("deepspeed") is None:
         raise InputRefused("memory.engine: deepspeed is not installed; pip install 'qd2mora[deepspeed]'")
     if may_be_blockwise(recipe.train.optimizer):

@@ -216,10 +216,12 @@ class MixtureConfig(PeftConfig):
     @classmethod
     def from_recipe(cls, adapter: Adapter, num_tasks: int) -> "MixtureConfig":
         """Build from a recipe's adapter section. Raises InputRefused."""
+        if adapter.grow is not None and adapter.start is None:
+            raise InputRefused("adapter.grow: goes with adapter.start, whose experts it adds to")
         if adapter.start is not None:
             return cls._from_start(adapter, num_tasks)
         row = find_method(adapter.method)
-        content = adapter.model_dump(exclude={"targets", "penalty", "adapters"}, exclude_none=True)
+        content = adapter.model_dump(exclude={"targets", "penalty", "adapters", "start", "grow"}, exclude_none=True)
         content |= _experts_given(adapter, row)
         if adapter.penalty is not None:
             if not row.penalties:
@@ -243,6 +245,8 @@ class MixtureConfig(PeftConfig):
             start = cls(**settings, task_type="CAUSAL_LM")
         except (TypeError, ValueError) as error:
             raise InputRefused(f"{START}: '{adapter.start}': {str(error).splitlines()[0]}") from error
+        if adapter.grow is not None:
+            start = start._grown(adapter.grow)
         given = adapter.model_fields_set - {"start"}
         if "method" in given and adapter.method != start.method:
             raise InputRefused(
@@ -252,9 +256,9 @@ class MixtureConfig(PeftConfig):
         if start.num_tasks not in (None, num_tasks):
             raise InputRefused(f"data.tasks: {num_tasks}, but '{adapter.start}' tells {start.num_tasks} tasks apart")
         # What is given is read as in any recipe, so that defaults and short forms mean the same.
-        told = adapter.model_copy(update={"start": None, "method": start.method})
+        told = adapter.model_copy(update={"start": None, "grow": None, "method": start.method})
         asked = cls.from_recipe(told, num_tasks)
-        for key in sorted(given - _OF_A_RUN - {"method", "adapters"}):
+        for key in sorted(given - _OF_A_RUN - {"method", "adapters", "grow"}):
             name = "target_modules" if key == "targets" else key
             wanted, there = getattr(asked, name), getattr(start, name)
             if not _alike(wanted, there):
@@ -266,10 +270,21 @@ class MixtureConfig(PeftConfig):
             changes["penalties"] = asked.penalties
         return replace(start, **changes)
 
+    def _grown(self, number: int) -> "MixtureConfig":
+        """Return the configuration with as many more experts in each bank. Raises InputRefused."""
+        if self.allocation is not None or self.row.stages or self.row.placement != "linear" or not self.routers:
+            raise InputRefused(f"adapter.grow: the experts of {self.method} are not ones that others stand beside")
+        ranks = self.ranks
+        if ranks is not None:
+            assert self.rank is not None
+            ranks = [*ranks, *[self.rank] * number]
+        down, up = ({"experts": count + number} for count in (self.num_down, self.num_up))
+        return replace(self, down=down, up=up, ranks=ranks)
+
     def as_section(self, adapter: Adapter) -> Adapter:
         """Return a recipe's section with all that this configuration says, as a run's own recipe has it."""
         told = {name: getattr(self, name) for name in Adapter.model_fields if hasattr(self, name)}
-        told |= {"start": adapter.start, "targets": self.target_modules}
+        told |= {"start": adapter.start, "grow": adapter.grow, "targets": self.target_modules}
         return Adapter.model_validate({name: value for name, value in told.items() if value is not None})
 
     def _check_aims(self, num_tasks: int) -> None:

@@ -135,6 +135,8 @@ class Adapter(Section):
     start: Place | None = None
     """Folder of an adapter to go on from: a run, an adapter, a PEFT LoRA, or what `compose` made. It says the method
     and all sizes; keys given beside it must agree, but for dropout and penalties, which are this run's own."""
+    grow: Size | None = None
+    """With `start`: as many new experts in each bank; all that was there is frozen, and at the end the same bits."""
     adapters: Annotated[list[Place], Field(min_length=2)] | None = None
     """Folders of trained LoRAs that become the paired experts, where a method takes them."""
     train_experts: bool = True

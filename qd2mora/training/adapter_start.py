@@ -4,7 +4,8 @@ Done anew at every start, resumed ones included: it is a function of the files a
 in no checkpoint.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,21 @@ EVA_BATCHES = 8
 
 def start_adapter(
     model: PeftModel, config: MixtureConfig, recipe: Recipe, batches: Callable[[], Iterable[dict[str, Tensor]]]
-) -> None:
+) -> dict[str, Tensor]:
     """Give a fresh adapter its start; `batches` are training rows, read only where the start is made of them.
+
+    Returns what is to stay as it is, by the name of the parameter whose first entries it is: old experts beside new
+    ones, which get no gradient.
 
     Raises InputRefused where a LoRA does not fit, or where LoftQ lacks the 16-bit weights.
     """
     layers = mixture_layers(model)
     if recipe.adapter.start is not None:
-        _take_over(model, recipe.adapter.start)
-        return
+        return _take_over(model, recipe.adapter.start, recipe.adapter.grow)
     if recipe.adapter.adapters:
         load_experts(layers, read_trained_loras(list(recipe.adapter.adapters)))
     if config.shared is None:
-        return
+        return {}
     kind = config.shared_init
     if kind == "eva":
         _start_from_data(model, layers, config.shared_rank, batches())
@@ -52,28 +55,58 @@ def start_adapter(
             # A generator a linear: what one draws must not depend on how many came before it.
             generator = torch.Generator().manual_seed(recipe.train.seed * 1_000_003 + number)
             _start_from_weight(name, layer, config, generator, originals)
+    return {}
 
 
-def _take_over(model: PeftModel, start: str) -> None:
-    """Copy every tensor of a saved adapter, to the bit. Raises InputRefused where one is missing or does not fit."""
+def _take_over(model: PeftModel, start: str, grow: int | None) -> dict[str, Tensor]:
+    """Copy every tensor of a saved adapter, to the bit; where experts are added, freeze and return what was copied.
+
+    Raises InputRefused where one is missing or does not fit.
+    """
     there = start_tensors(start)
     wanted = {name.removeprefix(PREFIX): tensor for name, tensor in get_peft_model_state_dict(model).items()}
     for name, tensor in wanted.items():
         found = there.get(name)
         if found is None:
             raise InputRefused(f"{START}: '{start}' has no {name}, which this base and these targets need")
+        into = tensor
+        if grow is not None and len(tensor) == len(found) + grow:
+            into = tensor[: len(found)]
         # A LoRA of PEFT's has no axis for its one expert.
-        if found.numel() != tensor.numel() or found.shape[-1] != tensor.shape[-1]:
+        if found.numel() != into.numel() or found.shape[-1] != into.shape[-1]:
             raise InputRefused(
                 f"{START}: {name} is {tuple(found.shape)} in '{start}' and {tuple(tensor.shape)} here: another base"
             )
         if not found.isfinite().all():
             raise InputRefused(f"{START}: {name} in '{start}' is not finite")
         with torch.no_grad():
-            tensor.copy_(found.view(tensor.shape))
+            into.copy_(found.view(into.shape))
     unused = sorted(set(there) - set(wanted))
     if unused:
         raise InputRefused(f"{START}: '{start}' has {unused[0]}, which this base has no place for")
+    if grow is None:
+        return {}
+    return _frozen(
+        model, {PREFIX + name: len(found.view(-1, *wanted[name].shape[1:])) for name, found in there.items()}
+    )
+
+
+def _frozen(model: PeftModel, numbers: Mapping[str, int]) -> dict[str, Tensor]:
+    """Let the first entries of trained tensors get no gradient; return copies of them by the parameter's name."""
+    kept = {}
+    for name, parameter in model.named_parameters():
+        number = numbers.get(name.replace(".default", ""))
+        if number is not None and parameter.requires_grad:
+            parameter.register_hook(partial(_without_first, number))
+            kept[name] = parameter.detach()[:number].clone()
+    return kept
+
+
+def _without_first(number: int, gradient: Tensor) -> Tensor:
+    """Return a gradient that is zero in its first entries."""
+    gradient = gradient.clone()  # autograd may hand the same one to others
+    gradient[:number] = 0
+    return gradient
 
 
 def _start_from_weight(

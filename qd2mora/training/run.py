@@ -149,12 +149,12 @@ def _train_locked(start: Start) -> Trained:
     processes.from_main(lambda: refuse_full(folder.path, _bytes_to_write(inputs)))
     ancestry = _identified(start, inputs)
     course = _course(inputs)
-    model = _started_model(start, inputs, course.mixture)
+    model, frozen = _started_model(start, inputs, course.mixture)
     ancestry.add({"base": fingerprint(inputs.recipe.base)})  # after the load, which fetches what is not here yet
     ancestry.add(identity_of_start(inputs.recipe))
     # What is computed of weights or rows may differ in a last bit on another GPU.
     processes.copy_from_main(adapter_tensors(model))
-    updater = _updater(start, inputs, model)
+    updater = _updater(start, inputs, model, frozen)
     progress, problems = _restored(start, updater)
     _open(start, inputs, ancestry, progress)
     mark = base_identity(inputs.recipe.base, str(ancestry.identity["base"]))
@@ -248,8 +248,8 @@ def num_steps(settings: Train, mixture: TaskMix) -> int:
     return math.ceil(rows / settings.global_batch)
 
 
-def _started_model(start: Start, inputs: Inputs, mixture: TaskMix) -> PeftModel:
-    """Return the adapted base at its start."""
+def _started_model(start: Start, inputs: Inputs, mixture: TaskMix) -> tuple[PeftModel, dict[str, Tensor]]:
+    """Return the adapted base at its start, and what of the adapter is to stay as it is."""
     model = _adapted_model(start, inputs)
     if inputs.recipe.data.packing:
         check_isolation(model)
@@ -259,9 +259,9 @@ def _started_model(start: Start, inputs: Inputs, mixture: TaskMix) -> PeftModel:
             batch = collate(mixture.rows(first, inputs.planned.micro_batch), inputs.tokenizer.pad_token_id)
             yield {name: tensor.to(start.processes.device) for name, tensor in batch.items()}
 
-    start_adapter(model, inputs.config, inputs.recipe, first_batches)
+    frozen = start_adapter(model, inputs.config, inputs.recipe, first_batches)
     model.train()
-    return model
+    return model, frozen
 
 
 def _adapted_model(start: Start, inputs: Inputs) -> PeftModel:
@@ -278,13 +278,13 @@ def _adapted_model(start: Start, inputs: Inputs) -> PeftModel:
     return add_adapter(base, inputs.config, recipe.train.seed)
 
 
-def _updater(start: Start, inputs: Inputs, model: PeftModel) -> Updater:
+def _updater(start: Start, inputs: Inputs, model: PeftModel, frozen: dict[str, Tensor]) -> Updater:
     """Return who updates what is trained."""
     parameters = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     moved = selection_biases(model)
     optimizer = build_optimizer(inputs.recipe.train, inputs.planned.layout.optimizer, list(parameters.values()))
     if inputs.recipe.memory.engine == "none":
-        return PlainUpdater(parameters, optimizer, moved)
+        return PlainUpdater(parameters, optimizer, moved, frozen)
     refuse_storage(model)
     return ZeroUpdater(start.accelerator, model, parameters, optimizer, moved)
 

@@ -58,12 +58,14 @@ class Updater(StateSource, Protocol):
 class PlainUpdater:
     """All of it in this process; `parameters` in the order in which the optimiser has them.
 
-    `moved` changes while training goes on without being trained: the selection biases of routers.
+    `moved` changes while training goes on without being trained: the selection biases of routers. `frozen` is what the
+    first entries of some parameters stay: experts that were there before others were added.
     """
 
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     moved: dict[str, nn.Parameter] = field(default_factory=dict)
+    frozen: dict[str, Tensor] = field(default_factory=dict)
     shares_weights: bool = False
     shares_moments: bool = False
 
@@ -83,6 +85,10 @@ class PlainUpdater:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
+        # They have no gradient, but weight decay moves them all the same, and blocks of 8-bit moments reach over.
+        with torch.no_grad():
+            for name, kept in self.frozen.items():
+                self.parameters[name][: len(kept)].copy_(kept)
 
     def forget_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

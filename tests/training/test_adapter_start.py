@@ -1,7 +1,9 @@
 """A run that goes on from an adapter: step 0 is that adapter to the bit; what does not fit is named."""
 
 import json
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from qd2mora.errors import InputRefused, SignalStop
 from qd2mora.recipe import Recipe, load_recipe
 from qd2mora.training import run as training_run
 from qd2mora.training import train
+from qd2mora.training.journal import StepDisplay
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.nn.init.normal_(tensor, std=0.05)
     plain.save_pretrained(folder / "lora")
     compose("upcycle", [str(folder / "lora")], folder / "upcycled", ComposeOptions(experts=2))
+    compose("upcycle", [str(folder / "lora")], folder / "four", ComposeOptions(experts=4))
+    compose("sub", [str(folder / "four")], folder / "sub", ComposeOptions(experts=2))
     return folder
 
 
@@ -52,7 +57,7 @@ def tensors_at_start(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> dict[st
     """Return the adapter as a run has it before its first step."""
     found: dict[str, Tensor] = {}
 
-    def stop(start: Any, inputs: Any, model: Any) -> None:
+    def stop(start: Any, inputs: Any, model: Any, frozen: Any) -> None:
         found.update({name: tensor.detach().clone() for name, tensor in model.named_parameters() if "mixture_" in name})
         raise SignalStop("seen enough")
 
@@ -63,7 +68,7 @@ def tensors_at_start(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> dict[st
     return {name.removeprefix("base_model.model.").replace(".default", ""): found[name] for name in found}
 
 
-@pytest.mark.parametrize("start", ["run", "run/adapter", "lora", "upcycled"])
+@pytest.mark.parametrize("start", ["run", "run/adapter", "lora", "upcycled", "sub"])
 def test_a_run_begins_with_the_bits_of_what_it_goes_on_from(
     start: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,19 +88,54 @@ def test_a_run_begins_with_the_bits_of_what_it_goes_on_from(
         assert torch.equal(tensor.flatten(), stored[name].flatten()), name
 
 
-@pytest.mark.parametrize("start", ["run", "lora", "upcycled"])
+@pytest.mark.parametrize("start", ["run", "lora", "upcycled", "sub"])
 def test_it_trains_on_and_resumes_and_says_where_it_came_from(start: str, made: Path, tmp_path: Path) -> None:
     recipe = recipe_of(made, tmp_path / "next", f"start: {made / start}, dropout: 0.1")
     train(recipe)
     identity = json.loads((tmp_path / "next" / "manifest.json").read_text(encoding="utf-8"))["identity"]
     assert len(identity["adapter.start.weights"]) == 64 and identity["adapter.dropout"] == 0.1
     kept = load_recipe(tmp_path / "next" / "recipe.yaml")
-    assert kept.adapter.method == {"run": "d2mora", "lora": "lora", "upcycled": "loramoe"}[start]
+    assert kept.adapter.method == {"run": "d2mora", "lora": "lora"}.get(start, "loramoe")
     assert train(recipe, resume=True).steps == 6
     assert train(kept, resume=True).steps == 6
 
 
+def test_experts_are_added_and_the_old_ones_stay_bit_for_bit(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = f"start: {made / 'run'}, grow: 2"
+    recipe = recipe_of(made, tmp_path / "next", adapter)
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"weight_decay": 0.1})})
+    train(recipe)
+    old, new = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (made / "run", tmp_path / "next"))
+    assert old.keys() == new.keys()
+    for name, tensor in new.items():
+        grown = len(tensor) - len(old[name])
+        assert grown == (2 if "shared" not in name else 0), name
+        assert torch.equal(tensor[: len(old[name])], old[name]), name
+        if name.endswith("mixture_B"):
+            assert bool(tensor[len(old[name]) :].abs().sum((1, 2)).all()), name
+    broken = recipe_of(made, tmp_path / "broken", adapter)
+    broken = broken.model_copy(update={"train": recipe.train})
+    show = StepDisplay.step
+
+    def interrupt(self: StepDisplay, step: int, metrics: dict[str, float]) -> None:
+        show(self, step, metrics)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(StepDisplay, "step", interrupt)
+    with pytest.raises(SignalStop):
+        train(broken)
+    monkeypatch.undo()
+    train(broken, resume=True)
+    resumed = load_file(tmp_path / "broken" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in new.items())
+
+
 BAD = {
+    "method: d2mora, grow: 2": "adapter.grow: goes with adapter.start",
+    "start: {lora}, grow: 2": "adapter.grow: the experts of lora are not ones",
     "method: mola, start: {lora}": "adapter.method: mola, but .* is a lora; leave it out, or make a mixture",
     "rank: 8, start: {run}": "adapter.rank: 8, but .* has 4; leave it out",
     "targets: [q_proj], start: {run}": "adapter.targets",
