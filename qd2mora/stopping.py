@@ -13,7 +13,8 @@ from types import FrameType
 
 from qd2mora.errors import SignalStop, StopError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = tuple(each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGUSR1"))
+"""Windows has no SIGUSR1."""
 
 
 @dataclass

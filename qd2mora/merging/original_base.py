@@ -1,6 +1,5 @@
 """The base as it was before quantisation, with the same adapter, to measure what an export on it would be worth."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from qd2mora.adapter_folder import load_adapter
 from qd2mora.base import RANDOM, base_config, compute_dtype, is_nf4, load_base
+from qd2mora.base.host_memory import available_bytes
 from qd2mora.run_folder import OpenRun
 
 
@@ -36,7 +36,7 @@ def _why_not(opened: OpenRun) -> str | None:
     device = opened.model.device
     # A fifth more than the weights for what a pass holds.
     needed = 1.2 * compute_dtype(base, device).itemsize * _entries(opened.model)
-    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
+    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     return f"no room to measure it: needs {needed / 2**30:.1f} GiB" if needed > there else None
 
 
@@ -46,10 +46,6 @@ def _entries(model: PeftModel) -> int:
     linears = [each for each in model.modules() if isinstance(each, nn.Linear) and id(each.weight) in packed]
     rest = sum(tensor.numel() for tensor in model.parameters() if id(tensor) not in packed)
     return rest + sum(each.in_features * each.out_features for each in linears)
-
-
-def _free_host_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 __all__ = ["on_original"]

@@ -40,7 +40,7 @@ def is_worthwhile(recipe: Recipe, planned: Plan) -> bool:
     there = planned.budget_bytes
     if there is None:
         there = available_bytes()
-    return there is None or 2 * planned.peak_bytes > there
+    return 2 * planned.peak_bytes > there
 
 
 @dataclass(frozen=True)

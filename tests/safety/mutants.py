@@ -43,12 +43,12 @@ MUTANTS: list[tuple[str, Mutant]] = [
     ("Y1", never("disk/untrusted.py:check_adapter", "not in")),
     ("Y1", never("disk/untrusted.py:check_adapter", "patterns")),
     ("Y1", never("disk/untrusted.py:check_config", "exists")),
-    ("J1", instead("data/chat_template.py:ChatTemplate._line", "ready", "b''", by="os.read(pipe.fileno(), 1 << 16)")),
+    ("J1", instead("data/chat_template.py:ChatTemplate._line", "timeout", by="self.lines.get()")),
     ("J1", never("data/chat_template.py:ChatTemplate.__init__", "LONGEST_TEMPLATE")),
     (
         "J1",
         instead(
-            "data/chat_template_child.py:main",
+            "data/chat_template_child.py:_bound_memory",
             "setrlimit",
             "RLIMIT_AS",
             by="resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
