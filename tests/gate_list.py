@@ -341,6 +341,19 @@ GATES: dict[str, Gate] = {
             ),
         ),
     ),
+    "PLAN": Gate(
+        "a plan is for the device that is there, leaves a reserve, and a resume goes on with the sums it began with",
+        ("tests/memory/test_choices.py", "tests/training/test_fitting.py"),
+        {},
+        {},
+        (
+            instead("memory/place.py:Limit.usable", "size", "reserve", by="self.size"),
+            never("memory/place.py:Place.of", "has_budget"),
+            never("memory/place.py:Place.dtype", "is_here"),
+            never("training/fitting.py:fitting_plan", "begun"),
+            never("memory/choosing.py:Search.choose", "keeps_batch"),
+        ),
+    ),
     "WIN": Gate(
         "without what Windows lacks every module loads, and disk, locks and chat templates do as they do here",
         ("tests/portability/test_bare_system.py",),

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -53,36 +53,22 @@ def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     budget: Annotated[str | None, typer.Option(help="Memory to fit, for example 8GiB.")] = None,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="Plan for it; else for what is here, a budget's GPU.")
+    ] = None,
     as_json: AsJson = False,
     png: Annotated[Path | None, typer.Option(help="Draw the items as bars. Needs the extra figures.")] = None,
 ) -> None:
-    """Say what a run will need, item by item, without reading weights."""
+    """Say what a run will need, item by item, without reading weights; the first rows of its data are read."""
     from qd2mora.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    from qd2mora.memory import plan as make_plan
-    from qd2mora.memory import render
-    from qd2mora.memory.engine import unshared
+    from qd2mora.cli.planning import draw, refuse_undrawable, show
 
-    if png is not None:
-        from qd2mora.report import check_png
-
-        check_png(png)
-    planned = make_plan(loaded, budget=budget)
-    if as_json:
-        typer.echo(json.dumps(planned.to_json(), indent=1))
-    else:
-        Screen().print(render(planned))
-        if unshared(loaded):
-            Screen().print(unshared(loaded))
-        if loaded.data.packing:
-            Screen().print("data.packing: a line of packed rows is planned for as one row of data.max_length tokens")
-    if png is not None:
-        from qd2mora.report import draw_plan
-
-        draw_plan(planned, png)
-    if not planned.fits:
-        raise typer.Exit(3)
+    refuse_undrawable(png)
+    outlook = show(loaded, budget, device, as_json)
+    draw(outlook, png)
+    outlook.finish()
 
 
 @app.command()

@@ -20,12 +20,11 @@ from qd2mora.data import TaskMix, TaskRows, collate, prepare, share_lines
 from qd2mora.data.chat import named_templates
 from qd2mora.data.notes import notes
 from qd2mora.disk.lock import locked
-from qd2mora.errors import WillNotFit
 from qd2mora.evaluation import AskedTask, Subject
 from qd2mora.memory.engine import check_engine, refuse_storage
 from qd2mora.memory.faults import as_lost
 from qd2mora.memory.loss import check_isolation
-from qd2mora.memory.plan import Plan, plan
+from qd2mora.memory.plan import Plan
 from qd2mora.memory.techniques import prepare_base
 from qd2mora.mixture import MixtureConfig, adapter_tensors, add_adapter, selection_biases
 from qd2mora.recipe import Recipe, Train
@@ -37,6 +36,7 @@ from qd2mora.training.best import BestKeeper
 from qd2mora.training.checkpoint import Saver
 from qd2mora.training.clock import TimeLimit, Watchdog
 from qd2mora.training.disk_space import checkpoint_bytes, refuse_full
+from qd2mora.training.fitting import fitting_plan
 from qd2mora.training.gradient import StepGradient
 from qd2mora.training.held_out import HeldOut, LiveRouting, score_together
 from qd2mora.training.identity import Ancestry, Manifest, identity_of_inputs
@@ -183,7 +183,8 @@ def _read_inputs(start: Start) -> Inputs:
     check_limits(tasks, tokenizer, read)
     check_judging(recipe, tasks)
     asked = tasks_to_score(tasks)
-    planned = _fitting_plan(recipe, start.processes.device)
+    begun = start.processes.from_main(lambda: read_manifest(start.folder) if start.is_resumed else None)
+    planned = fitting_plan(recipe, start.processes.device, begun)
     if recipe.train.optimizer == "auto":
         chosen = recipe.train.model_copy(update={"optimizer": planned.layout.optimizer})
         recipe = recipe.model_copy(update={"train": chosen})
@@ -193,15 +194,6 @@ def _read_inputs(start: Start) -> Inputs:
 def _clock(start: Start) -> str:
     kept = clock_of(start.folder) if start.is_resumed else None
     return kept or datetime.now().isoformat(timespec="seconds")
-
-
-def _fitting_plan(recipe: Recipe, device: torch.device) -> Plan:
-    planned = plan(recipe, device=device)
-    if not planned.fits:
-        assert planned.budget_bytes is not None
-        needed, there, ways = planned.peak_bytes / 2**30, planned.budget_bytes / 2**30, "; ".join(planned.ways_out)
-        raise WillNotFit(f"memory: needs {needed:.2f} GiB of {there:.2f} GiB; ways out: {ways}")
-    return planned
 
 
 def _bytes_to_write(inputs: Inputs) -> int:
