@@ -341,6 +341,19 @@ GATES: dict[str, Gate] = {
             ),
         ),
     ),
+    "PACE": Gate(
+        "a signal is acknowledged at once, long work says how far it is, and no stream stops either",
+        ("tests/test_stopping.py", "tests/test_pace.py"),
+        {},
+        {},
+        (
+            without("stopping.py:StopRequest.note", "_acknowledge"),
+            never("stopping.py:_acknowledge", "stderr"),
+            never("terminal/pace.py:showing", "stderr"),
+            without("terminal/pace.py:Pace.advance", "tell"),
+            never("terminal/pace.py:Pace.advance", "is_known"),
+        ),
+    ),
     "PLAN": Gate(
         "a plan is for the device that is there, leaves a reserve, and a resume goes on with the sums it began with",
         ("tests/memory/test_choices.py", "tests/training/test_fitting.py"),

@@ -56,7 +56,7 @@ def compare(
 
     loaded = load_recipe(recipe, overrides or [])
     folder, console = out or Path(f"{loaded.output}-compare"), Screen()
-    with listening():
+    with listening("what is done is kept, and the same command goes on from there"):
         from qd2mora.comparison.running import compare as run_comparison
         from qd2mora.comparison.tables import show, write_tables
 

@@ -73,7 +73,7 @@ def merge(
         "with_vocabulary": not no_vocabulary,
         "allow_changed": allow_changed or (),
     }
-    with listening():
+    with listening("no half of the output is left, run the command again"):
         if task == "all":
             exports = list(merge_tasks(run, out, **options).values())
         else:

@@ -101,7 +101,7 @@ def _best_of(folder: Path, strategies: Sequence[str], task: str | None) -> tuple
 
 
 def _scores(subject: Subject, exam: Exam) -> dict[str, Score]:
-    return score_all(subject, ask(exam, subject))
+    return score_all(subject, ask(exam, subject), is_shown=True)
 
 
 def _by_row(scores: dict[str, Score]) -> ByTask:

@@ -20,7 +20,7 @@ from qd2mora.data import TaskMix, TaskRows, collate, prepare, share_lines
 from qd2mora.data.chat import named_templates
 from qd2mora.data.notes import notes
 from qd2mora.disk.lock import locked
-from qd2mora.evaluation import AskedTask, Subject
+from qd2mora.evaluation import AskedTask, Score, Subject
 from qd2mora.memory.engine import check_engine, refuse_storage
 from qd2mora.memory.faults import as_lost
 from qd2mora.memory.loss import check_isolation
@@ -340,14 +340,17 @@ def _training(
     best.resumed(progress)
     subject = Subject(model, inputs.tokenizer, templates=named_templates(inputs.recipe.data))
     live = LiveRouting(model, inputs.tasks)
+
+    def score() -> dict[str, Score]:
+        pace = journal.pace("rows asked", sum(len(task.rows) for task in inputs.asked))
+        return score_together(subject, inputs.asked, processes, pace)
+
     return Training(
         train=settings,
         course=course,
         progress=progress,
         gradient=StepGradient(batches, course, inputs.config, settings.max_grad_norm),
-        held_out=HeldOut(
-            batches, inputs.tasks, live, lambda: score_together(subject, inputs.asked, processes), Watchdog()
-        ),
+        held_out=HeldOut(batches, inputs.tasks, live, score, Watchdog(), journal.pace),
         saver=Saver(folder.checkpoints, settings.keep_checkpoints, batches.updater, processes.is_main),
         best=best,
         journal=journal,
