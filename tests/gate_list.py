@@ -341,6 +341,19 @@ GATES: dict[str, Gate] = {
             ),
         ),
     ),
+    "KEPT": Gate(
+        "one static solution serves every export, and none is taken that was made of something else or changed",
+        ("tests/merging/test_kept.py",),
+        {},
+        {},
+        (
+            never("merging/kept_updates.py:Shelf._found", "other"),
+            instead("merging/kept_updates.py:Shelf.of", "MANIFEST", "read_bytes", by="hash_of_bytes(b'')"),
+            instead("merging/kept_updates.py:hash_of_rows", "tobytes", by="b''"),
+            uncaught("merging/kept_updates.py:Shelf._write", "InputRefused"),
+            never("report/exports.py:verdict", "is_measured"),
+        ),
+    ),
     "PACE": Gate(
         "a signal is acknowledged at once, long work says how far it is, and no stream stops either",
         ("tests/test_stopping.py", "tests/test_pace.py"),

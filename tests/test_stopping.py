@@ -35,6 +35,7 @@ def test_where_nothing_is_at_stake_it_stops_on_the_spot_and_says_how_to_go_on(
     monkeypatch.setattr(sys, "stderr", None)
     with pytest.raises(SignalStop), listening():
         signal.raise_signal(signal.SIGINT)
+    assert capsys.readouterr().out == ""  # print would take standard output for it
 
 
 @pytest.mark.parametrize(

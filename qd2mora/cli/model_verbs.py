@@ -1,6 +1,7 @@
 """Verbs on a run or a model: merge, eval, verify."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,9 @@ NoVocabulary = Annotated[
 ]
 
 
+Measure = Annotated[str | None, typer.Option(help="Held-out rows to measure on, or none; 512 where left out.")]
+
+
 @app.command()
 def merge(
     run: RunPath,
@@ -56,6 +60,7 @@ def merge(
     dtype: Dtype = None,
     max_shard: MaxShard = None,
     no_vocabulary: NoVocabulary = False,
+    measure: Measure = None,
     allow_changed: AllowChanged = None,
 ) -> None:
     """Export ordinary weights, a LoRA or the routed model itself, with a report of what the export keeps."""
@@ -72,6 +77,7 @@ def merge(
         "max_shard": max_shard,
         "with_vocabulary": not no_vocabulary,
         "allow_changed": allow_changed or (),
+        "measured_rows": _rows_to_measure(measure),
     }
     with listening("no half of the output is left, run the command again"):
         if task == "all":
@@ -80,6 +86,17 @@ def merge(
             exports = [run_merge(run, out, task=task, **options)]
     for export in exports:
         show_export(export, export.folder, Screen())
+
+
+def _rows_to_measure(text: str | None) -> int | None:
+    """Return how many rows --measure asks for, 0 for none. Raises InputRefused."""
+    if text is None:
+        return None
+    if text == "none":
+        return 0
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", text, re.ASCII):
+        raise InputRefused(f"--measure: '{text}' will not do: a number of held-out rows, or none")
+    return int(text)
 
 
 @app.command(name="eval")

@@ -175,7 +175,9 @@ def test_a_machine_without_a_gpu_is_planned_for_as_it_is(monkeypatch: pytest.Mon
 def test_free_memory_changes_what_is_recomputed_on_a_cpu_and_not_the_micro_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kept, least = (plan(paper(512, memory={"checkpointing": word}), 800 * GIB, CPU).peak_bytes for word in ("off", "on"))
+    kept, least = (
+        plan(paper(512, memory={"checkpointing": word}), 800 * GIB, CPU).peak_bytes for word in ("off", "on")
+    )
     for free, is_recomputed in ((1.1 * kept, False), (kept, True), (1.1 * least, True)):
         monkeypatch.setattr("qd2mora.memory.place.available_bytes", lambda free=free: int(free))
         planned = plan(paper(512), device=CPU)
