@@ -349,7 +349,7 @@ GATES: dict[str, Gate] = {
         (
             never("merging/kept_updates.py:Shelf._found", "other"),
             instead("merging/kept_updates.py:Shelf.of", "MANIFEST", "read_bytes", by="hash_of_bytes(b'')"),
-            instead("merging/kept_updates.py:hash_of_rows", "tobytes", by="b''"),
+            without("merging/kept_updates.py:hash_of_rows", "tobytes"),
             uncaught("merging/kept_updates.py:Shelf._write", "InputRefused"),
             never("report/exports.py:verdict", "is_measured"),
         ),

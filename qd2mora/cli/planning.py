@@ -14,6 +14,8 @@ from qd2mora.memory import Plan, plan, render
 from qd2mora.memory.engine import unshared
 from qd2mora.recipe import Recipe
 from qd2mora.terminal import Screen
+from qd2mora.training.timing import of_training
+from qd2mora.training.timing import outlook as time_of
 
 
 @dataclass
@@ -23,6 +25,7 @@ class Outlook:
     planned: Plan
     rows: list[FirstRows] = field(default_factory=list)
     problem: InputRefused | None = None
+    pad: int = 0
 
     def finish(self) -> None:
         """End the verb as it has to end. Raises InputRefused, and Exit where the run does not fit."""
@@ -32,19 +35,43 @@ class Outlook:
             raise typer.Exit(3)
 
 
-def show(recipe: Recipe, budget: str | None, device: str | None, as_json: bool) -> Outlook:
+@dataclass(frozen=True)
+class Wishes:
+    """What is asked of `plan`; `time`: whether to measure it, None: where that is quick."""
+
+    budget: str | None
+    device: str | None
+    time: bool | None
+    as_json: bool
+
+
+def show(recipe: Recipe, wishes: Wishes) -> Outlook:
     """Plan, read the first rows, and print both; the plan is printed too where rows cannot be read."""
-    outlook = Outlook(plan(recipe, budget, None if device is None else torch.device(device)))
+    outlook = Outlook(plan(recipe, wishes.budget, None if wishes.device is None else torch.device(wishes.device)))
     _read_rows(recipe, outlook)
-    if as_json:
+    if wishes.as_json:
         data = {each.task.name: each.to_json() for each in outlook.rows}
-        typer.echo(json.dumps({**outlook.planned.to_json(), "data": data}, indent=1))
+        content = {**outlook.planned.to_json(), "data": data}
+        if wishes.time:
+            content["time"] = _time(recipe, outlook, wishes)
+        typer.echo(json.dumps(content, indent=1))
         return outlook
     screen = Screen()
     screen.print(render(outlook.planned))
     for line in [*_notes(recipe), *(each.line(recipe.data.max_length) for each in outlook.rows)]:
         screen.print(line, soft_wrap=True, highlight=False)
+    if wishes.time is not False:
+        screen.print(_time(recipe, outlook, wishes), soft_wrap=True, highlight=False)
     return outlook
+
+
+def _time(recipe: Recipe, outlook: Outlook, wishes: Wishes) -> str:
+    """Say how long the run may take, or why that is not known."""
+    if outlook.problem is not None or not outlook.planned.fits:
+        return "time: not estimated, as this run would not start"
+    rows = outlook.rows
+    words = of_training(recipe)
+    return time_of(recipe, outlook.planned, rows, outlook.pad, words, is_asked=bool(wishes.time))
 
 
 def _read_rows(recipe: Recipe, outlook: Outlook) -> None:
@@ -52,7 +79,9 @@ def _read_rows(recipe: Recipe, outlook: Outlook) -> None:
     if recipe.base.model.startswith(RANDOM):
         return
     try:
-        for each in first_rows(recipe.data, load_tokenizer(recipe.base.model)):
+        tokenizer = load_tokenizer(recipe.base.model)
+        outlook.pad = tokenizer.pad_token_id
+        for each in first_rows(recipe.data, tokenizer):
             outlook.rows.append(each)
     except InputRefused as error:
         outlook.problem = error
@@ -85,4 +114,4 @@ def draw(outlook: Outlook, png: Path | None) -> None:
         draw_plan(outlook.planned, png)
 
 
-__all__ = ["Outlook", "draw", "refuse_undrawable", "show"]
+__all__ = ["Outlook", "Wishes", "draw", "refuse_undrawable", "show"]

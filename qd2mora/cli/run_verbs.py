@@ -11,6 +11,10 @@ from qd2mora.cli.app import MOST, AllowChanged, AsJson, Overrides, RecipePath, a
 from qd2mora.stopping import listening
 from qd2mora.terminal import Screen
 
+MeasureTime = Annotated[
+    bool | None, typer.Option("--time/--no-time", help="Time a few micro batches here; else where the base is small.")
+]
+
 
 @app.command()
 def train(
@@ -56,6 +60,7 @@ def plan(
     device: Annotated[
         Literal["cpu", "cuda"] | None, typer.Option(help="Plan for it; else for what is here, a budget's GPU.")
     ] = None,
+    measure_time: MeasureTime = None,
     as_json: AsJson = False,
     png: Annotated[Path | None, typer.Option(help="Draw the items as bars. Needs the extra figures.")] = None,
 ) -> None:
@@ -63,10 +68,10 @@ def plan(
     from qd2mora.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    from qd2mora.cli.planning import draw, refuse_undrawable, show
+    from qd2mora.cli.planning import Wishes, draw, refuse_undrawable, show
 
     refuse_undrawable(png)
-    outlook = show(loaded, budget, device, as_json)
+    outlook = show(loaded, Wishes(budget, device, measure_time, as_json))
     draw(outlook, png)
     outlook.finish()
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qd2mora.data.file_rows import rows_of
 from qd2mora.data.prepare import Row, encode, worded_by
-from qd2mora.data.read import Skipped, iterate_pairs
+from qd2mora.data.read import Skipped, iterate_pairs, selected_rows
 from qd2mora.recipe import Data, Task
 from qd2mora.recipe.data import HUB
 
@@ -58,4 +58,9 @@ def first_rows(data: Data, tokenizer: PreTrainedTokenizerBase) -> Iterator[First
         yield FirstRows(task, rows, len(pairs) <= FIRST)
 
 
-__all__ = ["FIRST", "FirstRows", "first_rows"]
+def row_count(task: Task, path: str) -> int:
+    """Return how many rows of a file a task takes, without a look at what is in them. Raises InputRefused."""
+    return sum(1 for _ in islice(selected_rows(task, path), task.limit))
+
+
+__all__ = ["FIRST", "FirstRows", "first_rows", "row_count"]
