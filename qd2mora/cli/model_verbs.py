@@ -45,13 +45,14 @@ NoVocabulary = Annotated[
 ]
 
 
+PlanOnly = Annotated[bool, typer.Option("--plan", help="Say how long it may take, and make nothing.")]
 Measure = Annotated[str | None, typer.Option(help="Held-out rows to measure on, or none; 512 where left out.")]
 
 
 @app.command()
 def merge(
     run: RunPath,
-    out: Annotated[Path, typer.Option(help="New folder for the export.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="New folder for the export.", show_default=False)] = None,
     strategy: Strategy = "auto",
     task: ForTask = None,
     vector: ForVector = None,
@@ -61,9 +62,19 @@ def merge(
     max_shard: MaxShard = None,
     no_vocabulary: NoVocabulary = False,
     measure: Measure = None,
+    plan: PlanOnly = False,
     allow_changed: AllowChanged = None,
 ) -> None:
     """Export ordinary weights, a LoRA or the routed model itself, with a report of what the export keeps."""
+    if plan:
+        from qd2mora.merging.forecast import forecast
+
+        with listening():
+            rows, changed = _rows_to_measure(measure), tuple(allow_changed or ())
+            Screen().print(forecast(run, strategy, task, rows, allow_changed=changed), soft_wrap=True, highlight=False)
+        return
+    if out is None:
+        raise InputRefused("--out: name a new folder for the export")
     from qd2mora.merging import merge as run_merge
     from qd2mora.merging import merge_tasks
     from qd2mora.report import show_export

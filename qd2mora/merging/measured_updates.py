@@ -58,7 +58,7 @@ def make_static(
     `measured_rows`: of those held out, HELD_OUT_ROWS where None; 0: nothing is measured. `keeps`: take what an earlier
     call made of the same from the run's folder, and keep it there.
     """
-    number = _task_number(opened, task)
+    number = task_number(opened, task)
     _check_vector(opened, vector)
     row, is_exact = find_strategy(strategy), opened.routers.depends_on != TOKEN
     if row.one_task and task is None and not is_exact:
@@ -148,7 +148,7 @@ def measure_routed(
     opened: OpenRun, task: str | None = None, vector: list[float] | None = None, *, measured_rows: int | None = None
 ) -> MeasuredUpdates:
     """Measure the routed adapter as it is; it is told the task, where its routers read one beside the token."""
-    number = _task_number(opened, task, is_routed=True)
+    number = task_number(opened, task, is_routed=True)
     _check_vector(opened, vector)
     held_out = batches_of(opened, sample_rows(opened, number, measured_rows=measured_rows).held_out, vector)
     bases = {}
@@ -203,7 +203,7 @@ def _as_trained(opened: OpenRun) -> tuple[int, bool]:
     return int(choices["train.micro_batch"]["value"]), choices["memory.checkpointing"]["value"] == "on"
 
 
-def _task_number(opened: OpenRun, task: str | None, *, is_routed: bool = False) -> int | None:
+def task_number(opened: OpenRun, task: str | None, *, is_routed: bool = False) -> int | None:
     """Return the task's number; a routed export, too, holds one task where its routers read it beside the token."""
     names = [each.name for each in opened.recipe.data.tasks]
     if task is not None and task not in names:
@@ -228,4 +228,4 @@ def _check_vector(opened: OpenRun, vector: list[float] | None) -> None:
     raise InputRefused(f"--vector: {method} {wanted}, {given or 'none'} given; one export serves one vector")
 
 
-__all__ = ["MeasuredUpdates", "constant_mixing", "make_static", "measure_routed", "strategy_inputs_of"]
+__all__ = ["MeasuredUpdates", "constant_mixing", "make_static", "measure_routed", "strategy_inputs_of", "task_number"]

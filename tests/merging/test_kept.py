@@ -13,6 +13,7 @@ from torch import nn
 from qd2mora.adapter_folder import base_identity, save_adapter
 from qd2mora.errors import InputRefused
 from qd2mora.merging import Export, merge
+from qd2mora.merging.forecast import forecast
 from qd2mora.report import show_export, verdict
 from qd2mora.report.exports import warning
 from qd2mora.run_folder import open_run
@@ -168,3 +169,12 @@ def test_a_measure_that_is_no_number_is_refused(text: str) -> None:
     with pytest.raises(InputRefused, match="--measure"):
         _rows_to_measure(text)
     assert (_rows_to_measure("none"), _rows_to_measure("7"), _rows_to_measure(None)) == (0, 7, None)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "core_lsq", "sequential", "distill"])
+def test_a_merge_is_planned_from_a_few_passes_and_makes_nothing(strategy: str, made: Path) -> None:
+    before = sorted(made.rglob("*"))
+    line = forecast(made / "run", strategy, None, 5)
+    assert "making" in line and "measuring on 5 rows" in line and "estimated from" in line
+    assert "about 0 s measuring on 0 rows" in forecast(made / "run", strategy, "first", 0)
+    assert sorted(made.rglob("*")) == before
