@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -11,9 +12,11 @@ from test_merging import make_run
 from torch import nn
 
 from qd2mora.adapter_folder import base_identity, save_adapter
+from qd2mora.data import Pair, Row
 from qd2mora.errors import InputRefused
 from qd2mora.merging import Export, merge
 from qd2mora.merging.forecast import forecast
+from qd2mora.merging.kept_updates import hash_of_rows
 from qd2mora.report import show_export, verdict
 from qd2mora.report.exports import warning
 from qd2mora.run_folder import open_run
@@ -178,3 +181,8 @@ def test_a_merge_is_planned_from_a_few_passes_and_makes_nothing(strategy: str, m
     assert "making" in line and "measuring on 5 rows" in line and "estimated from" in line
     assert "about 0 s measuring on 0 rows" in forecast(made / "run", strategy, "first", 0)
     assert sorted(made.rglob("*")) == before
+
+
+def test_rows_of_the_same_lengths_are_told_apart_by_their_tokens() -> None:
+    one, other = (Row(0, np.array([1, 2, last], dtype=np.int32), 1, Pair("", "")) for last in (3, 4))
+    assert hash_of_rows([one]) != hash_of_rows([other]) and hash_of_rows([one]) == hash_of_rows([one])
