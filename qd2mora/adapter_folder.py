@@ -48,7 +48,8 @@ def save_adapter(model: PeftModel, folder: Path, identity: Mapping[str, str]) ->
             save_pretrained(model, stage)
         files = {name: size_and_hash(stage / name) for name in (CONFIG, WEIGHTS)}
         for name in files:
-            (stage / name).chmod(0o666 & ~_umask())  # safetensors 0.8 makes files that others cannot read
+            # safetensors 0.8 makes files that others cannot read; the folder was made with the mask of this process.
+            (stage / name).chmod(stage.stat().st_mode & 0o666)
         seal_folder(stage, files, {"identity": identity, "inventory": _inventory(wanted)})
         there = load_tensors((stage / WEIGHTS).read_bytes())
         if there.keys() != wanted.keys() or not all(there[name].equal(wanted[name]) for name in wanted):
@@ -105,12 +106,6 @@ def _inventory(tensors: Mapping[str, Tensor]) -> dict[str, list[object]]:
     return {
         name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in sorted(tensors.items())
     }
-
-
-def _umask() -> int:
-    """The process's mask, read without changing it."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Umask:"))
-    return int(line.split()[1], 8)
 
 
 __all__ = ["base_identity", "load_adapter", "refuse_another_base", "save_adapter"]

@@ -2,7 +2,7 @@
 
 `recipe.yaml` (resolved), `manifest.json`, `adapter/` (PEFT's own layout and a seal), tokenizer files,
 `checkpoints/step-N/`, `metrics.jsonl`, `best/`, at the end `routing.json` and `report.html`, and after a merge
-`export/`. While a run goes on, `LOCK`.
+`static/` (what exports are made of) and `export/`. While a run goes on, `LOCK`.
 """
 
 import json
@@ -39,6 +39,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.best = path / "best"
         self.export = path / "export"
+        self.static = path / "static"
         self.routing = path / "routing.json"
         self.scores = path / "scores.json"
         self.samples = path / "samples.json"

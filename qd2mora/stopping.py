@@ -2,9 +2,13 @@
 
 Where nothing is at stake (loading, tokenising, exporting: files appear whole or not at all) the first signal raises
 SignalStop on the spot. Inside `deferred()` it is only noted, and the training loop stops where its state is whole.
+Either way one line says at once that it came and how to go on: a library may be long in giving up.
 """
 
+import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +17,10 @@ from types import FrameType
 
 from qd2mora.errors import SignalStop, StopError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = tuple(each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGUSR1"))
+"""Windows has no SIGUSR1."""
+AGAIN = "nothing was lost, run the command again"
+AFTER_THE_STEP = "the step or evaluation ends and a checkpoint is saved, then --resume goes on from it"
 
 
 @dataclass
@@ -24,6 +31,8 @@ class StopRequest:
     is_deferred: bool = False
     was_raised: bool = False
     """Whether SignalStop was raised on the spot."""
+    then: str = AGAIN
+    """How the work is gone on with."""
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -38,7 +47,7 @@ class StopRequest:
     def check(self) -> None:
         """Raise SignalStop where a signal was noted, or was swallowed by a library."""
         if self.number is not None:
-            raise SignalStop(f"stopped by {signal.Signals(self.number).name}; nothing was lost, run the command again")
+            raise SignalStop(f"stopped by {signal.Signals(self.number).name}; {self.then}")
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal."""
@@ -46,15 +55,27 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.number = number
+        _acknowledge(number, AFTER_THE_STEP if self.is_deferred else self.then)
         if not self.is_deferred:
             self.was_raised = True
             self.check()
 
 
+def _acknowledge(number: int, then: str) -> None:
+    """Say that a signal came; of several processes the first one speaks."""
+    if sys.stderr is None or os.environ.get("RANK", "0") != "0":
+        return
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # closed, or in the midst of being written to
+        print(f"stopping at {signal.Signals(number).name}: {then}; a second signal ends at once", file=sys.stderr)
+
+
 @contextmanager
-def listening() -> Iterator[StopRequest]:
-    """Handle SIGINT, SIGTERM and SIGUSR1 while the block runs; only the main thread of a program can."""
-    request = StopRequest()
+def listening(then: str = AGAIN) -> Iterator[StopRequest]:
+    """Handle SIGINT, SIGTERM and SIGUSR1 while the block runs; only the main thread of a program can.
+
+    `then`: what a person is told of going on.
+    """
+    request = StopRequest(then=then)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
@@ -71,4 +92,4 @@ def listening() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-__all__ = ["SIGNALS", "StopRequest", "listening"]
+__all__ = ["AFTER_THE_STEP", "AGAIN", "SIGNALS", "StopRequest", "listening"]

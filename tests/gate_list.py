@@ -121,7 +121,7 @@ GATES: dict[str, Gate] = {
         {"GATE_CRASHES": 400, "GATE_TEARS": 30},
         {},
         (
-            without("disk/durable.py:_sync", "fsync"),
+            without("disk/systems.py:_force", "fsync"),
             doing("disk/durable.py:write_file", "fsync", by="os.fsync = lambda handle: None"),
             without("disk/staged.py:remove_folder", "sync_folder"),
             without("disk/staged.py:_publish", "sync_folder"),
@@ -148,7 +148,7 @@ GATES: dict[str, Gate] = {
             never("disk/sealed.py:unseal_text", "not"),
             ignoring("disk/sealed.py:read_listed", "hash_of_bytes"),
             never("disk/sealed.py:open_manifest", "is_foreign"),
-            instead("disk/sealed.py:_read_at_most", "O_NOFOLLOW", "O_RDONLY", by="os.O_RDONLY | os.O_CLOEXEC"),
+            instead("disk/sealed.py:_read_at_most", "open_plain", by="os.open(path, os.O_RDONLY)"),
             never("training/checkpoint.py:read", "step"),
         ),
     ),
@@ -250,7 +250,7 @@ GATES: dict[str, Gate] = {
         _in("test_guards.py", "test_of_two_at_once_one_runs_and_a_killed_holder_leaves_no_lock"),
         {"GATE_PAIRS": 100},
         {"GATE_PAIRS": 5},
-        (without("disk/lock.py:_acquire", "flock"),),
+        (never("disk/lock.py:_acquire", "lock_alone"),),
     ),
     "H1": Gate(
         "a step or an evaluation that ran out of memory is done again on smaller micro batches",
@@ -339,6 +339,59 @@ GATES: dict[str, Gate] = {
             instead(
                 "redact.py:redacted_values", "key", "items", by="{redacted_values(k): v for k, v in content.items()}"
             ),
+        ),
+    ),
+    "KEPT": Gate(
+        "one static solution serves every export, and none is taken that was made of something else or changed",
+        ("tests/merging/test_kept.py",),
+        {},
+        {},
+        (
+            never("merging/kept_updates.py:Shelf._found", "other"),
+            instead("merging/kept_updates.py:Shelf.of", "MANIFEST", "read_bytes", by="hash_of_bytes(b'')"),
+            without("merging/kept_updates.py:hash_of_rows", "tobytes"),
+            uncaught("merging/kept_updates.py:Shelf._write", "InputRefused"),
+            never("report/exports.py:verdict", "is_measured"),
+        ),
+    ),
+    "PACE": Gate(
+        "a signal is acknowledged at once, long work says how far it is, and no stream stops either",
+        ("tests/test_stopping.py", "tests/test_pace.py"),
+        {},
+        {},
+        (
+            without("stopping.py:StopRequest.note", "_acknowledge"),
+            never("stopping.py:_acknowledge", "stderr"),
+            never("terminal/pace.py:showing", "stderr"),
+            without("terminal/pace.py:Pace.advance", "tell"),
+            never("terminal/pace.py:Pace.advance", "is_known"),
+        ),
+    ),
+    "PLAN": Gate(
+        "a plan is for the device that is there, leaves a reserve, and a resume goes on with the sums it began with",
+        ("tests/memory/test_choices.py", "tests/training/test_fitting.py"),
+        {},
+        {},
+        (
+            instead("memory/place.py:Limit.usable", "size", "reserve", by="self.size"),
+            never("memory/place.py:Place.of", "has_budget"),
+            never("memory/place.py:Place.dtype", "is_here"),
+            never("training/fitting.py:fitting_plan", "begun"),
+            never("memory/choosing.py:Search.choose", "keeps_batch"),
+        ),
+    ),
+    "WIN": Gate(
+        "without what Windows lacks every module loads, and disk, locks and chat templates do as they do here",
+        ("tests/portability/test_bare_system.py",),
+        {},
+        {},
+        (
+            never("disk/systems.py:_refuse_link", "is_symlink"),
+            always("disk/systems.py:force_folder", "OPENS_FOLDERS"),
+            uncaught("disk/systems.py:close_and_remove", "PermissionError"),
+            uncaught("disk/staged.py:_rename_onto_empty", "FileExistsError"),
+            uncaught("base/host_memory.py:give_back_large_blocks", "TypeError"),
+            always("data/chat_template_child.py:_bound_memory", "resource"),
         ),
     ),
     "VER": Gate(

@@ -11,10 +11,9 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from qd2mora import terminal
-from qd2mora.terminal import Outlet, Screen, Unbreakable, harmless
+from qd2mora.terminal import Outlet, Screen, Unbreakable, harmless, streams
 
-PACKAGE = Path(terminal.__file__).parent
+PACKAGE = Path(streams.__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +59,7 @@ def test_a_slow_reader_gets_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     taken = bytearray()
-    monkeypatch.setattr(terminal.time, "sleep", lambda seconds: taken.extend(os.read(reader, 1 << 16)))
+    monkeypatch.setattr(streams.time, "sleep", lambda seconds: taken.extend(os.read(reader, 1 << 16)))
     with os.fdopen(writer, "w") as stream:
         out = Unbreakable(stream)
         out.write("x" * (1 << 18))
@@ -103,7 +102,7 @@ def test_bars_of_libraries_begin_anew_on_standard_error_alone() -> None:
 
 def test_consoles_are_made_and_streams_are_replaced_in_one_place() -> None:
     for path in PACKAGE.rglob("*.py"):
-        if path.name == "terminal.py":
+        if path.name == "streams.py":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             is_console = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Console"

@@ -6,11 +6,11 @@ one whose bytes are not those that were written is damaged; either is told in on
 replaces it. Readers share a lock, a writer has it alone; where it is taken, nothing is written.
 """
 
-import fcntl
 import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from qd2mora.disk.file_hash import hash_of_bytes, short_hash
 from qd2mora.disk.sealed import MANIFEST, open_manifest, seal_whole_folder, verify_folder
 from qd2mora.disk.shards import write_shards
 from qd2mora.disk.staged import staged_folder
+from qd2mora.disk.systems import lock_alone, lock_with_readers, open_lock
 from qd2mora.disk.tensor_file import tensor_at_hand
 from qd2mora.errors import DamagedFile, InputRefused
 
@@ -52,7 +53,7 @@ class CachedWeights:
         if not self.folder.is_dir():
             yield False
             return
-        with self._with_lock(fcntl.LOCK_SH):
+        with self._shared():
             yield self._is_whole()
 
     def write(self, tensors: dict[str, Tensor], configs: Callable[[Path], object]) -> None:
@@ -63,11 +64,10 @@ class CachedWeights:
         size = sum(tensor.nbytes for tensor in tensors.values())
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            state = os.statvfs(self.folder.parent)
-            if state.f_bavail * state.f_frsize < 2 * size:  # the run itself has something to write
+            if shutil.disk_usage(self.folder.parent).free < 2 * size:  # the run itself has something to write
                 self._say_not_kept(f"its disk is short of room for {size / 2**30:.1f} GiB")
                 return
-            with self._with_lock(fcntl.LOCK_EX | fcntl.LOCK_NB), staged_folder(self.folder, self._names()) as stage:
+            with self._alone(), staged_folder(self.folder, self._names()) as stage:
                 configs(stage)
                 entries = [tensor_at_hand(name, tensor) for name, tensor in tensors.items()]
                 files = write_shards(stage, entries, SHARD_BYTES)
@@ -99,22 +99,33 @@ class CachedWeights:
         return False
 
     @contextmanager
-    def _with_lock(self, how: int) -> Iterator[None]:
-        """Hold the entry's lock; without one where a disk cannot be written, and so nothing be replaced."""
-        path = self.folder.with_name(f".{self.folder.name}.lock")
-        flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    def _shared(self) -> Iterator[None]:
+        """Hold the entry's lock with other readers; none where a disk cannot be written, and so nothing be replaced."""
         try:
-            handle = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o666)
+            handle = open_lock(self._lock)
         except OSError:
-            if how != fcntl.LOCK_SH:
-                raise
             yield
             return
         try:
-            fcntl.flock(handle, how)
+            lock_with_readers(handle)
             yield
         finally:
             os.close(handle)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the entry's lock for a writer. Raises BlockingIOError where another process has it, and OSError."""
+        handle = open_lock(self._lock)
+        try:
+            if not lock_alone(handle):
+                raise BlockingIOError(str(self._lock))
+            yield
+        finally:
+            os.close(handle)
+
+    @property
+    def _lock(self) -> Path:
+        return self.folder.with_name(f".{self.folder.name}.lock")
 
     def _names(self) -> set[str]:
         """Return what an entry may hold whose manifest is damaged: it is replaced all the same."""

@@ -59,15 +59,22 @@ def base_config(base: Base) -> PreTrainedConfig:
     return config
 
 
-def planning_config(base: Base) -> tuple[PreTrainedConfig, str | None]:
-    """Return the configuration that a plan needs, and the name in the table of known models where it comes from there.
+def known_shape(base: Base) -> str | None:
+    """Return the name of a hub id in the table of known models, where its files are not on this machine."""
+    if local_folder(base.model) is not None:
+        return None
+    return known_name(base.model)
 
-    It does where the files of a hub id are not here: no network, no licence is needed for a plan. Raises InputRefused.
+
+def planning_config(base: Base) -> PreTrainedConfig:
+    """Return the configuration that a plan needs: of files that are here, else of the table, else of the hub.
+
+    With the table no network and no licence is needed. Raises InputRefused.
     """
-    name = known_name(base.model)
-    if name is not None and local_folder(base.model) is None:
-        return known_config(name), name
-    return base_config(base), None
+    name = known_shape(base)
+    if name is not None:
+        return known_config(name)
+    return base_config(base)
 
 
 def _refuse_8_bit(config: PreTrainedConfig, name: str) -> None:
@@ -254,4 +261,4 @@ def _refuse_partial(model: PreTrainedModel, loading: dict[str, Any], name: str) 
         raise InputRefused(f"base.model: '{name}': the size of {wrong[0]} is not the one its config.json gives")
 
 
-__all__ = ["base_config", "load_base", "planning_config", "stored_weights", "write_generation"]
+__all__ = ["base_config", "known_shape", "load_base", "planning_config", "stored_weights", "write_generation"]

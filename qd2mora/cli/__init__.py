@@ -23,6 +23,7 @@ from qd2mora.cli import (  # isort: skip  # noqa: F401
 from qd2mora.cli.app import app
 from qd2mora.errors import DiskTrouble, InputRefused, StopError
 from qd2mora.redact import redacted
+from qd2mora.stopping import AGAIN, listening
 from qd2mora.terminal import lost_output, open_terminal
 
 LEAVES_FILES = ("train", "merge", "compare", "compose")
@@ -37,7 +38,8 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         # Not app(...): that puts typer's own hook for tracebacks in place of ours.
-        code = typer.main.get_command(app)(arguments or ["--help"], standalone_mode=False)
+        with listening(_then(arguments)):
+            code = typer.main.get_command(app)(arguments or ["--help"], standalone_mode=False)
     except (StopError, TyperException, OSError) as error:
         if len(arguments) < len(sys.argv[1:]):
             raise
@@ -49,6 +51,19 @@ def main() -> None:
     except typer.Abort:
         sys.exit(130)
     sys.exit(_told(code if isinstance(code, int) else 0, arguments))
+
+
+def _then(arguments: list[str]) -> str:
+    """Say how a verb that was stopped is gone on with."""
+    verb = next((argument for argument in arguments if not argument.startswith("-")), "")
+    keeps_answers = verb == "eval" and any(argument.partition("=")[0] == "--out" for argument in arguments)
+    if verb == "compare" or keeps_answers:
+        return "what is done is kept, and the same command goes on from there"
+    if verb in ("merge", "compose"):
+        return "no half of the output is left, run the command again"
+    if verb == "eval":
+        return "with --out FILE an evaluation goes on where it stopped, without one it begins again"
+    return AGAIN
 
 
 def _told(code: int, arguments: list[str]) -> int:

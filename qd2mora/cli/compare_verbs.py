@@ -27,6 +27,7 @@ SuiteTasks = Annotated[str | None, typer.Option(help="Tasks of the suite, with c
 Scoring = Annotated[str, typer.Option(help="Of the suite: generate or likelihood.")]
 Limit = Annotated[int | None, typer.Option(help="Test rows of each task.", min=1, max=MOST)]
 Out = Annotated[Path | None, typer.Option(help="Folder; the recipe's output and -compare where left out.")]
+PlanOnly = Annotated[bool, typer.Option("--plan", help="Say what would be done and how long it may take, no more.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier comparison.")]
 
 
@@ -49,6 +50,7 @@ def compare(
     limit: Limit = ComparisonSettings.limit,
     out: Out = None,
     overwrite: Overwrite = False,
+    plan: PlanOnly = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare methods of equal size on the same rows, each at its best rate; the same command goes on after a kill."""
@@ -56,7 +58,7 @@ def compare(
 
     loaded = load_recipe(recipe, overrides or [])
     folder, console = out or Path(f"{loaded.output}-compare"), Screen()
-    with listening():
+    with listening("what is done is kept, and the same command goes on from there"):
         from qd2mora.comparison.running import compare as run_comparison
         from qd2mora.comparison.tables import show, write_tables
 
@@ -75,6 +77,12 @@ def compare(
             tasks=words(tasks),
             scoring=scoring,
         )
+        if plan:
+            from qd2mora.comparison.forecast import forecast
+
+            for line in forecast(loaded, settings, is_asked=True):
+                console.print(line, soft_wrap=True, highlight=False)
+            return
         found = run_comparison(
             loaded, settings, folder, overwrite=overwrite, say=lambda line: console.print(line, soft_wrap=True)
         )

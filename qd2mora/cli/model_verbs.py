@@ -1,6 +1,7 @@
 """Verbs on a run or a model: merge, eval, verify."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,10 +45,14 @@ NoVocabulary = Annotated[
 ]
 
 
+PlanOnly = Annotated[bool, typer.Option("--plan", help="Say how long it may take, and make nothing.")]
+Measure = Annotated[str | None, typer.Option(help="Held-out rows to measure on, or none; 512 where left out.")]
+
+
 @app.command()
 def merge(
     run: RunPath,
-    out: Annotated[Path, typer.Option(help="New folder for the export.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="New folder for the export.", show_default=False)] = None,
     strategy: Strategy = "auto",
     task: ForTask = None,
     vector: ForVector = None,
@@ -56,9 +61,20 @@ def merge(
     dtype: Dtype = None,
     max_shard: MaxShard = None,
     no_vocabulary: NoVocabulary = False,
+    measure: Measure = None,
+    plan: PlanOnly = False,
     allow_changed: AllowChanged = None,
 ) -> None:
     """Export ordinary weights, a LoRA or the routed model itself, with a report of what the export keeps."""
+    if plan:
+        from qd2mora.merging.forecast import forecast
+
+        with listening():
+            rows, changed = _rows_to_measure(measure), tuple(allow_changed or ())
+            Screen().print(forecast(run, strategy, task, rows, allow_changed=changed), soft_wrap=True, highlight=False)
+        return
+    if out is None:
+        raise InputRefused("--out: name a new folder for the export")
     from qd2mora.merging import merge as run_merge
     from qd2mora.merging import merge_tasks
     from qd2mora.report import show_export
@@ -72,14 +88,26 @@ def merge(
         "max_shard": max_shard,
         "with_vocabulary": not no_vocabulary,
         "allow_changed": allow_changed or (),
+        "measured_rows": _rows_to_measure(measure),
     }
-    with listening():
+    with listening("no half of the output is left, run the command again"):
         if task == "all":
             exports = list(merge_tasks(run, out, **options).values())
         else:
             exports = [run_merge(run, out, task=task, **options)]
     for export in exports:
         show_export(export, export.folder, Screen())
+
+
+def _rows_to_measure(text: str | None) -> int | None:
+    """Return how many rows --measure asks for, 0 for none. Raises InputRefused."""
+    if text is None:
+        return None
+    if text == "none":
+        return 0
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", text, re.ASCII):
+        raise InputRefused(f"--measure: '{text}' will not do: a number of held-out rows, or none")
+    return int(text)
 
 
 @app.command(name="eval")

@@ -3,13 +3,17 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from qd2mora.cli.app import MOST, AllowChanged, AsJson, Overrides, RecipePath, app
 from qd2mora.stopping import listening
 from qd2mora.terminal import Screen
+
+MeasureTime = Annotated[
+    bool | None, typer.Option("--time/--no-time", help="Time a few micro batches here; else where the base is small.")
+]
 
 
 @app.command()
@@ -53,36 +57,23 @@ def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     budget: Annotated[str | None, typer.Option(help="Memory to fit, for example 8GiB.")] = None,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="Plan for it; else for what is here, a budget's GPU.")
+    ] = None,
+    measure_time: MeasureTime = None,
     as_json: AsJson = False,
     png: Annotated[Path | None, typer.Option(help="Draw the items as bars. Needs the extra figures.")] = None,
 ) -> None:
-    """Say what a run will need, item by item, without reading weights."""
+    """Say what a run will need, item by item, without reading weights; the first rows of its data are read."""
     from qd2mora.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    from qd2mora.memory import plan as make_plan
-    from qd2mora.memory import render
-    from qd2mora.memory.engine import unshared
+    from qd2mora.cli.planning import Wishes, draw, refuse_undrawable, show
 
-    if png is not None:
-        from qd2mora.report import check_png
-
-        check_png(png)
-    planned = make_plan(loaded, budget=budget)
-    if as_json:
-        typer.echo(json.dumps(planned.to_json(), indent=1))
-    else:
-        Screen().print(render(planned))
-        if unshared(loaded):
-            Screen().print(unshared(loaded))
-        if loaded.data.packing:
-            Screen().print("data.packing: a line of packed rows is planned for as one row of data.max_length tokens")
-    if png is not None:
-        from qd2mora.report import draw_plan
-
-        draw_plan(planned, png)
-    if not planned.fits:
-        raise typer.Exit(3)
+    refuse_undrawable(png)
+    outlook = show(loaded, Wishes(budget, device, measure_time, as_json))
+    draw(outlook, png)
+    outlook.finish()
 
 
 @app.command()

@@ -88,7 +88,7 @@ def _best_of(folder: Path, strategies: Sequence[str], task: str | None) -> tuple
         place = folder.parent / f"{folder.name}-{strategy}"
         # What an earlier start left half done.
         remove_work(place)
-        export = merge(folder, place, strategy=strategy, task=task)
+        export = merge(folder, place, strategy=strategy, task=task, keeps=False)
         assert export.fidelity is not None  # there are rows to choose by
         tried[export.strategy] = (export.fidelity.merged, place)
         if export.exact:  # no other keeps more
@@ -101,7 +101,7 @@ def _best_of(folder: Path, strategies: Sequence[str], task: str | None) -> tuple
 
 
 def _scores(subject: Subject, exam: Exam) -> dict[str, Score]:
-    return score_all(subject, ask(exam, subject))
+    return score_all(subject, ask(exam, subject), is_shown=True)
 
 
 def _by_row(scores: dict[str, Score]) -> ByTask:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from qd2mora.base import load_tokenizer
 from qd2mora.comparison.arm_scores import ArmScores, last_losses, score_best_export, score_trained
 from qd2mora.comparison.comparison_folder import ComparisonFolder, found_once, remove_work
+from qd2mora.comparison.forecast import steps_in_all
 from qd2mora.comparison.matched_arms import Arm, matched_arms
 from qd2mora.comparison.outcome import Comparison, SweptRate, outcome
 from qd2mora.comparison.settings import ComparisonSettings
@@ -25,6 +26,7 @@ from qd2mora.merging.strategies import find_strategy
 from qd2mora.mixture import MixtureConfig
 from qd2mora.recipe import Recipe
 from qd2mora.run_folder import RunFolder, is_run
+from qd2mora.terminal.pace import Pace
 from qd2mora.training import train
 
 SWEEP_SEED = 1000
@@ -40,6 +42,13 @@ class Trials:
     folder: ComparisonFolder
     say: Callable[[str], None]
     num_steps: int | None = None
+    pace: Pace | None = None
+    """Counts the steps of all trainings."""
+
+    def trained(self, steps: int | None, *, is_known: bool) -> None:
+        """Count a training, of an earlier start or of this one."""
+        if self.pace is not None:
+            self.pace.advance(steps or 1, is_known=is_known)
 
 
 @dataclass(frozen=True)
@@ -81,14 +90,18 @@ def _compared(recipe: Recipe, settings: ComparisonSettings, arms: list[Arm], tri
     for arm in arms:
         say(f"{arm.name}: {arm.parameters:,} trainable parameters (rank {_rank(arm)})")
     trials = replace(trials, num_steps=_steps(trials, arms))
+    total = steps_in_all(recipe, settings, arms, trials.num_steps)
+    trials = replace(trials, pace=Pace("comparison, steps of all trainings", total, say))
     rates = {arm.name: _best_rate(trials, arm) for arm in arms}
     results: dict[str, list[ArmScores]] = {}
     for seed in range(settings.seeds):
         for arm in arms:
             say(f"{arm.name}, seed {seed}, rate {rates[arm.name].rate:g}")
             file = trials.folder.result(arm.name, f"seed-{seed}")
+            is_known = file.is_file()
             scores = found_once(file, ArmScores, partial(_scored, trials, arm, seed, rates[arm.name].rate))
             results.setdefault(arm.name, []).append(scores)
+            trials.trained(trials.num_steps, is_known=is_known)
     found = outcome(recipe, arms, rates, results, trials.num_steps)
     write_json(trials.folder.path / "compare.json", found.to_json())
     return found
@@ -178,10 +191,12 @@ def _best_rate(trials: Trials, arm: Arm) -> SweptRate:
     losses = {}
     for rate in rates:
         file = trials.folder.result(arm.name, f"sweep-{rate:g}")
+        is_known = file.is_file()
         by_task = found_once(file, dict[str, dict[str, float]], partial(_swept, trials, arm, rate))["losses"]
         # The losses are kept; runs of a sweep would fill the disk.
         remove_work(trials.folder.run(arm.name, f"sweep-{rate:g}"))
         losses[f"{rate:g}"] = sum(by_task.values()) / len(by_task)
+        trials.trained(trials.settings.sweep_steps or trials.num_steps, is_known=is_known)
     best = min(losses, key=lambda name: losses[name])
     at_edge = float(best) in (min(rates), max(rates))
     told = f"{arm.name}: rate {best}"

@@ -1,6 +1,7 @@
 """Data: files to rows, rows to tokens, tokens to batches, in an order that is a pure function of the seed."""
 
 from qd2mora.data.collate import collate
+from qd2mora.data.first_rows import FirstRows, first_rows, row_count
 from qd2mora.data.formats import FORMATS
 from qd2mora.data.pack import MULTIPLE, MicroBatch, dealt, lines_together, packed
 from qd2mora.data.prepare import Row, TaskRows, TokenRows, encode, lengths_of, prepare
@@ -11,6 +12,7 @@ from qd2mora.data.tokenise import tokenizer_text
 __all__ = [
     "FORMATS",
     "MULTIPLE",
+    "FirstRows",
     "MicroBatch",
     "Pair",
     "Row",
@@ -23,11 +25,13 @@ __all__ = [
     "content_hash",
     "dealt",
     "encode",
+    "first_rows",
     "lengths_of",
     "lines_together",
     "packed",
     "prepare",
     "read_pairs",
+    "row_count",
     "share_lines",
     "tokenizer_text",
 ]

@@ -5,11 +5,12 @@ A template comes with the tokenizer or is one of ours by name (`chat.TEMPLATES`)
 
 import json
 import os
-import select
+import queue
 import signal
 import subprocess
 import sys
-import time
+import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -48,8 +49,14 @@ class ChatTemplate:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={"PATH": os.defpath, "PYTHONIOENCODING": "utf-8"},
+            env=_environment(),
         )
+        # A thread reads, as not every system can wait for a pipe and a clock at once.
+        self.lines: queue.Queue[bytes] = queue.Queue()
+        self.reader = threading.Thread(
+            target=_read_lines, args=(self._pipe(self.child.stdout), self.lines), daemon=True
+        )
+        self.reader.start()
         self._send(self.settings)
         self._line(START_S)
         return self
@@ -58,7 +65,11 @@ class ChatTemplate:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.child.kill()
-        self.child.communicate()
+        self.child.wait()
+        self.reader.join()
+        for pipe in (self.child.stdin, self.child.stderr):
+            with suppress(OSError):  # what was not sent is not wanted any more
+                self._pipe(pipe).close()
 
     def render(self, messages: list[dict[str, str]], *, asking: bool = False) -> str:
         """Return the text of a conversation; `asking`: up to where the assistant's next answer begins.
@@ -79,19 +90,18 @@ class ChatTemplate:
         try:
             self._pipe(self.child.stdin).write(json.dumps(content).encode() + b"\n")
             self._pipe(self.child.stdin).flush()
-        except BrokenPipeError:
+        except OSError:  # a broken pipe, in each system's words
             raise InputRefused(f"{self.where}: the chat template {self._end()}") from None
 
     def _line(self, wait_s: float) -> bytes:
-        """Read one line, by what is there: a child that stops halfway must not stop us."""
-        pipe, deadline, text = self._pipe(self.child.stdout), time.monotonic() + wait_s, b""
-        while not text.endswith(b"\n"):
-            ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
-            part = os.read(pipe.fileno(), 1 << 16) if ready else b""
-            if not part:
-                raise InputRefused(f"{self.where}: the chat template {self._end()}")
-            text += part
-        return text
+        """Return one whole line: a child that stops halfway must not stop us."""
+        try:
+            line = self.lines.get(timeout=wait_s)
+        except queue.Empty:
+            line = b""
+        if not line.endswith(b"\n"):
+            raise InputRefused(f"{self.where}: the chat template {self._end()}")
+        return line
 
     def _end(self) -> str:
         """Say why the child is at its end; end it."""
@@ -99,7 +109,7 @@ class ChatTemplate:
             code = self.child.wait(0.2)
         except subprocess.TimeoutExpired:
             return f"took more than {WAIT_S:g} s"
-        if code == -signal.SIGXCPU:
+        if hasattr(signal, "SIGXCPU") and code == -signal.SIGXCPU:
             return f"took more than {SECONDS} s of processor time"
         lines = self._pipe(self.child.stderr).read().decode(errors="replace").strip().splitlines()
         return f"will not do: {lines[-1][:200] if lines else f'its process ended with {code}'}"
@@ -108,6 +118,20 @@ class ChatTemplate:
     def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
         assert pipe is not None
         return pipe
+
+
+def _environment() -> dict[str, str]:
+    """Return what the child may know: nothing of ours, but for what Windows starts no program without."""
+    needed = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}
+    return {"PATH": os.defpath, "PYTHONIOENCODING": "utf-8", **needed}
+
+
+def _read_lines(pipe: IO[bytes], lines: queue.Queue[bytes]) -> None:
+    """Pass on line by line, then an empty one for the end."""
+    with pipe:
+        for line in pipe:
+            lines.put(line)
+    lines.put(b"")
 
 
 def reads_clock(template: str) -> bool:

@@ -5,10 +5,14 @@ processor time of each answer; whatever it does beyond that ends this process, n
 """
 
 import json
-import resource
 import sys
 from datetime import datetime
 from types import TracebackType
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows bounds no process in this way: there the parent's clock alone ends it
+    resource = None  # type: ignore[assignment]
 
 
 def _say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -28,13 +32,10 @@ def main() -> None:
         began = datetime.fromisoformat(settings["clock"])
         # What `strftime_now` of templates reads in transformers 5.24, which has no argument for it.
         chat_template_utils.datetime = type("Stopped", (datetime,), {"now": staticmethod(lambda: began)})
-    resource.setrlimit(resource.RLIMIT_AS, (settings["memory"], settings["memory"]))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _bound_memory(settings["memory"])
     print("ready", flush=True)
     for line in sys.stdin:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        until = int(used.ru_utime + used.ru_stime) + 1 + settings["seconds"]
-        resource.setrlimit(resource.RLIMIT_CPU, (until, resource.RLIM_INFINITY))
+        _bound_time(settings["seconds"])
         try:
             request = json.loads(line) | settings["tokens"]
             texts, _ = chat_template_utils.render_jinja_template(**request, chat_template=settings["template"])
@@ -45,6 +46,20 @@ def main() -> None:
         except jinja2.exceptions.TemplateError as error:
             answer = {"refused": str(error)[:200]}
         print(json.dumps(answer), flush=True)
+
+
+def _bound_memory(size: int) -> None:
+    if resource is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _bound_time(seconds: int) -> None:
+    """Bound the processor time of what comes next."""
+    if resource is not None:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        until = int(used.ru_utime + used.ru_stime) + 1 + seconds
+        resource.setrlimit(resource.RLIMIT_CPU, (until, resource.RLIM_INFINITY))
 
 
 if __name__ == "__main__":

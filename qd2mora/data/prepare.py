@@ -201,7 +201,7 @@ def _stored_rows(
     find_format(task)
 
     def read(skipped: Skipped) -> Iterator[Pair]:
-        with _template(task, tokenizer, tokeniser.clock) as template:
+        with worded_by(task, tokenizer, tokeniser.clock) as template:
             yield from iterate_pairs(task, path, skipped if data.on_bad_row == "skip" else None, template, skipped)
 
     if path.startswith(HUB) or not os.path.isfile(path):
@@ -216,7 +216,7 @@ def _stored_rows(
 
 
 @contextmanager
-def _template(
+def worded_by(
     task: Task, tokenizer: PreTrainedTokenizerBase, clock: str | None = None
 ) -> Iterator[ChatTemplate | None]:
     """Yield what words this task's rows; None where the format does."""
@@ -253,9 +253,10 @@ def _refuse_masked(data: Data, result: TaskRows, rows: TokenRows) -> None:
             f"(the shortest prompt takes {rows.lengths.min()} tokens or more)"
         )
     if data.on_bad_row == "error" and result.num_dropped > MAX_DROPPED * len(rows):
+        share = f"{result.num_dropped} of {len(rows)} rows, more than {MAX_DROPPED:.0%},"
         raise InputRefused(
-            f"{where}: {result.num_dropped} of {len(rows)} rows have no room for an answer within data.max_length "
-            f"{data.max_length}; raise it, or leave them out with data.on_bad_row: skip"
+            f"{where}: {share} have no room for an answer within data.max_length {data.max_length}; raise it, or leave "
+            "them out with data.on_bad_row: skip"
         )
 
 
@@ -273,4 +274,4 @@ def _hold_out(number: int, task: Task, seed: int) -> tuple[NDArray[np.int64], ND
     return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
 
-__all__ = ["Row", "TaskRows", "TokenRows", "encode", "prepare"]
+__all__ = ["Row", "TaskRows", "TokenRows", "encode", "prepare", "worded_by"]

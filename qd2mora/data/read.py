@@ -90,7 +90,7 @@ def iterate_pairs(
     """Yield what `read_pairs` returns, row by row; `noted` is told of keys that nothing reads."""
     row_format, noted = find_format(task), noted or Skipped()
     number = 0
-    for place, row in _selected(task, path):
+    for place, row in selected_rows(task, path):
         if number == task.limit:
             break
         try:
@@ -122,7 +122,7 @@ def content_hash(path: str) -> str:
     return hash_of_file(Path(path))
 
 
-def _selected(task: Task, path: str) -> Iterator[tuple[str, object]]:
+def selected_rows(task: Task, path: str) -> Iterator[tuple[str, object]]:
     """Yield the rows whose fields have the values asked for, and whatever is no row at all."""
     wanted = task.select or {}
     seen: set[str] = set()
@@ -277,4 +277,4 @@ def _short(value: object) -> str:
     return f"{kind} {repr(value)[:40]}"
 
 
-__all__ = ["Pair", "Skipped", "content_hash", "iterate_pairs", "read_pairs"]
+__all__ = ["Pair", "Skipped", "content_hash", "iterate_pairs", "read_pairs", "selected_rows"]

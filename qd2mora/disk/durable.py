@@ -17,6 +17,7 @@ from typing import Protocol
 
 from qd2mora.disk.file_hash import SizeAndHash
 from qd2mora.disk.passing import passing_name, remove_left_behind
+from qd2mora.disk.systems import force_file, force_folder, open_new
 from qd2mora.redact import redacted_values
 
 
@@ -29,7 +30,7 @@ class Saves(Protocol):
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> SizeAndHash:
     """Write a new file and force it to disk; return its size and the SHA-256 of what was meant to be written."""
     digest, size = hashlib.sha256(), 0
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    handle = open_new(path)
     try:
         for chunk in chunks:
             view = memoryview(chunk).cast("B")
@@ -83,20 +84,12 @@ def save_pretrained(what: Saves, folder: Path) -> None:
 
 def sync_folder(path: Path) -> None:
     """Force a folder's list of names to disk."""
-    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+    force_folder(path)
 
 
 def sync_file(path: Path) -> None:
     """Force a file that a library wrote to disk."""
-    _sync(path, os.O_RDONLY)
-
-
-def _sync(path: Path, flags: int) -> None:
-    handle = os.open(path, flags | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    force_file(path)
 
 
 __all__ = [

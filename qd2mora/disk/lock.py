@@ -2,13 +2,12 @@
 
 It ends with its holder, however that ends.
 
-The lock is the kernel's (flock), so a killed holder leaves none. The file says who holds it. On file systems that do
+The lock is the kernel's, so a killed holder leaves none. The file says who holds it. On file systems that do
 not share locks between machines it is a lease too: the holder touches it, and a file of another machine counts as held
 while it is fresh.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qd2mora.disk.systems import close_and_remove, lock_alone, open_lock, read_start, touch, write_whole
 from qd2mora.errors import InputRefused
 
 TOUCH_S = 10.0
@@ -38,7 +38,7 @@ def locked(path: Path, what: str = "output", place: Path | None = None) -> Itera
     name = os.path.realpath(path)
     _held.add(name)
     ended = threading.Event()
-    beat = threading.Thread(target=_touch, args=(handle, ended), name="lock", daemon=True)
+    beat = threading.Thread(target=_touch, args=(handle, path, ended), name="lock", daemon=True)
     beat.start()
     try:
         yield
@@ -46,9 +46,7 @@ def locked(path: Path, what: str = "output", place: Path | None = None) -> Itera
         ended.set()
         beat.join()
         _held.discard(name)
-        with contextlib.suppress(FileNotFoundError):  # somebody removed the folder by hand
-            os.unlink(path)
-        os.close(handle)
+        close_and_remove(handle, path)
         with contextlib.suppress(OSError):  # not empty: the run is in it
             for folder in made:
                 os.rmdir(folder)
@@ -59,25 +57,22 @@ def _acquire(path: Path, named: str) -> int:
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            handle = open_lock(path)
         except FileNotFoundError:  # the last holder removed the folder between the two calls
             continue
         except OSError as error:
             raise InputRefused(f"{named} cannot be written: {error.strerror}") from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_alone(handle):
             holder = _holder(handle)
             os.close(handle)
-            raise InputRefused(f"{named} is in use by {holder}; wait for it or stop it") from None
+            raise InputRefused(f"{named} is in use by {holder}; wait for it or stop it")
         if not _is_still_there(handle, path):
             os.close(handle)
             continue
         _refuse_foreign(handle, path)
         _refuse_leased(handle, named)
-        os.ftruncate(handle, 0)
         record = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.pwrite(handle, json.dumps(record).encode(), 0)
+        write_whole(handle, json.dumps(record).encode())
         return handle
 
 
@@ -90,7 +85,7 @@ def _is_still_there(handle: int, path: Path) -> bool:
 
 def _refuse_foreign(handle: int, path: Path) -> None:
     """What has content and no holder in it is somebody's file of that name; a cut may have left zeros."""
-    if os.pread(handle, 4096, 0).strip(b"\0") and "pid" not in _record(handle):
+    if read_start(handle, 4096).strip(b"\0") and "pid" not in _record(handle):
         os.close(handle)
         raise InputRefused(f"'{path}' is no lock of ours; move that file elsewhere")
 
@@ -131,16 +126,16 @@ def _holder(handle: int) -> str:
 
 def _record(handle: int) -> dict[str, object]:
     try:
-        content = json.loads(os.pread(handle, 4096, 0))
+        content = json.loads(read_start(handle, 4096))
     except ValueError:  # just made, or cut short
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def _touch(handle: int, ended: threading.Event) -> None:
+def _touch(handle: int, path: Path, ended: threading.Event) -> None:
     while not ended.wait(TOUCH_S):
         with contextlib.suppress(OSError):  # a full or lost disk shows elsewhere
-            os.utime(handle)
+            touch(handle, path)
 
 
 def is_held_here(path: Path) -> bool:

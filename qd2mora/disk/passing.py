@@ -11,6 +11,8 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from qd2mora.disk.systems import is_running
+
 MADE, OLD = "partial", "old"
 _PASSING = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d{1,10})-[0-9a-f]{8}\.(?P<kind>partial|old)", re.DOTALL)
 _LONGEST = 200
@@ -38,13 +40,7 @@ def is_left_behind(name: str) -> bool:
     pid = int(found["pid"])
     if pid == os.getpid():  # a process before us may have had our number: ours is only what we gave
         return name not in _given
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, OverflowError):
-        return False
-    return False
+    return not is_running(pid)
 
 
 def remove_left_behind(path: Path, kind: str = MADE) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from qd2mora.disk.durable import write_file
 from qd2mora.disk.file_hash import SizeAndHash, hash_of_bytes, size_and_hash
+from qd2mora.disk.systems import open_plain
 from qd2mora.errors import DamagedFile
 
 MANIFEST = "manifest.json"
@@ -138,7 +139,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 def hash_of_plain_file(path: Path) -> SizeAndHash:
     """Return what a file holds: no link is followed, no pipe waited for. Raises DamagedFile."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        handle = open_plain(path)
         with os.fdopen(handle, "rb") as file:
             state = os.fstat(file.fileno())
             if not stat.S_ISREG(state.st_mode):
@@ -152,7 +153,7 @@ def _read_at_most(path: Path, limit: int) -> bytes:
     """Read at most one byte more than `limit`: a file that grew cannot fill the memory."""
     try:
         # No link is followed out of the folder, and a pipe in a file's place does not make us wait.
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        handle = open_plain(path)
         with os.fdopen(handle, "rb") as file:
             return file.read(limit + 1)
     except OSError as error:

@@ -72,11 +72,19 @@ def _publish(stage: Path, target: Path, replaces: Collection[str] | None) -> Non
 def _take_name(stage: Path, target: Path) -> None:
     """Rename onto nothing, or an empty folder: onto one that holds anything, or a file, that never succeeds."""
     try:
-        os.rename(stage, target)
+        _rename_onto_empty(stage, target)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
         raise InputRefused(f"'{target}' was made by somebody else meanwhile; nothing is replaced") from None
+
+
+def _rename_onto_empty(stage: Path, target: Path) -> None:
+    try:
+        os.rename(stage, target)
+    except FileExistsError:  # Windows renames onto nothing at all
+        os.rmdir(target)
+        os.rename(stage, target)
 
 
 __all__ = ["remove_folder", "staged_folder"]

@@ -49,12 +49,20 @@ class Search:
         """Return the predicted time of a token."""
         return predicted_cost(layout, self.case.recipe.data.max_length, self.case.shapes.num_layers)
 
-    def choose(self, limit: int | None) -> tuple[Layout, bool]:
-        """Return the fastest layout that fits, or the smallest, and whether it fits. Raises InputRefused."""
+    def choose(self, limit: int | None, *, keeps_batch: bool = False) -> tuple[Layout, bool]:
+        """Return the fastest layout that fits, or the smallest, and whether it fits. Raises InputRefused.
+
+        `keeps_batch`: wherever recomputing makes it fit, the largest micro batch is taken, whose sums do not change
+        with the room that there is.
+        """
         refuse_unfit(self.case)
         layouts = list(self._layouts())
         if limit is None:
             return self._without_limit(layouts), True
+        if keeps_batch:
+            found = self._fewest_recomputed(self._largest(layouts), limit)
+            if found is not None:
+                return found, True
         best: Layout | None = None
         # At their fastest first, so that most need no look at their memory.
         for layout in sorted(layouts, key=self.cost):
@@ -107,13 +115,16 @@ class Search:
 
     def _without_limit(self, layouts: list[Layout]) -> Layout:
         """Take the largest micro batch and the fastest layout; recompute where activations are large."""
-        keeping = min(layouts, key=lambda layout: (-layout.micro_batch, self.cost(layout)))
+        keeping = self._largest(layouts)
         written = ledger(self.case.shapes, self.case.recipe, keeping)
         activations = (written.items | written.elsewhere).get("activations", 0)
         # Nothing bounds the memory here, but a machine whose memory cannot be read may still be small.
         if activations > KEPT_WITHOUT_BUDGET:
             return self._smallest(keeping)
         return keeping
+
+    def _largest(self, layouts: list[Layout]) -> Layout:
+        return min(layouts, key=lambda layout: (-layout.micro_batch, self.cost(layout)))
 
     def _micro_batches(self) -> list[int]:
         asked, rows = self.case.recipe.train.micro_batch, self.case.recipe.train.global_batch

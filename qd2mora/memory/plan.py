@@ -8,12 +8,12 @@ from functools import lru_cache
 import torch
 from transformers import AutoConfig
 
-from qd2mora.base import compute_dtype, default_device
 from qd2mora.base.loading import planning_config
 from qd2mora.errors import InputRefused
 from qd2mora.memory.choosing import Search
 from qd2mora.memory.ledger import ledger
-from qd2mora.memory.reasons import Choice, Limit, reasons
+from qd2mora.memory.place import Limit, Place
+from qd2mora.memory.reasons import Choice, reasons
 from qd2mora.memory.shapes import Shapes, read_shapes
 from qd2mora.memory.techniques import Case, Layout
 from qd2mora.memory.ways_out import ways_out
@@ -38,6 +38,11 @@ class Plan:
     layout: Layout
     trainable_parameters: int
     budget_bytes: int | None
+    budget_source: str
+    reserve_bytes: int
+    """What of the budget is left free."""
+    device: str
+    """What it is planned for."""
     ways_out: tuple[str, ...] = ()
 
     @property
@@ -57,22 +62,25 @@ class Plan:
 
     @property
     def shortfall_bytes(self) -> int:
-        """How far the peak is above the budget; 0 where it fits."""
+        """How far peak and reserve are above the budget; 0 where they fit."""
         if self.budget_bytes is None:
             return 0
-        return max(0, self.peak_bytes - self.budget_bytes)
+        return max(0, self.peak_bytes + self.reserve_bytes - self.budget_bytes)
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the budget, or there is none."""
+        """Whether the peak leaves the reserve of the budget, or there is no budget."""
         return self.shortfall_bytes == 0
 
     def to_json(self) -> dict[str, object]:
         """Return what `plan --json` prints."""
         return {
+            "device": self.device,
             "peak_bytes": self.peak_bytes,
             "fits": self.fits,
             "budget_bytes": self.budget_bytes,
+            "budget_source": self.budget_source,
+            "reserve_bytes": self.reserve_bytes,
             "shortfall_bytes": self.shortfall_bytes,
             "items": self.items,
             "elsewhere": self.elsewhere,
@@ -86,18 +94,21 @@ class Plan:
 def plan(recipe: Recipe, budget: str | int | None = None, device: torch.device | None = None) -> Plan:
     """Plan a run for a budget (bytes or "8GiB"; else the recipe's, else what is free there), reading no weights.
 
-    Without a `device` a GPU is planned for, in bfloat16 unless the recipe says otherwise or the GPU here is older; a
-    CPU passed explicitly is planned for as it runs, in float32. Rows are taken to be `data.max_length` long.
+    Without a `device` the one that is here is planned for, but a GPU where a budget is named: that of another machine
+    computes in bfloat16 unless the recipe says otherwise, a CPU in float32. A reserve is left of the budget. Rows are
+    taken to be `data.max_length` long.
 
     Raises InputRefused.
     """
-    limit = _limit(recipe, budget, device)
-    search = _search(recipe, device)
-    chosen, is_within = search.choose(limit.size)
+    place = Place.of(device, budget is not None or recipe.memory.budget is not None)
+    limit = _limit(recipe, budget, place)
+    search = _search(recipe, place)
+    # Free memory changes from start to start; on a CPU it decides what is recomputed, and the adapter stays the same.
+    chosen, is_within = search.choose(limit.usable, keeps_batch=limit.is_found and not place.on_gpu)
     written = ledger(search.case.shapes, recipe, chosen)
     ways: tuple[str, ...] = ()
-    if limit.size is not None and not is_within:
-        ways = ways_out(search, limit.size, written.peak_bytes, lambda changed: _search(changed, device))
+    if limit.usable is not None and not is_within:
+        ways = ways_out(search, limit.usable, written.peak_bytes, lambda changed: _search(changed, place))
     return Plan(
         items=written.items,
         elsewhere=written.elsewhere,
@@ -106,6 +117,9 @@ def plan(recipe: Recipe, budget: str | int | None = None, device: torch.device |
         layout=chosen,
         trainable_parameters=sum(search.case.shapes.trainable),
         budget_bytes=limit.size,
+        budget_source=limit.source,
+        reserve_bytes=limit.reserve,
+        device=place.name,
         ways_out=ways,
     )
 
@@ -122,22 +136,18 @@ def parse_size(text: str) -> int:
     return int(float(size.removesuffix(unit)) * SIZE_UNITS[unit])
 
 
-def _limit(recipe: Recipe, budget: str | int | None, device: torch.device | None) -> Limit:
+def _limit(recipe: Recipe, budget: str | int | None, place: Place) -> Limit:
     if isinstance(budget, str):
         return Limit(parse_size(budget), "the budget given")
     if budget is not None:
         return Limit(budget, "the budget given")
     if recipe.memory.budget is not None:
         return Limit(parse_size(recipe.memory.budget), "memory.budget")
-    device = device or default_device()
-    if device.type == "cuda" and torch.cuda.is_available():
-        # What other processes hold is not free, whatever the card has.
-        return Limit(torch.cuda.mem_get_info(device)[0], "what is free on the device")
-    return Limit(None, "no budget named")
+    return Limit.of_free(place)
 
 
 def _shapes(recipe: Recipe) -> Shapes:
-    config, _ = planning_config(recipe.base)
+    config = planning_config(recipe.base)
     return _built(
         config.to_json_string(use_diff=False),
         recipe.adapter.model_dump_json(exclude_unset=True),
@@ -153,16 +163,8 @@ def _built(config: str, adapter: str, num_tasks: int) -> Shapes:
     return read_shapes(AutoConfig.for_model(content.pop("model_type"), **content), mixture)
 
 
-def _dtype(recipe: Recipe, device: torch.device | None) -> torch.dtype:
-    # A GPU that is not here is taken for one of today, which computes in bfloat16.
-    is_elsewhere = not torch.cuda.is_available() and (device is None or device.type == "cuda")
-    if is_elsewhere and recipe.base.compute_dtype == "auto":
-        return torch.bfloat16
-    return compute_dtype(recipe.base, device or default_device())
-
-
-def _search(recipe: Recipe, device: torch.device | None) -> Search:
-    return Search(Case(_shapes(recipe), recipe, _dtype(recipe, device), device is None or device.type == "cuda"))
+def _search(recipe: Recipe, place: Place) -> Search:
+    return Search(Case(_shapes(recipe), recipe, place.dtype(recipe), place.on_gpu))
 
 
 __all__ = ["Plan", "parse_size", "plan"]

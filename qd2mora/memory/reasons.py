@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from qd2mora.memory.choosing import GIB, KEPT_WITHOUT_BUDGET, LARGEST_MICRO_BATCH, Search
+from qd2mora.memory.place import Limit
 from qd2mora.memory.techniques import TECHNIQUES, Layout, Technique
 
 
@@ -14,20 +15,11 @@ class Choice:
     reason: str
 
 
-@dataclass(frozen=True)
-class Limit:
-    """The bytes that a plan has to fit, if any, and who says so."""
-
-    size: int | None
-    source: str
-
-    @property
-    def room(self) -> str:
-        """What there is, in words."""
-        size = self.size
-        if size is None:
-            size = KEPT_WITHOUT_BUDGET
-        return f"{size / GIB:.2f} GiB ({self.source})"
+def _room(limit: Limit) -> str:
+    """Return what there is, in words."""
+    if limit.size is None:
+        return f"{KEPT_WITHOUT_BUDGET / GIB:.2f} GiB ({limit.source})"
+    return f"{limit.size / GIB:.2f} GiB ({limit.source}) less {limit.reserve / GIB:.2f} GiB in reserve"
 
 
 def reasons(search: Search, chosen: Layout, limit: Limit, is_within: bool) -> dict[str, Choice]:
@@ -38,15 +30,15 @@ def reasons(search: Search, chosen: Layout, limit: Limit, is_within: bool) -> di
         if asked != "auto":
             return Choice(value, "as the recipe says")
         if not is_within:
-            return Choice(value, f"smallest plan; nothing fits {limit.room}")
+            return Choice(value, f"smallest plan; nothing fits {_room(limit)}")
         return Choice(value, reason)
 
-    largest = f"fastest plan that fits {limit.room}"
+    largest = f"fastest plan that fits {_room(limit)}"
     if limit.size is None:
         largest = f"the largest divisor of global_batch up to {LARGEST_MICRO_BATCH}; {limit.source}"
     choices = {
         "train.micro_batch": choice(recipe.train.micro_batch, chosen.micro_batch, largest),
-        "memory.checkpointing": choice(recipe.memory.checkpointing, *_recomputing(search, chosen, limit.room)),
+        "memory.checkpointing": choice(recipe.memory.checkpointing, *_recomputing(search, chosen, _room(limit))),
     }
     for row in TECHNIQUES:
         choices[row.key] = choice(row.asked(recipe), row.told(chosen), _reason(search, chosen, row, limit))
@@ -84,4 +76,4 @@ def _dtype_choice(search: Search, chosen: Layout) -> Choice:
     return Choice(str(chosen.dtype).removeprefix("torch."), reason)
 
 
-__all__ = ["Choice", "Limit", "reasons"]
+__all__ = ["Choice", "reasons"]

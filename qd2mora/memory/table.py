@@ -23,7 +23,8 @@ def show_bytes(size: int) -> str:
 
 
 def _items(planned: Plan) -> Table:
-    table = Table(title=f"{planned.trainable_parameters:,} trainable parameters", show_edge=False)
+    title = f"planned for {planned.device}; {planned.trainable_parameters:,} trainable parameters"
+    table = Table(title=title, show_edge=False)
     table.add_column("item")
     table.add_column("memory", justify="right")
     table.add_column("share of the peak")
@@ -41,10 +42,13 @@ def _items(planned: Plan) -> Table:
 def _verdict(planned: Plan) -> str:
     if planned.budget_bytes is None:
         return "no budget"
+    reserve = f"{show_bytes(planned.reserve_bytes)} in reserve"
+    room = f"the budget of {show_bytes(planned.budget_bytes)}"
+    if "free" in planned.budget_source:
+        room = f"{planned.budget_source}, {show_bytes(planned.budget_bytes)}"
     if planned.fits:
-        return f"fits the budget of {show_bytes(planned.budget_bytes)}"
-    short = show_bytes(planned.shortfall_bytes)
-    return f"does not fit the budget of {show_bytes(planned.budget_bytes)}: {short} short"
+        return f"fits {room}, {reserve}"
+    return f"does not fit {room} with {reserve}: {show_bytes(planned.shortfall_bytes)} short"
 
 
 def _choices(planned: Plan) -> Table:

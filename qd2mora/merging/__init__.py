@@ -34,6 +34,8 @@ class Asked:
     task: str | None
     vector: list[float] | None
     allow_changed: Collection[str]
+    measured_rows: int | None
+    keeps: bool
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Export:
         measured = f"before rounding to {self.form.dtype}"
         if self.form.dtype == "nf4":
             measured = "as written"
+        if not self.updates.is_measured:
+            measured = "not measured, as was asked"
         return {
             "to": self.form.to,
             "base": self.form.base,
@@ -84,8 +88,8 @@ class Export:
             "notes": self.updates.notes,
             "seconds": self.updates.seconds,
             "modules": {
-                name: {"unexplained": share, "rounding": self.written.rounding.get(name, 0.0)}
-                for name, share in self.unexplained.items()
+                name: {"unexplained": self.unexplained.get(name), "rounding": self.written.rounding.get(name, 0.0)}
+                for name in self.unexplained or self.written.rounding
             },
             "bytes": self.written.num_bytes,
             "files": list(self.written.files),
@@ -105,6 +109,8 @@ def merge(
     max_shard: str | None = None,
     with_vocabulary: bool = True,
     allow_changed: Collection[str] = (),
+    measured_rows: int | None = None,
+    keeps: bool = True,
 ) -> Export:
     """Export a run as a folder `out`, with `export_report.json` and a sealed `manifest.json` in it.
 
@@ -112,6 +118,8 @@ def merge(
     `base`: the weights that training saw, or the original ones. `dtype`: of the weights, one of the rung's.
     `task`: export for this task alone: calibration and measuring use its rows; needed where the method routes by task.
     `vector`: export for rows that bring this vector, where the method reads one.
+    `measured_rows`: of those held out, to measure the export on, 512 where None; 0: it is not measured, and says so.
+    `keeps`: take what an earlier merge made of the same from the run's `static/`, and keep it there.
 
     Raises InputRefused, also where the base is not the one trained on and `allow_changed` does not name it, and
     DamagedFile; `out` appears whole or not at all.
@@ -121,7 +129,7 @@ def merge(
     # All that can be refused is refused before the base is loaded, which takes minutes for a 7B.
     _refuse_unfit(run, form, strategy)
     with taken(Path(out), "--out") as target:
-        asked = Asked(strategy, task, vector, allow_changed)
+        asked = Asked(strategy, task, vector, allow_changed, measured_rows, keeps)
         return replace(_exported(run, target, form, asked), folder=Path(out))
 
 
@@ -132,9 +140,10 @@ def _exported(run: str | Path, target: Path, form: ExportForm, asked: Asked) -> 
     opened.tokenizer.chat_template = template_to_keep(opened.recipe.data) or opened.tokenizer.chat_template
     weights = open_weights(opened, form)
     if form.is_routed:
-        updates = measure_routed(opened, asked.task, asked.vector)
+        updates = measure_routed(opened, asked.task, asked.vector, measured_rows=asked.measured_rows)
     else:
-        updates = make_static(opened, asked.strategy, asked.task, asked.vector)
+        asks = (asked.strategy, asked.task, asked.vector)
+        updates = make_static(opened, *asks, measured_rows=asked.measured_rows, keeps=asked.keeps)
     # What the writing needs is copied out of the model, so that this can go before the base's weights come in one by
     # one.
     write = form.rung.prepare(opened, weights, updates.statics, form)

@@ -24,6 +24,7 @@ from qd2mora.merging.static_updates import replaced
 from qd2mora.merging.statistics import decode
 from qd2mora.merging.strategy_inputs import Batches, StrategyInputs
 from qd2mora.mixture.low_rank import LowRank
+from qd2mora.terminal.pace import paced
 
 ROWS_A_STEP = 8
 LEARNING_RATE = 5e-4
@@ -72,7 +73,7 @@ def distill(inputs: StrategyInputs, start: Mapping[str, LowRank], steps: int) ->
     teacher = Teacher(model, keeps=steps * per_step > len(batches))
     if inputs.recomputes:
         enable_checkpointing(model.get_base_model())
-    for step in range(steps):
+    for step in paced("distilling, steps", range(steps)):
         numbers = [place % len(batches) for place in range(step * per_step, (step + 1) * per_step)]
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * _factor(step, steps)
@@ -87,7 +88,7 @@ def mean_divergence(model: PeftModel, statics: Mapping[str, LowRank], batches: B
     """Return the mean KL(routed | static) over the labelled tokens of batches, in nats."""
     total, tokens = 0.0, 0
     with torch.no_grad():
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(paced("checking on training rows, batches", batches)):
             wanted = teacher.states(number, batch)
             with replaced(model, statics):
                 total += float(divergence(model, batch, decode(model, batch), wanted))

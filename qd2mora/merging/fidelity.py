@@ -1,6 +1,6 @@
 """How much of the adapter an export keeps: per linear from its output, end to end from losses and distributions."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from qd2mora.memory.loss import labelled_states
 from qd2mora.merging.static_updates import Statics, replaced
 from qd2mora.merging.statistics import Moments, decode, observed
 from qd2mora.mixture import MixtureLinear, mixture_layers
+from qd2mora.terminal.pace import paced
 
 TOKENS_AT_ONCE = 256
 
@@ -65,7 +66,7 @@ def unexplained(moments: Moments, core_PF: Tensor, up_OP: Tensor) -> float:
 
 
 def missed(
-    model: PeftModel, statics: Statics, batches: Iterable[dict[str, Tensor]], adapter_name: str = "default"
+    model: PeftModel, statics: Statics, batches: Sequence[dict[str, Tensor]], adapter_name: str = "default"
 ) -> dict[str, float]:
     """Return for each linear the share of the adapter's output energy that its static update misses, in one pass.
 
@@ -88,7 +89,7 @@ def missed(
             gram = banks[name]
             energies[name] += torch.stack([(gram * second).sum(), (gram * second)[:num, :num].sum()])
 
-        for batch in batches:
+        for batch in paced("measuring each linear, batches", batches):
             with observed({name: layers[name] for name in statics}, observe, batch["attention_mask"].bool()):
                 decode(model, batch)
     return {name: _share(*energy.tolist()) for name, energy in energies.items()}
@@ -107,7 +108,7 @@ def _share(missing: float, total: float) -> float:
 def measure(
     model: PeftModel,
     statics: Statics,
-    batches: Iterable[dict[str, Tensor]],
+    batches: Sequence[dict[str, Tensor]],
     tasks: Sequence[str] = (),
     merged_on: PeftModel | None = None,
 ) -> Fidelity:
@@ -120,7 +121,7 @@ def measure(
     sums = torch.zeros(max(1, len(tasks)), 6, dtype=torch.float64)
     other = model if merged_on is None else merged_on
     with torch.no_grad():
-        for batch in batches:
+        for batch in paced("measuring on held-out rows, batches", batches):
             targets = labels_of(batch)
             routed = labelled_states(model, batch)
             with replaced(other, statics):

@@ -9,9 +9,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from qd2mora.data import Row
 from qd2mora.errors import InputRefused
 from qd2mora.merging.fidelity import Fidelity, measure, missed
-from qd2mora.merging.original_base import on_original
+from qd2mora.merging.kept_updates import Measured, Shelf, Solution
+from qd2mora.merging.original_base import on_original, why_not_original
 from qd2mora.merging.sample import ROWS_AT_ONCE, PaddedBatches, Sample, batches_of, sample_rows, shuffled_batches
 from qd2mora.merging.static_updates import Statics, of_cores
 from qd2mora.merging.strategies import find_strategy
@@ -38,39 +40,94 @@ class MeasuredUpdates:
     task: str | None = None
     notes: dict[str, object] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    is_measured: bool = True
+    """Whether anybody wanted it measured."""
 
 
 def make_static(
-    opened: OpenRun, strategy: str, task: str | None = None, vector: list[float] | None = None
+    opened: OpenRun,
+    strategy: str,
+    task: str | None = None,
+    vector: list[float] | None = None,
+    *,
+    measured_rows: int | None = None,
+    keeps: bool = False,
 ) -> MeasuredUpdates:
-    """Make and measure the static updates of an open run. Raises InputRefused."""
-    number = _task_number(opened, task)
+    """Make and measure the static updates of an open run. Raises InputRefused.
+
+    `measured_rows`: of those held out, HELD_OUT_ROWS where None; 0: nothing is measured. `keeps`: take what an earlier
+    call made of the same from the run's folder, and keep it there.
+    """
+    number = task_number(opened, task)
     _check_vector(opened, vector)
     row, is_exact = find_strategy(strategy), opened.routers.depends_on != TOKEN
     if row.one_task and task is None and not is_exact:
         raise InputRefused(f"--strategy: {strategy} goes with --task NAME, or --task all for an export of each")
-    rows, notes, began = sample_rows(opened, number, row.share), dict[str, object](), time.monotonic()
-    if is_exact:
-        cores = constant_mixing(opened.model, number or 0, vector)
-        statics: Statics = of_cores(opened.model, cores)
-        strategy, calibration_rows = "exact", 0
-    else:
-        inputs = strategy_inputs_of(opened, rows, vector)
-        statics, notes = row.make(inputs), inputs.notes
-        calibration_rows = len(rows.calibration)
+    rows, began = sample_rows(opened, number, row.share, measured_rows), time.monotonic()
+    question = _Question(opened, "exact" if is_exact else strategy, task, vector, rows)
+    shelf = question.shelf(keeps)
+    solution = shelf.solution(opened.model.device)
+    if solution is None:
+        solution = question.exact(number) if is_exact else question.solved()
+        if not is_exact:
+            shelf.keep(solution)
     made = time.monotonic()
-    held_out = batches_of(opened, rows.held_out, vector)
+    measured = Measured({}, {}, {}) if measured_rows == 0 else question.measured(solution, shelf)
     return MeasuredUpdates(
-        strategy=strategy,
+        strategy=solution.strategy,
         exact=is_exact,
-        statics=statics,
-        bases=_fidelity_by_base(opened, statics, held_out, notes),
-        unexplained=missed(opened.model, statics, held_out or batches_of(opened, rows.calibration, vector)),
-        calibration_rows=calibration_rows,
+        statics=solution.statics,
+        bases=measured.bases,
+        unexplained=measured.unexplained,
+        calibration_rows=solution.calibration_rows,
         task=task,
-        notes=notes,
+        notes=solution.notes | measured.notes,
         seconds={"making": made - began, "measuring": time.monotonic() - made},
+        is_measured=measured_rows != 0,
     )
+
+
+@dataclass(frozen=True)
+class _Question:
+    """Which static updates of a run are wanted, and the rows to make and to measure them."""
+
+    opened: OpenRun
+    strategy: str
+    task: str | None
+    vector: list[float] | None
+    rows: Sample
+
+    def shelf(self, keeps: bool) -> Shelf:
+        """Return where they are kept. What is exact is quickly made, and depends on no rows."""
+        settings: dict[str, object] = {"strategy": self.strategy, "task": self.task, "vector": self.vector}
+        rows: list[Row] = []
+        if self.strategy != "exact":
+            rows = [*self.rows.calibration, *self.rows.checking, *self.rows.training]
+            settings |= {"trained_rows": self.rows.trained_rows, "as_trained": list(_as_trained(self.opened))}
+            settings["optimizer"] = self.opened.recipe.train.optimizer
+        return Shelf.of(self.opened, settings, rows, keeps=keeps)
+
+    def exact(self, number: int | None) -> Solution:
+        cores = constant_mixing(self.opened.model, number or 0, self.vector)
+        return Solution("exact", of_cores(self.opened.model, cores), 0)
+
+    def solved(self) -> Solution:
+        inputs = strategy_inputs_of(self.opened, self.rows, self.vector)
+        statics = find_strategy(self.strategy).make(inputs)
+        return Solution(self.strategy, statics, len(self.rows.calibration), inputs.notes)
+
+    def measured(self, solution: Solution, shelf: Shelf) -> Measured:
+        """Measure, or take what was measured of the same."""
+        place = shelf.measured_on(self.rows.held_out or self.rows.calibration, why_not_original(self.opened))
+        kept = place.measured()
+        if kept is not None:
+            return kept
+        held_out, notes = batches_of(self.opened, self.rows.held_out, self.vector), dict[str, object]()
+        bases = _fidelity_by_base(self.opened, solution.statics, held_out, notes)
+        of_linears = held_out or batches_of(self.opened, self.rows.calibration, self.vector)
+        found = Measured(bases, missed(self.opened.model, solution.statics, of_linears), notes)
+        place.keep_measured(found)
+        return found
 
 
 def _fidelity_by_base(
@@ -87,17 +144,19 @@ def _fidelity_by_base(
     return bases
 
 
-def measure_routed(opened: OpenRun, task: str | None = None, vector: list[float] | None = None) -> MeasuredUpdates:
+def measure_routed(
+    opened: OpenRun, task: str | None = None, vector: list[float] | None = None, *, measured_rows: int | None = None
+) -> MeasuredUpdates:
     """Measure the routed adapter as it is; it is told the task, where its routers read one beside the token."""
-    number = _task_number(opened, task, is_routed=True)
+    number = task_number(opened, task, is_routed=True)
     _check_vector(opened, vector)
-    held_out = batches_of(opened, sample_rows(opened, number).held_out, vector)
+    held_out = batches_of(opened, sample_rows(opened, number, measured_rows=measured_rows).held_out, vector)
     bases = {}
     if held_out:
         bases["dequantized"] = measure(opened.model, {}, held_out)
     if number is not None:
         read_rows(opened.model, {"task_index": torch.tensor([number], device=opened.model.device)})
-    return MeasuredUpdates("routed", True, {}, bases, {}, 0, task)
+    return MeasuredUpdates("routed", True, {}, bases, {}, 0, task, is_measured=measured_rows != 0)
 
 
 def constant_mixing(
@@ -144,7 +203,7 @@ def _as_trained(opened: OpenRun) -> tuple[int, bool]:
     return int(choices["train.micro_batch"]["value"]), choices["memory.checkpointing"]["value"] == "on"
 
 
-def _task_number(opened: OpenRun, task: str | None, *, is_routed: bool = False) -> int | None:
+def task_number(opened: OpenRun, task: str | None, *, is_routed: bool = False) -> int | None:
     """Return the task's number; a routed export, too, holds one task where its routers read it beside the token."""
     names = [each.name for each in opened.recipe.data.tasks]
     if task is not None and task not in names:
@@ -169,4 +228,4 @@ def _check_vector(opened: OpenRun, vector: list[float] | None) -> None:
     raise InputRefused(f"--vector: {method} {wanted}, {given or 'none'} given; one export serves one vector")
 
 
-__all__ = ["MeasuredUpdates", "constant_mixing", "make_static", "measure_routed", "strategy_inputs_of"]
+__all__ = ["MeasuredUpdates", "constant_mixing", "make_static", "measure_routed", "strategy_inputs_of", "task_number"]

@@ -1,6 +1,5 @@
 """The base as it was before quantisation, with the same adapter, to measure what an export on it would be worth."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,13 +9,14 @@ from torch import nn
 
 from qd2mora.adapter_folder import load_adapter
 from qd2mora.base import RANDOM, base_config, compute_dtype, is_nf4, load_base
+from qd2mora.base.host_memory import available_bytes
 from qd2mora.run_folder import OpenRun
 
 
 @contextmanager
 def on_original(opened: OpenRun, notes: dict[str, object]) -> Iterator[PeftModel | None]:
     """Yield the run's model on unquantised weights, on the same device; None, and a note why, where it cannot be."""
-    why = _why_not(opened)
+    why = why_not_original(opened)
     if why:
         notes["original_base"] = why
         yield None
@@ -27,7 +27,8 @@ def on_original(opened: OpenRun, notes: dict[str, object]) -> Iterator[PeftModel
     yield load_adapter(model, base, opened.folder.adapter, ["base", "base.quantization"]).eval()
 
 
-def _why_not(opened: OpenRun) -> str | None:
+def why_not_original(opened: OpenRun) -> str:
+    """Say why an export on the original weights is not measured; nothing where it is."""
     base = opened.recipe.base
     if base.quantization == "none":
         return "the adapter was trained on it"
@@ -36,8 +37,8 @@ def _why_not(opened: OpenRun) -> str | None:
     device = opened.model.device
     # A fifth more than the weights for what a pass holds.
     needed = 1.2 * compute_dtype(base, device).itemsize * _entries(opened.model)
-    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
-    return f"no room to measure it: needs {needed / 2**30:.1f} GiB" if needed > there else None
+    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+    return f"no room to measure it: needs {needed / 2**30:.1f} GiB" if needed > there else ""
 
 
 def _entries(model: PeftModel) -> int:
@@ -48,8 +49,4 @@ def _entries(model: PeftModel) -> int:
     return rest + sum(each.in_features * each.out_features for each in linears)
 
 
-def _free_host_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-__all__ = ["on_original"]
+__all__ = ["on_original", "why_not_original"]

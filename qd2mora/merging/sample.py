@@ -54,10 +54,11 @@ class PaddedBatches(Sequence[dict[str, Tensor]]):
         return batch
 
 
-def sample_rows(opened: OpenRun, number: int | None, share: float = 1.0) -> Sample:
+def sample_rows(opened: OpenRun, number: int | None, share: float = 1.0, measured_rows: int | None = None) -> Sample:
     """Return rows evenly over tasks (or of task `number`), up to the limits, the same for the same run.
 
     `share`: of the training's own cost that the work may take; with little, fewer rows are calibrated and checked on.
+    `measured_rows`: how many held-out rows, up to HELD_OUT_ROWS where None.
     """
     tasks = prepare(opened.recipe.data, opened.tokenizer, opened.recipe.train.seed, opened.clock)
     train = opened.recipe.train
@@ -73,7 +74,7 @@ def sample_rows(opened: OpenRun, number: int | None, share: float = 1.0) -> Samp
     chosen = tasks if number is None else [tasks[number]]
     generator = np.random.default_rng(opened.recipe.train.seed)
     sample = Sample([], [], [], [], trained)
-    for task in chosen:
+    for which, task in enumerate(chosen):
         order = generator.permutation(len(task.train)).tolist()
         # Checking rows are set aside first, so that neither calibration nor distillation ever sees them.
         num_checking = min(math.ceil(checked / len(chosen)), len(order) // 5)
@@ -81,11 +82,18 @@ def sample_rows(opened: OpenRun, number: int | None, share: float = 1.0) -> Samp
         sample.training.extend(task.train[place] for place in order[num_checking:])
         fitted = order[num_checking : num_checking + math.ceil(calibrated / len(chosen))]
         sample.calibration.extend(task.train[place] for place in sorted(fitted))
-        places = generator.permutation(len(task.validation))[: HELD_OUT_ROWS // len(chosen)]
+        places = generator.permutation(len(task.validation))[: _rows_of_task(which, len(chosen), measured_rows)]
         sample.held_out.extend(task.validation[place] for place in sorted(places.tolist()))
     order = generator.permutation(len(sample.training)).tolist()
     sample.training[:] = [sample.training[place] for place in order]
     return sample
+
+
+def _rows_of_task(number: int, num_tasks: int, measured_rows: int | None) -> int:
+    """Return how many held-out rows a task gives: as many as the others, but for what does not come out even."""
+    if measured_rows is None:
+        return HELD_OUT_ROWS // num_tasks
+    return measured_rows // num_tasks + (number < measured_rows % num_tasks)
 
 
 def batches_of(opened: OpenRun, rows: list[Row], vector: list[float] | None = None) -> PaddedBatches:
@@ -111,4 +119,4 @@ def _padded(opened: OpenRun, parts: list[list[Row]], vector: list[float] | None)
     return PaddedBatches(parts, pad, opened.model.device, vector)
 
 
-__all__ = ["ROWS_AT_ONCE", "PaddedBatches", "Sample", "batches_of", "sample_rows", "shuffled_batches"]
+__all__ = ["HELD_OUT_ROWS", "ROWS_AT_ONCE", "PaddedBatches", "Sample", "batches_of", "sample_rows", "shuffled_batches"]

@@ -12,14 +12,15 @@ from qd2mora.merging.statistics import balanced, collect
 from qd2mora.merging.strategy_inputs import Batches
 from qd2mora.mixture import mixture_layers
 from qd2mora.mixture.low_rank import LowRank
+from qd2mora.terminal.pace import paced
 
 
 def sequential(model: PeftModel, batches: Batches) -> dict[str, LowRank]:
     """Return static updates fitted from the first decoder layer to the last."""
     statics: dict[str, LowRank] = {}
-    for names in stages(model):
+    for names in paced("least squares, decoder layers", stages(model)):
         with replaced(model, statics):
-            moments = collect(model, batches, names=names, with_mixing=False, weigh=balanced)
+            moments = collect(model, batches, names=names, with_mixing=False, weigh=balanced, is_shown=False)
         statics |= of_cores(model, {name: core_lsq.mixing(each) for name, each in moments.items()})
     return statics
 

@@ -6,7 +6,7 @@ P x (Q+E), P x P and P x Q: d_in and d_out do not enter. The layers hand over th
 that a pass costs what it costs without statistics, and one small product for each linear and batch.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 from qd2mora.base.passes import labelled, last_states
 from qd2mora.mixture import MixtureLinear, mixture_layers, read_rows
 from qd2mora.routed.ops import wide
+from qd2mora.terminal.pace import paced
 
 Batch = Mapping[str, Tensor]
 
@@ -98,17 +99,18 @@ Observe = Callable[[str, MixtureLinear, Tensor, Tensor], None]
 
 def collect(
     model: PeftModel,
-    batches: Iterable[dict[str, Tensor]],
+    batches: Sequence[dict[str, Tensor]],
     adapter_name: str = "default",
     *,
     names: Collection[str] | None = None,
     with_mixing: bool = True,
     weigh: Weigh = attended,
+    is_shown: bool = True,
 ) -> dict[str, Moments]:
     """Run the routed model over batches once and return the moments of every adapted linear (or of `names`) by name.
 
     `with_mixing`: whether to average K_t too, which mean gates need and least squares do not. `weigh`: what tokens are
-    worth.
+    worth. `is_shown`: tell how far it is.
     """
     layers = {name: each for name, each in mixture_layers(model).items() if names is None or name in names}
     moments: dict[str, Moments] = {}
@@ -117,7 +119,7 @@ def collect(
         num_core = step.width_down + step.shared
         moments[name] = Moments(step.width_up + step.shared, num_core, step.features - num_core)
     with torch.no_grad():
-        for batch in batches:
+        for batch in paced("statistics of training rows, batches", batches, is_shown=is_shown):
             weight = weigh(batch)
             total = float(weight.sum())
             for each in moments.values():

@@ -14,24 +14,13 @@ from qd2mora.mixture.penalties import WEIGHT_PENALTIES
 from qd2mora.mixture.presets import find_method
 from qd2mora.mixture.registration import QD2MORA
 from qd2mora.mixture.start_folder import KEY as START
-from qd2mora.mixture.start_folder import start_settings
-from qd2mora.mixture.trained_loras import read_trained_loras
+from qd2mora.mixture.start_folder import OF_A_RUN, alike, start_settings
+from qd2mora.mixture.trained_experts import experts_given
 from qd2mora.recipe.adapter import Adapter, DownInit, SharedInit
 from qd2mora.routed.gate import ROLES, Gate, Gates
 
 GateChanges = Mapping[str, object]
 """Fields of one router that a configuration sets."""
-
-
-_OF_A_RUN = {"dropout", "dropout_per_expert", "penalty", "penalties"}
-"""Keys that a run may change of the adapter it goes on from: they are in none of its tensors."""
-
-
-def _alike(one: object, other: object) -> bool:
-    """Compare settings, lists of names whatever their order."""
-    if isinstance(one, list | set) and isinstance(other, list | set):
-        return sorted(map(str, one)) == sorted(map(str, other))
-    return one == other
 
 
 @dataclass
@@ -222,7 +211,7 @@ class MixtureConfig(PeftConfig):
             return cls._from_start(adapter, num_tasks)
         row = find_method(adapter.method)
         content = adapter.model_dump(exclude={"targets", "penalty", "adapters", "start", "grow"}, exclude_none=True)
-        content |= _experts_given(adapter, row)
+        content |= experts_given(adapter, row)
         if adapter.penalty is not None:
             if not row.penalties:
                 raise InputRefused(f"adapter.penalty: {row.name} has none; name one in adapter.penalties")
@@ -258,10 +247,10 @@ class MixtureConfig(PeftConfig):
         # What is given is read as in any recipe, so that defaults and short forms mean the same.
         told = adapter.model_copy(update={"start": None, "grow": None, "method": start.method})
         asked = cls.from_recipe(told, num_tasks)
-        for key in sorted(given - _OF_A_RUN - {"method", "adapters", "grow"}):
+        for key in sorted(given - OF_A_RUN - {"method", "adapters", "grow"}):
             name = "target_modules" if key == "targets" else key
             wanted, there = getattr(asked, name), getattr(start, name)
-            if not _alike(wanted, there):
+            if not alike(wanted, there):
                 raise InputRefused(f"adapter.{key}: {wanted}, but '{adapter.start}' has {there}; leave it out")
         changes: dict[str, Any] = {
             key: getattr(asked, key) for key in ("dropout", "dropout_per_expert") if key in given
@@ -404,26 +393,6 @@ def _changed(gate: Gate, changes: GateChanges) -> Gate:
 
 def _reads_task(changes: dict[str, GateChanges] | None) -> bool:
     return any("task" in str(fields.get("input")) for fields in (changes or {}).values())
-
-
-def _experts_given(adapter: Adapter, row: Method) -> dict[str, Any]:
-    """Return the settings that trained LoRAs decide: how many experts, their ranks, the linears."""
-    if adapter.adapters is None:
-        if row.given == "needed":
-            raise InputRefused(f"adapter.adapters: {row.name} mixes trained LoRAs; name their folders")
-        if not adapter.train_experts:
-            raise InputRefused("adapter.train_experts: false goes with adapter.adapters: new experts must be trained")
-        return {}
-    if row.given == "no" or row.pairing != "tied":
-        raise InputRefused(f"adapter.adapters: {row.name} does not take trained LoRAs; cat, xlora or meteora do")
-    for key in ("rank", "ranks", "down", "up", "targets"):
-        if getattr(adapter, key) is not None:
-            raise InputRefused(f"adapter.{key}: the LoRAs of adapter.adapters decide it; leave it out")
-    loras = read_trained_loras(list(adapter.adapters))
-    ranks = [lora.rank for lora in loras]
-    experts = {"experts": len(loras)}
-    targets = sorted(set().union(*(lora.targets for lora in loras)))
-    return {"ranks": ranks, "rank": max(ranks), "down": experts, "up": experts, "targets": targets}
 
 
 __all__ = ["MixtureConfig"]

@@ -21,6 +21,8 @@ from qd2mora.mixture.trained_loras import read_trained_loras
 
 KEY = "adapter.start"
 PREFIX = "base_model.model."
+OF_A_RUN = {"dropout", "dropout_per_expert", "penalty", "penalties"}
+"""Keys that a run may change of the adapter it goes on from: they are in none of its tensors."""
 _OF_PEFT = {each.name for each in fields(PeftConfig)} | {"peft_type", "inference_mode"}
 
 
@@ -68,4 +70,11 @@ def start_tensors(start: str) -> dict[str, Tensor]:
     return {key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}
 
 
-__all__ = ["KEY", "start_folder", "start_settings", "start_tensors"]
+def alike(one: object, other: object) -> bool:
+    """Compare settings, lists of names whatever their order."""
+    if isinstance(one, list | set) and isinstance(other, list | set):
+        return sorted(map(str, one)) == sorted(map(str, other))
+    return one == other
+
+
+__all__ = ["KEY", "OF_A_RUN", "PREFIX", "alike", "start_folder", "start_settings", "start_tensors"]

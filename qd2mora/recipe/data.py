@@ -67,7 +67,8 @@ class Data(Section):
     """In place of train.steps and train.epochs: the run ends when the first, or the last, weighted task has given all
     its rows."""
     max_length: Annotated[int, Field(ge=8, le=2**24)] = 512
-    """Longer rows are cut at the end, and counted."""
+    """Longer rows are cut at the end, and counted; one that loses its whole answer is left out, and counted. More than
+    5% of those in a task stop the run, unless `on_bad_row` is `skip`."""
     packing: bool = False
     """Rows of a step share lines of max_length tokens; attention keeps them apart, and the result is the same."""
     mask_prompt: bool = True

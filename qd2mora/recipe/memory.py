@@ -29,7 +29,7 @@ class Memory(Section):
     """What may be traded for memory."""
 
     budget: Annotated[str, Field(pattern=SIZE)] | None = None
-    """The plan must fit this, for example 8GiB."""
+    """The plan must fit this, for example 8GiB, and leave 4% of it, at least 256 MiB; left out: what is free."""
     checkpointing: Literal["auto", "on", "off"] | Count = "auto"
     """Recompute decoder layers in the backward pass: all, none, or the first N; auto: as few as the budget needs."""
     loss_chunk: Literal["auto"] | Count = "auto"

@@ -14,15 +14,17 @@ ENOUGH = 0.95
 
 
 def show_export(export: Export, out: Path, console: Console) -> None:
-    """Print what an export keeps: per linear, and end to end in one line."""
-    if not export.exact:
-        console.print(_unexplained(export))
-        if export.fidelity is not None and len(export.fidelity.tasks) > 1:
-            console.print(_tasks(export))
-    lines = [f"export       {out}", _bases(export), verdict(export), _rounding(export), warning(export)]
+    """Print what an export keeps: end to end in one line, then by task and by linear."""
+    lines = [f"export       {out}", verdict(export), warning(export), _bases(export), _rounding(export)]
     for line in lines:
         if line is not None:
             console.print(line, highlight=False, soft_wrap=True)
+    if export.exact:
+        return
+    if export.fidelity is not None and len(export.fidelity.tasks) > 1:
+        console.print(_tasks(export))
+    if export.unexplained:
+        console.print(_unexplained(export))
 
 
 def _unexplained(export: Export) -> Table:
@@ -41,6 +43,8 @@ def _unexplained(export: Export) -> Table:
 def verdict(export: Export) -> str:
     """Say in one line what the export is worth."""
     how, fidelity = _how(export), export.fidelity
+    if not export.updates.is_measured:
+        return f"{how}; what it keeps was NOT measured (--measure none)"
     if fidelity is None:
         return f"{how}; no held-out rows to measure it on"
     if export.form.is_routed:
@@ -94,7 +98,9 @@ def _how(export: Export) -> str:
     if notes.get("steps"):
         words += f" ({notes['steps']} steps)"
     words += ", an approximation"
-    if "making" in export.updates.seconds:
+    if notes.get("kept"):
+        words += ", kept from an earlier merge"
+    elif "making" in export.updates.seconds:
         words += f", made in {export.updates.seconds['making']:.0f} s"
     return words
 

@@ -28,7 +28,7 @@ TRAINED = (RECIPE, "metrics.jsonl")
 """Files that training writes."""
 LATER = ("routing.json", "scores.json", "samples.json", "report.html")
 """Files that the end of a run, or a verb after it, writes."""
-FOLDERS = ("adapter", "best", "checkpoints", "export")
+FOLDERS = ("adapter", "best", "checkpoints", "export", "static")
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_config.json", MANIFEST, "README.md")
 """What an adapter's folder holds; the last is PEFT's, and not listed."""
 CHECKPOINT_NAMES = ("adapter.safetensors", "optimizer.safetensors", MANIFEST)
@@ -75,10 +75,17 @@ def _foreign_entry(run: Path, name: str, manifest: Manifest, listed: Manifest) -
     if path.is_file():
         is_listed = name in listed["files"] and _is_as_listed(path, listed["files"][name])
         return None if is_listed or (name in OWN and name not in FOLDERS) else path
+    return _foreign_folder(path, name, listed)
+
+
+def _foreign_folder(path: Path, name: str, listed: Manifest) -> Path | None:
     if name == "adapter":
         return foreign_in(path, ADAPTER_NAMES)
     if name in ("best", "checkpoints"):
         return _foreign_step(path, ADAPTER_NAMES if name == "best" else CHECKPOINT_NAMES)
+    if name == "static":
+        found = (foreign_in(each) for each in sorted(path.iterdir()) if not is_passing(each.name))
+        return next((each for each in found if each is not None), None)
     if name == _TRACKED:
         return next((each for each in sorted(path.rglob("*")) if each.is_symlink() or not _is_tracked(each)), None)
     if name == "additional_chat_templates":
@@ -129,6 +136,7 @@ def _holds(run: Path) -> tuple[list[str], list[str]]:
     folders = [name for name in ("adapter", "export") if (run / name / MANIFEST).is_file()]
     for kind in ("best", "checkpoints"):
         folders += [f"{kind}/{path.name}" for path in sorted((run / kind).glob("step-*")) if _STEP.fullmatch(path.name)]
+    folders += [f"static/{path.parent.name}" for path in sorted((run / "static").glob(f"*/{MANIFEST}"))]
     names = [*TRAINED, *LATER, *TOKENIZER_NAMES, "best/best.json"]
     names += [f"{path.parent.name}/{path.name}" for path in (run / "additional_chat_templates").glob("*")]
     names += [f"{folder}/{path.name}" for folder in folders for path in (run / folder).glob("*.md")]
@@ -265,6 +273,7 @@ def _verify_unlisted(run: Path, is_recent: bool) -> tuple[int, list[str]]:
         sealed += sorted((run / kind).glob("step-*"))
     if os.path.lexists(run / "export"):
         sealed.append(run / "export")
+    sealed += [path.parent for path in sorted((run / "static").glob(f"*/{MANIFEST}"))]
     size = 0
     for folder in sealed:
         _refuse_link(run, folder.relative_to(run).as_posix())

@@ -187,7 +187,7 @@ class Saver:
 def _has_room_for(state: State) -> bool:
     """Tell whether the copy leaves as much memory again to the rest of the machine."""
     size = sum(tensor.nbytes for tensor in (*state.adapter.values(), *state.moments.values()))
-    return (available_bytes() or 0) > size
+    return available_bytes() > size
 
 
 __all__ = ["Saver", "newest", "read", "save", "set_aside_after", "steps_on_disk"]

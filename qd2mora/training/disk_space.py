@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def refuse_full(folder: Path, needed: int) -> None:
     """Compare what a run will write with what is free to this user. Raises DiskTrouble."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    state = os.statvfs(there)
-    free = state.f_bavail * state.f_frsize
+    free = shutil.disk_usage(there).free
     if free < needed:
         raise DiskTrouble(
             f"disk: '{folder}' needs {needed / MIB:,.1f} MiB for checkpoints and adapter, {free / MIB:,.1f} MiB are "
@@ -37,8 +37,10 @@ def checkpoint_bytes(planned: Plan) -> int:
 def take_and_give_back(folder: Path, size: int) -> None:
     """Take the room of a file without writing it: a quota or a limit on files is no part of what a disk says is free.
 
-    A file system that cannot do that is not asked. Raises OSError.
+    A file system that cannot do that is not asked, nor a system that has no word for it. Raises OSError.
     """
+    if not hasattr(os, "posix_fallocate"):
+        return
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
             os.posix_fallocate(file.fileno(), 0, size)

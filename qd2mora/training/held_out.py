@@ -18,6 +18,7 @@ from qd2mora.inspection import RoutingReport, RoutingWatch, collapse_line, routi
 from qd2mora.inspection.finished_run import TRAINING_ROWS, rows_seen, rows_to_watch
 from qd2mora.inspection.routing_summary import measured
 from qd2mora.memory.loss import labelled_states
+from qd2mora.terminal.pace import Pace
 from qd2mora.training.clock import Watchdog
 from qd2mora.training.micro_batches import MicroBatches
 from qd2mora.training.processes import Processes
@@ -89,6 +90,8 @@ class HeldOut:
     score: Callable[[], dict[str, Score]]
     """Scores the tasks that name a metric."""
     watchdog: Watchdog
+    pace: Callable[[str, float], Pace] = lambda what, total: Pace(what, total, lambda line: None)
+    """Makes what tells how far an evaluation is."""
 
     def evaluate(self) -> Evaluation:
         """Evaluate the model as it is. Raises WillNotFit."""
@@ -117,15 +120,21 @@ class HeldOut:
     def _sums(self) -> list[float]:
         """Return this process's summed loss and number of labels of each task that holds rows out, one by one."""
         sums = []
+        # Without held-out rows routers watch others once a step has shown that micro batches of this size fit.
+        watched = {
+            task.task.name: self.live.stand_ins(task) if self.batches.progress.step > 0 else [] for task in self.tasks
+        }
+        total = sum(len(task.validation) or len(watched[task.task.name]) for task in self.tasks)
+        pace = self.pace("held-out rows", total / self.batches.processes.count)
         with self.live.watching():
             for task in self.tasks:
                 if task.validation:
-                    sums += self._loss_of(task.validation)
-                elif self.batches.progress.step > 0:  # a step has shown that micro batches of this size fit
-                    self._run_through(self.live.stand_ins(task))
+                    sums += self._loss_of(task.validation, pace)
+                else:
+                    self._run_through(watched[task.task.name], pace)
         return sums
 
-    def _loss_of(self, rows: Sequence[Row]) -> list[float]:
+    def _loss_of(self, rows: Sequence[Row], pace: Pace) -> list[float]:
         """Return the summed loss of this process's rows, and the number of their labels."""
         # Thousands of rows add up: float32 would lose digits that comparing evaluations needs.
         sums = torch.zeros(2, dtype=torch.float64)
@@ -134,40 +143,45 @@ class HeldOut:
             loss = self.batches.row_losses(part).sum().double().cpu()
             sums.add_(torch.stack([loss, torch.tensor(float(part.num_labels))]) * part.weight)
 
-        self._each(rows, add)
+        self._each(rows, add, pace)
         return [float(number) for number in sums]
 
-    def _run_through(self, rows: Sequence[Row]) -> None:
+    def _run_through(self, rows: Sequence[Row], pace: Pace) -> None:
         """Let rows pass the routers, without a loss."""
 
         def run(part: MicroBatch) -> None:
             labelled_states(self.batches.model, self.batches.collated(part))
 
-        self._each(rows, run)
+        self._each(rows, run, pace)
 
-    def _each(self, rows: Sequence[Row], act: Callable[[MicroBatch], None]) -> None:
+    def _each(self, rows: Sequence[Row], act: Callable[[MicroBatch], None], pace: Pace) -> None:
         """Do something with each micro batch, without gradient; each is a sign of life."""
         for part in self.batches.of(rows, 0):
             self.batches.tell_routers(part)
             with torch.no_grad():
                 act(part)
             self.watchdog.beat()
+            pace.advance(len(part.rows))
 
 
-def score_together(subject: Subject, asked: list[AskedTask], processes: Processes) -> dict[str, Score]:
+def score_together(
+    subject: Subject, asked: list[AskedTask], processes: Processes, pace: Pace | None = None
+) -> dict[str, Score]:
     """Score tasks; what was written stays with the process that asked. Raises NotFinite, on every process.
 
     Batches are those of one process, so that the numbers are the same for any number of processes.
     """
-    return {task.name: _score(subject, task, processes) for task in asked}
+    return {task.name: _score(subject, task, processes, pace) for task in asked}
 
 
-def _score(subject: Subject, task: AskedTask, processes: Processes) -> Score:
+def _score(subject: Subject, task: AskedTask, processes: Processes, pace: Pace | None) -> Score:
     # A place for every row: each process fills in its own, and the sum is all of them, in the rows' order.
     numbers = [0.0] * (3 * len(task.rows))
     for batch in list(batches_of(task, (), ROWS_AT_ONCE))[processes.index :: processes.count]:
         for record in score_batch(subject, task, batch):
             numbers[3 * record.row : 3 * record.row + 3] = record.value, record.loss, record.labels
+        if pace is not None:
+            pace.advance(len(batch) * processes.count)
     summed = processes.sum_numbers(numbers)
     records = [
         Record(row, summed[3 * row], summed[3 * row + 1], round(summed[3 * row + 2])) for row in range(len(task.rows))

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from qd2mora.disk.durable import write_atomically
 from qd2mora.terminal import Screen
+from qd2mora.terminal.pace import EVERY_S, Pace
 from qd2mora.training.held_out import Evaluation
 
 GIB = 1 << 30
@@ -85,6 +86,13 @@ class StepDisplay:
                 mean = f"mean {sum(numbers.values()) / len(numbers):.4f}  " if len(numbers) > 1 else ""
                 self.say(f"step {step}/{self.total}  held-out {what}  {mean}{each}")
 
+    def doing(self, line: str) -> None:
+        """Show what goes on between steps: in the live line, elsewhere in a line of its own."""
+        if self.console.is_terminal:
+            self.live.update(self.row, numbers=line)
+        else:
+            self.say(line)
+
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         self.console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -126,6 +134,15 @@ class Journal:
         self._try(lambda: self.accelerator.log(named, step=step))
         if found.losses:
             self._try(lambda: self.display.evaluation(step, found.losses, scores))
+
+    def pace(self, what: str, total: float) -> Pace:
+        """Return what tells of work between steps: where a line is live, each second."""
+
+        def tell(line: str) -> None:
+            if self.accelerator.is_main_process:
+                self._try(lambda: self.display.doing(line))
+
+        return Pace(what, total, tell, every_s=1.0 if self.display.console.is_terminal else EVERY_S)
 
     def say(self, line: str) -> None:
         """Show a line."""

@@ -6,7 +6,6 @@ that none of them goes on alone. Nothing is pickled: tensors, and JSON as bytes.
 """
 
 import json
-import resource
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -17,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed import all_reduce, broadcast
 
+from qd2mora.base.host_memory import most_resident_bytes
 from qd2mora.errors import InputRefused, StopError
 from qd2mora.training.progress import Progress, State, best_of_json
 
@@ -50,7 +50,7 @@ class Processes:
         """Return this process's most memory so far: allocated on the GPU, or resident on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return most_resident_bytes()
 
     def wait(self) -> None:
         """Wait until all processes are here."""

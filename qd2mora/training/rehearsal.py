@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from qd2mora.base.host_memory import available_bytes
 from qd2mora.data import MULTIPLE, MicroBatch, lengths_of, lines_together
 from qd2mora.data.pack import Part
 from qd2mora.memory.plan import Plan
@@ -38,8 +37,6 @@ def is_worthwhile(recipe: Recipe, planned: Plan) -> bool:
     if recipe.memory.rehearsal != "auto":
         return recipe.memory.rehearsal == "on"
     there = planned.budget_bytes
-    if there is None:
-        there = available_bytes()
     return there is None or 2 * planned.peak_bytes > there
 
 

@@ -20,12 +20,11 @@ from qd2mora.data import TaskMix, TaskRows, collate, prepare, share_lines
 from qd2mora.data.chat import named_templates
 from qd2mora.data.notes import notes
 from qd2mora.disk.lock import locked
-from qd2mora.errors import WillNotFit
-from qd2mora.evaluation import AskedTask, Subject
+from qd2mora.evaluation import AskedTask, Score, Subject
 from qd2mora.memory.engine import check_engine, refuse_storage
 from qd2mora.memory.faults import as_lost
 from qd2mora.memory.loss import check_isolation
-from qd2mora.memory.plan import Plan, plan
+from qd2mora.memory.plan import Plan
 from qd2mora.memory.techniques import prepare_base
 from qd2mora.mixture import MixtureConfig, adapter_tensors, add_adapter, selection_biases
 from qd2mora.recipe import Recipe, Train
@@ -37,6 +36,7 @@ from qd2mora.training.best import BestKeeper
 from qd2mora.training.checkpoint import Saver
 from qd2mora.training.clock import TimeLimit, Watchdog
 from qd2mora.training.disk_space import checkpoint_bytes, refuse_full
+from qd2mora.training.fitting import fitting_plan
 from qd2mora.training.gradient import StepGradient
 from qd2mora.training.held_out import HeldOut, LiveRouting, score_together
 from qd2mora.training.identity import Ancestry, Manifest, identity_of_inputs, identity_of_start
@@ -186,7 +186,8 @@ def _read_inputs(start: Start) -> Inputs:
     check_limits(tasks, tokenizer, read)
     check_judging(recipe, tasks)
     asked = tasks_to_score(tasks)
-    planned = _fitting_plan(recipe, start.processes.device)
+    begun = start.processes.from_main(lambda: read_manifest(start.folder) if start.is_resumed else None)
+    planned = fitting_plan(recipe, start.processes.device, begun)
     if recipe.train.optimizer == "auto":
         chosen = recipe.train.model_copy(update={"optimizer": planned.layout.optimizer})
         recipe = recipe.model_copy(update={"train": chosen})
@@ -196,15 +197,6 @@ def _read_inputs(start: Start) -> Inputs:
 def _clock(start: Start) -> str:
     kept = clock_of(start.folder) if start.is_resumed else None
     return kept or datetime.now().isoformat(timespec="seconds")
-
-
-def _fitting_plan(recipe: Recipe, device: torch.device) -> Plan:
-    planned = plan(recipe, device=device)
-    if not planned.fits:
-        assert planned.budget_bytes is not None
-        needed, there, ways = planned.peak_bytes / 2**30, planned.budget_bytes / 2**30, "; ".join(planned.ways_out)
-        raise WillNotFit(f"memory: needs {needed:.2f} GiB of {there:.2f} GiB; ways out: {ways}")
-    return planned
 
 
 def _bytes_to_write(inputs: Inputs) -> int:
@@ -351,14 +343,17 @@ def _training(
     best.resumed(progress)
     subject = Subject(model, inputs.tokenizer, templates=named_templates(inputs.recipe.data))
     live = LiveRouting(model, inputs.tasks)
+
+    def score() -> dict[str, Score]:
+        pace = journal.pace("rows asked", sum(len(task.rows) for task in inputs.asked))
+        return score_together(subject, inputs.asked, processes, pace)
+
     return Training(
         train=settings,
         course=course,
         progress=progress,
         gradient=StepGradient(batches, course, inputs.config, settings.max_grad_norm),
-        held_out=HeldOut(
-            batches, inputs.tasks, live, lambda: score_together(subject, inputs.asked, processes), Watchdog()
-        ),
+        held_out=HeldOut(batches, inputs.tasks, live, score, Watchdog(), journal.pace),
         saver=Saver(folder.checkpoints, settings.keep_checkpoints, batches.updater, processes.is_main),
         best=best,
         journal=journal,

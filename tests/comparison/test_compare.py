@@ -12,6 +12,7 @@ from test_cli import run as run_cli
 
 import qd2mora.comparison.running as comparing
 from qd2mora.comparison import ComparisonSettings, arm_scores
+from qd2mora.comparison.forecast import forecast, steps_in_all
 from qd2mora.comparison.intervals import difference, interval, macro
 from qd2mora.comparison.matched_arms import LIMIT, matched_arms
 from qd2mora.comparison.outcome import verdicts
@@ -165,7 +166,7 @@ def test_where_no_strategies_are_named_those_are_tried_that_go_with_what_is_expo
 ) -> None:
     tried = []
 
-    def exported(run: Path, out: Path, *, strategy: str, task: str | None) -> SimpleNamespace:
+    def exported(run: Path, out: Path, *, strategy: str, task: str | None, keeps: bool) -> SimpleNamespace:
         tried.append(strategy)
         out.mkdir()
         fidelity = SimpleNamespace(merged=2.0 if strategy == "sequential" else 3.0)
@@ -207,3 +208,15 @@ def test_what_cannot_be_compared_is_one_line(
     err = capsys.readouterr().err
     assert words in err and err.startswith("error: ") and err.count("\n") == 1
     assert not (tmp_path / "out").exists() or "--minutes" in arguments  # other settings may take the folder
+
+
+def test_a_comparison_is_planned_without_training_and_says_how_long_it_may_take(made: Path, tmp_path: Path) -> None:
+    recipe = settings(made, "train.steps=6")
+    wishes = ComparisonSettings(("d2mora", "lora"), 3, rates=(1e-3, 1e-2), sweep_steps=2)
+    before = sorted(made.rglob("*"))
+    lines = forecast(recipe, wishes, is_asked=True)
+    assert [line.partition(" ")[0] for line in lines] == ["d2mora:", "lora:", "4", "6", "time:"]
+    assert "2 steps each" in lines[2] and "6 steps each" in lines[3]
+    assert lines[4].startswith("time: about ") and "estimated from 2 micro batches" in lines[4]
+    assert sorted(made.rglob("*")) == before
+    assert steps_in_all(recipe, wishes, matched_arms(recipe, ["d2mora", "lora"]), 6) == 4 * 2 + 6 * 6

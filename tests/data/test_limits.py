@@ -8,8 +8,10 @@ import tiny
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from qd2mora.base import load_tokenizer
 from qd2mora.data import Pair, encode, prepare
 from qd2mora.data.limits import beyond, positions_of
+from qd2mora.data.prepare import MAX_DROPPED
 from qd2mora.data.tokenise import Tokeniser
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Data, Task, load_recipe
@@ -91,3 +93,22 @@ def test_a_run_of_such_rows_is_refused_before_its_folder_is_made(
     with pytest.raises(InputRefused, match=words):
         train(load_recipe(path, ["data.max_length=1024"]))
     assert not (tmp_path / "run/recipe.yaml").exists()
+
+
+@pytest.mark.parametrize(("num_long", "is_refused"), [(5, False), (6, True)])
+def test_rows_without_room_for_an_answer_are_left_out_up_to_the_share_that_is_documented(
+    num_long: int, is_refused: bool, tmp_path: Path
+) -> None:
+    tiny.save_tokenizer(tmp_path)
+    rows = [{"prompt": "red " * (40 if number < num_long else 1), "completion": "sun"} for number in range(100)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    task = Task(name="t", path=str(tmp_path / "rows.jsonl"), format="completion")
+    data, tokenizer = Data(tasks=[task], max_length=16), load_tokenizer(str(tmp_path))
+    if is_refused:
+        with pytest.raises(InputRefused, match=r"6 of 100 rows, more than 5%, have no room"):
+            prepare(data, tokenizer, 0)
+    else:
+        assert prepare(data, tokenizer, 0)[0].num_dropped == num_long
+    for page in ("README.md", "docs/recipe.md"):
+        text = " ".join((Path(__file__).parents[2] / page).read_text(encoding="utf-8").split())
+        assert f"ore than {MAX_DROPPED:.0%} of" in text, page

@@ -19,6 +19,7 @@ from qd2mora.memory.techniques import Case, Layout
 from qd2mora.recipe import Recipe, parse_recipe
 from qd2mora.recipe.yaml_file import apply_override
 
+ELSEWHERE = torch.device("cuda")
 GIB = 1 << 30
 STAYING = {"activations": "none", "embeddings": "none", "weights": "none"}
 PISSA = {"rank": 4, "init": "pissa"}
@@ -52,7 +53,8 @@ def test_the_paper_fits_8_gib_and_not_1() -> None:
     assert fitting.peak_bytes <= 8 * GIB == fitting.budget_bytes
     assert fitting.ways_out == ()
     assert not short.fits
-    assert short.shortfall_bytes == short.peak_bytes - GIB > 0
+    assert short.reserve_bytes == GIB // 8
+    assert short.shortfall_bytes == short.peak_bytes + GIB // 8 - GIB > 0
     assert short.checkpointing
     assert 2 <= len(short.ways_out) <= 3
     assert "smaller base" in short.ways_out[-1]
@@ -102,7 +104,7 @@ def test_a_budget_between_the_extremes_recomputes_some_layers_alone() -> None:
 
 
 def test_every_technique_that_is_used_says_what_the_plan_needs_without_it() -> None:
-    planned = plan(paper(2048, train={"optimizer": "auto", "micro_batch": 1}), "2GiB")
+    planned = plan(paper(2048, train={"optimizer": "auto", "micro_batch": 1}), "2.3GiB")
     assert planned.fits
     used = {key: choice.reason for key, choice in planned.choices.items() if "without it" in choice.reason}
     assert {"train.optimizer", "memory.offload.weights"} <= used.keys()
@@ -149,14 +151,53 @@ def test_keeping_activations_is_faster_but_for_a_very_small_micro_batch() -> Non
 def test_without_a_budget_the_micro_batch_is_the_largest_divisor_up_to_8(global_batch: int, micro_batch: int) -> None:
     planned = plan(recipe_of(train={"global_batch": global_batch}), device=CPU)
     assert planned.micro_batch == micro_batch
-    assert planned.budget_bytes is None
     assert planned.fits
     assert not planned.checkpointing
 
 
-def test_without_a_budget_large_activations_are_recomputed() -> None:
-    assert plan(paper(512), device=CPU).checkpointing
-    assert not plan(paper(8, train={"micro_batch": 1}), device=CPU).checkpointing
+def test_on_a_gpu_of_unknown_size_large_activations_are_recomputed() -> None:
+    planned = plan(paper(512), device=ELSEWHERE)
+    assert planned.checkpointing and planned.budget_bytes is None
+    assert not plan(paper(8, train={"micro_batch": 1}), device=ELSEWHERE).checkpointing
+
+
+def test_a_machine_without_a_gpu_is_planned_for_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qd2mora.memory.place.available_bytes", lambda: 22 * GIB)
+    planned = plan(recipe_of())
+    assert (planned.device, planned.budget_bytes, planned.checkpointing) == ("cpu", 22 * GIB, False)
+    assert planned.choices["base.compute_dtype"].value == "float32" and not planned.host
+    assert "CUDA context" not in planned.items | planned.elsewhere
+    assert "planned for cpu" in printed(planned) and "fits what is free on this machine, 22.00 GiB" in printed(planned)
+    huge = plan(paper(200_000))
+    assert not huge.fits and "does not fit what is free on this machine" in printed(huge)
+
+
+def test_free_memory_changes_what_is_recomputed_on_a_cpu_and_not_the_micro_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept, least = (
+        plan(paper(512, memory={"checkpointing": word}), 800 * GIB, CPU).peak_bytes for word in ("off", "on")
+    )
+    for free, is_recomputed in ((1.1 * kept, False), (kept, True), (1.1 * least, True)):
+        monkeypatch.setattr("qd2mora.memory.place.available_bytes", lambda free=free: int(free))
+        planned = plan(paper(512), device=CPU)
+        assert planned.fits and planned.micro_batch == 8
+        assert planned.checkpointing == is_recomputed
+
+
+def test_a_budget_without_a_device_is_that_of_a_gpu_which_is_said_not_to_be_here() -> None:
+    planned = plan(paper(), "8GiB")
+    if not torch.cuda.is_available():
+        assert planned.device == "a GPU that is not here" and "planned for a GPU that is not here" in printed(planned)
+        assert planned.choices["base.compute_dtype"].value == "bfloat16"
+    assert plan(paper(), "80GiB", CPU).device == "cpu"
+
+
+@pytest.mark.parametrize("size", [GIB // 2, 2 * GIB, 6 * GIB, 8 * GIB, 24 * GIB])
+def test_a_plan_that_fits_leaves_a_reserve(size: int) -> None:
+    planned = plan(paper(), size)
+    assert planned.reserve_bytes == max(int(0.04 * size), min(256 << 20, size // 8))
+    assert planned.fits == (planned.peak_bytes <= size - planned.reserve_bytes)
 
 
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
@@ -187,7 +228,7 @@ def test_a_gpu_is_planned_in_16_bits_and_a_cpu_as_it_runs() -> None:
 @pytest.mark.parametrize(
     ("max_length", "sections", "budget"),
     [
-        (1024, {"train": {"micro_batch": 8}}, "2GiB"),
+        (1024, {"train": {"micro_batch": 8}}, "2.4GiB"),
         (512, {"memory": {"checkpointing": "off"}}, "3GiB"),
         (512, {"memory": {"offload": STAYING}}, "4GiB"),
         (4096, {"memory": {"offload": {**STAYING, "weights": "stream"}}}, "3GiB"),
@@ -233,7 +274,7 @@ def test_the_table_shows_every_item_the_peak_and_the_reasons(budget: str, verdic
 
 
 def test_the_table_of_a_run_without_a_budget_says_so() -> None:
-    assert "no budget" in printed(plan(recipe_of(), device=CPU))
+    assert "no budget" in printed(plan(recipe_of(), device=ELSEWHERE))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import forked_runs as runs
 CALLS = ("mkdir", "open", "write", "fsync", "rename", "close", "unlink", "rmdir")
 FARTHEST_CALL = 140
 """Of these, counted from the first save on: about two saves."""
-READ_ONCE = ("load_tokenizer", "prepare", "_fitting_plan", "load_base")
+READ_ONCE = ("load_tokenizer", "prepare", "fitting_plan", "load_base")
 
 
 def kill_until(recipe: Path, kills: int, seed: int, report: Path, seconds: float = math.inf) -> None:
@@ -72,7 +72,7 @@ def _read_once(recipe: Path) -> dict[str, Any]:
     if loaded.memory.engine == "deepspeed":
         importlib.import_module("deepspeed")
     tokenizer = training.load_tokenizer(loaded.base.model)
-    planned = training._fitting_plan(loaded, torch.device("cpu"))
+    planned = training.fitting_plan(loaded, torch.device("cpu"))
     results = (
         tokenizer,
         training.prepare(loaded.data, tokenizer, loaded.train.seed),

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from qd2mora.errors import DiskTrouble, WillNotFit
+from qd2mora.memory import place
 from qd2mora.memory.loss import RowLoss
 from qd2mora.memory.plan import plan
 from qd2mora.recipe import Recipe, load_recipe
-from qd2mora.training import rehearsal, train
+from qd2mora.training import train
 from qd2mora.training.rehearsal import is_worthwhile
 
 CPU = torch.device("cpu")
@@ -162,7 +163,7 @@ def test_memory_that_is_ample_is_not_rehearsed(made: Path, tmp_path: Path, monke
     auto = recipe(made, tmp_path / "run")
     needed = plan(auto, device=CPU).peak_bytes
     for times, is_tight in ((1.9, True), (2.1, False)):
-        monkeypatch.setattr(rehearsal, "available_bytes", lambda times=times: int(times * needed))
+        monkeypatch.setattr(place, "available_bytes", lambda times=times: int(times * needed))
         assert is_worthwhile(auto, plan(auto, device=CPU)) is is_tight
         assert is_worthwhile(auto, plan(auto, int(times * needed), device=CPU)) is is_tight
     for choice in ("on", "off"):
