@@ -151,7 +151,7 @@ class HeldOut:
             self.batches.tell_routers(part)
             with torch.no_grad():
                 act(part)
-            self.watchdog.beat()
+            self.watchdog.alive()
 
 
 def score_together(subject: Subject, asked: list[AskedTask], processes: Processes) -> dict[str, Score]:

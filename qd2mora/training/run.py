@@ -34,7 +34,7 @@ from qd2mora.safekeeping.inventory import seal_run
 from qd2mora.stopping import StopRequest, listening
 from qd2mora.training.adapter_start import start_adapter
 from qd2mora.training.best import BestKeeper
-from qd2mora.training.checkpoint import Saver
+from qd2mora.training.checkpoint import Saver, steps_on_disk
 from qd2mora.training.clock import TimeLimit, Watchdog
 from qd2mora.training.disk_space import checkpoint_bytes, refuse_full
 from qd2mora.training.gradient import StepGradient
@@ -348,13 +348,17 @@ def _training(
     best.resumed(progress)
     subject = Subject(model, inputs.tokenizer, templates=named_templates(inputs.recipe.data))
     live = LiveRouting(model, inputs.tasks)
+    watchdog = Watchdog(
+        is_on_cpu=processes.device.type == "cpu",
+        last_saved=lambda: max(steps_on_disk(folder.checkpoints), default=0),
+    )
     return Training(
         train=settings,
         course=course,
         progress=progress,
         gradient=StepGradient(batches, course, inputs.config, settings.max_grad_norm),
         held_out=HeldOut(
-            batches, inputs.tasks, live, lambda: score_together(subject, inputs.asked, processes), Watchdog()
+            batches, inputs.tasks, live, lambda: score_together(subject, inputs.asked, processes), watchdog
         ),
         saver=Saver(folder.checkpoints, settings.keep_checkpoints, batches.updater, processes.is_main),
         best=best,
