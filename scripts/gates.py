@@ -35,7 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests"), str(ROOT 
 from gate_list import GATES, Gate  # type: ignore[import-not-found]  # noqa: E402
 
 HALVES = (
-    ("test_kills", "test_power", "test_identity", "test_checkpoints", "test_exports"),
+    ("test_kills", "test_power", "test_identity", "test_machine", "test_checkpoints", "test_exports"),
     ("test_steps", "test_guards", "test_two_ranks"),
 )
 """Of the quick set, beside the gates on input, so that two cores take about as long."""

@@ -187,6 +187,19 @@ GATES: dict[str, Gate] = {
             never("adapter_folder.py:refuse_another_base", "!="),
         ),
     ),
+    "NI1": Gate(
+        "a resume under other threads or CPU instructions gives the same bytes, or is refused by name",
+        _in("test_machine.py"),
+        {"GATE_MACHINES": 1},
+        {},
+        (
+            without("training/machine.py:take_machine", "set_num_threads"),
+            never("training/machine.py:take_machine", "began"),
+            instead("training/machine.py:_instructions", "join", by="torch.backends.cpu.get_cpu_capability()"),
+            without("training/run.py:train", "callback"),
+            ignoring("training/machine.py:take_machine", "allowed", as_if=True),
+        ),
+    ),
     "N1": Gate(
         "a step that is not finite costs one step, three in a row stop the run, nothing of it is saved",
         (*_in("test_steps.py", *NUMBERS), f"{RELIABILITY}/test_checkpoints.py::test_what_is_not_finite_is_never_saved"),
@@ -298,7 +311,7 @@ GATES: dict[str, Gate] = {
         (
             without("training/clock.py:Watchdog._watch", "_last", "before"),
             never("training/clock.py:Watchdog._watch", "BUSY"),
-            ignoring("training/clock.py:Watchdog._watch", "is_on_cpu"),
+            ignoring("training/clock.py:Watchdog._watch", "is_on_cpu", as_if=True),
             doing("training/held_out.py:HeldOut._each", "alive", by="self.watchdog.beat()"),
             doing("training/loop.py:Training._step", "alive", by="self.watchdog.beat()"),
             ignoring("memory/faults.py:is_lost", "not"),

@@ -43,6 +43,7 @@ from qd2mora.training.identity import Ancestry, Manifest, identity_of_inputs
 from qd2mora.training.journal import Journal, StepDisplay
 from qd2mora.training.launch import launched
 from qd2mora.training.loop import Training
+from qd2mora.training.machine import device_name, take_machine
 from qd2mora.training.micro_batches import Course, MicroBatches
 from qd2mora.training.opening import check_folder, open_folder, read_manifest, restore
 from qd2mora.training.processes import Processes
@@ -88,7 +89,8 @@ class Start:
     processes: Processes
     stop: StopRequest
     time_limit: TimeLimit
-    is_resumed: bool
+    before: Manifest | None
+    """What the run that is resumed says of itself."""
     allow_changed: Collection[str]
 
 
@@ -135,13 +137,18 @@ def train(
 
         processes.from_main(take_folder)
         time_limit = TimeLimit(recipe.train)
-        start = Start(recipe, folder, accelerator, processes, stop, time_limit, resume, allow_changed)
+        before = None
+        if resume:
+            before = processes.from_main(lambda: read_manifest(folder))
+        start = Start(recipe, folder, accelerator, processes, stop, time_limit, before, allow_changed)
+        held.callback(torch.set_num_threads, torch.get_num_threads())
         return _train_locked(start)
 
 
 def _train_locked(start: Start) -> Trained:
     """Train in a folder that is this run's alone."""
     folder, processes = start.folder, start.processes
+    of_machine = take_machine(start.before, processes.device, start.allow_changed)
     inputs = _read_inputs(start)
     is_rehearsed = processes.from_main(lambda: is_worthwhile(inputs.recipe, inputs.planned))
     processes.from_main(lambda: refuse_full(folder.path, _bytes_to_write(inputs)))
@@ -158,8 +165,8 @@ def _train_locked(start: Start) -> Trained:
     journal = Journal(folder.metrics, start.accelerator, StepDisplay(course.total_steps, progress.step))
     batches = _micro_batches(inputs, model, updater, processes, progress, journal)
     training = _training(start, inputs, course, batches, journal, mark)
-    for problem in problems:
-        journal.say(f"passed over: {problem}")
+    for line in (*(f"passed over: {problem}" for problem in problems), *of_machine):
+        journal.say(line)
     _say_what_starts(training, inputs.planned, inputs.tokenizer)
     with start.stop.deferred(), journal.display:
         if is_rehearsed and progress.step < course.total_steps:
@@ -191,7 +198,7 @@ def _read_inputs(start: Start) -> Inputs:
 
 
 def _clock(start: Start) -> str:
-    kept = clock_of(start.folder) if start.is_resumed else None
+    kept = clock_of(start.folder) if start.before is not None else None
     return kept or datetime.now().isoformat(timespec="seconds")
 
 
@@ -217,10 +224,7 @@ def _bytes_to_write(inputs: Inputs) -> int:
 
 def _identified(start: Start, inputs: Inputs) -> Ancestry:
     """Return the run's identity so far. Raises InputRefused where it is not that of the run to be resumed."""
-    before = None
-    if start.is_resumed:
-        before = start.processes.from_main(lambda: read_manifest(start.folder))
-    ancestry = Ancestry(before, start.allow_changed, start.processes)
+    ancestry = Ancestry(start.before, start.allow_changed, start.processes)
     ancestry.add(identity_of_inputs(inputs.recipe, inputs.tokenizer, inputs.tasks, start.processes))
     return ancestry
 
@@ -288,7 +292,7 @@ def _updater(start: Start, inputs: Inputs, model: PeftModel) -> Updater:
 
 def _restored(start: Start, updater: Updater) -> tuple[Progress, list[str]]:
     """Return how far the run is, and what was wrong with checkpoints that were passed over."""
-    if start.is_resumed:
+    if start.before is not None:
         return restore(start.folder, updater, start.processes)
     return Progress(), []
 
@@ -299,13 +303,13 @@ def _open(start: Start, inputs: Inputs, ancestry: Ancestry, progress: Progress) 
     manifest: Manifest = {
         "identity": ancestry.identity,
         "lineage": ancestry.lineage(progress.step),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "clock": inputs.clock,
         "threads": torch.get_num_threads(),
         "plan": inputs.planned.to_json(),
     }
     start.processes.from_main(
-        lambda: open_folder(start.folder, inputs.recipe, manifest, start.is_resumed, progress.step)
+        lambda: open_folder(start.folder, inputs.recipe, manifest, start.before is not None, progress.step)
     )
     if inputs.recipe.train.trackers:
         start.accelerator.init_trackers("qd2mora", config={"fingerprint": inputs.recipe.fingerprint()})
