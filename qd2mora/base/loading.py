@@ -30,7 +30,7 @@ from qd2mora.base.random_weights import random_base
 from qd2mora.base.shapes import shape_of
 from qd2mora.disk.durable import save_pretrained
 from qd2mora.disk.sealed import verify_where_ours
-from qd2mora.disk.tensor_file import stored_tensors
+from qd2mora.disk.tensor_file import is_finite, stored_tensors
 from qd2mora.disk.untrusted import check_config, check_weights
 from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.recipe import Base
@@ -118,6 +118,7 @@ def _from_files(
     except (*UNLOADABLE, RuntimeError, ImportError) as error:  # a config may ask for packages
         raise InputRefused(f"base.model: '{name}' cannot be loaded: {first_line(error)}") from error
     _refuse_partial(model, loading, name)
+    _refuse_not_finite(model, name)
     return model
 
 
@@ -186,6 +187,14 @@ def _refuse_partial(model: PreTrainedModel, loading: dict[str, Any], name: str) 
             wrong.append(f"{key}.weight")
     if wrong:
         raise InputRefused(f"base.model: '{name}': the size of {wrong[0]} is not the one its config.json gives")
+
+
+def _refuse_not_finite(model: PreTrainedModel, name: str) -> None:
+    """Refuse a number that a file holds and the dtype does not, as float16 does not hold 100,000."""
+    for key, tensor in model.state_dict().items():
+        if not is_finite(tensor):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise InputRefused(f"base.model: '{name}': a number of '{key}' is not finite in {kind}")
 
 
 __all__ = ["base_config", "load_base"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qd2mora.disk.file_content import CONVERT, JsonObject, json_object, refuse_by_magic
 from qd2mora.disk.shards import INDEX, WHOLE
-from qd2mora.disk.tensor_file import check_safetensors
+from qd2mora.disk.tensor_file import check_finite, check_safetensors
 from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.redact import secret_in
 
@@ -91,7 +91,7 @@ def check_adapter(folder: Path) -> None:
     patterns = [key for key in ("target_modules", "exclude_modules") if isinstance(content.get(key), str)]
     if patterns:  # PEFT takes a text as a regular expression, which may never end
         raise InputRefused(f"{config}: {patterns[0]} is a pattern; a list of names is needed")
-    check_safetensors(folder / "adapter_model.safetensors")
+    check_finite(folder / "adapter_model.safetensors")
 
 
 def is_there(folder: Path, name: str) -> bool:

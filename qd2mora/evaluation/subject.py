@@ -18,9 +18,11 @@ from qd2mora.data.chat import named_templates
 from qd2mora.data.tokenise import Tokeniser
 from qd2mora.disk.file_hash import hash_of_bytes, hash_of_file, hashes_of_files
 from qd2mora.disk.sealed import MANIFEST, read_manifest, verify_where_ours
+from qd2mora.disk.tensor_file import check_finite
 from qd2mora.disk.untrusted import check_adapter, check_config, check_weights
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.ends import Ends, ends_of
+from qd2mora.evaluation.next_token import RefuseNotFinite
 from qd2mora.mixture import MixtureConfig, read_rows, reads_first_pass
 from qd2mora.recipe import Base
 from qd2mora.routed.modeling_mixture import AUTO_MAP, MixtureLlamaConfig, MixtureLlamaForCausalLM
@@ -104,7 +106,7 @@ class Subject:
         """Continue left-padded prompts (rows, length), greedily or with a beam search; return each row's new tokens.
 
         The token that ends an answer is left out, a sign that is text is not. `route` comes before, with
-        `copies=beams`.
+        `copies=beams`. Raises NotFinite.
         """
         settings = GenerationConfig(
             do_sample=False,
@@ -120,6 +122,7 @@ class Subject:
                 attention_mask=mask,
                 generation_config=settings,
                 stopping_criteria=self.ends.criteria(self.tokenizer, ids.shape[1]),
+                logits_processor=[RefuseNotFinite()],
             )
         return [self.ends.before(row) for row in out[:, ids.shape[1] :].tolist()]
 
@@ -173,7 +176,8 @@ def _routed_export(folder: Path) -> Any:
     device = default_device()
     dtype = compute_dtype(Base(model=str(folder), quantization="none"), device)
     check_config(folder, code=AUTO_MAP)
-    check_weights(folder)
+    for path in check_weights(folder):
+        check_finite(path)
     try:
         config = MixtureLlamaConfig.from_pretrained(folder)
         model = MixtureLlamaForCausalLM.from_pretrained(
