@@ -18,6 +18,7 @@ from transformers import (
     BitsAndBytesConfig,
     GenerationConfig,
     LlamaConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
@@ -46,9 +47,22 @@ def base_config(base: Base) -> LlamaConfig:
     check_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except UNLOADABLE as error:
+        _build_one_layer(config)
+    except (*UNLOADABLE, RuntimeError, ImportError, AssertionError) as error:
         raise InputRefused(f"base.model: '{base.model}' cannot be loaded: {first_line(error)}") from error
     return config
+
+
+def _build_one_layer(config: PretrainedConfig) -> None:
+    """Build a layer without memory: names of functions and sizes that do not go together are found before the rest."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    one = copy.deepcopy(config)
+    if getattr(one, "layer_types", None):
+        one.layer_types = one.layer_types[:1]
+    one.num_hidden_layers = 1
+    with torch.device("meta"):
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(one)
 
 
 def load_base(

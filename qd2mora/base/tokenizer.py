@@ -12,6 +12,10 @@ from qd2mora.errors import InputRefused
 
 _TOKENIZER_PATTERNS = ["*token*.json", "tokenizer.model", "*config.json", "vocab.*", "merges.txt", "*.jinja"]
 
+PROBE = f"{'a' * 60} {'1' * 60}{' ' * 60}\n\t" + "The quick brown fox. " * 4
+"""Tokenised once, so that a pattern that gives up does so before rows are read."""
+_PANIC = "PanicException"
+
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer with a pad token that is never mistaken for the end of a text.
@@ -25,7 +29,11 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     check_tokenizer(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except UNLOADABLE as error:
+        tokenizer(PROBE)
+    except BaseException as error:
+        # tokenizers raises a bare Exception for a file it cannot read, and a panic of its patterns is no Exception.
+        if not isinstance(error, UNLOADABLE) and type(error) is not Exception and type(error).__name__ != _PANIC:
+            raise
         raise InputRefused(f"base.model: no tokenizer in '{model}': {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputRefused(f"base.model: the tokenizer of '{model}' has no end token; set eos_token in its config")

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from qd2mora.adapter_folder import load_foreign_adapter
 from qd2mora.base import compute_dtype, default_device, fingerprint, load_base, load_tokenizer
 from qd2mora.data.chat import named_templates
 from qd2mora.data.tokenise import Tokeniser
@@ -191,7 +192,7 @@ def _routed_export(folder: Path) -> Any:
 def _lora_export(folder: Path) -> Subject:
     """Put a LoRA on its base, in the quantisation that its manifest tells, else in none."""
     base = _lora_base(folder)
-    model = PeftModel.from_pretrained(load_base(base), str(folder))
+    model = load_foreign_adapter(load_base(base), folder)
     where = str(folder) if (folder / "tokenizer_config.json").is_file() else base.model
     return Subject(model.eval(), load_tokenizer(where))
 

@@ -20,14 +20,14 @@ NUMBERS = (math.nan, math.inf, -math.inf)
 def gate(made: Path, folder: Path, step: int) -> Result:
     """Put each number into a tensor of each adapter and model that verbs read, and ask every verb that reads it."""
     result = Result("NF1")
-    whole = _made(made, folder / "whole")
+    whole = made_whole(made, folder / "whole")
     for number, (place, verb) in enumerate(_cases()):
-        if number % step:
+        if number % step and place != "exact":
             continue
         case = folder / "case"
         shutil.rmtree(case, ignore_errors=True)
         shutil.copytree(whole, case)
-        _moved(case, whole)
+        name_own_folders(case, whole)
         name = _spoilt(case / place, NUMBERS[number % 3], number)
         before = _all_files(case)
         outcome = run(command(*_arguments(verb, case, place)), limit_s=120)
@@ -78,10 +78,10 @@ def _arguments(verb: str, case: Path, place: str) -> list[str]:
     }[verb]
 
 
-def _made(made: Path, whole: Path) -> Path:
+def made_whole(made: Path, whole: Path) -> Path:
     """Make, beside a copy of the finished run, two LoRAs, a mixture of pairs, a tuned base and an exact export."""
     shutil.copytree(made, whole)
-    _moved(whole, made)
+    name_own_folders(whole, made)
     for seed, name in enumerate(("lora", "lora2")):
         torch.manual_seed(seed)
         config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -96,7 +96,7 @@ def _made(made: Path, whole: Path) -> Path:
     return whole
 
 
-def _moved(case: Path, before: Path) -> None:
+def name_own_folders(case: Path, before: Path) -> None:
     """Let every recipe and configuration of a copy name the copy's own folders."""
     for path in (case / "recipe.yaml", case / "run/recipe.yaml", *case.glob("*/adapter_config.json")):
         path.write_text(path.read_text(encoding="utf-8").replace(str(before), str(case)), encoding="utf-8")
@@ -113,11 +113,11 @@ def _spoilt(folder: Path, value: float, number: int) -> str:
     name = names[number % len(names)]
     tensors[name].view(-1)[-1] = value
     save_file(tensors, path, metadata=metadata)
-    _sealed_anew(folder)
+    sealed_anew(folder)
     return name
 
 
-def _sealed_anew(folder: Path) -> None:
+def sealed_anew(folder: Path) -> None:
     """Make the manifest again, as any stranger can."""
     from qd2mora.disk.file_hash import size_and_hash
     from qd2mora.disk.sealed import MANIFEST, seal_text, unseal_text
@@ -140,7 +140,7 @@ def _too_large(whole: Path, folder: Path, result: Result) -> None:
     """Finite numbers whose products are not: the result is refused, and nothing is left."""
     case = folder / "large"
     shutil.copytree(whole, case)
-    _moved(case, whole)
+    name_own_folders(case, whole)
     path = case / "lora/adapter_model.safetensors"
     tensors = load_file(path)
     save_file({name: torch.full_like(tensor, 3e38) for name, tensor in tensors.items()}, path, {"format": "pt"})
@@ -152,4 +152,4 @@ def _too_large(whole: Path, folder: Path, result: Result) -> None:
         result.check(is_refused and not (case / f"out-{verb}").exists(), f"{verb} of numbers too large: {outcome}")
 
 
-__all__ = ["gate"]
+__all__ = ["gate", "made_whole", "name_own_folders", "sealed_anew"]
