@@ -4,7 +4,6 @@
 that the import itself costs no torch.
 """
 
-
 import os
 import sys
 

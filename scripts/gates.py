@@ -39,7 +39,7 @@ HALVES = (
     ("test_steps", "test_guards", "test_two_ranks"),
 )
 """Of the quick set, beside the gates on input, so that two cores take about as long."""
-INPUT = ("R1", "D1", "D2", "D2 before the model", "P1", "V1", "Y1", "J1", "BM1", "NF1", "X1")
+INPUT = ("R1", "D1", "D2", "D2 before the model", "P1", "V1", "Y1", "J1", "BM1", "CF1", "NF1", "X1")
 RESULTS = ROOT / "scripts" / "results"
 MEMORY = Path("/dev/shm")
 """Where runs are made, so that a kill waits for no disk; the gate of power cuts has a disk of its own."""

@@ -96,6 +96,7 @@ GATES: dict[str, Gate] = {
         (
             without("training/processes.py:Processes.sum_gradients", "all_reduce"),
             never("training/processes.py:Processes.refuse_other", "disagreeing"),
+            instead("mixture/tuner.py:MixtureModel.after_step", "zeros_like", "key", by="self.routing.counts[key]"),
             never("training/loop.py:Training._whole_gradient", "failed"),
             never("training/loop.py:Training._reason", "signals"),
             without("training/loop.py:Training._save", "finish"),

@@ -128,12 +128,18 @@ def _from_files(
             output_loading_info=True,
         )
         if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+            model.generation_config = ends_alone(GenerationConfig.from_pretrained(folder))
     except (*UNLOADABLE, RuntimeError, ImportError) as error:  # a config may ask for packages
         raise InputRefused(f"base.model: '{name}' cannot be loaded: {first_line(error)}") from error
     _refuse_partial(model, loading, name)
     _refuse_not_finite(model, name)
     return model
+
+
+def ends_alone(settings: GenerationConfig) -> GenerationConfig:
+    """Return what of a base's settings is read: its tokens. Beams, samples and limits of its own would join ours."""
+    ids = ("eos_token_id", "bos_token_id", "pad_token_id")
+    return GenerationConfig(**{name: getattr(settings, name) for name in ids})
 
 
 def _cached_weights(base: Base, device: torch.device, dtype: torch.dtype) -> CachedWeights | None:
@@ -211,4 +217,4 @@ def _refuse_not_finite(model: PreTrainedModel, name: str) -> None:
             raise InputRefused(f"base.model: '{name}': a number of '{key}' is not finite in {kind}")
 
 
-__all__ = ["base_config", "load_base"]
+__all__ = ["base_config", "ends_alone", "load_base"]

@@ -29,12 +29,14 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     check_tokenizer(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer(PROBE)
+        whole, letter = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (PROBE, "a"))
     except BaseException as error:
         # tokenizers raises a bare Exception for a file it cannot read, and a panic of its patterns is no Exception.
         if not isinstance(error, UNLOADABLE) and type(error) is not Exception and type(error).__name__ != _PANIC:
             raise
         raise InputRefused(f"base.model: no tokenizer in '{model}': {first_line(error)}") from error
+    if not whole or not letter:
+        raise InputRefused(f"base.model: the tokenizer of '{model}' makes no tokens of a text")
     if tokenizer.eos_token_id is None:
         raise InputRefused(f"base.model: the tokenizer of '{model}' has no end token; set eos_token in its config")
     if tokenizer.pad_token_id is None:

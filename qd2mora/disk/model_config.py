@@ -65,7 +65,9 @@ def _entries(node: object, path: Path, key: str = "", depth: int = 0) -> Iterato
         if key in _SIZES and key not in _LISTS_OF_IDS:
             yield key, node
         for name, each in pairs:
-            yield from _entries(each, path, name, depth + 1)
+            # A field may be left open, an entry of a list of tokens may not.
+            is_open = each is None and isinstance(node, list) and key in _LISTS_OF_IDS
+            yield from _entries("null" if is_open else each, path, name, depth + 1)
     else:
         yield key, node
 

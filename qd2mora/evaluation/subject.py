@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from pydantic import ValidationError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qd2mora.adapter_folder import load_foreign_adapter
-from qd2mora.base import compute_dtype, default_device, fingerprint, load_base, load_tokenizer
+from qd2mora.base import compute_dtype, default_device, ends_alone, fingerprint, load_base, load_tokenizer
 from qd2mora.data.chat import named_templates
 from qd2mora.data.tokenise import Tokeniser
 from qd2mora.disk.file_hash import hash_of_bytes, hash_of_file, hashes_of_files
@@ -28,6 +29,8 @@ from qd2mora.mixture import MixtureConfig, read_rows, reads_first_pass
 from qd2mora.recipe import Base
 from qd2mora.routed.modeling_mixture import AUTO_MAP, MixtureLlamaConfig, MixtureLlamaForCausalLM
 from qd2mora.run_folder import OpenRun, RunFolder, is_run, open_run
+
+_BASE = "base_model_name_or_path"
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,8 @@ def _routed_export(folder: Path) -> Any:
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise InputRefused(f"'{folder}' cannot be loaded: {str(error).splitlines()[0]}") from error
+    if model.generation_config is not None:
+        model.generation_config = ends_alone(model.generation_config)
     return model.eval()
 
 
@@ -202,7 +207,12 @@ def _lora_base(folder: Path) -> Base:
     check_adapter(folder)
     content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     settings = (read_manifest(folder) or {}).get("base")
-    return Base(**(settings or {"model": str(content.get("base_model_name_or_path")), "quantization": "none"}))
+    try:
+        return Base(**(settings or {"model": str(content.get(_BASE)), "quantization": "none"}))
+    except (ValidationError, TypeError) as error:
+        raise InputRefused(
+            f"'{folder}' names no base that can be loaded: {settings or content.get(_BASE)!r}"
+        ) from error
 
 
 __all__ = ["Subject", "model_mark", "open_subject"]

@@ -13,7 +13,7 @@ import gate_finite
 from forked import Outcome, Result, command, run
 
 LIMIT_S, LIMIT_MIB = 5.0, 1024.0
-SEED = 16
+SEED = int(__import__("os").environ.get("SEED","16"))
 
 BIG = "a" * 100_000
 _NAMES = [["q_proj"], ["q_proj"] * 50_000, ["lm_head"], [1], [], "(a+)+$", ["model"], ["embed_tokens"], [BIG], [["x"]]]
@@ -248,7 +248,8 @@ def _arguments(verb: str, case: Path) -> list[str]:
 
 
 def _is_answered(outcome: Outcome) -> bool:
-    is_within = outcome.cpu_s < LIMIT_S and outcome.grown_mib < LIMIT_MIB and not outcome.events
+    is_within = outcome.cpu_s < LIMIT_S and outcome.grown_mib < LIMIT_MIB
+    is_within = is_within and all("chat_template_child.py" in event for event in outcome.events)
     lines = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
     if outcome.code == 0:
         return is_within and not lines and "Traceback" not in outcome.err
