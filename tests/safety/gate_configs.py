@@ -13,7 +13,7 @@ import gate_finite
 from forked import Outcome, Result, command, run
 
 LIMIT_S, LIMIT_MIB = 5.0, 1024.0
-SEED = int(__import__("os").environ.get("SEED","16"))
+SEED = 16
 
 BIG = "a" * 100_000
 _NAMES = [["q_proj"], ["q_proj"] * 50_000, ["lm_head"], [1], [], "(a+)+$", ["model"], ["embed_tokens"], [BIG], [["x"]]]
