@@ -30,13 +30,17 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         whole, letter = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (PROBE, "a"))
+        numbers = [tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id]
     except BaseException as error:
         # tokenizers raises a bare Exception for a file it cannot read, and a panic of its patterns is no Exception.
-        if not isinstance(error, UNLOADABLE) and type(error) is not Exception and type(error).__name__ != _PANIC:
+        is_known = isinstance(error, (*UNLOADABLE, RecursionError)) or type(error) is Exception
+        if not is_known and type(error).__name__ != _PANIC:
             raise
         raise InputRefused(f"base.model: no tokenizer in '{model}': {first_line(error)}") from error
-    if not whole or not letter:
-        raise InputRefused(f"base.model: the tokenizer of '{model}' makes no tokens of a text")
+    if not whole or not letter or not all(number is None or isinstance(number, int) for number in numbers):
+        raise InputRefused(
+            f"base.model: the tokenizer of '{model}' makes no tokens of a text, or has no number for a token of its own"
+        )
     if tokenizer.eos_token_id is None:
         raise InputRefused(f"base.model: the tokenizer of '{model}' has no end token; set eos_token in its config")
     if tokenizer.pad_token_id is None:

@@ -197,6 +197,8 @@ TELLING: list[tuple[str, str, dict[str, Any]]] = [
     ("base/tokenizer.json", "preview", {"normalizer": _TOKENIZER_KEYS["normalizer"][0]}),
     ("base/tokenizer.json", "preview", {"pre_tokenizer": _split("(([a-z ]+)+)+Z")}),
     ("base/tokenizer.json", "preview", {"model": {"type": "BPE"}}),
+    ("base/tokenizer_config.json", "preview", {"unk_token": ""}),
+    ("base/generation_config.json", "generate base", {"num_beams": 4, "stop_strings": [], "eos_token_id": [None]}),
 ]
 """What once gave a traceback, an abort or no end, asked in every size."""
 
