@@ -142,11 +142,14 @@ def _sub(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
     assert config.rank is not None
     experts, rank = options.experts or config.num_down, options.rank or config.rank
     sub_moe.refuse_unfit(config, experts, rank)
-    tensors = {
-        f"{name}.{kind}": tensor
-        for name, each in linears.items()
-        for kind, tensor in sub_moe.compress(each, experts, rank).items()
-    }
+    try:
+        tensors = {
+            f"{name}.{kind}": tensor
+            for name, each in linears.items()
+            for kind, tensor in sub_moe.compress(each, experts, rank).items()
+        }
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise InputRefused(f"'{folder}' does not hold the tensors that its config asks for: {error}") from error
     write_mixture(sub_moe.compressed_config(config, experts, rank), tensors, base, stage, trained_on(inputs))
     return f"{config.num_down} experts of rank {config.rank} became {experts} of rank {rank}"
 

@@ -189,6 +189,8 @@ TELLING: list[tuple[str, str, dict[str, Any]]] = [
     ("lora/adapter_config.json", "generate lora", {"layer_replication": [[0, 1]] * 200_000}),
     ("lora/adapter_config.json", "generate lora", {"r": 2**20}),
     ("lora/adapter_config.json", "generate lora", {"modules_to_save": ["embed_tokens"]}),
+    ("lora/adapter_config.json", "upcycle", {"r": 2}),
+    ("lora/adapter_config.json", "upcycle", {"r": None}),
     ("pairs/adapter_config.json", "generate pairs", {"down": {"experts": 4000}, "up": {"experts": 4000}}),
     ("base/config.json", "plan", {"num_hidden_layers": 10**6}),
     ("base/config.json", "plan", {"id2label": {str(number): "x" for number in range(100_000)}}),
