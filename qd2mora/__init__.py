@@ -4,9 +4,15 @@
 that the import itself costs no torch.
 """
 
+import os
+import sys
+
+# `python -m qd2mora` would take any module from the working folder first, which may be anybody's: an adapter's, say.
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and sys.path[:1] == [os.getcwd()]:
+    del sys.path[0]
+
 import importlib
 import importlib.util
-import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec

@@ -14,10 +14,12 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from qd2mora.base import fingerprint
+from qd2mora.base.files import UNLOADABLE, first_line
 from qd2mora.disk.durable import save_pretrained
 from qd2mora.disk.file_hash import short_hash, size_and_hash
 from qd2mora.disk.sealed import open_manifest, read_listed, seal_folder
 from qd2mora.disk.staged import staged_folder
+from qd2mora.disk.tensor_file import stored_tensors
 from qd2mora.errors import DamagedFile, InputRefused, NotFinite
 from qd2mora.recipe import Base
 from qd2mora.safekeeping.inventory import ADAPTER_NAMES
@@ -78,15 +80,38 @@ def load_adapter(model: nn.Module, base: Base, folder: Path, allow_changed: Coll
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
             adapted = PeftModel.from_pretrained(model, str(folder))
+    except (*UNLOADABLE, ImportError, AssertionError) as error:
+        raise InputRefused(f"'{folder}' cannot be put on its base: {first_line(error)}") from error
     except RuntimeError as error:
         if "size mismatch" not in str(error):
-            raise
+            raise InputRefused(f"'{folder}' cannot be put on its base: {first_line(error)}") from error
         first = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
         raise DamagedFile(f"{folder / WEIGHTS} does not hold the tensors that {CONFIG} asks for: {first}") from error
     # PEFT 0.21 only warns of missing tensors, and takes those of another dtype.
     there = _inventory(load_tensors(content[WEIGHTS]))
     if there != manifest["inventory"] or there != _inventory(_tensors_of(adapted)):
         raise DamagedFile(f"{folder / WEIGHTS} does not hold the tensors that {CONFIG} asks for")
+    return adapted
+
+
+def load_foreign_adapter(model: nn.Module, folder: Path) -> PeftModel:
+    """Put an adapter that anybody may have written on a base. Raises InputRefused where they do not go together."""
+    there = stored_tensors([folder / WEIGHTS]).keys()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # what is missing is refused below; of merging and training nothing is asked
+            adapted = PeftModel.from_pretrained(model, str(folder))
+        wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    except (*UNLOADABLE, RuntimeError, ImportError, AssertionError, NotImplementedError) as error:
+        raise InputRefused(f"'{folder}' cannot be put on its base: {first_line(error)}") from error
+    missing = sorted(wanted - there)
+    if missing:
+        raise InputRefused(f"{folder / WEIGHTS} does not hold '{missing[0]}', which {CONFIG} asks for")
+    unread = sorted(name for name in there - wanted if ".lora_" in name or "mixture_" in name)
+    if unread:
+        raise InputRefused(f"{folder / WEIGHTS} holds '{unread[0]}', which {CONFIG} leaves out")
     return adapted
 
 
@@ -108,4 +133,4 @@ def _inventory(tensors: Mapping[str, Tensor]) -> dict[str, list[object]]:
     }
 
 
-__all__ = ["base_identity", "load_adapter", "refuse_another_base", "save_adapter"]
+__all__ = ["base_identity", "load_adapter", "load_foreign_adapter", "refuse_another_base", "save_adapter"]

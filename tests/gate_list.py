@@ -53,6 +53,11 @@ WATCHED = (
     "test_a_hung_step_ends_with_code_3_and_a_stack",
     "test_a_process_that_was_stopped_and_goes_on_is_not_taken_for_hung",
     "test_silence_beyond_the_limit_is_told_once",
+    "test_a_process_that_computes_on_a_cpu_is_not_taken_for_hung",
+    "test_on_a_gpu_processor_time_is_no_sign_of_life",
+    "test_the_limit_is_that_of_training_however_short_held_out_batches_and_updates_are",
+    "test_a_run_counts_only_micro_batches_of_training",
+    "test_who_gives_up_says_where_a_resume_goes_on",
     "test_nothing_is_saved_after_a_device_error",
 )
 NUMBERS = (
@@ -91,6 +96,7 @@ GATES: dict[str, Gate] = {
         (
             without("training/processes.py:Processes.sum_gradients", "all_reduce"),
             never("training/processes.py:Processes.refuse_other", "disagreeing"),
+            instead("mixture/tuner.py:MixtureModel.after_step", "zeros_like", "key", by="self.routing.counts[key]"),
             never("training/loop.py:Training._whole_gradient", "failed"),
             never("training/loop.py:Training._reason", "signals"),
             without("training/loop.py:Training._save", "finish"),
@@ -180,6 +186,19 @@ GATES: dict[str, Gate] = {
             instead("training/identity.py:identity_of_inputs", "content_hash", "path", by="''"),
             instead("training/identity.py:identity_of_inputs", "tokenizer_hash", "tokenizer", by="''"),
             never("adapter_folder.py:refuse_another_base", "!="),
+        ),
+    ),
+    "NI1": Gate(
+        "a resume under other threads or CPU instructions gives the same bytes, or is refused by name",
+        _in("test_machine.py"),
+        {"GATE_MACHINES": 1},
+        {},
+        (
+            without("training/machine.py:take_machine", "set_num_threads"),
+            never("training/machine.py:take_machine", "began"),
+            instead("training/machine.py:_instructions", "join", by="torch.backends.cpu.get_cpu_capability()"),
+            without("training/run.py:train", "callback"),
+            ignoring("training/machine.py:take_machine", "allowed", as_if=True),
         ),
     ),
     "N1": Gate(
@@ -286,12 +305,16 @@ GATES: dict[str, Gate] = {
         ),
     ),
     "U1": Gate(
-        "a hung step ends the run, and nothing is saved after a device error",
+        "a hung step ends the run, one that computes does not, and nothing is saved after a device error",
         _in("test_guards.py", *WATCHED),
         {},
         {},
         (
             without("training/clock.py:Watchdog._watch", "_last", "before"),
+            never("training/clock.py:Watchdog._watch", "BUSY"),
+            ignoring("training/clock.py:Watchdog._watch", "is_on_cpu", as_if=True),
+            doing("training/held_out.py:HeldOut._each", "alive", by="self.watchdog.beat()"),
+            doing("training/loop.py:Training._step", "alive", by="self.watchdog.beat()"),
             ignoring("memory/faults.py:is_lost", "not"),
         ),
     ),

@@ -7,7 +7,7 @@ from transformers import logging as transformers_logging
 
 from qd2mora.base.device import compute_dtype, default_device
 from qd2mora.base.files import RANDOM, fingerprint, local_folder
-from qd2mora.base.loading import base_config, load_base
+from qd2mora.base.loading import base_config, ends_alone, load_base
 from qd2mora.base.nf4 import dense_weight, is_nf4, nf4_linear
 from qd2mora.base.random_weights import random_base
 from qd2mora.base.shapes import SHAPES, Shape
@@ -29,6 +29,7 @@ __all__ = [
     "compute_dtype",
     "default_device",
     "dense_weight",
+    "ends_alone",
     "fingerprint",
     "is_nf4",
     "load_base",

@@ -102,7 +102,7 @@ def _refuse_missing(model: str, needs: str = "config.json") -> None:
         raise InputRefused(f"base.model: no folder '{model}'; give a model's folder, a hub id or random:SHAPE")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return what an error says in one line, and the next where the first only announces it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].endswith(":") and len(lines) > 1:

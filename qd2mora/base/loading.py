@@ -34,7 +34,7 @@ from qd2mora.base.random_weights import random_base
 from qd2mora.base.shapes import shape_of
 from qd2mora.disk.durable import save_pretrained
 from qd2mora.disk.sealed import verify_where_ours
-from qd2mora.disk.tensor_file import StoredTensor, stored_tensors
+from qd2mora.disk.tensor_file import StoredTensor, is_finite, stored_tensors
 from qd2mora.disk.untrusted import check_config, check_weights
 from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.recipe import Base
@@ -52,9 +52,10 @@ def base_config(base: Base) -> PreTrainedConfig:
     check_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except UNLOADABLE as error:
+        family_of(config, base.model)
+        _build_one_layer(config)
+    except (*UNLOADABLE, RuntimeError, ImportError, AssertionError) as error:
         raise InputRefused(f"base.model: '{base.model}' cannot be loaded: {first_line(error)}") from error
-    family_of(config, base.model)
     _refuse_8_bit(config, base.model)
     return config
 
@@ -85,6 +86,16 @@ def _refuse_8_bit(config: PreTrainedConfig, name: str) -> None:
             f"base.model: '{name}' is stored in 8 bits; name the 16-bit model, which is quantised to NF4 as it loads, "
             "or one in bitsandbytes' 4 bits"
         )
+
+
+def _build_one_layer(config: PreTrainedConfig) -> None:
+    """Build a layer without memory: names of functions and sizes that do not go together are found before the rest."""
+    one = copy.deepcopy(config)
+    if getattr(one, "layer_types", None):
+        one.layer_types = one.layer_types[:1]
+    one.num_hidden_layers = 1
+    with torch.device("meta"):
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(one)
 
 
 def load_base(
@@ -176,6 +187,7 @@ def _from_weights(
     except (*UNLOADABLE, RuntimeError, ImportError) as error:  # a config may ask for packages
         raise InputRefused(f"base.model: '{name}' cannot be loaded: {first_line(error)}") from error
     _refuse_partial(model, loading, name)
+    _refuse_not_finite(model, name)
     return model
 
 
@@ -185,10 +197,16 @@ def _with_generation(model: PreTrainedModel, folder: Path | None, name: str) -> 
         if folder is None:
             model.generation_config = gguf_generation(name)
         elif (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+            model.generation_config = ends_alone(GenerationConfig.from_pretrained(folder))
     except UNLOADABLE as error:
         raise InputRefused(f"base.model: '{name}' cannot be loaded: {first_line(error)}") from error
     return model
+
+
+def ends_alone(settings: GenerationConfig) -> GenerationConfig:
+    """Return what of a base's settings is read: its tokens. Beams, samples and limits of its own would join ours."""
+    ids = ("eos_token_id", "bos_token_id", "pad_token_id")
+    return GenerationConfig(**{name: getattr(settings, name) for name in ids})
 
 
 def _cached_weights(base: Base, device: torch.device, dtype: torch.dtype) -> CachedWeights | None:
@@ -261,4 +279,20 @@ def _refuse_partial(model: PreTrainedModel, loading: dict[str, Any], name: str) 
         raise InputRefused(f"base.model: '{name}': the size of {wrong[0]} is not the one its config.json gives")
 
 
-__all__ = ["base_config", "known_shape", "load_base", "planning_config", "stored_weights", "write_generation"]
+def _refuse_not_finite(model: PreTrainedModel, name: str) -> None:
+    """Refuse a number that a file holds and the dtype does not, as float16 does not hold 100,000."""
+    for key, tensor in model.state_dict().items():
+        if not is_finite(tensor):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise InputRefused(f"base.model: '{name}': a number of '{key}' is not finite in {kind}")
+
+
+__all__ = [
+    "base_config",
+    "ends_alone",
+    "known_shape",
+    "load_base",
+    "planning_config",
+    "stored_weights",
+    "write_generation",
+]

@@ -13,6 +13,10 @@ from qd2mora.errors import InputRefused
 
 _TOKENIZER_PATTERNS = ["*token*.json", "tokenizer.model", "*config.json", "vocab.*", "merges.txt", "*.jinja"]
 
+PROBE = f"{'a' * 60} {'1' * 60}{' ' * 60}\n\t" + "The quick brown fox. " * 4
+"""Tokenised once, so that a pattern that gives up does so before rows are read."""
+_PANIC = "PanicException"
+
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer with a pad token that is never mistaken for the end of a text.
@@ -22,7 +26,20 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """
     if model.startswith(RANDOM):
         raise InputRefused(f"base.model: '{model}' has random weights and no tokenizer; it can be planned and timed")
-    tokenizer = gguf_tokenizer(model) if is_gguf(model) else _of_folder(model)
+    try:
+        tokenizer = gguf_tokenizer(model) if is_gguf(model) else _of_folder(model)
+        whole, letter = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (PROBE, "a"))
+        numbers = [tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id]
+    except BaseException as error:
+        # tokenizers raises a bare Exception for a file it cannot read, and a panic of its patterns is no Exception.
+        is_known = isinstance(error, (*UNLOADABLE, RecursionError)) or type(error) is Exception
+        if not is_known and type(error).__name__ != _PANIC:
+            raise
+        raise InputRefused(f"base.model: no tokenizer in '{model}': {first_line(error)}") from error
+    if not whole or not letter or not all(number is None or isinstance(number, int) for number in numbers):
+        raise InputRefused(
+            f"base.model: the tokenizer of '{model}' makes no tokens of a text, or has no number for a token of its own"
+        )
     if tokenizer.eos_token_id is None:
         raise InputRefused(f"base.model: the tokenizer of '{model}' has no end token; set eos_token in its config")
     if tokenizer.pad_token_id is None:
@@ -37,10 +54,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 def _of_folder(model: str) -> PreTrainedTokenizerBase:
     folder = folder_of(model, _TOKENIZER_PATTERNS, needs="tokenizer_config.json")
     check_tokenizer(folder)
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except UNLOADABLE as error:
-        raise InputRefused(f"base.model: no tokenizer in '{model}': {first_line(error)}") from error
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return tokenizer
 
 

@@ -20,8 +20,8 @@ from qd2mora.disk.durable import save_pretrained
 from qd2mora.disk.file_hash import SizeAndHash
 from qd2mora.disk.sealed import seal_whole_folder
 from qd2mora.disk.staged import staged_folder
-from qd2mora.disk.tensor_file import tensor_at_hand, write_tensors
-from qd2mora.errors import InputRefused, nearest
+from qd2mora.disk.tensor_file import is_finite, tensor_at_hand, write_tensors
+from qd2mora.errors import InputRefused, NotFinite, nearest
 from qd2mora.merging.lora import WEIGHTS, write_lora
 from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.low_rank import LowRank
@@ -142,11 +142,14 @@ def _sub(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
     assert config.rank is not None
     experts, rank = options.experts or config.num_down, options.rank or config.rank
     sub_moe.refuse_unfit(config, experts, rank)
-    tensors = {
-        f"{name}.{kind}": tensor
-        for name, each in linears.items()
-        for kind, tensor in sub_moe.compress(each, experts, rank).items()
-    }
+    try:
+        tensors = {
+            f"{name}.{kind}": tensor
+            for name, each in linears.items()
+            for kind, tensor in sub_moe.compress(each, experts, rank).items()
+        }
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise InputRefused(f"'{folder}' does not hold the tensors that its config asks for: {error}") from error
     write_mixture(sub_moe.compressed_config(config, experts, rank), tensors, base, stage, trained_on(inputs))
     return f"{config.num_down} experts of rank {config.rank} became {experts} of rank {rank}"
 
@@ -186,6 +189,9 @@ def write_mixture(
     """
     config.base_model_name_or_path, config.inference_mode = base, True
     save_pretrained(config, folder)
+    bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    if bad:
+        raise NotFinite(f"compose: '{bad[0]}' of the result is not finite: the numbers of the inputs are too large")
     entries = [tensor_at_hand(PREFIX + name, tensor.contiguous()) for name, tensor in tensors.items()]
     _seal(folder, {WEIGHTS: write_tensors(folder / WEIGHTS, entries)}, settings)
 

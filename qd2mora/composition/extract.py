@@ -7,7 +7,8 @@ from torch import Tensor
 
 from qd2mora.base import local_folder
 from qd2mora.disk.sealed import verify_where_ours
-from qd2mora.errors import InputRefused
+from qd2mora.disk.tensor_file import is_finite
+from qd2mora.errors import InputRefused, NotFinite
 from qd2mora.merging.base_weights import BaseWeights
 from qd2mora.mixture.low_rank import LowRank
 from qd2mora.recipe import Base
@@ -26,7 +27,7 @@ class Extracted:
 
 
 def extract(tuned: str, base: str, rank: int) -> Extracted:
-    """Return the LoRA of `rank` that is nearest to tuned - base on each linear. Raises InputRefused."""
+    """Return the LoRA of `rank` that is nearest to tuned - base on each linear. Raises InputRefused, NotFinite."""
     for name in (tuned, base):
         folder = local_folder(name)
         if folder is None:
@@ -40,6 +41,8 @@ def extract(tuned: str, base: str, rank: int) -> Extracted:
     for name in after.names:
         # One weight of both models at a time: neither is ever whole in memory.
         difference = _whole(after, name) - _whole(before, name)
+        if not is_finite(difference):
+            raise NotFinite(f"extract: '{name}' of '{tuned}' and '{base}' differ by more than float32 holds")
         size = float(difference.double().square().sum())
         if name not in linears:
             if size:

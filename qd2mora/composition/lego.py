@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from qd2mora.composition import cat
+from qd2mora.disk.tensor_file import is_finite
+from qd2mora.errors import NotFinite
 from qd2mora.mixture.low_rank import LowRank
 from qd2mora.mixture.trained_loras import TrainedLora
 
@@ -24,8 +26,10 @@ def compose(loras: Sequence[TrainedLora], weights: Sequence[float], rank: int, s
 
 
 def clustered(update: LowRank, rank: int, seed: int = 0) -> LowRank:
-    """Return an update of at most `rank` whose ranks stand for clusters of the given ones."""
+    """Return an update of at most `rank` whose ranks stand for clusters of the given ones. Raises NotFinite."""
     a_RD, b_RO = _canonical(update.down.float(), update.scaling * update.up.float().T)
+    if not (is_finite(a_RD) and is_finite(b_RO)):
+        raise NotFinite("lego: the weighted LoRAs are not finite: their numbers, or --weights, are too large")
     num = min(rank, len(a_RD))
     if num == len(a_RD):
         return LowRank(a_RD, b_RO.T.contiguous(), 1.0)

@@ -20,7 +20,7 @@ from torch import Tensor
 from qd2mora.disk.durable import write_file
 from qd2mora.disk.file_content import json_object, refuse_by_magic
 from qd2mora.disk.file_hash import SizeAndHash
-from qd2mora.errors import DamagedFile
+from qd2mora.errors import DamagedFile, InputRefused
 
 MAX_HEADER = 2 << 20
 
@@ -58,6 +58,7 @@ class StoredTensor:
     """
 
     path: Path
+    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
@@ -75,7 +76,10 @@ class StoredTensor:
         return self.read()[index]
 
     def read(self, first: int = 0, last: int | None = None) -> Tensor:
-        """Return rows `first` to `last` (all of it where it has no axis), fresh. Raises OSError."""
+        """Return rows `first` to `last` (all of it where it has no axis), fresh.
+
+        Raises OSError, and InputRefused where a number of them is not finite.
+        """
         if not self.shape:
             rows = torch.empty((), dtype=self.dtype)
         else:
@@ -84,6 +88,8 @@ class StoredTensor:
         if rows.numel():
             row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
             _read_into(rows.view(-1).view(torch.uint8).numpy().data, self.path, self.start + first * row_bytes)
+        if not is_finite(rows):
+            raise InputRefused(f"{self.path}: tensor '{self.name[:200]}' holds a number that is not finite")
         return rows
 
 
@@ -95,6 +101,24 @@ def _read_into(memory: memoryview, path: Path, start: int) -> None:
             if not num_read:
                 raise OSError(f"{path} is cut short")
             memory = memory[num_read:]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether every number of a tensor is finite; integers are."""
+    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.float()
+    # A NaN is least and most of all; `isfinite` takes forty times as long and a tensor of its own.
+    return all(math.isfinite(float(end)) for end in tensor.aminmax())
+
+
+def check_finite(path: Path) -> None:
+    """Read every tensor of a file. Raises InputRefused where one holds a number that is not finite, DamagedFile."""
+    for tensor in _tensors_of(path).values():
+        tensor.read()
 
 
 def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
@@ -117,7 +141,7 @@ def _tensors_of(path: Path) -> dict[str, StoredTensor]:
     for name, entry in header.items():
         if name != "__metadata__":
             dtype, shape, begin, end = _checked_entry(name, entry, path)
-            found[name] = StoredTensor(path, dtype, shape, data + begin)
+            found[name] = StoredTensor(path, name, dtype, shape, data + begin)
             spans.append((begin, end))
     # Side by side without overlap or gap, up to the end of the file: no byte is read twice, and none hides between.
     place = 0
@@ -233,9 +257,11 @@ __all__ = [
     "Inventory",
     "StoredTensor",
     "TensorToWrite",
+    "check_finite",
     "check_safetensors",
     "encoded",
     "inventory_of",
+    "is_finite",
     "stored_tensors",
     "tensor_at_hand",
     "write_tensors",

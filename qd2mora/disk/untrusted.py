@@ -9,9 +9,11 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
+from qd2mora.disk.adapter_config import check_adapter_config
 from qd2mora.disk.file_content import CONVERT, JsonObject, json_object, refuse_by_magic
+from qd2mora.disk.model_config import check_model_config, check_tokenizer_parts, check_tokens
 from qd2mora.disk.shards import INDEX, WHOLE
-from qd2mora.disk.tensor_file import check_safetensors
+from qd2mora.disk.tensor_file import check_finite, check_safetensors
 from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.redact import secret_in
 
@@ -50,7 +52,7 @@ def check_config(folder: Path, code: Mapping[str, str] | None = None) -> None:
         raise InputRefused(f"'{folder}' holds an adapter (adapter_config.json), not a base; name the base's own folder")
     for name in _CONFIGS:
         if is_there(folder, name):
-            _checked_json(folder / name, code)
+            check_model_config(_checked_json(folder / name, code), folder / name)
 
 
 def check_weights(folder: Path) -> list[Path]:
@@ -72,11 +74,14 @@ def check_tokenizer(folder: Path) -> None:
     """Check the files a tokenizer is loaded from. Raises InputRefused, DamagedFile."""
     for name in _TOKENIZER_CONFIGS:
         if is_there(folder, name):
-            _checked_json(folder / name)
+            check_tokens(_checked_json(folder / name), folder / name)
     templates = [f"additional_chat_templates/{path.name}" for path in folder.glob("additional_chat_templates/*")]
     for name in (*_TOKENIZER_FILES, *templates):
         if is_there(folder, name):
             _check_size_and_magic(folder / name)
+    if is_there(folder, "tokenizer.json"):
+        path = folder / "tokenizer.json"
+        check_tokenizer_parts(json_object(path.read_bytes(), path), path)
 
 
 def check_adapter(folder: Path) -> None:
@@ -91,7 +96,9 @@ def check_adapter(folder: Path) -> None:
     patterns = [key for key in ("target_modules", "exclude_modules") if isinstance(content.get(key), str)]
     if patterns:  # PEFT takes a text as a regular expression, which may never end
         raise InputRefused(f"{config}: {patterns[0]} is a pattern; a list of names is needed")
-    check_safetensors(folder / "adapter_model.safetensors")
+    weights = folder / "adapter_model.safetensors"
+    check_adapter_config(content, config, weights)
+    check_finite(weights)
 
 
 def is_there(folder: Path, name: str) -> bool:
@@ -141,6 +148,8 @@ def _refuse_key(key: str, value: object, path: Path) -> None:
         raise InputRefused(f"{path}: {key} names {str(value)[:80]!r}; only plain names of files beside it are read")
     if "implementation" in key and any(mark in str(value) for mark in "/:@"):
         raise InputRefused(f"{path}: {key} asks for a kernel from elsewhere, {str(value)[:80]!r}; none is fetched")
+    if key == "quantization_config" and value and not (isinstance(value, dict) and value.get("quant_method")):
+        raise InputRefused(f"{path}: {key} is {str(value)[:80]!r}, of no method; name the 16-bit model")
     if key == "quant_method" and value != "bitsandbytes":
         raise InputRefused(f"{path}: weights in {str(value)[:80]!r}; name the 16-bit model, or one in bitsandbytes")
 

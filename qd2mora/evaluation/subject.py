@@ -10,21 +10,27 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from pydantic import ValidationError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from qd2mora.base import compute_dtype, default_device, fingerprint, load_base, load_tokenizer
+from qd2mora.adapter_folder import load_foreign_adapter
+from qd2mora.base import compute_dtype, default_device, ends_alone, fingerprint, load_base, load_tokenizer
 from qd2mora.data.chat import named_templates
 from qd2mora.data.tokenise import Tokeniser
 from qd2mora.disk.file_hash import hash_of_bytes, hash_of_file, hashes_of_files
 from qd2mora.disk.sealed import MANIFEST, read_manifest, verify_where_ours
+from qd2mora.disk.tensor_file import check_finite
 from qd2mora.disk.untrusted import check_adapter, check_config, check_weights
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.ends import Ends, ends_of
+from qd2mora.evaluation.next_token import RefuseNotFinite
 from qd2mora.mixture import MixtureConfig, read_rows, reads_first_pass
 from qd2mora.recipe import Base
 from qd2mora.routed.modeling_mixture import CONFIGS, SUFFIX, MixtureForCausalLM, auto_map, classes_of
 from qd2mora.run_folder import OpenRun, RunFolder, is_run, open_run
+
+_BASE = "base_model_name_or_path"
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ class Subject:
         """Continue left-padded prompts (rows, length), greedily or with a beam search; return each row's new tokens.
 
         The token that ends an answer is left out, a sign that is text is not. `route` comes before, with
-        `copies=beams`.
+        `copies=beams`. Raises NotFinite.
         """
         settings = GenerationConfig(
             do_sample=False,
@@ -120,6 +126,7 @@ class Subject:
                 attention_mask=mask,
                 generation_config=settings,
                 stopping_criteria=self.ends.criteria(self.tokenizer, ids.shape[1]),
+                logits_processor=[RefuseNotFinite()],
             )
         return [self.ends.before(row) for row in out[:, ids.shape[1] :].tolist()]
 
@@ -183,7 +190,8 @@ def _routed_export(folder: Path) -> Any:
     family = _routed_family(folder)
     assert family is not None
     check_config(folder, code=auto_map(family))
-    check_weights(folder)
+    for path in check_weights(folder):
+        check_finite(path)
     config_class, model_class = classes_of(family)
     try:
         config = config_class.from_pretrained(folder)
@@ -192,13 +200,15 @@ def _routed_export(folder: Path) -> Any:
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise InputRefused(f"'{folder}' cannot be loaded: {str(error).splitlines()[0]}") from error
+    if model.generation_config is not None:
+        model.generation_config = ends_alone(model.generation_config)
     return model.eval()
 
 
 def _lora_export(folder: Path) -> Subject:
     """Put a LoRA on its base, in the quantisation that its manifest tells, else in none."""
     base = _lora_base(folder)
-    model = PeftModel.from_pretrained(load_base(base), str(folder))
+    model = load_foreign_adapter(load_base(base), folder)
     where = str(folder) if (folder / "tokenizer_config.json").is_file() else base.model
     return Subject(model.eval(), load_tokenizer(where))
 
@@ -208,7 +218,12 @@ def _lora_base(folder: Path) -> Base:
     check_adapter(folder)
     content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     settings = (read_manifest(folder) or {}).get("base")
-    return Base(**(settings or {"model": str(content.get("base_model_name_or_path")), "quantization": "none"}))
+    try:
+        return Base(**(settings or {"model": str(content.get(_BASE)), "quantization": "none"}))
+    except (ValidationError, TypeError) as error:
+        raise InputRefused(
+            f"'{folder}' names no base that can be loaded: {settings or content.get(_BASE)!r}"
+        ) from error
 
 
 __all__ = ["Subject", "model_mark", "open_subject"]

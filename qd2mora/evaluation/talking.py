@@ -20,6 +20,7 @@ from qd2mora.data.instruction import split
 from qd2mora.data.tokenise import special_tokens
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.ends import Ends
+from qd2mora.evaluation.next_token import RefuseNotFinite
 from qd2mora.evaluation.subject import Subject, open_subject
 from qd2mora.evaluation.wording import Wording, wording_of
 from qd2mora.mixture import reads_first_pass
@@ -185,6 +186,7 @@ class Talk:
                 generation_config=self._settings(whole - given),
                 streamer=streamer,
                 stopping_criteria=self.subject.ends.criteria(tokenizer, given),
+                logits_processor=[RefuseNotFinite()],
             )
         return streamer.finish(self.subject.ends.before(out[0, given:].tolist()))
 

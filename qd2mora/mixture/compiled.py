@@ -70,7 +70,7 @@ def _forward(
         # An operator that says it changes no input must not: eager's adding in place costs a copy here.
         out = y.clone(memory_format=torch.contiguous_format)
     u = fused.forward(call, out, x, tensors)
-    return out, u, _keys_of(draws, _num_rows(x))
+    return out, u, _keys_of(draws, _num_keys(x))
 
 
 @_forward.register_fake
@@ -84,7 +84,7 @@ def _(
     else:
         out = torch.empty_like(y, memory_format=torch.contiguous_format)
     u = out.new_empty(*x.shape[:-1], adapter.call.step.features)
-    return out, u, torch.empty((2, adapter.is_random * _num_rows(x)), dtype=torch.int64)
+    return out, u, torch.empty((4, adapter.is_random * _num_keys(x)), dtype=torch.int64)
 
 
 @torch.library.custom_op("qd2mora::mixture_backward", mutates_args=())
@@ -155,30 +155,36 @@ def _autograd_inside() -> Iterator[None]:
         yield
 
 
-def _num_rows(x: Tensor) -> int:
-    """Return the rows that have keys of their own; tokens without an axis of rows share one."""
-    return x.shape[0] if x.dim() == 3 else 1
+_UNUSED, _SINGLE = -2, -1
 
 
-def _keys_of(draws: Draws | None, num_rows: int) -> Tensor:
-    """Return keys and lengths (2, rows) int64, and lines and starts of packed rows below them, (4, rows).
+def _num_keys(x: Tensor) -> int:
+    """Return how many keys there may be: how many rows share a line is not told to the compiler, and none is empty."""
+    return x.numel() // x.shape[-1] + 1
 
-    A single key stands in every row, with length -1.
+
+def _keys_of(draws: Draws | None, most: int) -> Tensor:
+    """Return keys, lengths, and lines and starts of packed rows, (4, most) int64; the rest is unused.
+
+    A single key has the length -1.
     """
     if draws is None:
-        return torch.empty((2, 0), dtype=torch.int64)
-    if draws.lengths is None:
-        return torch.tensor([[draws.keys[0]] * num_rows, [-1] * num_rows])
-    return torch.tensor([draws.keys, draws.lengths, *zip(*draws.places or (), strict=True)])
+        return torch.empty((4, 0), dtype=torch.int64)
+    table = torch.full((4, most), _UNUSED)
+    lengths = draws.lengths or (_SINGLE,)
+    given = torch.tensor([draws.keys[: len(lengths)], lengths, *zip(*draws.places or (), strict=True)])
+    table[: given.shape[0], : given.shape[1]] = given
+    return table
 
 
 def _draws_of(keys: Tensor) -> Draws | None:
     if not keys.numel():
         return None
-    key, lengths, *places = keys.tolist()
-    if lengths[0] < 0:
+    key, lengths, *places = keys[:, keys[1] != _UNUSED].tolist()
+    if lengths[0] == _SINGLE:
         return Draws((key[0],))
-    return Draws(tuple(key), tuple(lengths), tuple(zip(*places, strict=True)) or None)
+    is_packed = places[0][0] != _UNUSED
+    return Draws(tuple(key), tuple(lengths), tuple(zip(*places, strict=True)) if is_packed else None)
 
 
 __all__ = ["TracedAdapter", "mixture", "register"]

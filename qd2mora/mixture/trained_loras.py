@@ -57,18 +57,20 @@ def _read_lora(folder: Path, key: str) -> TrainedLora:
     if kind not in _KEYS or _is_special(settings):
         raise InputRefused(f"{where} is not a plain LoRA")
     down_key, up_key, rank_key, alpha_key = _KEYS[kind]
-    rank, alpha = settings[rank_key], settings[alpha_key]
+    rank, alpha = settings.get(rank_key), settings.get(alpha_key)
+    if not isinstance(rank, int) or not isinstance(alpha, int | float):
+        raise InputRefused(f"{where}: adapter_config.json gives no {rank_key} and {alpha_key}")
     divisor = rank
     if settings.get("use_rslora") or settings.get("rank_stabilized"):
         divisor = rank**0.5
-    alone = [key for key in tensors if key.endswith(down_key) and key.replace(down_key, up_key) not in tensors]
-    if alone:
-        raise InputRefused(f"{where} is not whole: there is a {alone[0]} and no {up_key} beside it")
-    pairs = {
-        _linear_name(key, down_key): (tensor.float().flatten(0, -2), _flat_up(tensors[key.replace(down_key, up_key)]))
-        for key, tensor in tensors.items()
-        if key.endswith(down_key)
-    }
+    pairs = {}
+    for key, tensor in tensors.items():
+        if not key.endswith(down_key):
+            continue
+        up = tensors.get(key.replace(down_key, up_key))
+        if up is None or min(up.dim(), tensor.dim()) < 2 or tensor.shape[-2] != rank or up.shape[-1] != rank:
+            raise InputRefused(f"{where}: '{key}' has no partner, or is not of the rank {rank} that its config gives")
+        pairs[_linear_name(key, down_key)] = (tensor.float().flatten(0, -2), _flat_up(up))
     return TrainedLora(folder, rank, alpha / divisor, pairs)
 
 

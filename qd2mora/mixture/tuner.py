@@ -161,19 +161,27 @@ class MixtureModel(BaseTuner):
 
         d_e += rate * sign(mean load - load_e), over all processes (FlyLoRA's rule, with the mean count).
         """
-        layers = {layer.place_key: layer for layer in mixture_layers(self).values()}
-        for (adapter, key), used in self.routing.counts.items():
-            name, _, role = key.rpartition(":")
-            layer = layers[name]
-            # Every process counted its own rows; the bias must move alike everywhere.
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.all_reduce(used)
-            gate = layer.mixture_spec[adapter].gate(role)
-            assert gate is not None
-            bias = getattr(layer, f"mixture_select_bias_{role}")[adapter]
+        moved = list(self._moved_biases())
+        used = [self.routing.counts.get(key, torch.zeros_like(bias)).float() for key, bias, _ in moved]
+        # Every process counted its own rows, and one whose rows are packed away counted none; the biases must move
+        # alike everywhere, so all send all counts, in the model's order and at once.
+        if used and torch.distributed.is_available() and torch.distributed.is_initialized():
+            summed = torch.cat([each.flatten() for each in used])
+            torch.distributed.all_reduce(summed)
+            used = list(summed.split([each.numel() for each in used]))
+        for (_, bias, rate), count in zip(moved, used, strict=True):
             with torch.no_grad():
-                bias.add_(gate.bias_rate * (used.mean() - used).sign().to(bias.device, bias.dtype))
+                bias.add_(rate * (count.mean() - count).sign().to(bias.device, bias.dtype))
         self.routing.counts.clear()
+
+    def _moved_biases(self) -> Iterator[tuple[tuple[str, str], Tensor, float]]:
+        """Yield under what key an active adapter's use of experts is counted, the bias it moves, and how fast."""
+        for layer in mixture_layers(self).values():
+            for adapter in layer.active_adapters:
+                for role, gate in layer.mixture_spec[adapter].step.gates if adapter in layer.mixture_spec else ():
+                    if gate.bias_rate:
+                        bias = getattr(layer, f"mixture_select_bias_{role}")[adapter]
+                        yield (adapter, f"{layer.place_key}:{role}"), bias, gate.bias_rate
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()

@@ -160,7 +160,7 @@ class HeldOut:
             self.batches.tell_routers(part)
             with torch.no_grad():
                 act(part)
-            self.watchdog.beat()
+            self.watchdog.alive()
             pace.advance(len(part.rows))
 
 

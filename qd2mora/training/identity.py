@@ -17,6 +17,7 @@ from qd2mora.disk.sealed import read_manifest as read_manifest_of
 from qd2mora.errors import InputRefused
 from qd2mora.mixture.start_folder import start_folder
 from qd2mora.recipe import Recipe
+from qd2mora.training.machine import machine_identity
 from qd2mora.training.processes import Processes
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "numpy", "qd2mora")
@@ -73,7 +74,7 @@ class Ancestry:
 def identity_of_inputs(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tasks: list[TaskRows], processes: Processes
 ) -> Identity:
-    """Return everything but the base's weights: recipe keys, versions, tokenizer, data, processes, device, engine.
+    """Return everything but the base's weights: recipe keys, versions, tokenizer, data, processes, machine, engine.
 
     `data.NAME` is the file; `rows.NAME` is what template and tokenizer made of it, in order, held-out rows too.
     """
@@ -81,6 +82,7 @@ def identity_of_inputs(
     files = {f"data.{task.name}": content_hash(task.path) for task in recipe.data.tasks}
     rows = {f"rows.{task.task.name}": _hash_of_rows(task) for task in tasks}
     where = {"device": processes.device.type, "processes": processes.count, "engine": recipe.memory.engine}
+    where |= processes.from_main(lambda: machine_identity(processes.device))
     return _recipe_keys(recipe) | versions | where | {"tokenizer": tokenizer_hash(tokenizer)} | files | rows
 
 

@@ -90,7 +90,7 @@ class Training:
         else:
             self._count_bad(rows, loss, norm)
         self.updater.forget_gradients()
-        self.watchdog.beat()
+        self.watchdog.alive()
         tokens = sum(len(row.ids) for row in rows)
         return {
             "loss": loss,

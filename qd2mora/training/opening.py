@@ -21,6 +21,7 @@ from qd2mora.training import checkpoint
 from qd2mora.training.disk_space import as_trouble
 from qd2mora.training.identity import Manifest
 from qd2mora.training.journal import forget_after
+from qd2mora.training.machine import completed
 from qd2mora.training.processes import Processes
 from qd2mora.training.progress import Progress, State, StateSource
 
@@ -80,9 +81,10 @@ def _refuse_foreign_adapter(folder: RunFolder) -> None:
 def read_manifest(folder: RunFolder) -> Manifest:
     """Return a run's manifest. Raises DamagedFile."""
     try:
-        return cast(Manifest, unseal_text(folder.manifest.read_bytes(), str(folder.manifest)))
+        manifest = cast(Manifest, unseal_text(folder.manifest.read_bytes(), str(folder.manifest)))
     except OSError as error:
         raise DamagedFile(f"{folder.manifest} cannot be read: {error.strerror}; name another output") from error
+    return {**manifest, "identity": completed(manifest["identity"], manifest.get("threads"))}
 
 
 def restore(folder: RunFolder, source: StateSource, processes: Processes) -> tuple[Progress, list[str]]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qd2mora.adapter_folder import base_identity, save_adapter
 from qd2mora.base import base_config, compute_dtype, fingerprint, load_base, load_tokenizer
+from qd2mora.base.files import is_gguf
 from qd2mora.data import TaskMix, TaskRows, collate, prepare, share_lines
 from qd2mora.data.chat import named_templates
 from qd2mora.data.notes import notes
@@ -33,7 +34,7 @@ from qd2mora.safekeeping.inventory import seal_run
 from qd2mora.stopping import StopRequest, listening
 from qd2mora.training.adapter_start import start_adapter
 from qd2mora.training.best import BestKeeper
-from qd2mora.training.checkpoint import Saver
+from qd2mora.training.checkpoint import Saver, steps_on_disk
 from qd2mora.training.clock import TimeLimit, Watchdog
 from qd2mora.training.disk_space import checkpoint_bytes, refuse_full
 from qd2mora.training.fitting import fitting_plan
@@ -43,6 +44,7 @@ from qd2mora.training.identity import Ancestry, Manifest, identity_of_inputs, id
 from qd2mora.training.journal import Journal, StepDisplay
 from qd2mora.training.launch import launched
 from qd2mora.training.loop import Training
+from qd2mora.training.machine import device_name, take_machine
 from qd2mora.training.micro_batches import Course, MicroBatches
 from qd2mora.training.opening import check_folder, open_folder, read_manifest, restore
 from qd2mora.training.processes import Processes
@@ -88,7 +90,8 @@ class Start:
     processes: Processes
     stop: StopRequest
     time_limit: TimeLimit
-    is_resumed: bool
+    before: Manifest | None
+    """What the run that is resumed says of itself."""
     allow_changed: Collection[str]
 
 
@@ -137,13 +140,18 @@ def train(
 
         processes.from_main(take_folder)
         time_limit = TimeLimit(recipe.train)
-        start = Start(recipe, folder, accelerator, processes, stop, time_limit, resume, allow_changed)
+        before = None
+        if resume:
+            before = processes.from_main(lambda: read_manifest(folder))
+        start = Start(recipe, folder, accelerator, processes, stop, time_limit, before, allow_changed)
+        held.callback(torch.set_num_threads, torch.get_num_threads())
         return _train_locked(start)
 
 
 def _train_locked(start: Start) -> Trained:
     """Train in a folder that is this run's alone."""
     folder, processes = start.folder, start.processes
+    of_machine = take_machine(start.before, processes.device, start.allow_changed)
     inputs = _read_inputs(start)
     is_rehearsed = processes.from_main(lambda: is_worthwhile(inputs.recipe, inputs.planned))
     processes.from_main(lambda: refuse_full(folder.path, _bytes_to_write(inputs)))
@@ -161,8 +169,8 @@ def _train_locked(start: Start) -> Trained:
     journal = Journal(folder.metrics, start.accelerator, StepDisplay(course.total_steps, progress.step))
     batches = _micro_batches(inputs, model, updater, processes, progress, journal)
     training = _training(start, inputs, course, batches, journal, mark)
-    for problem in problems:
-        journal.say(f"passed over: {problem}")
+    for line in (*(f"passed over: {problem}" for problem in problems), *of_machine):
+        journal.say(line)
     _say_what_starts(training, inputs.planned, inputs.tokenizer)
     with start.stop.deferred(), journal.display:
         if is_rehearsed and progress.step < course.total_steps:
@@ -186,8 +194,7 @@ def _read_inputs(start: Start) -> Inputs:
     check_limits(tasks, tokenizer, read)
     check_judging(recipe, tasks)
     asked = tasks_to_score(tasks)
-    begun = start.processes.from_main(lambda: read_manifest(start.folder) if start.is_resumed else None)
-    planned = fitting_plan(recipe, start.processes.device, begun)
+    planned = fitting_plan(recipe, start.processes.device, start.before)
     if recipe.train.optimizer == "auto":
         chosen = recipe.train.model_copy(update={"optimizer": planned.layout.optimizer})
         recipe = recipe.model_copy(update={"train": chosen})
@@ -195,7 +202,7 @@ def _read_inputs(start: Start) -> Inputs:
 
 
 def _clock(start: Start) -> str:
-    kept = clock_of(start.folder) if start.is_resumed else None
+    kept = clock_of(start.folder) if start.before is not None else None
     return kept or datetime.now().isoformat(timespec="seconds")
 
 
@@ -204,6 +211,8 @@ def _bytes_to_write(inputs: Inputs) -> int:
     recipe, planned, export = inputs.recipe, inputs.planned, 0
     if recipe.finish.export:
         export = sum(path.stat().st_size for path in Path(recipe.base.model).glob("*.safetensors"))
+        if is_gguf(recipe.base.model):  # of 4 bits or so a number, which leaves in 16
+            export = 4 * Path(recipe.base.model).stat().st_size
     # The result, and the best: there, about to be, and where every task has its own, those.
     adapters = {"none": 1, "overall": 3, "tasks": 3 + len(recipe.data.tasks)}[recipe.train.keep_best]
     checkpoints = (recipe.train.keep_checkpoints + 1) * checkpoint_bytes(planned)
@@ -212,10 +221,7 @@ def _bytes_to_write(inputs: Inputs) -> int:
 
 def _identified(start: Start, inputs: Inputs) -> Ancestry:
     """Return the run's identity so far. Raises InputRefused where it is not that of the run to be resumed."""
-    before = None
-    if start.is_resumed:
-        before = start.processes.from_main(lambda: read_manifest(start.folder))
-    ancestry = Ancestry(before, start.allow_changed, start.processes)
+    ancestry = Ancestry(start.before, start.allow_changed, start.processes)
     ancestry.add(identity_of_inputs(inputs.recipe, inputs.tokenizer, inputs.tasks, start.processes))
     return ancestry
 
@@ -283,7 +289,7 @@ def _updater(start: Start, inputs: Inputs, model: PeftModel, frozen: dict[str, T
 
 def _restored(start: Start, updater: Updater) -> tuple[Progress, list[str]]:
     """Return how far the run is, and what was wrong with checkpoints that were passed over."""
-    if start.is_resumed:
+    if start.before is not None:
         return restore(start.folder, updater, start.processes)
     return Progress(), []
 
@@ -294,13 +300,13 @@ def _open(start: Start, inputs: Inputs, ancestry: Ancestry, progress: Progress) 
     manifest: Manifest = {
         "identity": ancestry.identity,
         "lineage": ancestry.lineage(progress.step),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "clock": inputs.clock,
         "threads": torch.get_num_threads(),
         "plan": inputs.planned.to_json(),
     }
     start.processes.from_main(
-        lambda: open_folder(start.folder, inputs.recipe, manifest, start.is_resumed, progress.step)
+        lambda: open_folder(start.folder, inputs.recipe, manifest, start.before is not None, progress.step)
     )
     if inputs.recipe.train.trackers:
         start.accelerator.init_trackers("qd2mora", config={"fingerprint": inputs.recipe.fingerprint()})
@@ -348,12 +354,16 @@ def _training(
         pace = journal.pace("rows asked", sum(len(task.rows) for task in inputs.asked))
         return score_together(subject, inputs.asked, processes, pace)
 
+    watchdog = Watchdog(
+        is_on_cpu=processes.device.type == "cpu",
+        last_saved=lambda: max(steps_on_disk(folder.checkpoints), default=0),
+    )
     return Training(
         train=settings,
         course=course,
         progress=progress,
         gradient=StepGradient(batches, course, inputs.config, settings.max_grad_norm),
-        held_out=HeldOut(batches, inputs.tasks, live, score, Watchdog(), journal.pace),
+        held_out=HeldOut(batches, inputs.tasks, live, score, watchdog, journal.pace),
         saver=Saver(folder.checkpoints, settings.keep_checkpoints, batches.updater, processes.is_main),
         best=best,
         journal=journal,

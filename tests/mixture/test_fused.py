@@ -246,3 +246,16 @@ def test_a_penalty_reaches_the_router_of_a_compiled_layer() -> None:
     assert layer.mixture_spec["default"].penalties
     torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.randn(2, 5, D_IN)).sum().backward()
     assert layer.tensors("default")["mixture_router_down"].grad.any()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_layer_drops_the_same_where_rows_are_packed(backend: str) -> None:
+    """More rows than lines, and another number of them in the next batch."""
+    layer = layer_on(four_bit(), dropout=0.5).train()
+    layer.routing.rows, layer.routing.lengths = (3, 4, 5), (2, 3, 4)
+    layer.routing.places = ((0, 0), (0, 2), (1, 0))
+    compiled_equals_eager(layer, torch.randn(2, 5, D_IN, requires_grad=True), backend)
+    layer.routing.rows, layer.routing.lengths = (6, 7, 8, 9), (2, 3, 2, 3)
+    layer.routing.places = ((0, 0), (0, 2), (1, 0), (1, 2))
+    compiled_equals_eager(layer, torch.randn(2, 5, D_IN, requires_grad=True), backend)

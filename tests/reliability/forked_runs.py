@@ -80,14 +80,22 @@ def outcome(target: Callable[..., Any], *args: Any, log: Path | None = None, env
     return process.exitcode
 
 
-def train_run(recipe: Path, resume: bool = False, changes: tuple[str, ...] = ()) -> None:
+def train_run(recipe: Path, resume: bool = False, changes: tuple[str, ...] = (), allowed: tuple[str, ...] = ()) -> None:
     """Train as the command line would, resuming where there is a run and `resume` says so."""
     from qd2mora.recipe import load_recipe
     from qd2mora.run_folder import is_run
     from qd2mora.training import train
 
     loaded = load_recipe(recipe, changes)
-    train(loaded, resume=resume and is_run(loaded.output))
+    train(loaded, resume=resume and is_run(loaded.output), allow_changed=allowed)
+
+
+def threaded_run(recipe: Path, threads: int, allowed: tuple[str, ...]) -> None:
+    """Resume where so many threads are set."""
+    import torch
+
+    torch.set_num_threads(threads)
+    train_run(recipe, resume=True, allowed=allowed)
 
 
 def result_of(run: Path) -> dict[str, bytes]:

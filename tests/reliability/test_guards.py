@@ -244,6 +244,70 @@ def test_silence_beyond_the_limit_is_told_once() -> None:
     assert len(gave_up) == 1
 
 
+def test_a_process_that_computes_on_a_cpu_is_not_taken_for_hung() -> None:
+    gave_up: list[float] = []
+    with Watchdog(0.4, gave_up.append, is_on_cpu=True) as watchdog:
+        _beat(watchdog, 0.01)
+        until = time.process_time() + 1.5
+        while time.process_time() < until:
+            pass
+        assert not gave_up
+        time.sleep(1.0)
+    assert len(gave_up) == 1
+
+
+def test_on_a_gpu_processor_time_is_no_sign_of_life() -> None:
+    gave_up: list[float] = []
+    with Watchdog(0.4, gave_up.append) as watchdog:
+        _beat(watchdog, 0.01)
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            pass
+    assert len(gave_up) == 1
+
+
+def test_the_limit_is_that_of_training_however_short_held_out_batches_and_updates_are() -> None:
+    watchdog = Watchdog(0.1)
+    for _ in range(6):
+        time.sleep(0.1)
+        watchdog.beat()
+        for _ in range(20):
+            watchdog.alive()
+        with watchdog.paused():
+            pass
+    assert watchdog.limit_s >= 1.0
+
+
+def test_a_run_counts_only_micro_batches_of_training(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four micro batches a step and eight steps, whatever was evaluated, updated and saved in between."""
+    beats: list[int] = []
+    monkeypatch.setattr(Watchdog, "beat", lambda self: beats.append(1))
+    overrides = ["data.tasks.0.validation=4", "train.eval_every=1", "train.micro_batch=1", "train.global_batch=4"]
+    train(load_recipe(runs.write_recipe(made, tmp_path / "run", *overrides)))
+    assert len(beats) == 4 * 8
+
+
+@pytest.mark.parametrize(
+    ("step", "words"), [(0, "begins anew; a smaller train.save_every"), (7, "goes on after step 7")]
+)
+def test_who_gives_up_says_where_a_resume_goes_on(
+    step: int, words: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    Watchdog(last_saved=lambda: step)._end_process(130.0)
+    assert codes == [3]
+    assert words in capfd.readouterr().err.splitlines()[-1]
+
+
+def _beat(watchdog: Watchdog, wait_s: float) -> None:
+    for _ in range(10):
+        watchdog.beat()
+        time.sleep(wait_s)
+
+
 @pytest.mark.parametrize("is_backward", [False, True])
 def test_nothing_is_saved_after_a_device_error(
     is_backward: bool, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -32,6 +32,8 @@ FIELDS = [
     "versions.transformers",
     "versions.qd2mora",
     "device",
+    "threads",
+    "instructions",
     "processes",
     "engine",
     "tokenizer",

@@ -50,6 +50,20 @@ def test_losses_and_held_out_losses_are_those_of_one_process(alone: Path, paired
             assert theirs[key] == pytest.approx(ours[key], rel=1e-6), key
 
 
+def test_a_process_without_rows_moves_the_selection_biases_with_the_others(made: Path, tmp_path: Path) -> None:
+    """Two short rows are one packed line: the second process has none, and is waited for in vain by no one."""
+    changes = ("train.steps=3", "data.packing=true", "train.global_batch=2", "train.micro_batch=1", "adapter.dropout=0")
+    change = "adapter.gates={rank: {top_k: 2}}"
+    one, two = (_recipe(made, tmp_path / name, *changes, change, method="flylora") for name in ("one", "two"))
+    pair = pairs.start_pair(pairs.train_pair, two, log=tmp_path / "log")
+    assert runs.outcome(runs.train_run, one) == 0
+    assert pairs.ended(pair) == [0, 0], (tmp_path / "log").read_text()
+    ours, theirs = (load_file(each.with_suffix("") / "adapter/adapter_model.safetensors") for each in (one, two))
+    biases = [name for name in ours if "select_bias" in name]
+    assert biases and all(torch.equal(ours[name], theirs[name]) for name in biases)
+    assert any(ours[name].any() for name in biases)
+
+
 @pytest.mark.parametrize("method, change", [("flylora", "gates={rank: {top_k: 2}}"), ("mola", "allocation=2-4")])
 def test_selection_biases_and_balance_losses_count_the_rows_of_both(
     method: str, change: str, made: Path, tmp_path: Path

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import gate_bombs
 import gate_canaries
+import gate_configs
 import gate_files
+import gate_finite
 import gate_numbers
 import gate_recipes
 import gate_rows
@@ -42,6 +44,8 @@ GATES: dict[str, Callable[[Path, Path, bool], Result]] = {
     "J1": lambda made, folder, quick: gate_templates.gate(7 if quick else 1),
     "BM1": lambda made, folder, quick: gate_bombs.gate_bombs(made, folder, 60 if quick else 1000),
     "NB1": lambda made, folder, quick: gate_numbers.gate(made, folder, 29 if quick else 1),
+    "CF1": lambda made, folder, quick: gate_configs.gate(made, folder, 60 if quick else 5_000),
+    "NF1": lambda made, folder, quick: gate_finite.gate(made, folder, 3 if quick else 1),
     "ST1": gate_streams.gate,
     "TM1": lambda made, folder, quick: gate_terminal.gate(made, folder, 30 if quick else 500),
     "X1": lambda made, folder, quick: gate_canaries.gate(made, folder, 5 if quick else 1),

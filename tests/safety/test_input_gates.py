@@ -16,6 +16,8 @@ CLAIMS = {
     "J1": "a chat template escapes nothing and stops nothing",
     "BM1": "a header that lies is refused at once and in little memory",
     "NB1": "a number at the edge of what machines count with is answered",
+    "CF1": "a configuration that no library wrote is taken or refused in one line, in seconds and in little memory",
+    "NF1": "a number that is not finite in any tensor that a verb reads is refused by the tensor's name",
     "ST1": "a standard stream that is closed, full, broken or speaks ASCII stops no verb",
     "TM1": "a control or bidi mark reaches the terminal by no verb",
     "X1": "no secret is printed or written",

@@ -140,7 +140,7 @@ BAD = {
     "rank: 8, start: {run}": "adapter.rank: 8, but .* has 4; leave it out",
     "targets: [q_proj], start: {run}": "adapter.targets",
     "start: {here}/nothing": "holds no adapter",
-    "start: {here}/missing": "is not whole: there is a",
+    "start: {here}/missing": "has no partner",
     "start: {here}/narrow": "another base",
     "start: {here}/nan": "is not finite",
     "start: {here}/other": "was trained on another base",
