@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from qd2mora.data import chat
 from qd2mora.data.chat_template import ChatTemplate, reads_clock
 from qd2mora.data.formats import find_format
-from qd2mora.data.read import Pair, Skipped, content_hash, iterate_pairs
+from qd2mora.data.pair import Pair
+from qd2mora.data.read import Skipped, content_hash, iterate_pairs
 from qd2mora.data.token_store import RowsToStore, TokenStore, open_store
 from qd2mora.data.tokenise import Tokeniser, special_tokens, tokenizer_text
 from qd2mora.disk.file_hash import hash_of_bytes
@@ -58,27 +59,55 @@ class TokenRows(Sequence[Row]):
         """`masking`: `turns`, answers are learned; `last`, the last answer alone; `none`, everything is."""
         self.store, self.places, self.task = store, places, task
         self.max_length, self.masking, self.group = max_length, masking, group
+        self.starts: NDArray[np.int64] | None = None
+        """Where each row begins in its document; None where a row is all that is stored at its place."""
 
     @property
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each row."""
-        return np.minimum(self.store.lengths[self.places], self.max_length)
+        return np.minimum(self._left, self.max_length)
 
     @property
     def is_cut(self) -> NDArray[np.bool_]:
         """Whether a row loses its end."""
-        return self.store.lengths[self.places] > self.max_length
+        if self.starts is not None:
+            return np.zeros(len(self), dtype=np.bool_)
+        return self._left > self.max_length
+
+    @property
+    def _left(self) -> NDArray[np.int32]:
+        """Tokens from each row's beginning to the end of what is stored."""
+        whole = self.store.lengths[self.places]
+        return whole if self.starts is None else (whole - self.starts).astype(np.int32)
 
     @property
     def is_learned(self) -> NDArray[np.bool_]:
         """Whether anything of a row is learned."""
+        if self.starts is not None:
+            return self.lengths > 1
         first = {"turns": self.store.first_bounds, "last": self.store.last_bounds}.get(self.masking)
         return self.lengths > (1 if first is None else np.maximum(first[self.places], 1))
 
     def where(self, chosen: NDArray[np.bool_]) -> "TokenRows":
         """Return some of these rows."""
-        places = self.places[chosen]
-        return TokenRows(self.store, places, self.task, self.max_length, self.masking, self.group)
+        rows = TokenRows(self.store, self.places[chosen], self.task, self.max_length, self.masking, self.group)
+        if self.starts is not None:
+            rows.starts = self.starts[chosen]
+        return rows
+
+    def in_pieces(self) -> "TokenRows":
+        """Return whole documents as rows of at most `max_length` tokens that lose none.
+
+        A row that goes on begins with the last token of the row before, which is learned there and given here: so each
+        token of a document but its first is learned once, with what stands before it in its row.
+        """
+        step = self.max_length - 1
+        numbers = np.maximum(1, -(-(self.store.lengths[self.places] - 1) // step))
+        before = np.repeat(np.cumsum(numbers) - numbers, numbers)
+        places = np.repeat(self.places, numbers)
+        rows = TokenRows(self.store, places, self.task, self.max_length, self.masking, self.group)
+        rows.starts = (np.arange(len(places)) - before) * step
+        return rows
 
     def __len__(self) -> int:
         return len(self.places)
@@ -91,8 +120,12 @@ class TokenRows(Sequence[Row]):
         if isinstance(number, slice):
             return [self[each] for each in range(*number.indices(len(self)))]
         place = int(self.places[number])
-        ids = self.store.ids(place)[: self.max_length]
         pair = self.store.pair(place)
+        if self.starts is not None:
+            start = int(self.starts[number])
+            ids = self.store.ids(place)[start : start + self.max_length]
+            return Row(self.task, ids, 1, pair, self.group)  # the first token is never learned
+        ids = self.store.ids(place)[: self.max_length]
         if self.masking == "none":
             return Row(self.task, ids, 0, pair, self.group)
         *before, masked = np.minimum(self.store.bounds(place), len(ids)).tolist()
@@ -167,19 +200,14 @@ def _prepare_task(
     skipped = store.skipped
     if isinstance(task.validation, str):
         places, other = np.arange(len(store)), _stored_rows(data, task, task.validation, tokenizer, tokeniser)
-        held_out = TokenRows(other, np.arange(len(other)), index, data.max_length, "last", task.group or 0)
-        for reason, found in other.skipped.places.items():
-            skipped.places.setdefault(reason, []).extend(found)
-        for key, number in other.skipped.unread.items():
-            skipped.unread[key] = skipped.unread.get(key, 0) + number
-        skipped.systems += other.skipped.systems
+        held_out = _rows(data, index, other, np.arange(len(other)), "last")
+        skipped.add(other.skipped)
     else:
-        places, held = _hold_out(len(store), task, seed)
-        held_out = TokenRows(store, held, index, data.max_length, "last", task.group or 0)
+        places, held = _hold_out(store, task, seed)
+        held_out = _rows(data, index, store, held, "last")
     if skipped.total:
         _log.warning("data.tasks.%s: %s", task.name, skipped.line())
-    masking = "turns" if data.mask_prompt else "none"
-    rows = TokenRows(store, places, index, data.max_length, masking, task.group or 0)
+    rows = _rows(data, index, store, places, "turns" if data.mask_prompt else "none")
     train = rows.where(rows.is_learned)
     result = TaskRows(task, train, held_out.where(held_out.is_learned), skipped=skipped)
     result.reads_clock = reads_clock(_template_text(task, tokenizer) or "")
@@ -192,6 +220,13 @@ def _prepare_task(
             *(task.name, result.num_cut, len(rows), data.max_length, store.lengths[places].max()),
         )
     return result
+
+
+def _rows(data: Data, index: int, store: TokenStore, places: NDArray[np.int64], masking: str) -> TokenRows:
+    """Return the rows of a task at some places of a store."""
+    task = data.tasks[index]
+    rows = TokenRows(store, places, index, data.max_length, masking, task.group or 0)
+    return rows.in_pieces() if find_format(task).is_document else rows
 
 
 def _stored_rows(
@@ -259,9 +294,13 @@ def _refuse_masked(data: Data, result: TaskRows, rows: TokenRows) -> None:
         )
 
 
-def _hold_out(number: int, task: Task, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the places of rows to learn from and of rows held out, each in the file's order."""
+def _hold_out(store: TokenStore, task: Task, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the places of rows to learn from and of rows held out, each in the file's order.
+
+    What was made of one row of the file stays together.
+    """
     assert isinstance(task.validation, int)
+    number = int(store.sources[-1]) + 1
     if task.validation >= number:
         raise InputRefused(
             f"data.tasks.{task.name}.validation: {task.validation} rows to hold out of {number} leave none to learn"
@@ -270,6 +309,7 @@ def _hold_out(number: int, task: Task, seed: int) -> tuple[NDArray[np.int64], ND
     order = np.random.default_rng([seed, *task.name.encode()]).permutation(number)
     is_held = np.zeros(number, dtype=bool)
     is_held[order[: task.validation]] = True
+    is_held = is_held[store.sources]
     return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
 

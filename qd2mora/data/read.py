@@ -9,6 +9,7 @@ from qd2mora.data import chat
 from qd2mora.data.chat_template import ChatTemplate
 from qd2mora.data.file_rows import MAX_ROW_BYTES, BadRow, Repeated, rows_of
 from qd2mora.data.formats import find_format
+from qd2mora.data.pair import Pair, Vector
 from qd2mora.data.row_format import Fields, RowFormat
 from qd2mora.data.row_keys import unread_keys, unread_keys_of_message
 from qd2mora.disk.file_hash import hash_of_bytes, hash_of_file
@@ -16,26 +17,8 @@ from qd2mora.errors import InputRefused
 from qd2mora.recipe import Task
 from qd2mora.recipe.data import HUB
 
-Vector = tuple[float, ...]
-
 Names = Mapping[str, str | list[str]]
 """What a file calls a format's fields."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One example as text.
-
-    `segments`: a conversation whole, given and learned in turn, special tokens in it; `prompt` is all of it before the
-    last answer. `starts_word`: the answer is tokenised as a text of its own, with the space that SentencePiece puts
-    before one, as published prompts are trained; else it goes on where the prompt ends.
-    """
-
-    prompt: str
-    answer: str
-    vector: Vector | None = None
-    segments: tuple[str, ...] = ()
-    starts_word: bool = False
 
 
 @dataclass
@@ -58,6 +41,14 @@ class Skipped:
     def counts(self) -> dict[str, int]:
         """Rows left out, by reason."""
         return {reason: len(places) for reason, places in self.places.items()}
+
+    def add(self, other: "Skipped") -> None:
+        """Take in what was left out of another file, but for rows said twice."""
+        for reason, places in other.places.items():
+            self.places.setdefault(reason, []).extend(places)
+        for key, number in other.unread.items():
+            self.unread[key] = self.unread.get(key, 0) + number
+        self.systems += other.systems
 
     def line(self) -> str:
         """Say in one line what was left out, with the first places of each reason."""
@@ -159,7 +150,7 @@ def _pair_of(row_format: RowFormat, row: object, task: Task, template: ChatTempl
         for text in (prompt, answer):
             _check_text("choices", text)
     _refuse_silent(answer, row_format, names)
-    return Pair(prompt, answer, vector, starts_word=row_format.starts_word)
+    return Pair(prompt, answer, vector, starts_word=row_format.starts_word, is_document=row_format.is_document)
 
 
 def _refuse_silent(answer: str, row_format: RowFormat, names: Names) -> None:
@@ -277,4 +268,4 @@ def _short(value: object) -> str:
     return f"{kind} {repr(value)[:40]}"
 
 
-__all__ = ["Pair", "Skipped", "content_hash", "iterate_pairs", "read_pairs"]
+__all__ = ["Skipped", "content_hash", "iterate_pairs", "read_pairs"]

@@ -17,6 +17,7 @@ class RowFormat:
 
     `texts`: the fields that are text; `split` checks the others. `asks`: fields of which one must say something.
     `starts_word`: answers are tokenised as texts of their own. `inner`: names inside a field that a recipe may map.
+    `is_document`: a row is learned whole, and becomes several where it is long.
     """
 
     fields: tuple[str, ...]
@@ -26,6 +27,7 @@ class RowFormat:
     inner: tuple[str, ...] = ()
     asks: tuple[str, ...] = ()
     starts_word: bool = False
+    is_document: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from qd2mora.data.read import Pair
+from qd2mora.data.pair import Pair
 
 CHUNK = 2048
 """Rows that are tokenised together, at most."""
