@@ -1,6 +1,6 @@
 """The formats of rows by name."""
 
-from qd2mora.data import chat, completion, instruction, multiple_choice, text
+from qd2mora.data import completion, conversation, instruction, multiple_choice, text
 from qd2mora.data.row_format import RowFormat
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.recipe import Task
@@ -9,7 +9,7 @@ FORMATS: dict[str, RowFormat] = {
     "instruction": instruction.FORMAT,
     "completion": completion.FORMAT,
     "multiple_choice": multiple_choice.FORMAT,
-    "chat": chat.FORMAT,
+    "chat": conversation.FORMAT,
     "text": text.FORMAT,
 }
 
@@ -26,6 +26,8 @@ def find_format(task: Task) -> RowFormat:
             f"data.tasks.{task.name}.template: {task.template} words chats and instructions, {task.format} rows are "
             "joined as they are; leave it out"
         )
+    if task.turns is not None and task.format != "chat":
+        raise InputRefused(f"data.tasks.{task.name}.turns: {task.turns} is for chats, not for {task.format} rows")
     if found.is_document and task.metric not in (None, "loss"):
         raise InputRefused(
             f"data.tasks.{task.name}.metric: {task.metric} judges answers, {task.format} rows have none; loss, or "

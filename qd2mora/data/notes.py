@@ -18,8 +18,8 @@ ROWS_LOOKED_AT = 20_000
 def notes(task: TaskRows, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Yield a line for each thing about a task's rows that one would not expect."""
     yield from names_counted(task.skipped.unread)
-    if task.skipped.systems:
-        yield f"{task.skipped.systems} rows bring their system message in field 'system'; it is put first"
+    for remark, number in task.skipped.remarks.items():
+        yield f"{number} rows {remark}"
     if task.reads_clock:
         yield "the chat template words the time of day or the date: a run keeps the time that it began at"
     yield from _pieces(task)

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from qd2mora.data import chat
 from qd2mora.data.chat_template import ChatTemplate, reads_clock
+from qd2mora.data.conversation import UNLEARNED
 from qd2mora.data.formats import find_format
-from qd2mora.data.pair import Pair
+from qd2mora.data.pair import Pair, Part
 from qd2mora.data.read import Skipped, content_hash, iterate_pairs
 from qd2mora.data.token_store import RowsToStore, TokenStore, open_store
 from qd2mora.data.tokenise import Tokeniser, special_tokens, tokenizer_text
@@ -42,6 +43,8 @@ class Row:
     pair: Pair
     group: int = 0
     earlier: tuple[tuple[int, int], ...] = ()
+    parts: tuple[Part, ...] = ()
+    """What a conversation consists of, in tokens, where that is not the template's own words."""
 
     @property
     def num_labels(self) -> int:
@@ -131,7 +134,7 @@ class TokenRows(Sequence[Row]):
         *before, masked = np.minimum(self.store.bounds(place), len(ids)).tolist()
         spans = zip(before[::2], before[1::2], strict=True) if self.masking == "turns" else ()
         earlier = tuple((start, stop) for start, stop in spans if start < stop)
-        return Row(self.task, ids, masked, pair, self.group, earlier)
+        return Row(self.task, ids, masked, pair, self.group, earlier, self.store.parts(place))
 
 
 @dataclass
@@ -205,6 +208,11 @@ def _prepare_task(
     else:
         places, held = _hold_out(store, task, seed)
         held_out = _rows(data, index, store, held, "last")
+    if not data.mask_prompt and UNLEARNED in skipped.remarks:
+        raise InputRefused(
+            f"data.mask_prompt: false learns every message, and {skipped.remarks[UNLEARNED]} rows of task {task.name} "
+            f"{UNLEARNED}; take one of the two back"
+        )
     if skipped.total:
         _log.warning("data.tasks.%s: %s", task.name, skipped.line())
     rows = _rows(data, index, store, places, "turns" if data.mask_prompt else "none")
@@ -241,7 +249,7 @@ def _stored_rows(
 
     if path.startswith(HUB) or not os.path.isfile(path):
         return open_store(RowsToStore(task.name, read, None, 0, path, task.limit), tokeniser)
-    names = ("format", "fields", "select", "limit", "vector", "wording")
+    names = ("format", "fields", "select", "limit", "vector", "wording", "turns")
     key: dict[str, object] = {name: getattr(task, name) for name in names}
     key |= {"file": content_hash(path), "path": path, "on_bad_row": data.on_bad_row}
     key["tokenizer"] = hash_of_bytes(tokenizer_text(tokenizer).encode())

@@ -21,7 +21,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from qd2mora.data.pair import Pair
+from qd2mora.data.pair import Pair, Part
 from qd2mora.data.read import Skipped
 from qd2mora.data.token_cache import ROWS, limit_bytes, mark_used, prune, remove_entry, tokens_folder
 from qd2mora.data.tokenise import Tokeniser, Tokens, tokenised
@@ -44,6 +44,7 @@ _SCHEMA = pa.schema(
         "vector": pa.list_(pa.float64()),
         "starts_word": pa.bool_(),
         "continues": pa.bool_(),
+        "parts": pa.list_(pa.int32()),
     }
 )
 _log = logging.getLogger(__name__)
@@ -84,6 +85,12 @@ class TokenStore:
     def bounds(self, number: int) -> NDArray[np.int32]:
         batch, place = self._find(number)
         return batch.entry("bounds", place)
+
+    def parts(self, number: int) -> tuple[Part, ...]:
+        """Return what a conversation consists of, in tokens."""
+        batch, place = self._find(number)
+        numbers = batch.entry("parts", place).tolist()
+        return tuple(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
 
     def pair(self, number: int) -> Pair:
         """Return a row as text; of a document none is kept beside its tokens."""
@@ -133,8 +140,8 @@ class _Batch:
     def __init__(self, content: Any) -> None:
         self.content = content
         self.num_rows: int = content.num_rows
-        self.offsets = {name: content.column(name).offsets.to_numpy() for name in ("ids", "bounds")}
-        self.values = {name: content.column(name).values.to_numpy() for name in ("ids", "bounds")}
+        self.offsets = {name: content.column(name).offsets.to_numpy() for name in ("ids", "bounds", "parts")}
+        self.values = {name: content.column(name).values.to_numpy() for name in ("ids", "bounds", "parts")}
 
     def entry(self, name: str, place: int) -> NDArray[np.int32]:
         start, stop = self.offsets[name][place : place + 2]
@@ -237,6 +244,7 @@ def _batch(pairs: Sequence[Pair], tokens: Sequence[Tokens]) -> Any:
         pa.array([pair.vector for pair in pairs], pa.list_(pa.float64())),
         pa.array([pair.starts_word for pair in pairs], pa.bool_()),
         pa.array([pair.continues for pair in pairs], pa.bool_()),
+        _lists([row.spans for row in tokens]),
     ]
     return pa.record_batch(columns, schema=_SCHEMA)
 

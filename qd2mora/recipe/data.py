@@ -34,6 +34,9 @@ class Task(Section):
     template: Literal["tokenizer", "chatml", "plain"] | None = None
     """What words a chat: `tokenizer`, its own template (where left out), or one of ours for a tokenizer without. On
     instruction rows, words them as a chat of one turn in place of Alpaca's prompt."""
+    turns: Literal["together", "each", "last"] | None = None
+    """Answers of a conversation: `together`, in one row; `each`, in a row of its own, worded as when it is asked for;
+    `last`, the last alone. Left out: together where the template words earlier turns always alike, else each."""
     weight: Positive | None = None
     """Share in the mixture relative to the others'; all tasks give one, or none does (plain concatenation)."""
     epochs: Annotated[float, Field(ge=1e-9, le=1e4)] = 1.0  # the order of one epoch stands in memory
