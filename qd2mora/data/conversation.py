@@ -189,9 +189,9 @@ def _calls(value: object) -> list[Message]:
             raise BadRow("a tool call names no function")
         given = function.get("arguments")
         arguments = from_json("a tool call's arguments", {} if given is None else given)
+        check_json("arguments", arguments)
         if not isinstance(arguments, dict):
             raise BadRow("a tool call's arguments should be an object", f", they are {shortened(arguments)}")
-        check_json("arguments", arguments)
         whole = {**function, "arguments": {} if given is None else given}
         rest = {} if function is call else {key: each for key, each in call.items() if each is not None}
         made.append({"type": "function", **rest, "function": whole})
@@ -250,9 +250,9 @@ def _refuse_order(messages: tuple[Message, ...]) -> None:
     roles = [message["role"] for message in messages]
     for number, role in enumerate(roles):
         if role == "system" and number:
-            raise BadRow("a message's role should be system in the first alone", f"; the {number + 1}th is system")
+            raise BadRow("a message's role should be system in the first alone", f"; message {number + 1} is system")
         if role == "tool" and "assistant" not in roles[:number]:
-            raise BadRow("a message's role should be tool after a call alone", f"; the {number + 1}th is tool")
+            raise BadRow("a message's role should be tool after an answer alone", f"; message {number + 1} is tool")
 
 
 def _remarks(talk: Conversation, asks_for_others: bool) -> Iterator[str]:

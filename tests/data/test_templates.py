@@ -109,20 +109,22 @@ WHOLE = [
 ]
 
 
-@pytest.mark.parametrize(("name", "talk", "wanted"), WHOLE)
+@pytest.mark.parametrize("name", dict.fromkeys(name for name, _, _ in WHOLE))
 def test_rows_are_the_templates_own_tokens_and_answers_alone_are_learned(
-    name: str, talk: list[dict[str, Any]], wanted: list[str], plain: PreTrainedTokenizerBase, tmp_path: Path
+    name: str, plain: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    (row,) = rows_of(plain, getattr(chat_templates, name), tmp_path, talk).train
-    assert row.ids.tolist() == plain.apply_chat_template(talk)["input_ids"]
-    assert learned(row, plain) == wanted
+    cases = [(talk, wanted) for other, talk, wanted in WHOLE if other == name]
+    made = rows_of(plain, getattr(chat_templates, name), tmp_path, *(talk for talk, _ in cases)).train
+    for row, (talk, wanted) in zip(made, cases, strict=True):
+        assert row.ids.tolist() == plain.apply_chat_template(talk)["input_ids"]
+        assert learned(row, plain) == wanted
 
 
 def test_tools_are_given_to_the_template_and_are_not_learned(plain: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     for name in ("LLAMA3", "QWEN25", "MISTRAL"):
-        for tools in ([TOOL], json.dumps([TOOL]), [TOOL["function"]]):
-            row = {"messages": [USER, ANSWER], "tools": tools}
-            (made,) = rows_of(plain, getattr(chat_templates, name), tmp_path, row).train
+        given = ([TOOL], json.dumps([TOOL]), [TOOL["function"]])
+        rows = [{"messages": [USER, ANSWER], "tools": tools} for tools in given]
+        for made in rows_of(plain, getattr(chat_templates, name), tmp_path, *rows).train:
             assert made.ids.tolist() == plain.apply_chat_template([USER, ANSWER], tools=[TOOL])["input_ids"]
             (answer,) = learned(made, plain)
             assert answer.strip().startswith("blue moon")
@@ -137,9 +139,8 @@ def test_arguments_are_worded_from_text_and_from_objects_as_each_template_takes_
     as_object, as_text = call({"star": "sun"}), call('{"star": "sun"}')
     for name, native in (("QWEN25", as_object), ("LLAMA3", as_object), ("DEEPSEEK", as_text), ("QWEN3", as_text)):
         wanted = plain.apply_chat_template([USER, native], chat_template=getattr(chat_templates, name))["input_ids"]
-        for given in (as_object, as_text):
-            (row,) = rows_of(plain, getattr(chat_templates, name), tmp_path, [USER, given]).train
-            assert row.ids.tolist() == wanted
+        rows = rows_of(plain, getattr(chat_templates, name), tmp_path, [USER, as_object], [USER, as_text]).train
+        assert [row.ids.tolist() for row in rows] == [wanted, wanted]
     (row,) = rows_of(plain, chat_templates.DEEPSEEK, tmp_path, [USER, as_object, RESULT, LAST]).train
     assert learned(row, plain) == [
         '<|calls|><|call|>function<|sep|>look\n```json\n{"star": "sun"}\n```<|endcalls|></s>',
