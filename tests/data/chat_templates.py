@@ -218,3 +218,9 @@ MARKED_INSIDE = r"""{%- for m in messages %}
 {%- else %}{{- m.content }}{% endif %}
 {%- endfor %}"""
 """Marks whose ends lie inside tokens."""
+
+ANSWERED_OTHERWISE = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}{{ ' be short' if loop.last }}[/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+"""A question reads otherwise once it is answered."""

@@ -253,14 +253,15 @@ def test_marks_of_a_template_that_rewrites_count_in_each_answers_own_row_or_all_
         ("CHATML", {"messages": TALK, "tools": [TOOL]}, "field 'tools' is left out by the chat template"),
         ("SMOLLM2", WITH_CALL, "tool calls are left out by the chat template"),
         ("ZEPHYR", [USER, ANSWER, {"role": "tool", "content": "stars"}, LAST], "a message of the tool is left out"),
+        ("ANSWERED_OTHERWISE", TALK, "words a question otherwise once it is answered; name template: chatml"),
     ],
 )
 def test_what_a_template_refuses_or_leaves_out_is_said_in_one_line(
     name: str, talk: Any, words: str, plain: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     with pytest.raises(InputRefused) as refused:
-        rows_of(plain, getattr(chat_templates, name), tmp_path, TALK, talk)
-    assert "talks.jsonl, row 2: " in str(refused.value) and words in str(refused.value)
+        rows_of(plain, getattr(chat_templates, name), tmp_path, talk)
+    assert "talks.jsonl, row 1: " in str(refused.value) and words in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
