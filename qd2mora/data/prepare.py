@@ -186,10 +186,15 @@ def encode(
 ) -> list[Row]:
     """Tokenise rows of prompt and answer at once; the end token closes the answer and is learned.
 
-    Rows longer than `max_length` lose their end.
+    Rows longer than `max_length` lose their end; documents become several, as `TokenRows.in_pieces` has it.
     """
     rows = []
     for pair, tokens in zip(pairs, Tokeniser(tokenizer).tokens(pairs), strict=True):
+        if pair.is_document:
+            whole, step = np.asarray(tokens.ids, dtype=np.int32), max_length - 1
+            starts = range(0, max(1, len(whole) - 1), step)
+            rows += [Row(task, whole[start : start + max_length], 1, pair, group) for start in starts]
+            continue
         ids = np.asarray(tokens.ids[:max_length], dtype=np.int32)
         rows.append(Row(task, ids, min(tokens.bounds[-1], len(ids)) if mask_prompt else 0, pair, group))
     return rows

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from qd2mora.data import Row, TaskMix, TokenRows, collate, prepare
+from qd2mora.data import Row, TaskMix, TokenRows, collate, encode, prepare, read_pairs
 from qd2mora.data.expert_suggestion import suggest_experts
 from qd2mora.data.notes import notes
 from qd2mora.errors import InputRefused
@@ -49,6 +49,8 @@ def test_every_token_of_a_document_but_its_first_is_learned_once_and_in_order(
         assert labels[1 : len(ids)].tolist() == ids[1:] and row.num_labels == len(ids) - 1
     assert documents == wanted
     assert sum(row.num_labels for row in rows) == sum(map(len, wanted)) - len(wanted)
+    at_once = encode(read_pairs(task.task, task.task.path), tokenizer, 0, max_length, True)
+    assert [row.ids.tolist() for row in at_once] == [row.ids.tolist() for row in rows]
 
 
 def test_whole_documents_are_held_out_and_counted_by_the_limit(
