@@ -25,8 +25,11 @@ datasets:
   - path: talks.jsonl
     type: chat_template
     field_messages: turns
+    field_tools: functions
     message_property_mappings: {role: who, content: text}
   - {path: novels.txt, type: completion}
+  - {path: pages.jsonl, type: completion, field: body}
+  - {path: pairs.jsonl, type: input_output}
 val_set_size: 0.05
 sequence_len: 1024
 sample_packing: true
@@ -63,7 +66,12 @@ report_to: none
 output_dir: out
 """
 LISTED = {
-    "talks": {"file_name": "talks.json", "formatting": "sharegpt", "columns": {"messages": "turns"}, "ranking": True},
+    "talks": {
+        "file_name": "talks.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "turns", "tools": "functions"},
+        "ranking": True,
+    },
     "questions": {"hf_hub_url": "someone/questions", "columns": {"prompt": "q", "response": "a", "history": "before"}},
 }
 
@@ -81,11 +89,13 @@ def test_a_file_of_axolotl_means_the_same_here(tmp_path: Path) -> None:
     assert (train.micro_batch, train.global_batch, train.epochs, train.steps) == (2, 16, 3.0, None)
     assert (train.optimizer, train.learning_rate, train.schedule) == ("adamw_8bit", 1e-4, "cosine")
     assert (recipe.data.max_length, recipe.data.packing, recipe.data.mask_prompt) == (1024, True, False)
-    first, second = recipe.data.tasks
+    first, second, novels, pages = recipe.data.tasks
     assert (first.name, first.path, first.format) == ("instructions", "hub:someone/instructions:train", "instruction")
-    assert second.fields == {"messages": "turns", "role": "who", "content": "text"}
+    assert second.fields == {"messages": "turns", "role": "who", "content": "text", "tools": "functions"}
+    assert (novels.path, novels.format, novels.fields) == ("novels.txt", "text", None)
+    assert (pages.format, pages.fields) == ("text", {"text": "body"})
     assert recipe.memory.checkpointing == "on" and recipe.output == "out"
-    for words in ("'completion'; there are", "val_set_size: 0.05", "special_tokens", "loraplus_lr_ratio: 16"):
+    for words in ("'input_output'; there are", "val_set_size: 0.05", "special_tokens", "loraplus_lr_ratio: 16"):
         assert sum(words in line for line in left) == 1, left
     assert len(left) == 4
 
@@ -99,7 +109,7 @@ def test_a_file_of_llama_factory_means_the_same_here(tmp_path: Path) -> None:
     assert (recipe.train.learning_rate, recipe.data.max_length) == (5e-5, 2048)
     talks, questions = recipe.data.tasks
     assert talks.path == str(tmp_path / "rows" / "talks.json") and talks.limit == 500
-    assert talks.fields == {"messages": "turns", "role": "from", "content": "value"}
+    assert talks.fields == {"messages": "turns", "role": "from", "content": "value", "tools": "functions"}
     assert questions.path == "hub:someone/questions:train"
     assert questions.fields == {"instruction": "q", "output": "a"}
     for words in ("quantization_bit: 8 (8-bit", "polynomial", "stage: sft", "elsewhere", "ranking", "history"):

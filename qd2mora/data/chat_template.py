@@ -6,10 +6,12 @@ A template comes with the tokenizer or is one of ours by name (`chat.TEMPLATES`)
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +29,12 @@ MEMORY = 1 << 30
 LONGEST = 4 << 20
 LONGEST_TEMPLATE = 128 << 10
 
+Messages = Sequence[Mapping[str, Any]]
+Marked = tuple[str, list[tuple[int, int]]]
+"""A text, and the stretches of it that are marked."""
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""How transformers knows a template that marks what the assistant writes."""
+
 
 class ChatTemplate:
     """Renders conversations; `with` it, and the child ends with the block."""
@@ -40,6 +48,7 @@ class ChatTemplate:
             raise InputRefused(f"{where}: a chat template of {len(template)} characters (limit {LONGEST_TEMPLATE})")
         self.where = where
         self.end = tokens.get("eos_token", "")
+        self.marks_answers = _GENERATION.search(template) is not None
         self.settings: dict[str, object] = {"path": sys.path, "template": template, "tokens": tokens, "clock": clock}
         self.settings |= {"memory": MEMORY, "seconds": SECONDS, "longest": LONGEST}
 
@@ -71,20 +80,37 @@ class ChatTemplate:
             with suppress(OSError):  # what was not sent is not wanted any more
                 self._pipe(pipe).close()
 
-    def render(self, messages: list[dict[str, str]], *, asking: bool = False) -> str:
+    def render(self, messages: Messages, *, asking: bool = False, tools: Messages = ()) -> str:
         """Return the text of a conversation; `asking`: up to where the assistant's next answer begins.
 
         Raises BadRow where the template refuses the conversation, InputRefused where the template itself will not do.
         """
-        return self.render_each([messages], asking=asking)[0]
+        return self.render_each([messages], asking=asking, tools=tools)[0]
 
-    def render_each(self, conversations: list[list[dict[str, str]]], *, asking: bool = False) -> list[str]:
+    def render_each(
+        self, conversations: Sequence[Messages], *, asking: bool = False, tools: Messages = ()
+    ) -> list[str]:
         """Return the text of each conversation, as `render` does."""
-        self._send({"conversations": conversations, "add_generation_prompt": asking})
+        texts: list[str] = self._rendered(conversations, tools, add_generation_prompt=asking)["texts"]
+        return texts
+
+    def render_marked(self, conversations: Sequence[Messages], tools: Messages = ()) -> list[Marked]:
+        """Return the text of each conversation with what the template marks as generated, by transformers' own count.
+
+        Nothing is where a template has no such marks.
+        """
+        if not self.marks_answers:
+            return [(text, []) for text in self.render_each(conversations, tools=tools)]
+        answer = self._rendered(conversations, tools, return_assistant_tokens_mask=True)
+        spans = [[(start, stop) for start, stop in each] for each in answer["spans"]]
+        return list(zip(answer["texts"], spans, strict=True))
+
+    def _rendered(self, conversations: Sequence[Messages], tools: Messages, **how: bool) -> dict[str, Any]:
+        self._send({"conversations": [list(each) for each in conversations], "tools": list(tools) or None, **how})
         answer: dict[str, Any] = json.loads(self._line(WAIT_S))
         if "refused" in answer:
             raise BadRow("the chat template refuses it", f": {answer['refused']}")
-        return answer["texts"]
+        return answer
 
     def _send(self, content: object) -> None:
         try:
@@ -139,4 +165,4 @@ def reads_clock(template: str) -> bool:
     return "strftime_now" in template
 
 
-__all__ = ["ChatTemplate", "reads_clock"]
+__all__ = ["ChatTemplate", "Marked", "Messages", "reads_clock"]

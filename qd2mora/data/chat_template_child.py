@@ -17,7 +17,11 @@ except ModuleNotFoundError:  # Windows bounds no process in this way: there the 
 
 def _say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Say in one short line what went wrong: nobody reads the pipe until this process has ended."""
-    print(f"{kind.__name__}: {' '.join(str(error)[:300].split())}", file=sys.stderr)
+    print(f"{kind.__name__}: {_in_one_line(error)}", file=sys.stderr)
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error)[:300].split())
 
 
 def main() -> None:
@@ -38,13 +42,16 @@ def main() -> None:
         _bound_time(settings["seconds"])
         try:
             request = json.loads(line) | settings["tokens"]
-            texts, _ = chat_template_utils.render_jinja_template(**request, chat_template=settings["template"])
+            texts, spans = chat_template_utils.render_jinja_template(**request, chat_template=settings["template"])
             is_short = sum(map(len, texts)) <= settings["longest"]
-            answer = {"texts": texts} if is_short else {"refused": "the text is too long"}
+            answer = {"texts": texts, "spans": spans} if is_short else {"refused": "the text is too long"}
         except jinja2.exceptions.SecurityError:
             raise
         except jinja2.exceptions.TemplateError as error:
-            answer = {"refused": str(error)[:200]}
+            answer = {"refused": _in_one_line(error)}
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            # What the template does with this conversation; another may suit it.
+            answer = {"refused": f"{type(error).__name__}: {_in_one_line(error)}"}
         print(json.dumps(answer), flush=True)
 
 

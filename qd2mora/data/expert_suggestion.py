@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from qd2mora.data.prepare import TaskRows
 from qd2mora.data.prompt_clusters import cluster, elbow, embedded
 from qd2mora.errors import InputRefused
+from qd2mora.recipe.data import TEXT
 
 PROMPTS = 1500
 WEAK = 0.1
@@ -68,6 +69,8 @@ def _sampled(tasks: Sequence[TaskRows], generator: np.random.Generator) -> tuple
         for row in (task.train[place] for place in sorted(places)):
             # Of a conversation the first question counts: what comes later depends on answers.
             end = row.earlier[0][0] if row.earlier else row.masked
+            if task.task.format == TEXT:
+                end = len(row.ids)
             prompts.append(row.ids[: end or len(row.ids)])
             of_task.append(number)
     return prompts, of_task

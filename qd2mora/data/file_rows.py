@@ -15,7 +15,7 @@ from typing import BinaryIO, cast
 
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Task
-from qd2mora.recipe.data import HUB
+from qd2mora.recipe.data import HUB, TEXT
 
 MAX_ROW_BYTES = 8 << 20
 MAX_UNPACKED_BYTES = 1 << 30
@@ -52,7 +52,7 @@ def rows_of(path: str, task: Task) -> Iterator[tuple[str, object]]:
         if not file.is_file():
             what = "a folder" if file.is_dir() else "not an ordinary file"
             raise InputRefused(
-                f"data.tasks.{task.name}: '{path}' is {what}; name a json, jsonl, csv, parquet or arrow file"
+                f"data.tasks.{task.name}: '{path}' is {what}; name a json, jsonl, csv, txt, parquet or arrow file"
             )
         if file.stat().st_size == 0:
             raise InputRefused(f"{path}: the file is empty")
@@ -62,10 +62,13 @@ def rows_of(path: str, task: Task) -> Iterator[tuple[str, object]]:
     name = file.name.lower()
     is_packed = name.endswith(PACKED)
     kind = Path(name.removesuffix(PACKED)).suffix
-    readers = _TEXT_READERS if is_packed else _TEXT_READERS | _READERS
+    texts = dict(_TEXT_READERS)
+    if task.format != TEXT:  # a row of fields is no document
+        del texts[".txt"]
+    readers = texts if is_packed else texts | _READERS
     if kind not in readers:
         shown = kind + PACKED if is_packed else kind
-        known = ", ".join([*(_TEXT_READERS | _READERS), *(each + PACKED for each in _TEXT_READERS)])
+        known = ", ".join([*(texts | _READERS), *(each + PACKED for each in texts)])
         raise InputRefused(f"{path}: unknown kind of file '{shown}'; there are {known}")
     rows = readers[kind](file)
     return _unpacked(rows, file) if is_packed else rows
@@ -175,6 +178,19 @@ def _not_json(file: Path, error: ValueError | RecursionError) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"{file}: not UTF-8 at byte {error.start}; save it as UTF-8"
     return f"{file}: {'nested too deeply' if isinstance(error, RecursionError) else 'a number of too many digits'}"
+
+
+def _txt_rows(file: Path) -> Iterator[tuple[str, object]]:
+    """One row, with the whole file as its `text`: line breaks are part of a document."""
+    with _open(file) as stream:
+        content = stream.read(MAX_ROW_BYTES + 1)
+    if len(content) > MAX_ROW_BYTES:
+        yield "row 1", BadRow(f"longer than {MAX_ROW_BYTES} bytes", "; several documents are rows of a jsonl file")
+        return
+    try:
+        yield "row 1", {"text": content.decode("utf-8-sig")}
+    except UnicodeDecodeError as error:
+        yield "row 1", BadRow("not UTF-8", f" at byte {error.start}; save it as UTF-8")
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[str, object]]:
@@ -307,7 +323,12 @@ def _hub_rows(path: str, task: Task) -> Iterator[object]:
 
 
 Reader = Callable[[Path], Iterator[tuple[str, object]]]
-_TEXT_READERS: dict[str, Reader] = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
+_TEXT_READERS: dict[str, Reader] = {
+    ".json": _json_rows,
+    ".jsonl": _jsonl_rows,
+    ".csv": _csv_rows,
+    ".txt": _txt_rows,
+}
 _READERS: dict[str, Reader] = {".parquet": _parquet_rows, ".arrow": _arrow_rows}
 
 __all__ = ["MAX_ROW_BYTES", "BadRow", "Repeated", "parse_row", "rows_of"]

@@ -1,6 +1,6 @@
 """The formats of rows by name."""
 
-from qd2mora.data import chat, completion, instruction, multiple_choice
+from qd2mora.data import completion, conversation, instruction, multiple_choice, text
 from qd2mora.data.row_format import RowFormat
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.recipe import Task
@@ -9,12 +9,13 @@ FORMATS: dict[str, RowFormat] = {
     "instruction": instruction.FORMAT,
     "completion": completion.FORMAT,
     "multiple_choice": multiple_choice.FORMAT,
-    "chat": chat.FORMAT,
+    "chat": conversation.FORMAT,
+    "text": text.FORMAT,
 }
 
 
 def find_format(task: Task) -> RowFormat:
-    """Return the task's format. Raises InputRefused naming the nearest one, or a mapped field that it has not."""
+    """Return the task's format. Raises InputRefused naming the nearest one, or a key that has no place in it."""
     if task.format not in FORMATS:
         known = nearest(task.format, FORMATS)
         raise InputRefused(f"data.tasks.{task.name}.format: unknown format {task.format!r}; {known}")
@@ -24,6 +25,13 @@ def find_format(task: Task) -> RowFormat:
         raise InputRefused(
             f"data.tasks.{task.name}.template: {task.template} words chats and instructions, {task.format} rows are "
             "joined as they are; leave it out"
+        )
+    if task.turns is not None and task.format != "chat":
+        raise InputRefused(f"data.tasks.{task.name}.turns: {task.turns} is for chats, not for {task.format} rows")
+    if found.is_document and task.metric not in (None, "loss"):
+        raise InputRefused(
+            f"data.tasks.{task.name}.metric: {task.metric} judges answers, {task.format} rows have none; loss, or "
+            "leave it out"
         )
     for name in task.fields or {}:
         if name not in found.names:

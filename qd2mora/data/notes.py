@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qd2mora.data.prepare import Row, TaskRows, TokenRows
 from qd2mora.data.row_keys import names_counted
-from qd2mora.recipe.data import AS_IT_IS, INSTRUCTION
+from qd2mora.recipe.data import AS_IT_IS, INSTRUCTION, TEXT
 
 ROWS_LOOKED_AT = 20_000
 """Rows of a task whose end tokens are looked for."""
@@ -18,10 +18,11 @@ ROWS_LOOKED_AT = 20_000
 def notes(task: TaskRows, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Yield a line for each thing about a task's rows that one would not expect."""
     yield from names_counted(task.skipped.unread)
-    if task.skipped.systems:
-        yield f"{task.skipped.systems} rows bring their system message in field 'system'; it is put first"
+    for remark, number in task.skipped.remarks.items():
+        yield f"{number} rows {remark}"
     if task.reads_clock:
         yield "the chat template words the time of day or the date: a run keeps the time that it began at"
+    yield from _pieces(task)
     yield from _open_ends(task, tokenizer)
 
 
@@ -33,7 +34,19 @@ def is_learned(row: Row) -> NDArray[np.bool_]:
     return learned
 
 
+def _pieces(task: TaskRows) -> Iterator[str]:
+    rows = task.train
+    if isinstance(rows, TokenRows) and rows.starts is not None and rows.starts.any():
+        documents = len(np.unique(rows.places))
+        yield (
+            f"{documents} documents become {len(rows)} rows; a row that goes on begins with the token before it, "
+            "which is given"
+        )
+
+
 def _open_ends(task: TaskRows, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    if task.task.format == TEXT:  # the end token closes a document, not each of its rows
+        return
     # A row that lost its end to the limit cannot hold an end token, and is told of already.
     whole = task.train
     if isinstance(whole, TokenRows):

@@ -14,8 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from qd2mora.data import chat
 from qd2mora.data.chat_template import ChatTemplate, reads_clock
+from qd2mora.data.conversation import UNLEARNED
 from qd2mora.data.formats import find_format
-from qd2mora.data.read import Pair, Skipped, content_hash, iterate_pairs
+from qd2mora.data.pair import Pair, Part
+from qd2mora.data.read import Skipped, content_hash, iterate_pairs
 from qd2mora.data.token_store import RowsToStore, TokenStore, open_store
 from qd2mora.data.tokenise import Tokeniser, special_tokens, tokenizer_text
 from qd2mora.disk.file_hash import hash_of_bytes
@@ -41,6 +43,8 @@ class Row:
     pair: Pair
     group: int = 0
     earlier: tuple[tuple[int, int], ...] = ()
+    parts: tuple[Part, ...] = ()
+    """What a conversation consists of, in tokens, where that is not the template's own words."""
 
     @property
     def num_labels(self) -> int:
@@ -58,27 +62,55 @@ class TokenRows(Sequence[Row]):
         """`masking`: `turns`, answers are learned; `last`, the last answer alone; `none`, everything is."""
         self.store, self.places, self.task = store, places, task
         self.max_length, self.masking, self.group = max_length, masking, group
+        self.starts: NDArray[np.int64] | None = None
+        """Where each row begins in its document; None where a row is all that is stored at its place."""
 
     @property
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each row."""
-        return np.minimum(self.store.lengths[self.places], self.max_length)
+        return np.minimum(self._left, self.max_length)
 
     @property
     def is_cut(self) -> NDArray[np.bool_]:
         """Whether a row loses its end."""
-        return self.store.lengths[self.places] > self.max_length
+        if self.starts is not None:
+            return np.zeros(len(self), dtype=np.bool_)
+        return self._left > self.max_length
+
+    @property
+    def _left(self) -> NDArray[np.int32]:
+        """Tokens from each row's beginning to the end of what is stored."""
+        whole = self.store.lengths[self.places]
+        return whole if self.starts is None else (whole - self.starts).astype(np.int32)
 
     @property
     def is_learned(self) -> NDArray[np.bool_]:
         """Whether anything of a row is learned."""
+        if self.starts is not None:
+            return self.lengths > 1
         first = {"turns": self.store.first_bounds, "last": self.store.last_bounds}.get(self.masking)
         return self.lengths > (1 if first is None else np.maximum(first[self.places], 1))
 
     def where(self, chosen: NDArray[np.bool_]) -> "TokenRows":
         """Return some of these rows."""
-        places = self.places[chosen]
-        return TokenRows(self.store, places, self.task, self.max_length, self.masking, self.group)
+        rows = TokenRows(self.store, self.places[chosen], self.task, self.max_length, self.masking, self.group)
+        if self.starts is not None:
+            rows.starts = self.starts[chosen]
+        return rows
+
+    def in_pieces(self) -> "TokenRows":
+        """Return whole documents as rows of at most `max_length` tokens that lose none.
+
+        A row that goes on begins with the last token of the row before, which is learned there and given here: so each
+        token of a document but its first is learned once, with what stands before it in its row.
+        """
+        step = self.max_length - 1
+        numbers = np.maximum(1, -(-(self.store.lengths[self.places] - 1) // step))
+        before = np.repeat(np.cumsum(numbers) - numbers, numbers)
+        places = np.repeat(self.places, numbers)
+        rows = TokenRows(self.store, places, self.task, self.max_length, self.masking, self.group)
+        rows.starts = (np.arange(len(places)) - before) * step
+        return rows
 
     def __len__(self) -> int:
         return len(self.places)
@@ -91,14 +123,18 @@ class TokenRows(Sequence[Row]):
         if isinstance(number, slice):
             return [self[each] for each in range(*number.indices(len(self)))]
         place = int(self.places[number])
-        ids = self.store.ids(place)[: self.max_length]
         pair = self.store.pair(place)
+        if self.starts is not None:
+            start = int(self.starts[number])
+            ids = self.store.ids(place)[start : start + self.max_length]
+            return Row(self.task, ids, 1, pair, self.group)  # the first token is never learned
+        ids = self.store.ids(place)[: self.max_length]
         if self.masking == "none":
             return Row(self.task, ids, 0, pair, self.group)
         *before, masked = np.minimum(self.store.bounds(place), len(ids)).tolist()
         spans = zip(before[::2], before[1::2], strict=True) if self.masking == "turns" else ()
         earlier = tuple((start, stop) for start, stop in spans if start < stop)
-        return Row(self.task, ids, masked, pair, self.group, earlier)
+        return Row(self.task, ids, masked, pair, self.group, earlier, self.store.parts(place))
 
 
 @dataclass
@@ -150,10 +186,15 @@ def encode(
 ) -> list[Row]:
     """Tokenise rows of prompt and answer at once; the end token closes the answer and is learned.
 
-    Rows longer than `max_length` lose their end.
+    Rows longer than `max_length` lose their end; documents become several, as `TokenRows.in_pieces` has it.
     """
     rows = []
     for pair, tokens in zip(pairs, Tokeniser(tokenizer).tokens(pairs), strict=True):
+        if pair.is_document:
+            whole, step = np.asarray(tokens.ids, dtype=np.int32), max_length - 1
+            starts = range(0, max(1, len(whole) - 1), step)
+            rows += [Row(task, whole[start : start + max_length], 1, pair, group) for start in starts]
+            continue
         ids = np.asarray(tokens.ids[:max_length], dtype=np.int32)
         rows.append(Row(task, ids, min(tokens.bounds[-1], len(ids)) if mask_prompt else 0, pair, group))
     return rows
@@ -167,19 +208,19 @@ def _prepare_task(
     skipped = store.skipped
     if isinstance(task.validation, str):
         places, other = np.arange(len(store)), _stored_rows(data, task, task.validation, tokenizer, tokeniser)
-        held_out = TokenRows(other, np.arange(len(other)), index, data.max_length, "last", task.group or 0)
-        for reason, found in other.skipped.places.items():
-            skipped.places.setdefault(reason, []).extend(found)
-        for key, number in other.skipped.unread.items():
-            skipped.unread[key] = skipped.unread.get(key, 0) + number
-        skipped.systems += other.skipped.systems
+        held_out = _rows(data, index, other, np.arange(len(other)), "last")
+        skipped.add(other.skipped)
     else:
-        places, held = _hold_out(len(store), task, seed)
-        held_out = TokenRows(store, held, index, data.max_length, "last", task.group or 0)
+        places, held = _hold_out(store, task, seed)
+        held_out = _rows(data, index, store, held, "last")
+    if not data.mask_prompt and UNLEARNED in skipped.remarks:
+        raise InputRefused(
+            f"data.mask_prompt: false learns every message, and {skipped.remarks[UNLEARNED]} rows of task {task.name} "
+            f"{UNLEARNED}; take one of the two back"
+        )
     if skipped.total:
         _log.warning("data.tasks.%s: %s", task.name, skipped.line())
-    masking = "turns" if data.mask_prompt else "none"
-    rows = TokenRows(store, places, index, data.max_length, masking, task.group or 0)
+    rows = _rows(data, index, store, places, "turns" if data.mask_prompt else "none")
     train = rows.where(rows.is_learned)
     result = TaskRows(task, train, held_out.where(held_out.is_learned), skipped=skipped)
     result.reads_clock = reads_clock(_template_text(task, tokenizer) or "")
@@ -194,6 +235,13 @@ def _prepare_task(
     return result
 
 
+def _rows(data: Data, index: int, store: TokenStore, places: NDArray[np.int64], masking: str) -> TokenRows:
+    """Return the rows of a task at some places of a store."""
+    task = data.tasks[index]
+    rows = TokenRows(store, places, index, data.max_length, masking, task.group or 0)
+    return rows.in_pieces() if find_format(task).is_document else rows
+
+
 def _stored_rows(
     data: Data, task: Task, path: str, tokenizer: PreTrainedTokenizerBase, tokeniser: Tokeniser
 ) -> TokenStore:
@@ -206,7 +254,7 @@ def _stored_rows(
 
     if path.startswith(HUB) or not os.path.isfile(path):
         return open_store(RowsToStore(task.name, read, None, 0, path, task.limit), tokeniser)
-    names = ("format", "fields", "select", "limit", "vector", "wording")
+    names = ("format", "fields", "select", "limit", "vector", "wording", "turns")
     key: dict[str, object] = {name: getattr(task, name) for name in names}
     key |= {"file": content_hash(path), "path": path, "on_bad_row": data.on_bad_row}
     key["tokenizer"] = hash_of_bytes(tokenizer_text(tokenizer).encode())
@@ -260,9 +308,13 @@ def _refuse_masked(data: Data, result: TaskRows, rows: TokenRows) -> None:
         )
 
 
-def _hold_out(number: int, task: Task, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the places of rows to learn from and of rows held out, each in the file's order."""
+def _hold_out(store: TokenStore, task: Task, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the places of rows to learn from and of rows held out, each in the file's order.
+
+    What was made of one row of the file stays together.
+    """
     assert isinstance(task.validation, int)
+    number = int(store.sources[-1]) + 1
     if task.validation >= number:
         raise InputRefused(
             f"data.tasks.{task.name}.validation: {task.validation} rows to hold out of {number} leave none to learn"
@@ -271,6 +323,7 @@ def _hold_out(number: int, task: Task, seed: int) -> tuple[NDArray[np.int64], ND
     order = np.random.default_rng([seed, *task.name.encode()]).permutation(number)
     is_held = np.zeros(number, dtype=bool)
     is_held[order[: task.validation]] = True
+    is_held = is_held[store.sources]
     return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
 

@@ -1,41 +1,27 @@
 """Rows of a task as text, checked: a row that cannot be learned from stops the run, or is left out and counted."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qd2mora.data import chat
 from qd2mora.data.chat_template import ChatTemplate
-from qd2mora.data.file_rows import MAX_ROW_BYTES, BadRow, Repeated, rows_of
+from qd2mora.data.conversation import as_conversation, read_conversation
+from qd2mora.data.file_rows import BadRow, Repeated, rows_of
 from qd2mora.data.formats import find_format
+from qd2mora.data.pair import Pair, Vector
 from qd2mora.data.row_format import Fields, RowFormat
-from qd2mora.data.row_keys import unread_keys, unread_keys_of_message
+from qd2mora.data.row_keys import unread_keys
+from qd2mora.data.row_text import check_text, shortened
+from qd2mora.data.turns import Turns
 from qd2mora.disk.file_hash import hash_of_bytes, hash_of_file
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Task
 from qd2mora.recipe.data import HUB
 
-Vector = tuple[float, ...]
-
 Names = Mapping[str, str | list[str]]
 """What a file calls a format's fields."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One example as text.
-
-    `segments`: a conversation whole, given and learned in turn, special tokens in it; `prompt` is all of it before the
-    last answer. `starts_word`: the answer is tokenised as a text of its own, with the space that SentencePiece puts
-    before one, as published prompts are trained; else it goes on where the prompt ends.
-    """
-
-    prompt: str
-    answer: str
-    vector: Vector | None = None
-    segments: tuple[str, ...] = ()
-    starts_word: bool = False
+_SYSTEM = "bring their system message in field 'system'; it is put first"
 
 
 @dataclass
@@ -47,8 +33,8 @@ class Skipped:
     """Rows kept that say what an earlier one says."""
     unread: dict[str, int] = field(default_factory=dict)
     """Rows kept that have a key which nothing reads, by key."""
-    systems: int = 0
-    """Rows kept whose system message is a field of the row."""
+    remarks: dict[str, int] = field(default_factory=dict)
+    """Rows kept of which there is something to say, by what that is."""
 
     @property
     def total(self) -> int:
@@ -58,6 +44,21 @@ class Skipped:
     def counts(self) -> dict[str, int]:
         """Rows left out, by reason."""
         return {reason: len(places) for reason, places in self.places.items()}
+
+    def add(self, other: "Skipped") -> None:
+        """Take in what was left out of another file, but for rows said twice."""
+        for reason, places in other.places.items():
+            self.places.setdefault(reason, []).extend(places)
+        for key, number in other.unread.items():
+            self.unread[key] = self.unread.get(key, 0) + number
+        for remark, number in other.remarks.items():
+            self.remarks[remark] = self.remarks.get(remark, 0) + number
+
+    def note(self, unread: Iterable[str], remarks: Iterable[str]) -> None:
+        """Count a row that is kept."""
+        for counts, names in ((self.unread, unread), (self.remarks, remarks)):
+            for name in names:
+                counts[name] = counts.get(name, 0) + 1
 
     def line(self) -> str:
         """Say in one line what was left out, with the first places of each reason."""
@@ -87,25 +88,23 @@ def iterate_pairs(
     template: ChatTemplate | None = None,
     noted: Skipped | None = None,
 ) -> Iterator[Pair]:
-    """Yield what `read_pairs` returns, row by row; `noted` is told of keys that nothing reads."""
-    row_format, noted = find_format(task), noted or Skipped()
+    """Yield what `read_pairs` returns, row by row; `noted` is told what one would not expect of rows that are kept."""
+    reading, noted = _Reading(task, template), noted or Skipped()
     number = 0
     for place, row in selected_rows(task, path):
         if number == task.limit:
             break
         try:
-            pair = _pair_of(row_format, row, task, template)
-            unread = _unread(row_format, _mapping(row, row_format), task)
+            made = reading.made_of(row)
         except BadRow as error:
             if skipped is None:
                 raise InputRefused(f"{path}, {place}: {error}") from error
             skipped.places.setdefault(error.reason, []).append(f"{path}, {place}")
             continue
         number += 1
-        for name in unread:
-            noted.unread[name] = noted.unread.get(name, 0) + 1
-        noted.systems += _has_system(row_format, _mapping(row, row_format), task)
-        yield pair
+        noted.note(made.unread, made.remarks)
+        for place_of_pair, pair in enumerate(made.pairs):
+            yield replace(pair, continues=True) if place_of_pair else pair
     if not number:
         problem = f"{path}: no rows for task '{task.name}'"
         if task.select:
@@ -140,26 +139,70 @@ def selected_rows(task: Task, path: str) -> Iterator[tuple[str, object]]:
             raise InputRefused(f"data.tasks.{task.name}.select: rows of {path} have no field {name!r}")
 
 
-def _pair_of(row_format: RowFormat, row: object, task: Task, template: ChatTemplate | None) -> Pair:
-    """Return a row as text. Raises BadRow."""
-    names = task.fields or {}
-    fields = _fields_of(row_format, _mapping(row, row_format), names)
-    _check_fields(row_format, fields, names)
-    vector = None
-    if task.vector is not None:
-        vector = _vector(_mapping(row, row_format), task.vector)
-    if row_format.split is None:
-        return _conversation(fields, names, template, vector)
-    if template is not None:
-        _refuse_silent(fields["output"], row_format, names)
-        parts = chat.segments_of_instruction(fields, template)
-        return Pair("".join(parts[:-1]), fields["output"], vector, parts)
-    prompt, answer = row_format.split(fields)
-    if row_format.texts != row_format.fields:
-        for text in (prompt, answer):
-            _check_text("choices", text)
-    _refuse_silent(answer, row_format, names)
-    return Pair(prompt, answer, vector, starts_word=row_format.starts_word)
+@dataclass(frozen=True)
+class _Made:
+    """What a row of a file became, the keys of it that nothing reads, and what one would not expect of it."""
+
+    pairs: list[Pair]
+    unread: list[str]
+    remarks: list[str]
+
+
+class _Reading:
+    """How the rows of a task are read."""
+
+    def __init__(self, task: Task, template: ChatTemplate | None) -> None:
+        self.row_format, self.task, self.names = find_format(task), task, task.fields or {}
+        self.turns = None if template is None else Turns(template, task.turns)
+
+    def made_of(self, row: object) -> _Made:
+        """Return what a row becomes. Raises BadRow."""
+        fields = _mapping(row, self.row_format)
+        content = _fields_of(self.row_format, fields, self.names)
+        _check_fields(self.row_format, content, self.names)
+        remarks, unread = [], self._unread(fields)
+        if content.get("system"):
+            remarks.append(_SYSTEM)
+        if self.row_format.split is None:
+            pairs, said, of_messages = self._conversation(content)
+            place = self.row_format.called("messages", fields, self.names)
+            unread += [f"{place}.{key}" for key in of_messages]
+            remarks += said
+        else:
+            pairs = [self._pair(content)]
+        if self.task.vector is not None:
+            vector = _vector(fields, self.task.vector)
+            pairs = [replace(pair, vector=vector) for pair in pairs]
+        return _Made(pairs, unread, remarks)
+
+    def _conversation(self, content: Fields) -> tuple[list[Pair], list[str], tuple[str, ...]]:
+        assert self.turns is not None
+        called = {ours: theirs for ours, theirs in self.names.items() if isinstance(theirs, str)}
+        talk = read_conversation(content, called)
+        pairs, remarks = self.turns.pairs(talk)
+        return pairs, [*talk.remarks, *remarks], talk.unread
+
+    def _pair(self, content: Fields) -> Pair:
+        row_format = self.row_format
+        if self.turns is not None:
+            _refuse_silent(content["output"], row_format, self.names)
+            ((pair,), _) = self.turns.pairs(as_conversation(content))
+            return replace(pair, answer=content["output"])
+        assert row_format.split is not None
+        prompt, answer = row_format.split(content)
+        if row_format.texts != row_format.fields:
+            for text in (prompt, answer):
+                check_text("choices", text)
+        _refuse_silent(answer, row_format, self.names)
+        return Pair(prompt, answer, starts_word=row_format.starts_word, is_document=row_format.is_document)
+
+    def _unread(self, row: Fields) -> list[str]:
+        """Return the keys of a row that nothing reads. Raises BadRow where one changes what is learned."""
+        read = {*(self.task.select or {}), *([self.task.vector] if self.task.vector else [])}
+        for name in (*self.row_format.fields, *self.row_format.optional):
+            theirs = self.row_format.called(name, row, self.names)
+            read.update(theirs if isinstance(theirs, list) else [theirs])
+        return unread_keys(row, read)
 
 
 def _refuse_silent(answer: str, row_format: RowFormat, names: Names) -> None:
@@ -175,14 +218,14 @@ def _mapping(row: object, row_format: RowFormat) -> Fields:
     if isinstance(row, Repeated):
         raise BadRow("a key is given twice", f": {row.key[:40]!r}")
     if not isinstance(row, dict):
-        raise BadRow("a row is an object", f" with {', '.join(row_format.fields)}, this is {_short(row)}")
+        raise BadRow("a row is an object", f" with {', '.join(row_format.fields)}, this is {shortened(row)}")
     return row
 
 
 def _check_fields(row_format: RowFormat, fields: Fields, names: Names) -> None:
     for name in (*row_format.texts, *row_format.optional):
-        if fields.get(name) is not None or name in row_format.texts:
-            _check_text(str(names.get(name, name)), fields[name])
+        if (fields.get(name) is not None or name in row_format.texts) and name not in row_format.built:
+            check_text(str(names.get(name, name)), fields[name])
     if row_format.asks and not any((fields.get(name) or "").strip() for name in row_format.asks):
         first = row_format.asks[0]
         raise BadRow(f"field '{names.get(first, first)}' is empty", ", there is nothing to ask")
@@ -192,7 +235,7 @@ def _fields_of(row_format: RowFormat, row: Fields, names: Names) -> Fields:
     """Return a row's fields under our names. Raises BadRow where one is missing."""
     content: Fields = {}
     for name in (*row_format.fields, *row_format.optional):
-        theirs = names.get(name, name)
+        theirs = row_format.called(name, row, names)
         if isinstance(theirs, list):
             _refuse_missing(theirs, row)
             content[name] = [row[each] for each in theirs]
@@ -209,72 +252,12 @@ def _refuse_missing(names: list[str], row: Fields) -> None:
             raise BadRow(f"no field '{name}'", f"; the row has {', '.join(map(repr, row))[:200] or 'no fields'}")
 
 
-def _conversation(
-    fields: Fields,
-    names: Names,
-    template: ChatTemplate | None,
-    vector: Vector | None,
-) -> Pair:
-    assert template is not None
-    called = {ours: theirs for ours, theirs in names.items() if isinstance(theirs, str)}
-    found = chat.with_system(chat.check(fields["messages"], called), fields.get("system"))
-    for message in found:
-        _check_text("content", message["content"])
-    parts = chat.segments(found, template)
-    answer = next(message["content"] for message in reversed(found) if message["role"] == "assistant")
-    return Pair("".join(parts[:-1]), answer, vector, parts)
-
-
-def _unread(row_format: RowFormat, row: Fields, task: Task) -> list[str]:
-    """Return the keys of a good row that nothing reads, `messages.KEY` those of its messages. Raises BadRow."""
-    names = task.fields or {}
-    read = {*(task.select or {}), *([task.vector] if task.vector else [])}
-    for name in (*row_format.fields, *row_format.optional):
-        theirs = names.get(name, name)
-        read.update(theirs if isinstance(theirs, list) else [theirs])
-    unread = unread_keys(row, read)
-    if row_format.split is None:
-        place = str(names.get("messages", "messages"))
-        inner = [str(names.get(name, name)) for name in row_format.inner]
-        keys = dict.fromkeys(key for message in row[place] for key in unread_keys_of_message(message, inner))
-        unread += [f"{place}.{key}" for key in keys]
-    return unread
-
-
-def _has_system(row_format: RowFormat, row: Fields, task: Task) -> bool:
-    name = (task.fields or {}).get("system", "system")
-    return "system" in row_format.optional and isinstance(name, str) and bool(row.get(name))
-
-
 def _vector(row: Fields, name: str) -> Vector:
     value = row.get(name)
     numbers = value if isinstance(value, list) else list(getattr(value, "tolist", list)())
     if not numbers or not all(isinstance(each, int | float) and math.isfinite(each) for each in numbers):
-        raise BadRow(f"field {name!r} should be a list of numbers", f", it is {_short(value)}")
+        raise BadRow(f"field {name!r} should be a list of numbers", f", it is {shortened(value)}")
     return tuple(map(float, numbers))
-
-
-def _check_text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise BadRow(f"field '{name}' should be text", f", it is {_short(value)}")
-    if len(value) > MAX_ROW_BYTES:
-        raise BadRow(f"field '{name}' is longer than {MAX_ROW_BYTES} characters")
-    if "\0" in value:
-        raise BadRow(f"field '{name}' holds a NUL character")
-    if not value.isascii():
-        surrogates = [letter for letter in value if "\ud800" <= letter <= "\udfff"]
-        if surrogates and all("\udc80" <= letter <= "\udcff" for letter in surrogates):
-            raise BadRow(f"field '{name}' is not UTF-8", "; save it as UTF-8")
-        if surrogates:
-            raise BadRow(f"field '{name}' holds half a character", " (a lone surrogate), which is no text")
-
-
-def _short(value: object) -> str:
-    kind = type(value).__name__
-    # A container may be nested deeper than repr goes.
-    if isinstance(value, dict | list | Repeated):
-        return kind
-    return f"{kind} {repr(value)[:40]}"
 
 
 __all__ = ["Pair", "Skipped", "content_hash", "iterate_pairs", "read_pairs", "selected_rows"]

@@ -3,8 +3,8 @@
 A format is a file with a `FORMAT` in it and a row in the table of `formats`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 Fields = dict[str, Any]
@@ -17,6 +17,8 @@ class RowFormat:
 
     `texts`: the fields that are text; `split` checks the others. `asks`: fields of which one must say something.
     `starts_word`: answers are tokenised as texts of their own. `inner`: names inside a field that a recipe may map.
+    `built`: optional fields that are no text. `aliases`: what files that a recipe maps nothing of may call a field too.
+    `is_document`: a row is learned whole, and becomes several where it is long.
     """
 
     fields: tuple[str, ...]
@@ -26,11 +28,20 @@ class RowFormat:
     inner: tuple[str, ...] = ()
     asks: tuple[str, ...] = ()
     starts_word: bool = False
+    is_document: bool = False
+    built: tuple[str, ...] = ()
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Everything that a recipe may map to names of the file's own."""
         return (*self.fields, *self.optional, *self.inner)
+
+    def called(self, name: str, row: Fields, names: Mapping[str, str | list[str]]) -> str | list[str]:
+        """Return what a row calls a field; `names`: what a recipe says that the file calls it."""
+        if name in names:
+            return names[name]
+        return next((each for each in (name, *self.aliases.get(name, ())) if row.get(each) is not None), name)
 
 
 __all__ = ["Fields", "RowFormat"]

@@ -9,8 +9,11 @@ _LISTS = ("tools", "functions", "tool_calls", "function_call", "history")
 """Refused where they hold something built of lists and objects, as it is or as JSON text."""
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _CALLS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
-_WEIGHTS = ("weight", "train", "training", "train_on_turn", "trainable", "loss")
-_MASKS = ("mask", "masked", "ignore")
+_DETAILS = ("train_detail", "training_detail")  # axolotl's: parts of a message
+LEARNED = ("weight", "train", "training", "train_on_turn", "trainable", "loss")
+"""Keys that say with 1 or true that a message is learned."""
+MASKED = ("mask", "masked", "ignore")
+"""Keys that say with 1 or true that a message is not learned."""
 
 
 def unread_keys(row: Mapping[str, object], read: Collection[str]) -> list[str]:
@@ -19,7 +22,7 @@ def unread_keys(row: Mapping[str, object], read: Collection[str]) -> list[str]:
     for name, value in unread:
         is_built = isinstance(value, list | dict) or (isinstance(value, str) and value.lstrip()[:1] in ("[", "{"))
         # Any other weight may be a number of the data's own.
-        is_left_out = name in _WEIGHTS and isinstance(value, bool | int | float) and value == 0
+        is_left_out = name in LEARNED and isinstance(value, bool | int | float) and value == 0
         if (name in _LISTS and is_built) or name in _MEDIA or is_left_out:
             raise _refused(name)
     return [name for name, _ in unread]
@@ -28,11 +31,10 @@ def unread_keys(row: Mapping[str, object], read: Collection[str]) -> list[str]:
 def unread_keys_of_message(message: Mapping[str, object], read: Collection[str]) -> list[str]:
     """Return the same of one message of a conversation."""
     unread = _say_something(message, read)
-    for name, value in unread:
-        is_flag = (name in _WEIGHTS and value != 1) or (name in _MASKS and value != 0)
-        if name in _CALLS or name in _MEDIA or is_flag:
+    for name, _ in unread:
+        if name in (*_CALLS, *_MEDIA, *_DETAILS):
             raise _refused(name)
-    return [name for name, _ in unread if name not in (*_WEIGHTS, *_MASKS)]
+    return [name for name, _ in unread]
 
 
 def _say_something(row: Mapping[str, object], read: Collection[str]) -> list[tuple[str, object]]:
@@ -51,4 +53,4 @@ def names_counted(counts: Mapping[str, int]) -> Iterator[str]:
         yield f"fields that nothing reads: {', '.join(named[:10])}{more}"
 
 
-__all__ = ["names_counted", "unread_keys", "unread_keys_of_message"]
+__all__ = ["LEARNED", "MASKED", "names_counted", "unread_keys", "unread_keys_of_message"]

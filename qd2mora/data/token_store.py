@@ -21,7 +21,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from qd2mora.data.read import Pair, Skipped
+from qd2mora.data.pair import Pair, Part
+from qd2mora.data.read import Skipped
 from qd2mora.data.token_cache import ROWS, limit_bytes, mark_used, prune, remove_entry, tokens_folder
 from qd2mora.data.tokenise import Tokeniser, Tokens, tokenised
 from qd2mora.disk.file_hash import hash_of_bytes
@@ -30,7 +31,7 @@ from qd2mora.disk.sealed import open_manifest, seal_whole_folder, verify_folder
 from qd2mora.errors import DamagedFile
 from qd2mora.terminal import Screen
 
-VERSION = 2
+VERSION = 3
 """Counted up when the same file would be stored otherwise."""
 SMALLEST_KEPT = 4 << 20
 """Bytes of a data file from which on its tokens are kept: smaller ones take a second or two."""
@@ -42,6 +43,8 @@ _SCHEMA = pa.schema(
         "answer": pa.large_string(),
         "vector": pa.list_(pa.float64()),
         "starts_word": pa.bool_(),
+        "continues": pa.bool_(),
+        "parts": pa.list_(pa.int32()),
     }
 )
 _log = logging.getLogger(__name__)
@@ -83,8 +86,14 @@ class TokenStore:
         batch, place = self._find(number)
         return batch.entry("bounds", place)
 
+    def parts(self, number: int) -> tuple[Part, ...]:
+        """Return what a conversation consists of, in tokens."""
+        batch, place = self._find(number)
+        numbers = batch.entry("parts", place).tolist()
+        return tuple(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
+
     def pair(self, number: int) -> Pair:
-        """Return a row as text."""
+        """Return a row as text; of a document none is kept beside its tokens."""
         batch, place = self._find(number)
         names = ("prompt", "answer", "vector", "starts_word")
         prompt, answer, vector, starts_word = (batch.content.column(name)[place].as_py() for name in names)
@@ -94,6 +103,12 @@ class TokenStore:
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each row."""
         return self._of_all(lambda batch: np.diff(batch.offsets["ids"]))
+
+    @cached_property
+    def sources(self) -> NDArray[np.int64]:
+        """The number of the row of the file, of those kept, that each row was made of."""
+        parts = [batch.content.column("continues").to_numpy(zero_copy_only=False) for batch in self._batches]
+        return np.cumsum(~np.concatenate([np.zeros(0, np.bool_), *parts])) - 1
 
     @cached_property
     def largest_id(self) -> int:
@@ -125,8 +140,8 @@ class _Batch:
     def __init__(self, content: Any) -> None:
         self.content = content
         self.num_rows: int = content.num_rows
-        self.offsets = {name: content.column(name).offsets.to_numpy() for name in ("ids", "bounds")}
-        self.values = {name: content.column(name).values.to_numpy() for name in ("ids", "bounds")}
+        self.offsets = {name: content.column(name).offsets.to_numpy() for name in ("ids", "bounds", "parts")}
+        self.values = {name: content.column(name).values.to_numpy() for name in ("ids", "bounds", "parts")}
 
     def entry(self, name: str, place: int) -> NDArray[np.int32]:
         start, stop = self.offsets[name][place : place + 2]
@@ -225,9 +240,11 @@ def _batch(pairs: Sequence[Pair], tokens: Sequence[Tokens]) -> Any:
         _lists([row.parts for row in tokens]),
         _lists([(row.bounds,) for row in tokens]),
         pa.array([pair.prompt for pair in pairs], pa.large_string()),
-        pa.array([pair.answer for pair in pairs], pa.large_string()),
+        pa.array(["" if pair.is_document else pair.answer for pair in pairs], pa.large_string()),
         pa.array([pair.vector for pair in pairs], pa.list_(pa.float64())),
         pa.array([pair.starts_word for pair in pairs], pa.bool_()),
+        pa.array([pair.continues for pair in pairs], pa.bool_()),
+        _lists([row.spans for row in tokens]),
     ]
     return pa.record_batch(columns, schema=_SCHEMA)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from qd2mora.data.read import Pair
+from qd2mora.data.pair import Pair, Part
 
 CHUNK = 2048
 """Rows that are tokenised together, at most."""
@@ -30,10 +30,11 @@ _ANCHORS = ("\n", ".", "1", "a")
 
 class Tokens(NamedTuple):
     """One row: `parts`, ids that follow each other, with the end token; `bounds`, where given text ends and learned
-    text ends in turn, the last bound is where the last answer begins."""
+    text ends in turn, the last bound is where the last answer begins; `spans`: what a conversation consists of."""
 
     parts: tuple[Sequence[int], ...]
     bounds: tuple[int, ...]
+    spans: tuple[Part, ...] = ()
 
     @property
     def ids(self) -> list[int]:
@@ -74,7 +75,7 @@ class Tokeniser:
             texts = list(dict.fromkeys(pair.answer for pair in plain if _starts(pair) == starts))
             known[starts] = dict(zip(texts, self.answers(texts, starts_word=starts), strict=True))
         answers = [known[_starts(pair)][pair.answer] for pair in plain]
-        talks = iter(self._conversations([pair.segments for pair in pairs if pair.segments]))
+        talks = iter(self._conversations([pair for pair in pairs if pair.segments]))
         joined = (self._joined(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
         return [next(talks) if pair.segments else next(joined) for pair in pairs]
 
@@ -99,30 +100,62 @@ class Tokeniser:
             prompt = prompt[:-1]
         return Tokens((prompt, answer, (self.end,)), (len(prompt),))
 
-    def _conversations(self, talks: list[tuple[str, ...]]) -> list[Tokens]:
+    def _conversations(self, talks: list[Pair]) -> list[Tokens]:
         if self._fast is None:
-            return [self._piecewise(parts) for parts in talks]
-        found = self._fast.encode_batch(["".join(parts) for parts in talks], add_special_tokens=False)
-        return [
-            self._cut(encoding, parts) or self._piecewise(parts) for encoding, parts in zip(found, talks, strict=True)
-        ]
+            return [self._piecewise(talk) for talk in talks]
+        found = self._fast.encode_batch(["".join(talk.segments) for talk in talks], add_special_tokens=False)
+        return [self._cut(encoding, talk) or self._piecewise(talk) for encoding, talk in zip(found, talks, strict=True)]
 
-    def _cut(self, encoding: Encoding, parts: tuple[str, ...]) -> Tokens | None:
+    def _cut(self, encoding: Encoding, talk: Pair) -> Tokens | None:
         """Return a conversation cut at its boundaries; None where a token lies across one."""
+        places = list(itertools.accumulate(map(len, talk.segments)))
+        spans = tuple(part for part in (_in_tokens(encoding, each) for each in talk.parts) if part[1] < part[2])
+        if talk.is_marked:
+            return _marked(encoding, list(zip(places[::2], places[1::2], strict=False)), spans)
         bounds = []
-        for place in itertools.accumulate(map(len, parts[:-1])):
+        for place in places[:-1]:
             token = encoding.char_to_token(place)
             if token is None or encoding.offsets[token][0] != place:
                 return None
             if token and encoding.offsets[token - 1][1] > place:  # a letter of several tokens
                 return None
             bounds.append(token)
-        return Tokens((encoding.ids,), tuple(bounds))
+        return Tokens((encoding.ids,), tuple(bounds), spans)
 
-    def _piecewise(self, parts: tuple[str, ...]) -> Tokens:
+    def _piecewise(self, talk: Pair) -> Tokens:
+        parts = talk.segments[: len(talk.segments) // 2 * 2]
         pieces = self.texts([parts[0]], special=False) + self.answers(list(parts[1:]), starts_word=False)
         bounds = list(itertools.accumulate(map(len, pieces)))
         return Tokens(tuple(pieces), tuple(bounds[:-1]))
+
+
+def _in_tokens(encoding: Encoding, part: Part) -> Part:
+    """Return a part in tokens; of no length where its ends are in none."""
+    kind, start, stop = part
+    first, last = encoding.char_to_token(start), encoding.char_to_token(stop - 1)
+    if first is None or last is None:
+        return kind, 0, 0
+    return kind, first, last + 1
+
+
+def _marked(encoding: Encoding, marks: list[tuple[int, int]], spans: tuple[Part, ...]) -> Tokens | None:
+    """Return a conversation in which tokens that reach into a mark are learned, as transformers has it.
+
+    What follows the last of them is left out. None where no token does.
+    """
+    bounds: list[int] = []
+    waiting = deque(marks)
+    for token, (start, stop) in enumerate(encoding.offsets):
+        while waiting and start >= waiting[0][1]:
+            waiting.popleft()
+        is_learned = bool(waiting) and stop > waiting[0][0]
+        if is_learned != len(bounds) % 2:  # an odd number of bounds: inside of one
+            bounds.append(token)
+    if not bounds:
+        return None
+    if len(bounds) % 2:
+        bounds.append(len(encoding.ids))
+    return Tokens((encoding.ids[: bounds[-1]],), tuple(bounds[:-1]), spans)
 
 
 def tokenised(tokeniser: Tokeniser, pairs: Iterable[Pair]) -> Iterator[tuple[list[Pair], list[Tokens]]]:

@@ -15,7 +15,7 @@ import torch
 
 from qd2mora.base.passes import last_states, output_head
 from qd2mora.data import Row
-from qd2mora.data.read import Pair
+from qd2mora.data.pair import Pair
 from qd2mora.disk.durable import write_json
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.answer_file import HarnessFile, TaskNumbers, check_scores_place, digest

@@ -57,7 +57,7 @@ def ask_held_out(tasks: list[TaskRows], limit: int | None = None) -> list[AskedT
     """
     asked = []
     for task in tasks:
-        rows, metric = list(task.validation[:limit]), task.task.metric or "exact"
+        rows, metric = list(task.validation[:limit]), task.task.judged_by
         if not rows:
             continue
         choices: tuple[str, ...] = ()

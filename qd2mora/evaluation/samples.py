@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from qd2mora.data import Row, TaskRows
 from qd2mora.evaluation.answering import write_answers
 from qd2mora.evaluation.subject import Subject
+from qd2mora.recipe.data import TEXT
 
 ROWS_OF_A_TASK = 2
 MOST_TASKS = 8
@@ -23,7 +24,8 @@ class Sample:
 
 def sampled_rows(tasks: list[TaskRows]) -> list[tuple[Row, Sample]]:
     """Return the first held-out rows of the first tasks, each with nothing answered yet."""
-    rows = [(task, row) for task in tasks[:MOST_TASKS] for row in task.validation[:ROWS_OF_A_TASK]]
+    asked = [task for task in tasks if task.task.format != TEXT]  # texts ask nothing
+    rows = [(task, row) for task in asked[:MOST_TASKS] for row in task.validation[:ROWS_OF_A_TASK]]
     return [(row, Sample(task.task.name, row.pair.prompt, row.pair.answer, {})) for task, row in rows]
 
 

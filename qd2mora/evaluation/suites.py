@@ -13,7 +13,7 @@ from typing import Any
 
 from qd2mora.data import instruction
 from qd2mora.data.file_rows import BadRow, rows_of
-from qd2mora.data.read import Pair
+from qd2mora.data.pair import Pair
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.recipe import Task
 

@@ -81,12 +81,13 @@ DEFAULTS = {
 }
 TYPES: dict[str, dict[str, Value]] = {
     "alpaca": {"format": "instruction"},
+    "completion": {"format": "text"},
     "chat_template": {"format": "chat", "fields": {"messages": "messages"}},
     "sharegpt": {"format": "chat", "fields": {"messages": "conversations", "role": "from", "content": "value"}},
 }
-_FILES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
+_FILES = (".json", ".jsonl", ".csv", ".txt", ".parquet", ".arrow")
 _READ = {"path", "type", "split", "ds_type", "data_files", "field_messages", "message_property_mappings"}
-_READ |= {"message_field_role", "message_field_content"}
+_READ |= {"message_field_role", "message_field_content", "field", "field_tools", "field_system"}
 
 
 def _sources(given: Mapping[str, Value], folder: Path) -> Sources:
@@ -121,6 +122,8 @@ def _task(entry: dict[str, Value], others: list[dict[str, Value]]) -> dict[str, 
     task = {"name": task_name(path.removeprefix("hub:").partition(":")[0], others), "path": path, **kind}
     if kind["format"] == "chat":
         task["fields"] = _fields(entry, kind["fields"])
+    elif kind["format"] == "text" and entry.get("field"):
+        task["fields"] = {"text": entry["field"]}
     return task
 
 
@@ -132,9 +135,12 @@ def _fields(entry: dict[str, Value], usual: Value) -> dict[str, str]:
         "messages": entry.get("field_messages"),
         "role": entry.get("message_field_role"),
         "content": entry.get("message_field_content"),
+        "tools": entry.get("field_tools"),
+        "system": entry.get("field_system"),
         **(named if isinstance(named, dict) else {}),
     }
-    return fields | {key: name for key, name in own.items() if key in ("messages", "role", "content") and name}
+    known = ("messages", "role", "content", "tools", "system")
+    return fields | {key: name for key, name in own.items() if key in known and name}
 
 
 AXOLOTL = Neighbour(KEYS, REASONS, DEFAULTS, ("micro_batch_size", "gradient_accumulation_steps"), _sources)

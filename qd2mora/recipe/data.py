@@ -9,6 +9,9 @@ from qd2mora.recipe.section import Count, Place, Positive, Section, Whole
 HUB = "hub:"
 """How the name of a data set on the hub begins."""
 
+TEXT = "text"
+"""The format of documents that are learned whole."""
+
 INSTRUCTION, OWN, AS_IT_IS = "instruction", "tokenizer", "as it is"
 """Wordings of rows beside the chat templates of ours: Alpaca's prompt, the tokenizer's own template, none."""
 
@@ -19,18 +22,21 @@ class Task(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     """What scores and reports call it."""
     path: Place
-    """A json, jsonl, csv, parquet or arrow file, text also as .gz (beside the recipe, else in the working folder)
-    or `hub:owner/name:split`."""
+    """A json, jsonl, csv, txt (one document), parquet or arrow file, text also as .gz (beside the recipe, else in the
+    working folder) or `hub:owner/name:split`."""
     streaming: bool = False
     """Read a hub data set as it comes over the network, without a copy on disk."""
     format: str = "instruction"
-    """`instruction`, `completion`, `multiple_choice` or `chat`."""
+    """`instruction`, `completion`, `multiple_choice`, `chat` or `text`."""
     fields: dict[str, str | list[str]] | None = None
     """What the file calls the format's fields, for example {instruction: question, output: answer}; a list of names
     makes one list of several columns."""
     template: Literal["tokenizer", "chatml", "plain"] | None = None
     """What words a chat: `tokenizer`, its own template (where left out), or one of ours for a tokenizer without. On
     instruction rows, words them as a chat of one turn in place of Alpaca's prompt."""
+    turns: Literal["together", "each", "last"] | None = None
+    """Answers of a conversation: `together`, in one row; `each`, in a row of its own, worded as when it is asked for;
+    `last`, the last alone. Left out: together where the template words earlier turns always alike, else each."""
     weight: Positive | None = None
     """Share in the mixture relative to the others'; all tasks give one, or none does (plain concatenation)."""
     epochs: Annotated[float, Field(ge=1e-9, le=1e4)] = 1.0  # the order of one epoch stands in memory
@@ -44,17 +50,24 @@ class Task(Section):
     vector: str | None = None
     """Field that holds a list of numbers, for methods whose router reads a vector of each row."""
     validation: Whole | Place = 0
-    """Rows held out from the file, or another file."""
+    """Rows of the file that are held out (of chats whole conversations, of texts whole documents), or another file."""
     metric: Literal["exact", "choice", "rouge", "loss"] | None = None
     """How `eval` scores held-out rows: `exact`, the written words are the right ones (where left out); `choice`, the
-    right one of the task's answers is the likeliest; `rouge`, ROUGE-L (extra `scores`); `loss` alone. Where it is
-    given, training scores it too at every `train.eval_every`."""
+    right one of the task's answers is the likeliest; `rouge`, ROUGE-L (extra `scores`); `loss` alone (of texts always).
+    Where it is given, training scores it too at every `train.eval_every`."""
 
     @property
     def wording(self) -> str:
         """How rows become text: `instruction`, a chat template by name, or as they are."""
         left_out = {"chat": OWN, "instruction": INSTRUCTION}.get(self.format, AS_IT_IS)
         return self.template or left_out
+
+    @property
+    def judged_by(self) -> str:
+        """The metric of its held-out rows."""
+        if self.metric is None:
+            return "loss" if self.format == TEXT else "exact"
+        return self.metric
 
 
 class Data(Section):
@@ -68,7 +81,8 @@ class Data(Section):
     its rows."""
     max_length: Annotated[int, Field(ge=8, le=2**24)] = 512
     """Longer rows are cut at the end, and counted; one that loses its whole answer is left out, and counted. More than
-    5% of those in a task stop the run, unless `on_bad_row` is `skip`."""
+    5% of those in a task stop the run, unless `on_bad_row` is `skip`. Longer texts become several rows: nothing is
+    lost."""
     packing: bool = False
     """Rows of a step share lines of max_length tokens; attention keeps them apart, and the result is the same."""
     mask_prompt: bool = True

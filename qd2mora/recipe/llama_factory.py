@@ -127,6 +127,7 @@ def _task(entry: Value, place: Path, found: Sources, name: str) -> dict[str, Val
             "messages": columns.get("messages", "conversations"),
             "role": tags.get("role_tag", "from"),
             "content": tags.get("content_tag", "value"),
+            **{name: columns[name] for name in ("tools", "system") if columns.get(name)},
         }
         return {"path": path, "format": "chat", "fields": fields}
     fields = {ours: columns[theirs] for theirs, ours in COLUMNS.items() if columns.get(theirs, ours) != ours}

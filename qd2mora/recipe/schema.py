@@ -49,6 +49,8 @@ class Recipe(Section):
         for task in content["data"]["tasks"]:
             if not is_judged:
                 del task["metric"]
+            if task["turns"] is None:  # as runs from before it have it
+                del task["turns"]
         return content
 
     def fingerprint(self) -> str:

@@ -14,11 +14,18 @@ from qd2mora.base import base_config, load_tokenizer
 from qd2mora.data import Row, TaskMix, TaskRows, prepare
 from qd2mora.data.limits import beyond
 from qd2mora.data.notes import ROWS_LOOKED_AT, is_learned, notes
+from qd2mora.data.pair import CALLED, REASONED, SAID, WORDED
 from qd2mora.recipe import Recipe
 from qd2mora.report.cells import with_columns, written
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _BUCKETS = 32
+_LEARNED = {SAID: "green", WORDED: "green", CALLED: "yellow", REASONED: "magenta"}
+_GIVEN = {SAID: "dim", WORDED: "dim cyan", CALLED: "dim yellow", REASONED: "dim magenta"}
+_LEGEND = (
+    "dim: given; green: learned; of chats cyan: the template's own words; yellow: tools, calls, results; magenta: "
+    "reasoning, each dim where given; reversed: special tokens"
+)
 
 
 def show_rows(recipe: Recipe, number: int, console: Console) -> None:
@@ -30,7 +37,7 @@ def show_rows(recipe: Recipe, number: int, console: Console) -> None:
         for row in task.train[:number]:
             console.print(coloured(row, tokenizer), soft_wrap=True, highlight=False)
             console.print(f"{len(row.ids)} tokens, {row.num_labels} learned", style="dim")
-    console.print("dim: given; green: learned; reversed: special tokens")
+    console.print(_LEGEND)
     console.print(_lengths(tasks, recipe.data.max_length))
     console.print(_shares(recipe, tasks))
     for line in beyond(tasks, tokenizer, base_config(recipe.base)):
@@ -41,21 +48,28 @@ def show_rows(recipe: Recipe, number: int, console: Console) -> None:
 
 
 def coloured(row: Row, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """Return a row's text: what is given dim, what is learned green, special tokens reversed."""
+    """Return a row's text: what is given dim, what is learned bright, each part of a conversation in its own colour."""
     special = set(tokenizer.all_special_ids)
-    ids, learned = row.ids.tolist(), is_learned(row).tolist()
-    kinds = [(learned[place], ids[place] in special) for place in range(len(ids))]
+    ids = row.ids.tolist()
+    kinds = [(style, token in special) for style, token in zip(_styles(row), ids, strict=True)]
     text, shown, stop = Text(), "", 0
-    for (is_green, is_special), run in itertools.groupby(kinds):
+    for (style, is_special), run in itertools.groupby(kinds):
         stop += len(list(run))
         # Not each part by itself: some tokenizers drop the space a text begins with.
         whole = str(tokenizer.decode(ids[:stop], skip_special_tokens=False))
-        style = "green" if is_green else "dim"
         if is_special:
             style += " reverse"
         text.append(whole[len(shown) :], style)
         shown = whole
     return text
+
+
+def _styles(row: Row) -> list[str]:
+    """Return how each token is shown."""
+    kinds = [WORDED if row.parts else SAID] * len(row.ids)
+    for kind, start, stop in row.parts:
+        kinds[start:stop] = [kind] * len(kinds[start:stop])
+    return [_LEARNED[kind] if learned else _GIVEN[kind] for kind, learned in zip(kinds, is_learned(row), strict=True)]
 
 
 def problems(task: TaskRows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[str]:

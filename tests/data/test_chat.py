@@ -11,9 +11,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from qd2mora.base.passes import IGNORE
 from qd2mora.data import Pair, TokenRows, collate, prepare, read_pairs
 from qd2mora.data.chat_template import ChatTemplate
+from qd2mora.data.conversation import read_conversation
 from qd2mora.data.file_rows import BadRow
 from qd2mora.data.notes import notes
 from qd2mora.data.tokenise import Tokeniser
+from qd2mora.data.turns import Turns
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Data, Task
 
@@ -107,7 +109,9 @@ def test_a_tokenizer_without_a_template_is_named_and_takes_one_of_ours(
 
 
 def test_an_answer_that_the_template_leaves_open_is_closed() -> None:
-    from qd2mora.data.chat import segments
+    def segments(talk: list[dict[str, str]], template: ChatTemplate, how: str | None = None) -> tuple[str, ...]:
+        ((pair,), _) = Turns(template, how).pairs(read_conversation({"messages": talk}, {}))
+        return pair.segments
 
     with ChatTemplate("{% for m in messages %}{{ m.content }} {% endfor %}", TOKENS, "here") as template:
         assert segments(TALK, template) == ("red sun ", "blue </s>", "green ", "moon star </s>")
@@ -116,9 +120,11 @@ def test_an_answer_that_the_template_leaves_open_is_closed() -> None:
         with ChatTemplate(trimming, TOKENS, "here") as template:
             parts = segments([TALK[0], {"role": "assistant", "content": answer}], template)
         assert parts == ("[user]red sun\n", "[assistant]blue\n</s>")
-    rewriting = "{% for m in messages[-2:] %}{{ m.content }} {% endfor %}"
+    rewriting = (
+        "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else m.content | upper }} {% endfor %}"
+    )
     with ChatTemplate(rewriting, TOKENS, "here") as template, pytest.raises(BadRow, match="rewrites earlier turns"):
-        segments(TALK, template)
+        segments(TALK, template, "together")
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 """Formats and sources beyond the plain ones: choices, the file's own names, arrow files, hub data sets."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
-from qd2mora.data import Pair, read_pairs
+from qd2mora.data import FORMATS, Pair, prepare, read_pairs
 from qd2mora.errors import InputRefused
-from qd2mora.recipe import Task
+from qd2mora.recipe import Data, Task
 
 CHOICES = ["red", "blue", "3"]
 PROMPT = "Which?\nA. red\nB. blue\nC. 3\nAnswer: "
@@ -102,3 +104,20 @@ def test_arrow_files_of_both_forms_and_hub_data_sets_give_their_rows(tmp_path: P
     (tmp_path / "c.arrow").write_bytes(b"ARROW1 no")
     with pytest.raises(InputRefused, match=r"c\.arrow: not an arrow file"):
         read_pairs(task, str(tmp_path / "c.arrow"))
+
+
+def test_the_example_rows_of_the_page_on_data_are_read(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    found = set()
+    for section in page.split("\n## ")[1:]:
+        name = section.split("\n", 1)[0]
+        assert name in FORMATS
+        rows = re.findall(r"```json\n(.*?)\n```", section, re.DOTALL)
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(rows), encoding="utf-8")
+        template = "chatml" if name == "chat" else None
+        task = Task(name="t", path=str(path), format=name, template=template)
+        (made,) = prepare(Data(tasks=[task], max_length=1024), tokenizer, 0)
+        assert rows and len(made.train) == len(rows)
+        found.add(name)
+    assert found == set(FORMATS)

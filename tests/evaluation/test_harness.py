@@ -33,8 +33,7 @@ def tasks(tmp_path: Path) -> Path:
 def test_choices_and_generation_run_on_a_routed_run(tasks: Path, made: Path, subject: Subject) -> None:
     from test_answering import slow_loss
 
-    from qd2mora.data import encode
-    from qd2mora.data.read import Pair
+    from qd2mora.data import Pair, encode
     from qd2mora.evaluation.harness import HarnessModel, run_harness
 
     more = 'doc_to_choice: ["red", "green"]\nmetric_list: [{metric: acc}]'

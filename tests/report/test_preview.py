@@ -1,5 +1,6 @@
 """The preview: every token in its colour, every loss with its count."""
 
+import io
 import json
 from pathlib import Path
 
@@ -89,3 +90,52 @@ def test_the_preview_shows_rows_lengths_and_shares(tmp_path: Path) -> None:
     assert "### Response:" in text and "</s>" in text and "0 to 256" in text
     assert "25.0% of tokens" in text and "75.0% of tokens" in text
     assert "say what an earlier row says" in text
+
+
+def test_each_part_of_a_conversation_has_its_colour_dim_where_it_is_given_and_none_when_piped(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    call = {"function": {"name": "look", "arguments": {"star": "red"}}}
+    talk = [
+        {"role": "system", "content": "short words"},
+        {"role": "user", "content": "which star?"},
+        {"role": "assistant", "reasoning": "I see none", "tool_calls": [call]},
+        {"role": "tool", "content": "star found"},
+        {"role": "assistant", "reasoning": "so it is", "content": "the red one"},
+        {"role": "user", "content": "and now?"},
+        {"role": "assistant", "content": "blue moon", "weight": 0},
+        {"role": "user", "content": "thanks"},
+        {"role": "assistant", "content": "no cause"},
+    ]
+    path = tmp_path / "talks.jsonl"
+    path.write_text(json.dumps({"messages": talk, "tools": [call["function"]]}), encoding="utf-8")
+    task = Task(name="t", path=str(path), format="chat", template="plain")
+    text = coloured(prepare(Data(tasks=[task]), tokenizer, 0)[0].train[0], tokenizer)
+
+    def style_of(words: str) -> str:
+        place = text.plain.rindex(words)
+        (span,) = (span for span in text.spans if span.start <= place < span.end)
+        assert span.end >= place + len(words)
+        return str(span.style)
+
+    styles = {
+        "### User:": "dim cyan",
+        "short words": "dim",
+        "which star?": "dim",
+        "I see none": "magenta",
+        "look": "yellow",
+        '{"star": "red"}': "yellow",
+        "star found": "dim yellow",
+        "so it is": "magenta",
+        "the red one": "green",
+        "blue moon": "dim",
+        "no cause": "green",
+    }
+    assert {words: style_of(words) for words in styles} == styles
+    assert str(text.spans[-1].style) in ("green", "green reverse")
+    tools = text.plain[: text.plain.index("### System:")]
+    before = [span for span in text.spans if span.end <= len(tools)]
+    assert {str(span.style) for span in before if "look" in tools[span.start : span.end]} == {"dim yellow"}
+    piped = io.StringIO()
+    Console(file=piped, width=100).print(text)
+    assert "which star?" in piped.getvalue() and "\x1b" not in piped.getvalue()
