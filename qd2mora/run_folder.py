@@ -42,6 +42,7 @@ class RunFolder:
         self.static = path / "static"
         self.routing = path / "routing.json"
         self.scores = path / "scores.json"
+        self.earlier_tasks = path / "earlier_tasks.json"
         self.samples = path / "samples.json"
         self.report = path / "report.html"
         self.lock = path / "LOCK"

@@ -6,6 +6,8 @@ from rich.console import Console
 
 from qd2mora.disk.owned import foreign_in
 from qd2mora.disk.staged import remove_folder
+from qd2mora.errors import InputRefused
+from qd2mora.evaluation.earlier_tasks import score_earlier
 from qd2mora.evaluation.run_scores import score_run
 from qd2mora.inspection import inspect_where_due
 from qd2mora.merging import merge
@@ -63,6 +65,14 @@ def _score(folder: RunFolder, recipe: Recipe, console: Console) -> None:
         show_scores(scores, console)
     else:
         console.print("nothing to score: no task holds out rows (data.tasks.0.validation=100)")
+    try:
+        earlier = score_earlier(folder, recipe)
+    except InputRefused as error:  # the earlier run's data may be gone, which takes nothing from this one
+        console.print(f"earlier tasks are not scored: {error}", highlight=False, soft_wrap=True)
+        return
+    if earlier:
+        console.print(f"tasks of '{recipe.adapter.start}', which this run went on from:", highlight=False)
+        show_scores(earlier, console)
 
 
 __all__ = ["finish"]

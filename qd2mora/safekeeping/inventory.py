@@ -26,7 +26,7 @@ from qd2mora.errors import DamagedFile, InputRefused
 RECIPE, LOCK = "recipe.yaml", "LOCK"
 TRAINED = (RECIPE, "metrics.jsonl")
 """Files that training writes."""
-LATER = ("routing.json", "scores.json", "samples.json", "report.html")
+LATER = ("routing.json", "scores.json", "earlier_tasks.json", "samples.json", "report.html")
 """Files that the end of a run, or a verb after it, writes."""
 FOLDERS = ("adapter", "best", "checkpoints", "export", "static")
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_config.json", MANIFEST, "README.md")

@@ -133,6 +133,27 @@ def test_experts_are_added_and_the_old_ones_stay_bit_for_bit(
     assert all(torch.equal(resumed[name], tensor) for name, tensor in new.items())
 
 
+def test_a_table_says_what_each_earlier_task_lost(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "next.yaml"
+    recipe_of(made, tmp_path / "next", f"start: {made / 'run'}")
+    text = path.read_text(encoding="utf-8").replace("{name: last,", "{name: other,").replace("steps: 6", "steps: 2")
+    path.write_text(f"{text}\nfinish: {{score: true, export: false}}\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["qd2mora", "train", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert "which this run went on from" in printed
+    scores = json.loads((tmp_path / "next" / "earlier_tasks.json").read_text(encoding="utf-8"))
+    assert set(scores) == {"before", "now"} and set(scores["now"]) == {"first", "last"}
+    monkeypatch.setattr(sys, "argv", ["qd2mora", "verify", str(tmp_path / "next")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+
+
 BAD = {
     "method: d2mora, grow: 2": "adapter.grow: goes with adapter.start",
     "start: {lora}, grow: 2": "adapter.grow: the experts of lora are not ones",
