@@ -5,6 +5,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+from qd2mora.base.files import is_gguf
 from qd2mora.disk.durable import write_json
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.answer_file import AnswerFile, check_scores_place, digest
@@ -86,8 +87,8 @@ def score_all(
 
 def _whole(model: str | Path, exam: Exam) -> Exam:
     """Return an exam that names its rows, a run's own where it named none. Raises InputRefused."""
-    if not Path(model).is_dir():
-        raise InputRefused(f"'{model}': no such folder; name a run or a model folder")
+    if not Path(model).is_dir() and not is_gguf(str(model)):
+        raise InputRefused(f"'{model}': no such folder; name a run, a model folder or a GGUF file")
     if exam.suite is None and exam.recipe is None and not is_run(model):
         raise InputRefused(f"'{model}' is not a run: say with --recipe whose held-out rows to ask, or name a --suite")
     check_exam(exam)

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qd2mora.adapter_folder import load_foreign_adapter
 from qd2mora.base import compute_dtype, default_device, ends_alone, fingerprint, load_base, load_tokenizer
+from qd2mora.base.files import is_gguf
 from qd2mora.data.chat import named_templates
 from qd2mora.data.tokenise import Tokeniser
 from qd2mora.disk.file_hash import hash_of_bytes, hash_of_file, hashes_of_files
@@ -136,8 +137,10 @@ def open_subject(path: str | Path, allow_changed: Collection[str] = ()) -> Subje
     if is_run(path):
         opened = open_run(path, allow_changed=allow_changed)
         return Subject(opened.model, opened.tokenizer, opened, named_templates(opened.recipe.data))
+    if is_gguf(str(path)):
+        return Subject(load_base(Base(model=str(path), quantization="none")), load_tokenizer(str(path)))
     if not Path(path).is_dir():
-        raise InputRefused(f"'{path}': no such folder; name a run or a model folder")
+        raise InputRefused(f"'{path}': no such folder; name a run, a model folder or a GGUF file")
     folder = Path(path)
     verify_where_ours(folder)
     if is_routed_export(folder):
@@ -146,7 +149,7 @@ def open_subject(path: str | Path, allow_changed: Collection[str] = ()) -> Subje
         return _lora_export(folder)
     if any(folder.glob("*.gguf")):
         raise InputRefused(
-            f"'{path}' holds a GGUF file, which llama.cpp runs; name the run, or an export of another form"
+            f"'{path}' holds a GGUF file, which llama.cpp runs; name the file itself to ask its numbers here"
         )
     if not (folder / "config.json").is_file():
         raise InputRefused(f"'{path}' is neither a run nor a model's folder: no recipe.yaml, no config.json")
