@@ -26,6 +26,7 @@ from qd2mora.base.files import UNLOADABLE, first_line
 from qd2mora.base.gguf_forms import ARCHES, FORMS, KEYS, GgufForm, fixed_fields, llama3_rope
 from qd2mora.base.gguf_tokens import tokenizer_of
 from qd2mora.disk.gguf_header import GgufHeader, TensorPlace, gguf_package, read_header
+from qd2mora.disk.model_config import check_model_config
 from qd2mora.errors import DamagedFile, InputRefused
 
 _READ_AT_ONCE = 16 << 20
@@ -53,6 +54,7 @@ def gguf_config(model: str) -> PreTrainedConfig:
     header = header_of(model)
     kind, form = _family_of(header, model)
     values = _fields(header, form, model)
+    check_model_config(values, Path(model))  # a billion layers would be built before the weights are looked at
     try:
         config = AutoConfig.for_model(kind, **values)
         for name, value in fixed_fields(config).items():

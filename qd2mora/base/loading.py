@@ -46,12 +46,13 @@ def base_config(base: Base) -> PreTrainedConfig:
     """Return the model's configuration without reading weights. Raises InputRefused."""
     if base.model.startswith(RANDOM):
         return shape_of(base.model).config()
-    if is_gguf(base.model):
-        return gguf_config(base.model)
-    folder = folder_of(base.model, ["*config.json"])
-    check_config(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if is_gguf(base.model):
+            config = gguf_config(base.model)
+        else:
+            folder = folder_of(base.model, ["*config.json"])
+            check_config(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         family_of(config, base.model)
         _build_one_layer(config)
     except (*UNLOADABLE, RuntimeError, ImportError, AssertionError) as error:
@@ -154,7 +155,9 @@ def _folder_of_files(model: str) -> Path:
 def _build_model(base: Base, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Build a model from the files of its base, or from random numbers."""
     if base.model.startswith(RANDOM):
-        return random_base(shape_of(base.model), base, device, dtype=dtype)
+        model = random_base(shape_of(base.model), base, device, dtype=dtype)
+        model.generation_config = ends_alone(model.generation_config)
+        return model
     weights = stored_weights(base.model)
     model = _from_weights(base_config(base), weights, base.model, device, dtype, nf4_config(base, dtype))
     folder = None if is_gguf(base.model) else folder_of(base.model, _MODEL_PATTERNS)

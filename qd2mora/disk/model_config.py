@@ -18,6 +18,8 @@ MOST_TOKENS = 16_384
 LONGEST_TOKEN = 1024
 MOST_GROWTH = 64
 """Letters that normalising may make of one."""
+MOST_SPOKEN = 4096
+"""Letters that decoding may make of one: of answers, whose tokens are counted."""
 _VOCABULARY = 1 << 21
 
 _SIZES: dict[str, tuple[int, int]] = {
@@ -117,15 +119,18 @@ def check_tokenizer_parts(content: JsonObject, path: Path) -> None:
     Raises InputRefused.
     """
     check_tokens(content, path)
+    _check_growth(_parts(content.get("normalizer")) + _parts(content.get("pre_tokenizer")), MOST_GROWTH, path)
+    _check_growth(_parts(content.get("decoder")), MOST_SPOKEN, path)
+
+
+def _check_growth(parts: list[JsonObject], most: int, path: Path) -> None:
     growth = 1
-    for part in (
-        _parts(content.get("normalizer")) + _parts(content.get("pre_tokenizer")) + _parts(content.get("decoder"))
-    ):
+    for part in parts:
         for key in ("content", "prepend", "replacement"):
             text = part.get(key)
             growth *= max(1, len(text)) if isinstance(text, str) else 1
-        if growth > MOST_GROWTH:
-            raise InputRefused(f"{path}: its {part.get('type')} makes more than {MOST_GROWTH} letters of one")
+        if growth > most:
+            raise InputRefused(f"{path}: its {part.get('type')} makes more than {most} letters of one")
         pattern = part.get("pattern")
         regex = pattern.get("Regex") if isinstance(pattern, dict) else None
         if isinstance(regex, str) and repeats_without_end(regex):

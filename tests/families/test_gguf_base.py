@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from family_models import save_family
-from test_runs import recipe_of
+from test_family_runs import recipe_of
 from transformers import AutoModelForCausalLM
 
 from qd2mora.base import fingerprint, load_base, load_tokenizer

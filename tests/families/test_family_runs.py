@@ -27,7 +27,8 @@ IDS = torch.randint(4, 490, (2, 40), generator=torch.Generator().manual_seed(5))
 
 def recipe_of(folder: Path, output: str) -> Recipe:
     text = tiny.recipe_text(folder / "base", folder / "data", folder / output)
-    text = text.replace("targets: [q_proj, v_proj, down_proj]", "targets: all-linear").replace("steps: 6", "steps: 4")
+    text = text.replace("targets: [q_proj, v_proj, down_proj]", "targets: all-linear").replace("steps: 6", "steps: 3")
+    text = text.replace("validation: 8", "validation: 2").replace("eval_every: 3", "eval_every: 9")
     path = folder / f"{output}.yaml"
     path.write_text(text, encoding="utf-8")
     return load_recipe(path)
@@ -43,7 +44,7 @@ def run_of(home: Path, name: str) -> Path:
     folder = home / name
     if not folder.exists():
         save_family(name, folder / "base")
-        tiny.save_tasks(folder / "data", 24)
+        tiny.save_tasks(folder / "data", 12)
         train(recipe_of(folder, "run"))
     return folder
 
@@ -68,7 +69,7 @@ def test_a_run_that_was_broken_off_ends_with_the_same_bytes(
 
     def interrupt(self: StepDisplay, step: int, metrics: dict[str, float]) -> None:
         show(self, step, metrics)
-        if step == 2:
+        if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(StepDisplay, "step", interrupt)
