@@ -28,7 +28,7 @@ def score_earlier(folder: RunFolder, recipe: Recipe) -> dict[str, dict[str, Scor
     asked = ask_held_out(tasks)
     if not asked:
         return {}
-    scores = {"before": score_all(before, asked), "now": score_all(now, asked)}
+    scores = {"before": score_all(before, asked, is_shown=True), "now": score_all(now, asked, is_shown=True)}
     by_model = {name: {task: score.to_json() for task, score in by_task.items()} for name, by_task in scores.items()}
     with noted(folder.earlier_tasks):
         write_json(folder.earlier_tasks, by_model)

@@ -25,13 +25,13 @@ def score_run(folder: RunFolder, recipe: Recipe) -> dict[str, dict[str, Score]]:
     if not asked:
         return {}
     with subject.without_adapter():
-        scores = {"base": score_all(subject, asked)}
+        scores = {"base": score_all(subject, asked, is_shown=True)}
         answer_samples("base", subject, rows)
     models = {"adapter": subject}
     if folder.export.is_dir():
         models["fp16 export"] = replace(open_subject(folder.export), run=None)
     for name, model in models.items():
-        scores[name] = score_all(model, asked)
+        scores[name] = score_all(model, asked, is_shown=True)
         answer_samples(name, model, rows)
     by_model = {name: {task: score.to_json() for task, score in by_task.items()} for name, by_task in scores.items()}
     with noted(folder.scores, folder.samples):

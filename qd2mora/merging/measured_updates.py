@@ -66,11 +66,7 @@ def make_static(
     rows, began = sample_rows(opened, number, row.share, measured_rows), time.monotonic()
     question = _Question(opened, "exact" if is_exact else strategy, task, vector, rows)
     shelf = question.shelf(keeps)
-    solution = shelf.solution(opened.model.device)
-    if solution is None:
-        solution = question.exact(number) if is_exact else question.solved()
-        if not is_exact:
-            shelf.keep(solution)
+    solution = shelf.solution(opened.model.device) or question.answered(number, is_exact, shelf)
     made = time.monotonic()
     measured = Measured({}, {}, {}) if measured_rows == 0 else question.measured(solution, shelf)
     return MeasuredUpdates(
@@ -107,11 +103,16 @@ class _Question:
             settings["optimizer"] = self.opened.recipe.train.optimizer
         return Shelf.of(self.opened, settings, rows, keeps=keeps)
 
-    def exact(self, number: int | None) -> Solution:
-        cores = constant_mixing(self.opened.model, number or 0, self.vector)
-        return Solution("exact", of_cores(self.opened.model, cores), 0)
+    def answered(self, number: int | None, is_exact: bool, shelf: Shelf) -> Solution:
+        """Solve it, and keep what took work: a method that depends on no token is its own solution."""
+        if is_exact:
+            cores = constant_mixing(self.opened.model, number or 0, self.vector)
+            return Solution("exact", of_cores(self.opened.model, cores), 0)
+        solution = self._solved()
+        shelf.keep(solution)
+        return solution
 
-    def solved(self) -> Solution:
+    def _solved(self) -> Solution:
         inputs = strategy_inputs_of(self.opened, self.rows, self.vector)
         statics = find_strategy(self.strategy).make(inputs)
         return Solution(self.strategy, statics, len(self.rows.calibration), inputs.notes)
