@@ -151,7 +151,18 @@ def _scaled(gate: Gate, scale: float) -> dict[str, str]:
 def _run_tests(tree: Path, gate: Gate, sizes: dict[str, str], *options: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", f"--basetemp={folder}/work"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-s",
+            "-m",
+            "",
+            "-p",
+            "no:cacheprovider",
+            f"--basetemp={folder}/work",
+        ]
         environment = os.environ | sizes | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
         ended = subprocess.run(
             [*command, f"--junitxml={report}", *options, *gate.tests],

@@ -71,7 +71,8 @@ def _score(folder: RunFolder, recipe: Recipe, console: Console) -> None:
         console.print(f"earlier tasks are not scored: {error}", highlight=False, soft_wrap=True)
         return
     if earlier:
-        console.print(f"tasks of '{recipe.adapter.start}', which this run went on from:", highlight=False)
+        words = f"tasks of '{recipe.adapter.start}', which this run went on from:"
+        console.print(words, highlight=False, soft_wrap=True)
         show_scores(earlier, console)
 
 

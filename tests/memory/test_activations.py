@@ -73,8 +73,15 @@ def test_kept_activations_are_right_for_every_method(method: str) -> None:
     assert planned == pytest.approx(saved, rel=0.05)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("checkpointing", "dtype"),
+    [
+        (False, "float32"),
+        (True, "float32"),
+        (True, "bfloat16"),
+        pytest.param(False, "bfloat16", marks=pytest.mark.long),  # 16-bit products are slow on a CPU
+    ],
+)
 @pytest.mark.parametrize(
     ("shape", "rows", "length", "targets", "dropout"),
     [

@@ -16,7 +16,7 @@ import killed_runs
 import paired_runs as pairs
 import pytest
 
-KILLS = int(os.environ.get("GATE_KILLS", "200"))
+KILLS = int(os.environ.get("GATE_KILLS", "120"))
 WORKERS = int(os.environ.get("GATE_WORKERS", "2"))
 SECONDS = float(os.environ.get("GATE_SECONDS", "inf"))
 """For how long to kill at most (under ZeRO-2 a fifth): K1 tells how many kills of how many there was time for."""
@@ -99,7 +99,9 @@ def test_a_run_killed_before_its_first_checkpoint_ends_with_the_same_bytes(
     assert runs.result_of(tmp_path / "run") == runs.result_of(whole.with_suffix(""))
 
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "which", [signal.SIGTERM, *(pytest.param(each, marks=pytest.mark.long) for each in (signal.SIGINT, signal.SIGUSR1))]
+)
 def test_a_signal_at_any_moment_stops_a_run_that_resumes_to_the_same_bytes(
     which: int, made: Path, timed: tuple[float, dict[str, bytes]], tmp_path: Path
 ) -> None:

@@ -183,7 +183,7 @@ def test_a_rehearsal_or_evaluation_that_one_process_has_no_memory_for_makes_both
     assert runs.result_of(tmp_path / "run") == runs.result_of(tmp_path / "one")
 
 
-@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize("is_late", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_full_disk_of_the_one_that_writes_ends_both_with_code_5_before_the_next_save(
     is_late: bool, made: Path, tmp_path: Path
 ) -> None:

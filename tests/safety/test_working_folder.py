@@ -23,7 +23,7 @@ MODULES = (
 CONSOLE = "import sys; from qd2mora.cli import main; sys.argv = ['qd2mora', *sys.argv[1:]]; main()"
 
 
-@pytest.mark.parametrize("form", ["module", "script"])
+@pytest.mark.parametrize("form", ["module", pytest.param("script", marks=pytest.mark.long)])
 def test_no_module_is_taken_from_the_working_folder(form: str, tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
