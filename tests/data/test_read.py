@@ -81,11 +81,11 @@ def test_one_row_a_list_under_data_packed_files_and_capitals_just_work(tmp_path:
     }
     for name, text in both.items():
         content = text.encode()
-        (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
+        (tmp_path / name).write_bytes(gzip.compress(content, mtime=0) if name.lower().endswith(".gz") else content)
         assert [pair.answer for pair in read(tmp_path / name)] == ["3", "007"], name
     for name in ("one.json", "one.json.gz"):
         content = json.dumps(ROWS[0]).encode()
-        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        (tmp_path / name).write_bytes(gzip.compress(content, mtime=0) if name.endswith(".gz") else content)
         assert [pair.answer for pair in read(tmp_path / name)] == ["3"], name
     (tmp_path / "talk.json").write_text(json.dumps({"prompt": "x", "data": ["a"], "completion": "y"}), encoding="utf-8")
     assert read(tmp_path / "talk.json", format="completion") == [Pair("x", "y")]
@@ -93,7 +93,7 @@ def test_one_row_a_list_under_data_packed_files_and_capitals_just_work(tmp_path:
 
 def test_a_packed_list_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_rows, "MAX_UNPACKED_BYTES", 1000)
-    (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(ROWS * 20).encode()))
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(ROWS * 20, mtime=0).encode()))
     assert "unpacks to more than 1000 bytes" in refusal(tmp_path / "a.json.gz")
 
 
@@ -150,7 +150,7 @@ def test_completion_rows_are_taken_as_they_are(tmp_path: Path) -> None:
         ("a.json", b'{"data": "x"}', "row 1: no field 'instruction'"),
         ("a.json", b'{"version": 1, "data": []}', "row 1: no field 'instruction'"),
         ("a.jsonl.gz", b'{"instruction": "x", "output": "y"}', "not a whole gzip file"),
-        ("a.json.gz", gzip.compress(b'[{"instruction": "x", "output": "y"}]')[:-9], "not a whole gzip file"),
+        ("a.json.gz", gzip.compress(b'[{"instruction": "x", "output": "y"}]', mtime=0)[:-9], "not a whole gzip file"),
         ("a.parquet.gz", b"x", "unknown kind of file '.parquet.gz'"),
         ("a.json", b'["x"]', "row 1: a row is an object"),
         ("a.jsonl", b'{"instruction": "x", "output": "y"}\nnot json\n', "line 2: not JSON"),
