@@ -93,7 +93,7 @@ def test_one_row_a_list_under_data_packed_files_and_capitals_just_work(tmp_path:
 
 def test_a_packed_list_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_rows, "MAX_UNPACKED_BYTES", 1000)
-    (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(ROWS * 20, mtime=0).encode()))
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(ROWS * 20).encode(), mtime=0))
     assert "unpacks to more than 1000 bytes" in refusal(tmp_path / "a.json.gz")
 
 
