@@ -97,6 +97,7 @@ def test_an_interval_of_equal_arms_holds_zero_and_of_planted_ones_the_difference
     assert interval(difference(equal, noise)) == (low, high)
 
 
+@pytest.mark.long
 def test_a_comparison_that_was_killed_goes_on_to_the_same_outcome(made: Path, tmp_path: Path, monkeypatch) -> None:
     recipe = settings(made)
     wishes = ComparisonSettings(("d2mora", "moelora"), 2, rates=(1e-3, 1e-2), choose_rows=4, strategies=("mean_gate",))

@@ -16,7 +16,7 @@ import killed_runs
 import paired_runs as pairs
 import pytest
 
-KILLS = int(os.environ.get("GATE_KILLS", "120"))
+KILLS = int(os.environ.get("GATE_KILLS", "60"))
 WORKERS = int(os.environ.get("GATE_WORKERS", "2"))
 SECONDS = float(os.environ.get("GATE_SECONDS", "inf"))
 """For how long to kill at most (under ZeRO-2 a fifth): K1 tells how many kills of how many there was time for."""

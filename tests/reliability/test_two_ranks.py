@@ -81,6 +81,7 @@ def test_selection_biases_and_balance_losses_count_the_rows_of_both(
         assert biases and any(bool(bias.any()) for bias in biases)
 
 
+@pytest.mark.long
 def test_a_rank_killed_in_each_phase_of_a_save_and_at_any_time_ends_the_other_and_loses_nothing(
     made: Path, tmp_path: Path
 ) -> None:

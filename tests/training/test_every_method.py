@@ -57,7 +57,11 @@ def loras(made: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(folder / name) for name in names]
 
 
-@pytest.mark.parametrize("method", FRESH)
+# Every other row by default, all in the long set; `tests/mixture/test_methods.py` runs over all rows' numbers.
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=pytest.mark.long if place % 2 else []) for place, name in enumerate(FRESH)],
+)
 def test_a_method_trains_loads_again_answers_and_exports_as_its_class_says(
     method: str, made: Path, tmp_path: Path
 ) -> None:
@@ -125,7 +129,15 @@ def test_a_lora_of_another_base_is_refused(made: Path, loras: list[str], tmp_pat
         train(settings.model_copy(update=changes))
 
 
-@pytest.mark.parametrize("init", ["kaiming", "orthogonal", "pissa", "olora", "eva", "loftq"])
+@pytest.mark.parametrize(
+    "init",
+    [
+        "kaiming",
+        "pissa",
+        "eva",
+        *(pytest.param(each, marks=pytest.mark.long) for each in ("orthogonal", "olora", "loftq")),
+    ],
+)
 def test_a_shared_expert_starts_where_it_should_and_trains(init: str, made: Path, tmp_path: Path) -> None:
     settings = recipe(made, tmp_path / "run", "d2mora", f"adapter.shared={{rank: 2, init: {init}}}")
     trained = train(settings)
@@ -161,7 +173,14 @@ def test_a_run_that_grows_in_stages_leaves_older_experts_bit_for_bit(made: Path,
             assert torch.equal(early[0], late[0]) and not torch.equal(early[1], late[1]), name
 
 
-@pytest.mark.parametrize("method", ["flylora", "remix", "noisy_top_k", "scalezero", "d2mora"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "flylora",
+        "noisy_top_k",
+        *(pytest.param(each, marks=pytest.mark.long) for each in ("remix", "scalezero", "d2mora")),
+    ],
+)
 def test_a_resumed_run_ends_with_the_same_bytes_where_there_is_chance_or_a_moving_bias(
     method: str, made: Path, tmp_path: Path
 ) -> None:
