@@ -162,6 +162,7 @@ def _mutate(node: object, chance: random.Random) -> None:
         node = node[key]
 
 
+@pytest.mark.long
 def test_two_thousand_mangled_recipes_are_accepted_or_refused_in_one_line() -> None:
     chance = random.Random(0)
     refused, whole = 0, yaml.safe_load(EXAMPLE)

@@ -39,7 +39,7 @@ ERRNOS += [
     "ENOMEDIUM",
 ]
 ERRNOS = ERRNOS[: int(os.environ.get("GATE_ERRNOS", "3"))]
-PAIRS = int(os.environ.get("GATE_PAIRS", "8"))
+PAIRS = int(os.environ.get("GATE_PAIRS", "4"))
 
 
 def hold(path: Path) -> None:

@@ -47,7 +47,7 @@ GATES: dict[str, Callable[[Path, Path, bool], Result]] = {
     "CF1": lambda made, folder, quick: gate_configs.gate(made, folder, 30 if quick else 5_000),
     "NF1": lambda made, folder, quick: gate_finite.gate(made, folder, 3 if quick else 1),
     "ST1": gate_streams.gate,
-    "TM1": lambda made, folder, quick: gate_terminal.gate(made, folder, 30 if quick else 500),
+    "TM1": lambda made, folder, quick: gate_terminal.gate(made, folder, 12 if quick else 500),
     "X1": lambda made, folder, quick: gate_canaries.gate(made, folder, 5 if quick else 1),
 }
 
