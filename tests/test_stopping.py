@@ -66,7 +66,7 @@ def test_every_verb_answers_a_signal_even_one_that_waits_for_input() -> None:
     child.send_signal(signal.SIGINT)
     err = child.stderr.read()
     assert child.wait(30) == SignalStop.exit_code
-    assert err.splitlines()[0].startswith("stopping at SIGINT") and err.splitlines()[1].startswith("error: stopped by")
+    assert err.splitlines()[0].startswith("stopping at SIGINT") and err.splitlines()[1].startswith("stopped by")
     child.stdin.close()
     child.stderr.close()
 

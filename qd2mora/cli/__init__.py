@@ -21,7 +21,7 @@ from qd2mora.cli import (  # isort: skip  # noqa: F401
     list_verbs,
 )
 from qd2mora.cli.app import app
-from qd2mora.errors import DiskTrouble, InputRefused, StopError
+from qd2mora.errors import DiskTrouble, InputRefused, SignalStop, StopError
 from qd2mora.redact import redacted
 from qd2mora.stopping import AGAIN, listening
 from qd2mora.terminal import lost_output, open_terminal
@@ -46,7 +46,9 @@ def main() -> None:
         # Typer's own errors name the option only here.
         words = error.format_message() if isinstance(error, TyperException) else str(error)
         line = " ".join(words.split())
-        print(f"error: {_process()}{redacted(line)}", file=sys.stderr)
+        # A stop that was asked for is no error: what was done is kept.
+        kind = "" if isinstance(error, SignalStop) else "error: "
+        print(f"{kind}{_process()}{redacted(line)}", file=sys.stderr)
         sys.exit(_exit_code(error))
     except typer.Abort:
         sys.exit(130)
