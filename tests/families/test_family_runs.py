@@ -64,9 +64,10 @@ def static_logits(folder: Path) -> Tensor:
 RESUMED = ("llama3.2", "gemma3", "phi3", "granite")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in RESUMED else pytest.mark.long) for name in FAMILIES]
-)
+SOME = [pytest.param(name, marks=[] if name in RESUMED else pytest.mark.long) for name in FAMILIES]
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_a_run_that_was_broken_off_ends_with_the_same_bytes(
     name: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,7 +88,7 @@ def test_a_run_that_was_broken_off_ends_with_the_same_bytes(
     assert whole.read_bytes() == resumed.read_bytes()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SOME)
 def test_the_plain_weights_and_the_lora_are_one_model(name: str, home: Path) -> None:
     folder = run_of(home, name)
     merged = static_logits(folder)

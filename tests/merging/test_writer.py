@@ -197,6 +197,7 @@ def save_wide_base(folder: Path) -> int:
     return sum(shape.numel() for shape in shapes.values())
 
 
+@pytest.mark.long
 def test_the_peak_is_two_weights_whatever_the_size_of_the_model(tmp_path: Path) -> None:
     entries = save_wide_base(tmp_path / "base")
     tiny.save_base(tmp_path / "small")

@@ -24,7 +24,15 @@ CLAIMS = {
 }
 
 
-@pytest.mark.parametrize("name", gates.GATES, ids=lambda name: f"{name}: {CLAIMS[name]}")
+# Whole commands, a dozen seconds each: `tests/test_terminal.py` and `tests/test_recipe.py` claim their parts.
+LONG = ("ST1", "NB1")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.long if name in LONG else []) for name in gates.GATES],
+    ids=lambda name: f"{name}: {CLAIMS[name]}",
+)
 def test_the_gate_holds(name: str, made: Path, tmp_path: Path) -> None:
     result = gates.run_gate(name, made, tmp_path, quick=True)
     assert result.cases > 0
