@@ -89,6 +89,7 @@ def theirs(folder: Path, size: int) -> tuple[Step, int]:
     with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(out, use_cpu=True, report_to=[], per_device_train_batch_size=8)
         trainer = Trainer(model, arguments)
+    trainer.current_gradient_accumulation_steps = 1  # set by its loop, which is not run
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
     def step(batch: dict[str, torch.Tensor]) -> float:
