@@ -99,9 +99,8 @@ def load_foreign_adapter(model: nn.Module, folder: Path) -> PeftModel:
     there = stored_tensors([folder / WEIGHTS]).keys()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # what is missing is refused below; of merging and training nothing is asked
+            # What is missing is refused below; of merging and training nothing is asked.
+            warnings.simplefilter("ignore")
             adapted = PeftModel.from_pretrained(model, str(folder))
         wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     except (*UNLOADABLE, RuntimeError, ImportError, AssertionError, NotImplementedError) as error:

@@ -1,9 +1,11 @@
-"""Settings for every test: one thread, as in runs that tests fork, and no state left by a trainer."""
+"""For every test: one thread, as in runs that tests fork, no state left by a trainer, and a base with tasks."""
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
@@ -16,3 +18,12 @@ def fresh_accelerate() -> Iterator[None]:
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base and two small tasks, for the tests of one file; files that need more have a `made` of their own."""
+    folder = tmp_path_factory.mktemp("made")
+    tiny.save_base(folder / "base")
+    tiny.save_tasks(folder / "data")
+    return folder

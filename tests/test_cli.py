@@ -13,14 +13,6 @@ from qd2mora.recipe import load_recipe
 from qd2mora.recipe.shipped import shipped_recipes
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    tiny.save_base(folder / "base")
-    tiny.save_tasks(folder / "data")
-    return folder
-
-
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["qd2mora", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:

@@ -23,8 +23,6 @@ class Family:
 
     model_type: str
     prefix: str
-    models: str
-    """What people call them."""
     norm: NormForm = "rounded first"
     fuses_projections: bool = False
     """q, k and v are one linear, and gate and up are."""
@@ -39,16 +37,16 @@ class Family:
 
 
 FAMILIES = (
-    Family("llama", "Llama", "Llama 2, 3, 3.1, 3.2, SmolLM2, TinyLlama"),
-    Family("mistral", "Mistral", "Mistral 7B"),
-    Family("qwen2", "Qwen2", "Qwen 2, 2.5"),
-    Family("qwen3", "Qwen3", "Qwen 3"),
-    Family("gemma2", "Gemma2", "Gemma 2", norm="one more than its weight"),
-    Family("gemma3_text", "Gemma3", "Gemma 3 (text)", norm="one more than its weight", folder="gemma3"),
-    Family("phi3", "Phi3", "Phi 3, 3.5, 4", fuses_projections=True),
-    Family("smollm3", "SmolLM3", "SmolLM3"),
-    Family("olmo2", "Olmo2", "OLMo 2", norm="weighed first"),
-    Family("granite", "Granite", "Granite 3"),
+    Family("llama", "Llama"),  # Llama 2, 3, 3.1, 3.2, SmolLM2, TinyLlama
+    Family("mistral", "Mistral"),
+    Family("qwen2", "Qwen2"),
+    Family("qwen3", "Qwen3"),
+    Family("gemma2", "Gemma2", norm="one more than its weight"),
+    Family("gemma3_text", "Gemma3", norm="one more than its weight", folder="gemma3"),
+    Family("phi3", "Phi3", fuses_projections=True),  # Phi 3, 3.5, 4
+    Family("smollm3", "SmolLM3"),
+    Family("olmo2", "Olmo2", norm="weighed first"),
+    Family("granite", "Granite"),
 )
 _BY_TYPE = {family.model_type: family for family in FAMILIES}
 

@@ -35,7 +35,9 @@ def fingerprint(base: Base) -> str:
     A hub id is hashed by what is in the local cache, which loading fills; random weights by the shape's name. Files are
     read side by side at about 1 GB/s each, once in a process, and are in the page cache then.
     """
-    paths = _files_of(base.model)
+    paths, folder = weight_files(base.model), local_folder(base.model)
+    if folder is not None and not is_gguf(base.model):
+        paths = [folder / "config.json", *paths]
     if not paths:
         return hash_of_bytes(base.model.encode())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -44,14 +46,14 @@ def fingerprint(base: Base) -> str:
     return hash_of_bytes("".join(names).encode())
 
 
-def _files_of(model: str) -> list[Path]:
-    """Return the files that a base is read from, on this machine."""
+def weight_files(model: str) -> list[Path]:
+    """Return the files that hold a base's weights on this machine; none where they are not here."""
     if is_gguf(model):  # in parts: all those beside it that are called alike
         return parts_of(Path(model))
     folder = local_folder(model)
     if folder is None:
         return []
-    return [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return sorted(folder.glob("*.safetensors"))
 
 
 def is_gguf(model: str) -> bool:
@@ -121,4 +123,4 @@ def _hash_in_state(path: Path, *state: int) -> str:
     return hash_of_file(path)
 
 
-__all__ = ["RANDOM", "UNLOADABLE", "fingerprint", "first_line", "folder_of", "is_gguf", "local_folder"]
+__all__ = ["RANDOM", "UNLOADABLE", "fingerprint", "first_line", "folder_of", "is_gguf", "local_folder", "weight_files"]

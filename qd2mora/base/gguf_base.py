@@ -29,8 +29,8 @@ from qd2mora.disk.gguf_header import GgufHeader, TensorPlace, gguf_package, read
 from qd2mora.disk.model_config import check_model_config
 from qd2mora.errors import DamagedFile, InputRefused
 
-_READ_AT_ONCE = 16 << 20
-"""Numbers dequantised at once: the package takes several times their bytes."""
+_READ_AT_ONCE = 1 << 20
+"""Numbers dequantised at once: the package takes several times their bytes, and several tensors load side by side."""
 _FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 _POSITIONS = "rope_freqs.weight"
 
@@ -220,7 +220,7 @@ def gguf_tensors(model: str) -> dict[str, StoredBlocks]:
     """Return the weights by transformers' names. Raises InputRefused, DamagedFile."""
     header, config = header_of(model), gguf_config(model)
     form = FORMS[config.model_type]
-    names = gguf_names(config)
+    names = {theirs: ours for ours, theirs in gguf_names(config).items()}
     found: dict[str, StoredBlocks] = {}
     for name, place in header.tensors.items():
         if name == _POSITIONS:
@@ -234,7 +234,7 @@ def gguf_tensors(model: str) -> dict[str, StoredBlocks]:
 
 
 def gguf_names(config: PreTrainedConfig) -> dict[str, str]:
-    """Return llama.cpp's name of each weight of a model, and ours; by the package's own table of names."""
+    """Return llama.cpp's name of each weight of a model by ours, from the package's own table of names."""
     gguf = gguf_package()
     arch = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == FORMS[config.model_type].arch)
     table = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
@@ -246,7 +246,7 @@ def gguf_names(config: PreTrainedConfig) -> dict[str, str]:
     for name in ours:
         theirs = table.get_name(name, try_suffixes=(".weight", ".bias"))
         if theirs is not None:
-            found[theirs] = name
+            found[name] = theirs
     return found
 
 

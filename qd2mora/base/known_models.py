@@ -13,7 +13,6 @@ from transformers import AutoConfig, PreTrainedConfig
 
 _TUNED = re.compile(r"(-(instruct|chat|it|base|hf|bnb-4bit|unsloth|2407|2501|2507))+$")
 """Ends of names that change no shape."""
-_PREFIX = re.compile(r"^(meta-)")
 
 
 @cache
@@ -29,12 +28,10 @@ def known_name(model: str) -> str | None:
     """Return the table's name of a hub id, whoever publishes it; None where it has none."""
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         return None
-    name = _PREFIX.sub("", model.rpartition("/")[2].lower())
-    for candidate in (name, _TUNED.sub("", name), re.sub(r"-(instruct|chat)(?=-v)", "", name)):
-        if candidate in known_models():
-            return candidate
-        # Versions stand before what was tuned, or behind it: Mistral-7B-Instruct-v0.3, Phi-3-mini-4k-instruct.
-    return None
+    name = model.rpartition("/")[2].lower().removeprefix("meta-")
+    # Versions stand before what was tuned, or behind it: Phi-3-mini-4k-instruct, Mistral-7B-Instruct-v0.3.
+    candidates = (name, _TUNED.sub("", name), re.sub(r"-(instruct|chat)(?=-v)", "", name))
+    return next((each for each in candidates if each in known_models()), None)
 
 
 def known_config(name: str) -> PreTrainedConfig:

@@ -39,6 +39,9 @@ from qd2mora.disk.untrusted import check_config, check_weights
 from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.recipe import Base
 
+StoredWeights = Mapping[str, StoredTensor | StoredBlocks]
+"""A base's weights by name, read one by one when they are asked for."""
+
 _MODEL_PATTERNS = ["*config.json", "*.safetensors", "model.safetensors.index.json"]
 
 
@@ -113,14 +116,15 @@ def load_base(
     dtype = dtype or compute_dtype(base, device)
     if device.type == "cpu":
         give_back_large_blocks()
+    read: tuple[PreTrainedConfig, StoredWeights] | None = None
     if not base.model.startswith(RANDOM):
-        base_config(base)
+        config = base_config(base)
         verify_where_ours(_folder_of_files(base.model))  # an export may be a base
-        stored_weights(base.model)  # there and plain files: an entry's hash is taken of them
+        read = config, stored_weights(base.model)  # there and plain files: an entry's hash is taken of them
     cached = _cached_weights(base, device, dtype)
     model = None if cached is None else _from_cache(cached, base.model, device, dtype)
     if model is None:
-        model = _build_model(base, device, dtype)
+        model = _build_model(base, read, device, dtype)
         if cached is not None and keep_from is not None:
             _write_cache(cached, model, keep_from, nf4_config(base, dtype))
     # What an adapter is said to belong to; PEFT would look for a folder of random weights.
@@ -129,7 +133,7 @@ def load_base(
     return settled(model)
 
 
-def stored_weights(model: str) -> Mapping[str, StoredTensor | StoredBlocks]:
+def stored_weights(model: str) -> StoredWeights:
     """Return a base's weights by name, to be read one by one. Raises InputRefused, DamagedFile."""
     if is_gguf(model):
         return gguf_tensors(model)
@@ -152,21 +156,22 @@ def _folder_of_files(model: str) -> Path:
     return folder_of(model, _MODEL_PATTERNS)
 
 
-def _build_model(base: Base, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Build a model from the files of its base, or from random numbers."""
-    if base.model.startswith(RANDOM):
+def _build_model(
+    base: Base, read: tuple[PreTrainedConfig, StoredWeights] | None, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Build a model from what its files hold, or where none were read from random numbers."""
+    if read is None:
         model = random_base(shape_of(base.model), base, device, dtype=dtype)
         model.generation_config = ends_alone(model.generation_config)
         return model
-    weights = stored_weights(base.model)
-    model = _from_weights(base_config(base), weights, base.model, device, dtype, nf4_config(base, dtype))
-    folder = None if is_gguf(base.model) else folder_of(base.model, _MODEL_PATTERNS)
+    model = _from_weights(*read, base.model, device, dtype, nf4_config(base, dtype))
+    folder = None if is_gguf(base.model) else _folder_of_files(base.model)
     return _with_generation(model, folder, base.model)
 
 
 def _from_weights(
     config: PreTrainedConfig,
-    weights: Mapping[str, StoredTensor | StoredBlocks],
+    weights: StoredWeights,
     name: str,
     device: torch.device,
     dtype: torch.dtype,

@@ -12,7 +12,7 @@ from qd2mora.disk.sealed import read_manifest, verify_where_ours
 from qd2mora.disk.untrusted import check_adapter
 from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.mixture import MixtureConfig
-from qd2mora.mixture.trained_loras import TrainedLora, read_trained_loras
+from qd2mora.mixture.trained_loras import TrainedLora, find_adapter, read_trained_loras
 from qd2mora.run_folder import is_run, read_recipe
 
 PREFIX = "base_model.model."
@@ -84,10 +84,10 @@ def read_mixture(folder: str) -> tuple[MixtureConfig, dict[str, dict[str, Tensor
 
 def adapter_folder(folder: str) -> Path:
     """Return where an adapter lies: the folder itself, or a run's `adapter`. Raises InputRefused."""
-    for path in (Path(folder) / "adapter", Path(folder)):
-        if (path / "adapter_config.json").is_file():
-            return path
-    raise InputRefused(f"'{folder}' holds no adapter; name a run or an adapter's folder")
+    found = find_adapter(Path(folder))
+    if found is None:
+        raise InputRefused(f"'{folder}' holds no adapter; name a run or an adapter's folder")
+    return found
 
 
 def read_weights(text: str | None, number: int) -> list[float]:

@@ -92,7 +92,7 @@ def _tensors(
         entries = updated_weights(weights, updates, torch.float16, rounding)
     else:  # float32 until the file: an 8-bit number is rounded once
         entries = updated_weights(weights, updates, torch.float32, rounding, _read_back_from_q8)
-    names = {ours: theirs for theirs, ours in gguf_names(weights.config).items()}
+    names = gguf_names(weights.config)
     found = []
     for each in entries:
         if each.name not in names:

@@ -27,7 +27,7 @@ def write_gguf_lora(
     """Write NAME-lora.gguf. Raises InputRefused where llama.cpp has no place for an update, NotFinite."""
     gguf = gguf_package()
     rank, factors = factors_of(statics, "--to gguf_lora", FLOATS[dtype])
-    names = {ours: theirs for theirs, ours in gguf_names(weights.config).items()}
+    names = gguf_names(weights.config)
     path = folder / f"{name}-lora.gguf"
     writer: Any = gguf.GGUFWriter(path, FORMS[weights.config.model_type].arch)
     writer.add_type(gguf.GGUFType.ADAPTER)

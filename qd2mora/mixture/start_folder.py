@@ -17,7 +17,7 @@ from torch import Tensor
 from qd2mora.disk.sealed import verify_where_ours
 from qd2mora.disk.untrusted import check_adapter
 from qd2mora.errors import InputRefused
-from qd2mora.mixture.trained_loras import read_trained_loras
+from qd2mora.mixture.trained_loras import find_adapter, read_trained_loras
 
 KEY = "adapter.start"
 PREFIX = "base_model.model."
@@ -28,12 +28,12 @@ _OF_PEFT = {each.name for each in fields(PeftConfig)} | {"peft_type", "inference
 
 def start_folder(start: str) -> Path:
     """Return where the adapter lies: the folder itself, or a run's `adapter`. Raises InputRefused, DamagedFile."""
-    for folder in (Path(start) / "adapter", Path(start)):
-        if (folder / "adapter_config.json").is_file():
-            verify_where_ours(folder)
-            check_adapter(folder)
-            return folder
-    raise InputRefused(f"{KEY}: '{start}' holds no adapter; name a run, an adapter's folder or a PEFT LoRA's")
+    folder = find_adapter(Path(start))
+    if folder is None:
+        raise InputRefused(f"{KEY}: '{start}' holds no adapter; name a run, an adapter's folder or a PEFT LoRA's")
+    verify_where_ours(folder)
+    check_adapter(folder)
+    return folder
 
 
 def start_settings(start: str) -> dict[str, Any]:

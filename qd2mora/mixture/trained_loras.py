@@ -36,6 +36,14 @@ class TrainedLora:
         return {name.rpartition(".")[2] for name in self.pairs}
 
 
+def find_adapter(folder: Path) -> Path | None:
+    """Return where an adapter lies: a run's `adapter`, or the folder itself; None where there is none."""
+    for place in (folder / "adapter", folder):
+        if (place / "adapter_config.json").is_file():
+            return place
+    return None
+
+
 def read_trained_loras(folders: list[str], key: str = "adapter.adapters") -> list[TrainedLora]:
     """Read adapters; `key` named them. Raises InputRefused where a folder holds none, or none that is a plain LoRA."""
     return [_read_lora(Path(folder), key) for folder in folders]
@@ -43,8 +51,7 @@ def read_trained_loras(folders: list[str], key: str = "adapter.adapters") -> lis
 
 def _read_lora(folder: Path, key: str) -> TrainedLora:
     where = f"{key}: {folder}"
-    if (folder / "adapter" / "adapter_config.json").is_file():  # a run of ours
-        folder = folder / "adapter"
+    folder = find_adapter(folder) or folder
     # Folders come from anywhere: their bytes are checked before a library reads them.
     verify_where_ours(folder)
     check_adapter(folder)
@@ -92,4 +99,4 @@ def _flat_up(tensor: Tensor) -> Tensor:
     return tensor.float().reshape(tensor.shape[-2:])
 
 
-__all__ = ["TrainedLora", "read_trained_loras"]
+__all__ = ["TrainedLora", "find_adapter", "read_trained_loras"]

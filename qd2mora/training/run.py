@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qd2mora.adapter_folder import base_identity, save_adapter
 from qd2mora.base import base_config, compute_dtype, fingerprint, load_base, load_tokenizer
-from qd2mora.base.files import is_gguf
+from qd2mora.base.files import is_gguf, weight_files
 from qd2mora.data import TaskMix, TaskRows, collate, prepare, share_lines
 from qd2mora.data.chat import named_templates
 from qd2mora.data.notes import notes
@@ -210,9 +210,9 @@ def _bytes_to_write(inputs: Inputs) -> int:
     """All checkpoints of a run at once, the one being written too, the adapter, and the export where one is wanted."""
     recipe, planned, export = inputs.recipe, inputs.planned, 0
     if recipe.finish.export:
-        export = sum(path.stat().st_size for path in Path(recipe.base.model).glob("*.safetensors"))
+        export = sum(path.stat().st_size for path in weight_files(recipe.base.model))
         if is_gguf(recipe.base.model):  # of 4 bits or so a number, which leaves in 16
-            export = 4 * Path(recipe.base.model).stat().st_size
+            export *= 4
     # The result, and the best: there, about to be, and where every task has its own, those.
     adapters = {"none": 1, "overall": 3, "tasks": 3 + len(recipe.data.tasks)}[recipe.train.keep_best]
     checkpoints = (recipe.train.keep_checkpoints + 1) * checkpoint_bytes(planned)

@@ -12,8 +12,8 @@ from itertools import islice
 
 import torch
 
-from qd2mora.base import RANDOM, load_base
-from qd2mora.base.files import local_folder
+from qd2mora.base import RANDOM, default_device, load_base
+from qd2mora.base.files import local_folder, weight_files
 from qd2mora.data import FirstRows, Row, row_count
 from qd2mora.memory.plan import Plan
 from qd2mora.memory.techniques import prepare_base
@@ -47,9 +47,8 @@ class Pass:
 
 def why_not_timed(recipe: Recipe, planned: Plan, rows: Sequence[Row], *, is_asked: bool) -> str:
     """Say why no time can be measured, or would take long; nothing where it is measured."""
-    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder = local_folder(recipe.base.model)
-    if recipe.base.model.startswith(RANDOM) or folder is None:
+    here = default_device()
+    if recipe.base.model.startswith(RANDOM) or local_folder(recipe.base.model) is None:
         return f"'{recipe.base.model}' is not at hand here"
     if ("cpu" == planned.device) != (here.type == "cpu") or "not here" in planned.device:
         return f"{planned.device} is planned for"
@@ -57,7 +56,7 @@ def why_not_timed(recipe: Recipe, planned: Plan, rows: Sequence[Row], *, is_aske
         return "no rows were read"
     if recipe.memory.engine != "none":
         return "an engine shares the work out"
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in weight_files(recipe.base.model))
     if size > LARGEST_BYTES and not is_asked:
         return f"loading {size / 2**30:.1f} GiB takes a while; --time measures all the same"
     return ""
@@ -76,7 +75,7 @@ def timed(recipe: Recipe, planned: Plan, rows: Sequence[Row], pad: int) -> Pass:
 
 
 def _batches(recipe: Recipe, planned: Plan, pad: int) -> MicroBatches:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     base = load_base(recipe.base.model_copy(update={"cache": "none"}), device, planned.layout.dtype)
     prepare_base(base, planned.layout, device)
     config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))

@@ -1,7 +1,5 @@
 """Every family through a whole run: trained, broken off and resumed, exported in each form, and read back."""
 
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +7,7 @@ import tiny
 import torch
 from exported import without_this_package
 from family_models import FAMILIES, WINDOW, save_family
+from interrupted import stop_after
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,7 +19,6 @@ from qd2mora.merging import merge
 from qd2mora.recipe import Base, Recipe, load_recipe
 from qd2mora.run_folder import open_run
 from qd2mora.training import train
-from qd2mora.training.journal import StepDisplay
 
 IDS = torch.randint(4, 490, (2, 40), generator=torch.Generator().manual_seed(5))
 
@@ -72,14 +70,7 @@ def test_a_run_that_was_broken_off_ends_with_the_same_bytes(
     name: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = run_of(home, name)
-    show = StepDisplay.step
-
-    def interrupt(self: StepDisplay, step: int, metrics: dict[str, float]) -> None:
-        show(self, step, metrics)
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(StepDisplay, "step", interrupt)
+    stop_after(1, monkeypatch)
     with pytest.raises(SignalStop):
         train(recipe_of(folder, "broken"))
     monkeypatch.undo()

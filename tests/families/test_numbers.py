@@ -13,7 +13,7 @@ from live_bytes import peak_bytes
 from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from transformers import AutoModelForCausalLM, GPTNeoXConfig
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
 
 from qd2mora.base import base_config, is_nf4, load_base, nf4_linear
 from qd2mora.base.families import FAMILIES as ROWS
@@ -55,6 +55,11 @@ def batch_of(vocab: int = 500, rows: int = 2, length: int = 48) -> dict[str, Ten
 def adapted(folder: Path, layout: Layout, quantization: str = "none", targets: Any = "all-linear") -> PeftModel:
     base = load_base(Base(model=str(folder), quantization=quantization))
     prepare_base(base, layout, CPU)
+    return with_adapter(base, targets)
+
+
+def with_adapter(base: PreTrainedModel, targets: Any = "all-linear") -> PeftModel:
+    """Put the same adapter on any base, its up experts not zero."""
     config = MixtureConfig(
         method="d2mora", rank=4, alpha=8.0, num_tasks=1, target_modules=targets, task_type="CAUSAL_LM"
     )
@@ -87,26 +92,13 @@ def test_the_loss_and_every_gradient_are_those_of_transformers(folder: Path) -> 
     model = adapted(folder, PLAIN)
     losses, *gradients = losses_and_gradients(model)
     # The same adapter on transformers' own layers: no lean module, no chunk, its own logits and loss.
-    other = adapted_plainly(folder)
+    other = with_adapter(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False))
     logits = other(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].double()
     wanted = F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none").sum(1)
     torch.testing.assert_close(losses.double(), wanted, rtol=1e-5, atol=1e-4)
     theirs = torch.autograd.grad(wanted.sum(), [tensor for tensor in other.parameters() if tensor.requires_grad])
     for mine, his in zip(gradients, theirs, strict=True):
         assert (mine - his).norm() <= 2e-4 * his.norm() + 1e-6
-
-
-def adapted_plainly(folder: Path) -> PeftModel:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
-    config = MixtureConfig(
-        method="d2mora", rank=4, alpha=8.0, num_tasks=1, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    other = add_adapter(model, config, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for name, tensor in other.named_parameters():
-        if ".mixture_B." in name:
-            torch.nn.init.normal_(tensor, std=0.05, generator=generator)
-    return other.train()
 
 
 @pytest.mark.parametrize(

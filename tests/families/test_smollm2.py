@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from qd2mora.base import base_config, load_base
 from qd2mora.cli import main
@@ -60,7 +60,11 @@ def test_the_exports_greedy_texts_are_plain_transformers_own(run: Path) -> None:
 
 def test_the_file_is_the_model_that_the_folder_holds(run: Path, tmp_path: Path) -> None:
     file = get_smollm2.get(ROOT / "recipes" / "smollm2")
-    plain = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float16)
+    whole = GgufConfig(dequantize=True)
+    plain = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float16, quantization_config=whole
+    )
+    del plain.config.quantization_config  # it holds plain numbers now
     plain.save_pretrained(tmp_path)
     ids = torch.arange(100, 164)[None]
     found, wanted = (load_base(Base(model=str(each), quantization="none")) for each in (file, tmp_path))

@@ -1,9 +1,7 @@
 """A run that goes on from an adapter: step 0 is that adapter to the bit; what does not fit is named."""
 
 import json
-import os
 import re
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from interrupted import stop_after
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,7 +21,6 @@ from qd2mora.errors import InputRefused, SignalStop
 from qd2mora.recipe import Recipe, load_recipe
 from qd2mora.training import run as training_run
 from qd2mora.training import train
-from qd2mora.training.journal import StepDisplay
 
 
 @pytest.fixture(scope="module")
@@ -117,14 +115,7 @@ def test_experts_are_added_and_the_old_ones_stay_bit_for_bit(
             assert bool(tensor[len(old[name]) :].abs().sum((1, 2)).all()), name
     broken = recipe_of(made, tmp_path / "broken", adapter)
     broken = broken.model_copy(update={"train": recipe.train})
-    show = StepDisplay.step
-
-    def interrupt(self: StepDisplay, step: int, metrics: dict[str, float]) -> None:
-        show(self, step, metrics)
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(StepDisplay, "step", interrupt)
+    stop_after(3, monkeypatch)
     with pytest.raises(SignalStop):
         train(broken)
     monkeypatch.undo()

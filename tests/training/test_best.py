@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from interrupted import stop_after
 from safetensors.torch import load_file
-from test_training import assert_same_bytes, recipe, stop_after
+from test_training import assert_same_bytes, recipe
 
 from qd2mora.errors import InputRefused, SignalStop
 from qd2mora.evaluation import Record, Score
@@ -21,14 +21,6 @@ from qd2mora.training.progress import Progress
 
 def read_best(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "best.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    tiny.save_base(folder / "base")
-    tiny.save_tasks(folder / "data")
-    return folder
 
 
 def lines_of(run: Path) -> list[dict]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_training import stop_after
+from interrupted import stop_after
 
 from qd2mora.errors import SignalStop
 from qd2mora.inspection import NO_ROUTERS, inspect_run
@@ -15,14 +15,6 @@ from qd2mora.mixture import mixture_layers
 from qd2mora.recipe import Recipe, load_recipe
 from qd2mora.training import run as training
 from qd2mora.training import train
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    tiny.save_base(folder / "base")
-    tiny.save_tasks(folder / "data")
-    return folder
 
 
 def recipe(made: Path, output: Path, *overrides: str, method: str = "d2mora") -> Recipe:

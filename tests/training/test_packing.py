@@ -23,14 +23,6 @@ from qd2mora.recipe import Base, Recipe, load_recipe
 from qd2mora.training import train
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packing")
-    tiny.save_base(folder / "base")
-    tiny.save_tasks(folder / "data")
-    return folder
-
-
 def rows() -> list[Row]:
     chance = np.random.default_rng(0)
     return [

@@ -22,14 +22,6 @@ from qd2mora.training.timing import (
 )
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("timed")
-    tiny.save_base(folder / "base")
-    tiny.save_tasks(folder / "data")
-    return folder
-
-
 def recipe(made: Path, *changes: str, method: str = "d2mora") -> Recipe:
     path = made / "recipe.yaml"
     path.write_text(tiny.recipe_text(made / "base", made / "data", made / "run", method=method), encoding="utf-8")

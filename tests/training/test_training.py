@@ -1,15 +1,14 @@
 """Training: what a run leaves behind, what does not change it, and what it survives."""
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import reference
 import tiny
 import torch
+from interrupted import stop_after
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,16 +20,7 @@ from qd2mora.memory.loss import RowLoss
 from qd2mora.mixture import MixtureConfig, add_adapter
 from qd2mora.recipe import Train, load_recipe
 from qd2mora.training import train
-from qd2mora.training.journal import StepDisplay
 from qd2mora.training.updates import learning_rate
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    tiny.save_base(folder / "base")
-    tiny.save_tasks(folder / "data")
-    return folder
 
 
 def recipe(made: Path, output: Path, *overrides: str, method: str = "d2mora"):
@@ -157,18 +147,6 @@ def test_neither_micro_batch_nor_recomputing_nor_saving_changes_the_adapter(made
         assert (tensor - second[name]).norm() <= 1e-3 * tensor.norm().clamp_min(1e-3), name
     train(recipe(made, tmp_path / "c", penalty, "memory.checkpointing=on", "train.save_every=5", "train.eval_every=6"))
     assert_same_bytes(tmp_path / "a", tmp_path / "c")
-
-
-def stop_after(last: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a SIGTERM come while the step of that number is shown."""
-    show = StepDisplay.step
-
-    def interrupt(self: StepDisplay, step: int, metrics: dict[str, float]) -> None:
-        show(self, step, metrics)
-        if step == last:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(StepDisplay, "step", interrupt)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
