@@ -33,13 +33,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests"), str(ROOT / "tests" / "safety")]
 
 from gate_list import GATES, Gate  # type: ignore[import-not-found]  # noqa: E402
+from input_gates import GATES as INPUT  # type: ignore[import-not-found]  # noqa: E402
 
 HALVES = (
     ("test_kills", "test_power", "test_identity", "test_machine", "test_checkpoints", "test_exports"),
     ("test_steps", "test_guards", "test_two_ranks"),
 )
 """Of the quick set, beside the gates on input, so that two cores take about as long."""
-INPUT = ("R1", "D1", "D2", "D2 before the model", "P1", "V1", "Y1", "J1", "BM1", "CF1", "NF1", "X1")
 RESULTS = ROOT / "scripts" / "results"
 MEMORY = Path("/dev/shm")
 """Where runs are made, so that a kill waits for no disk; the gate of power cuts has a disk of its own."""
