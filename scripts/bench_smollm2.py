@@ -11,7 +11,6 @@ processes of their own (`--only ours|theirs`), which take a few steps each.
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from get_smollm2 import get
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from qd2mora.base import load_base, load_tokenizer
+from qd2mora.base.host_memory import most_resident_bytes
 from qd2mora.data import collate, prepare
 from qd2mora.memory.loss import RowLoss
 from qd2mora.memory.techniques import Layout, prepare_base
@@ -126,7 +126,7 @@ def main() -> None:
         step, _ = ours(arguments.model) if arguments.only == "ours" else theirs(arguments.folder, 6_433_200)
         for batch in given[:4]:
             step(batch)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(most_resident_bytes())
         return
     our_step, size = ours(arguments.model)
     their_step, their_size = theirs(arguments.folder, size)

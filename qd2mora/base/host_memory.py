@@ -19,6 +19,7 @@ except ModuleNotFoundError:  # Windows
     resource = None  # type: ignore[assignment]
 
 _M_MMAP_THRESHOLD = -3
+_STATUS = Path("/proc/self/status")
 LARGE = 4 << 20
 """Bytes of a block that has a mapping of its own: packed weights of a 7B have twice as many, most of what a step holds
 on a CPU has fewer, and is quicker to take from the heap."""
@@ -49,6 +50,11 @@ def most_resident_bytes() -> int:
     """Return this process's most resident memory so far."""
     if resource is None:
         return int(psutil.Process().memory_info().peak_wset)
+    # Linux hands what getrusage says on to children, through exec too: a small one of a large parent would seem large.
+    with suppress(OSError):
+        for line in _STATUS.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -106,6 +106,15 @@ def output_head(model: Model) -> OutputHead:
     return OutputHead(inner.get_output_embeddings(), divisor, getattr(inner.config, "final_logit_softcapping", None))
 
 
+def device_of(model: Model) -> torch.device:
+    """Return where a model's products run, and its batches belong.
+
+    Not `model.device`, the place of its first parameter: that is the embedding, which may be kept in host memory.
+    """
+    device: torch.device = _transformers_model(model).get_output_embeddings().weight.device
+    return device
+
+
 def labelled(batch: Mapping[str, Tensor]) -> Tensor:
     """Return which states predict a label, (rows, length - 1) bool: each predicts the token after its own."""
     return batch["labels"][:, 1:] != IGNORE
@@ -219,6 +228,7 @@ __all__ = [
     "CachedText",
     "Model",
     "OutputHead",
+    "device_of",
     "labelled",
     "labels_of",
     "last_states",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from qd2mora.base import load_base, load_tokenizer
-from qd2mora.base.passes import labelled, labels_of, last_states, output_head, token_losses
+from qd2mora.base.passes import device_of, labelled, labels_of, last_states, output_head, token_losses
 from qd2mora.composition.inputs import all_linears
 from qd2mora.data import Row, collate, prepare
 from qd2mora.errors import InputRefused
@@ -48,10 +48,10 @@ def learn(loras: Sequence[TrainedLora], given: Sequence[float], base: str, recip
     if Path(base).resolve() != Path(recipe.base.model).resolve() and base != recipe.base.model:
         raise InputRefused(f"--learn: the recipe's base is {recipe.base.model}, the adapters' {base}")
     model, pad, rows = _prepared(recipe)
-    weights = {name: nn.Parameter(torch.tensor(given, device=model.device)) for name in all_linears(loras)}
+    weights = {name: nn.Parameter(torch.tensor(given, device=device_of(model))) for name in all_linears(loras)}
     with _beside(model, loras, weights):
         batches = [
-            {key: tensor.to(model.device) for key, tensor in collate(part, pad).items()} for part in _parts(rows)
+            {key: tensor.to(device_of(model)) for key, tensor in collate(part, pad).items()} for part in _parts(rows)
         ]
         # Few rows and many weights: what is returned is the best that was looked at, never what the last step left.
         best = {name: list(given) for name in weights}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qd2mora.base.passes import labelled, labels_of, last_states, output_head, read_on, token_losses
+from qd2mora.base.passes import device_of, labelled, labels_of, last_states, output_head, read_on, token_losses
 from qd2mora.data import Row, collate
 from qd2mora.evaluation.subject import Subject
 
@@ -102,7 +102,7 @@ def _padded(texts: list[list[int]], subject: Subject) -> tuple[Tensor, Tensor]:
     pad = subject.tokenizer.pad_token_id
     ids = torch.tensor([each + [pad] * (width - len(each)) for each in texts])
     keep = torch.tensor([[True] * len(each) + [False] * (width - len(each)) for each in texts])
-    return ids.to(subject.plain.device), keep.to(subject.plain.device)
+    return ids.to(device_of(subject.plain)), keep.to(device_of(subject.plain))
 
 
 def _sums(losses: Tensor, keep: Tensor) -> list[float]:
@@ -116,7 +116,7 @@ def batch_of(subject: Subject, rows: list[Row], side: str) -> dict[str, Tensor]:
     """Collate rows on the device of the model, padded on `side`."""
     batch = collate(rows, subject.tokenizer.pad_token_id, multiple=1, side=side)
     subject.check_ids(batch["input_ids"])
-    return {name: tensor.to(subject.plain.device) for name, tensor in batch.items()}
+    return {name: tensor.to(device_of(subject.plain)) for name, tensor in batch.items()}
 
 
 __all__ = ["Weighed", "answer_losses", "batch_of", "weigh_choices", "write_answers"]

@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from qd2mora.base.passes import device_of
 from qd2mora.data.chat_template import ChatTemplate
 from qd2mora.data.file_rows import BadRow
 from qd2mora.data.instruction import split
@@ -169,16 +170,18 @@ class Talk:
     def continue_text(self, text: str, write: Write | None = None, *, is_rendered: bool = False) -> str:
         """Continue a text; a rendered one brings its own start token. Returns what `write` was given."""
         tokenizer, plain = self.subject.tokenizer, self.subject.plain
-        ids = torch.tensor([tokenizer(text, add_special_tokens=not is_rendered)["input_ids"]], device=plain.device)
+        device = device_of(plain)
+        ids = torch.tensor([tokenizer(text, add_special_tokens=not is_rendered)["input_ids"]], device=device)
         if not ids.numel():
             raise InputRefused("--prompt: there is no token to go on from")
         self.subject.check_ids(ids)
         given, whole = ids.shape[1], int(plain.config.max_position_embeddings)
         if given >= whole:
             raise InputRefused(f"the prompt has {given} tokens, the model is made for {whole} with the answer")
-        self.subject.route(self._row(ids.device))
+        self.subject.route(self._row(device))
+        cards = [device] if device.type == "cuda" else []
         streamer = _Streamer(tokenizer, write or (lambda piece: None), self.subject.ends)
-        with torch.no_grad(), torch.random.fork_rng(devices=[plain.device] if plain.device.type == "cuda" else []):
+        with torch.no_grad(), torch.random.fork_rng(devices=cards):
             torch.manual_seed(self.options.seed)
             out = plain.generate(
                 input_ids=ids,

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
+from qd2mora.base.passes import device_of
 from qd2mora.data import Row, TaskRows, collate, prepare
 from qd2mora.inspection.counting import RoutingWatch
 from qd2mora.inspection.routing_report import RoutingReport, write_routing
@@ -66,7 +67,7 @@ def _run_through(rows: list[Row], model: PeftModel, pad: int) -> None:
     by_length = sorted(rows, key=lambda row: len(row.ids))
     for start in range(0, len(by_length), ROWS_AT_ONCE):
         batch = collate(by_length[start : start + ROWS_AT_ONCE], pad)
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
         labelled_states(model, batch)
 
 

@@ -43,8 +43,10 @@ class Boundaries:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
                 left.host.copy_(tensor, non_blocking=True)
-            # Or the allocator would hand its memory on before the copy is made.
-            tensor.record_stream(self._stream)
+            # Or the allocator would hand its memory on before the copy is made. Checkpoints of torch 2.8 to 2.11 save
+            # an empty tensor of the host besides, which no stream can be told of.
+            if tensor.device.type == "cuda":
+                tensor.record_stream(self._stream)
         self._away.append(left)
         self.most_away = max(self.most_away, len(self._away))
         return left
@@ -61,7 +63,8 @@ class Boundaries:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(left.arrived)
             # Allocated on the copying stream and read on this one: it must not be freed before that.
-            tensor.record_stream(stream)
+            if tensor.device.type == "cuda":
+                tensor.record_stream(stream)
         return tensor
 
     def forget(self) -> None:

@@ -10,11 +10,15 @@ from qd2mora.memory.pinned import pinned
 def keep_embedding_on_host(model: PreTrainedModel, device: torch.device) -> None:
     """Keep the input embedding in host memory; its output comes on `device`.
 
-    The head must not be tied to it: the planner never asks for that.
+    The head must not be tied to it: the planner never asks for that. Its weight is no parameter of the model's any
+    more: transformers takes the place of the first one, which it is, for the place of the model, and would have
+    `generate` move every prompt to the host.
     """
     embedding = model.get_input_embeddings()
     assert embedding.weight is not model.get_output_embeddings().weight
-    embedding.to("cpu")
+    weight = embedding.weight.detach().cpu()
+    del embedding.weight
+    embedding.weight = weight
 
     def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         # Ids are a few kilobytes; a LLaMA-3's embedding is 1 GiB in 16 bits.

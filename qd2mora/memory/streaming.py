@@ -89,10 +89,7 @@ class LayerStream:
             host[start:stop].copy_(tensor.contiguous().view(-1).view(torch.uint8))
             # `data`: a view with a version of its own, so that autograd takes a copy into the slot for no change of it.
             view = slot[start:stop].view(tensor.dtype).view(tensor.shape).data
-            if isinstance(tensor, nn.Parameter):
-                tensor.data = view
-            else:
-                setattr(owner, name, view)
+            point_at(owner, name, tensor, view)
             start += aligned(tensor.nbytes)
         return host
 
@@ -136,6 +133,14 @@ class _Arrival(torch.autograd.Function):
         return gradient, None, None
 
 
+def point_at(owner: object, name: str, tensor: Tensor, place: Tensor) -> None:
+    """Have a tensor's numbers be those at `place`: a parameter stays itself, with what bitsandbytes hung on it."""
+    if isinstance(tensor, nn.Parameter):
+        tensor.data = place
+    else:
+        setattr(owner, name, place)
+
+
 def frozen_tensors(layer: nn.Module) -> Iterator[tuple[object, str, Tensor]]:
     """Yield (owner, attribute, tensor) of what a layer streams: weights, biases and block maxima of frozen linears.
 
@@ -162,12 +167,12 @@ def move_unstreamed(model: nn.Module, device: torch.device, but: nn.Module | Non
     staying = set[int]()
     if but is not None:
         staying = {id(tensor) for tensor in but.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in staying and parameter.device != device:
-            parameter.data = parameter.data.to(device)
     for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in staying and parameter.device != device:
+                point_at(module, name, parameter, parameter.data.to(device))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            point_at(module, name, buffer, buffer.to(device))
         # bitsandbytes keeps these tables in an object of its own, which is neither parameter nor buffer.
         weight: Any = getattr(module, "weight", None)
         if hasattr(weight, "quant_state"):

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load as load_tensors
 
 from qd2mora.adapter_folder import base_identity
+from qd2mora.base.passes import device_of
 from qd2mora.data import Row
 from qd2mora.disk.file_hash import hash_of_bytes
 from qd2mora.disk.lock import lock_beside, locked
@@ -71,7 +72,7 @@ class Shelf:
             "rows": hash_of_rows(rows),
             "settings": json.loads(json.dumps(settings)),
             "versions": {name: version(name) for name in ("qd2mora", "torch", "peft", "transformers")},
-            "device": f"{opened.model.device.type}, {opened.model.dtype}",
+            "device": f"{device_of(opened.model).type}, {opened.model.dtype}",
         }
         return cls(folder if keeps else None, made_of)
 

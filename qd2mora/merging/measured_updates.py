@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from qd2mora.base.passes import device_of
 from qd2mora.data import Row
 from qd2mora.errors import InputRefused
 from qd2mora.merging.fidelity import Fidelity, measure, missed
@@ -66,7 +67,7 @@ def make_static(
     rows, began = sample_rows(opened, number, row.share, measured_rows), time.monotonic()
     question = _Question(opened, "exact" if is_exact else strategy, task, vector, rows)
     shelf = question.shelf(keeps)
-    solution = shelf.solution(opened.model.device) or question.answered(number, is_exact, shelf)
+    solution = shelf.solution(device_of(opened.model)) or question.answered(number, is_exact, shelf)
     made = time.monotonic()
     measured = Measured({}, {}, {}) if measured_rows == 0 else question.measured(solution, shelf)
     return MeasuredUpdates(
@@ -156,7 +157,7 @@ def measure_routed(
     if held_out:
         bases["dequantized"] = measure(opened.model, {}, held_out)
     if number is not None:
-        read_rows(opened.model, {"task_index": torch.tensor([number], device=opened.model.device)})
+        read_rows(opened.model, {"task_index": torch.tensor([number], device=device_of(opened.model))})
     return MeasuredUpdates("routed", True, {}, bases, {}, 0, task, is_measured=measured_rows != 0)
 
 

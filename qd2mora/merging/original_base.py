@@ -10,6 +10,7 @@ from torch import nn
 from qd2mora.adapter_folder import load_adapter
 from qd2mora.base import RANDOM, base_config, compute_dtype, is_nf4, load_base
 from qd2mora.base.host_memory import available_bytes
+from qd2mora.base.passes import device_of
 from qd2mora.run_folder import OpenRun
 
 
@@ -22,7 +23,7 @@ def on_original(opened: OpenRun, notes: dict[str, object]) -> Iterator[PeftModel
         yield None
         return
     base = opened.recipe.base.model_copy(update={"quantization": "none"})
-    model = load_base(base, opened.model.device)
+    model = load_base(base, device_of(opened.model))
     # The base is another than the adapter's on purpose, which loading would refuse otherwise.
     yield load_adapter(model, base, opened.folder.adapter, ["base", "base.quantization"]).eval()
 
@@ -34,7 +35,7 @@ def why_not_original(opened: OpenRun) -> str:
         return "the adapter was trained on it"
     if base.model.startswith(RANDOM) or "quantization_config" in base_config(base).to_dict():
         return "only quantised weights are at hand"
-    device = opened.model.device
+    device = device_of(opened.model)
     # A fifth more than the weights for what a pass holds.
     needed = 1.2 * compute_dtype(base, device).itemsize * _entries(opened.model)
     there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()

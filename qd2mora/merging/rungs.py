@@ -1,5 +1,6 @@
 """The ladder of exports: its rungs by name, and the check of what is asked for."""
 
+from qd2mora.base.passes import device_of
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.merging import exact, gguf_file, gguf_lora, hf_folder, lora
 from qd2mora.merging.base_weights import BaseWeights
@@ -50,7 +51,7 @@ def export_form(
 
 def open_weights(opened: OpenRun, form: ExportForm) -> BaseWeights:
     """Open the base that an export is made from, before the work begins. Raises InputRefused where it cannot be."""
-    weights = BaseWeights(opened.recipe.base, original=form.base == "original", device=opened.model.device)
+    weights = BaseWeights(opened.recipe.base, original=form.base == "original", device=device_of(opened.model))
     form.rung.refuse_unfit(opened, weights, form)
     return weights
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qd2mora.base.passes import device_of
 from qd2mora.data import Row, TaskMix, collate, prepare
 from qd2mora.run_folder import OpenRun
 
@@ -116,7 +117,7 @@ def _parts(rows: list[Row], rows_at_once: int) -> list[list[Row]]:
 
 def _padded(opened: OpenRun, parts: list[list[Row]], vector: list[float] | None) -> PaddedBatches:
     pad = opened.tokenizer.pad_token_id
-    return PaddedBatches(parts, pad, opened.model.device, vector)
+    return PaddedBatches(parts, pad, device_of(opened.model), vector)
 
 
 __all__ = ["HELD_OUT_ROWS", "ROWS_AT_ONCE", "PaddedBatches", "Sample", "batches_of", "sample_rows", "shuffled_batches"]

@@ -77,12 +77,12 @@ def test_the_file_is_the_model_that_the_folder_holds(run: Path, tmp_path: Path) 
 def test_quantising_the_file_takes_its_nf4_size_and_a_gibibyte_at_most(run: Path) -> None:
     file = get_smollm2.get(ROOT / "recipes" / "smollm2")
     code = f"""
-import resource
 from qd2mora.base import load_base
+from qd2mora.base.host_memory import most_resident_bytes
 from qd2mora.recipe import Base
 model = load_base(Base(model={str(file)!r}))
 size = sum(tensor.nbytes for tensor in model.parameters())
-print(size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(size, most_resident_bytes())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     size, peak = map(int, done.stdout.split())

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import resource
 import select
 import signal
 import sys
@@ -14,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+
+from qd2mora.base.host_memory import most_resident_bytes
 
 _ALWAYS = {"os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect", "pickle.find_class"}
 _WATCHED: dict[str, object] = {}
@@ -83,7 +84,7 @@ def _in_child(action: Callable[[], object], marker: str) -> Outcome:
     torch.set_num_threads(1)  # the parent's pool of threads does not live on in a fork, and would be waited for
     sys.addaudithook(_watch)
     out, err, events = io.StringIO(), io.StringIO(), []
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before, began = most_resident_bytes(), time.process_time()
     code: int | None = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         _WATCHED.update(marker=marker, events=events)
@@ -97,7 +98,7 @@ def _in_child(action: Callable[[], object], marker: str) -> Outcome:
             traceback.clear_frames(sys.exc_info()[2])
             code = 1
         _WATCHED.clear()
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    grown = (most_resident_bytes() - before) / 2**20
     cpu_s = time.process_time() - began
     return Outcome(code, out.getvalue(), err.getvalue(), cpu_s=cpu_s, grown_mib=grown, events=events)
 

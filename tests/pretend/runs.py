@@ -1,0 +1,116 @@
+"""Whole runs on the card that is not there, in a process of their own: `python runs.py FOLDER CASE...`.
+
+A line of JSON a case: losses, and where the host waited; or the error.
+"""
+
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import guard
+
+IS_BUILT = guard.load()
+
+import card  # noqa: E402
+
+card.add_paths()
+
+import tiny  # noqa: E402
+import torch  # noqa: E402
+
+import qd2mora.training.run as run_module  # noqa: E402
+from qd2mora.memory import streaming  # noqa: E402
+from qd2mora.recipe import load_recipe  # noqa: E402
+from qd2mora.training import train  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: the recipe's overrides, and what of the layout is not the planner's choice."""
+
+    overrides: list[str] = field(default_factory=list)
+    layout: dict[str, Any] = field(default_factory=dict)
+    tied: bool = True
+    bfloat16: bool = True
+
+
+METRICS = ["data.tasks.0.metric=choice", "data.tasks.1.metric=exact"]
+CASES = {
+    "kept": Case(METRICS),
+    "recomputed": Case([*METRICS, "train.optimizer=adamw_8bit"], {"recomputed": 1}),
+    "embeddings": Case(METRICS, {"offload_embeddings": True}, tied=False),
+    "untied": Case(METRICS, tied=False),
+    "activations": Case(METRICS, {"recomputed": 2, "offload_activations": True}),
+    "streamed": Case(METRICS, {"stream": True}),
+    "streamed, all away": Case(
+        METRICS,
+        {"stream": True, "recomputed": 2, "offload_activations": True, "offload_embeddings": True},
+        tied=False,
+    ),
+    "packed": Case([*METRICS, "data.packing=true"]),
+    "float16": Case(METRICS, bfloat16=False),
+}
+
+
+@contextmanager
+def carried_over(case: Case) -> Iterator[None]:
+    """Load a base on the host and put it on the card, since bitsandbytes cannot quantise there; lay it out as asked."""
+    load, plan = run_module.load_base, run_module.fitting_plan
+
+    def loaded(base: Any, device: torch.device, *args: Any, **kwargs: Any) -> Any:
+        model = load(base, torch.device("cpu"), *args, **kwargs)
+        if device.type == "cuda":
+            card.put(model)
+        return model
+
+    def planned(*args: Any, **kwargs: Any) -> Any:
+        made = plan(*args, **kwargs)
+        return replace(made, layout=replace(made.layout, **case.layout))
+
+    before = streaming.point_at
+    run_module.load_base, run_module.fitting_plan, streaming.point_at = loaded, planned, card.point_at
+    try:
+        yield
+    finally:
+        run_module.load_base, run_module.fitting_plan, streaming.point_at = load, plan, before
+
+
+def run(case: Case, folder: Path) -> dict[str, Any]:
+    """Train on the card; return losses and what it was given."""
+    base = tiny.save_base(folder / "base", tied=case.tied)
+    tiny.save_tasks(folder / "data")
+    path = folder / "recipe.yaml"
+    path.write_text(tiny.recipe_text(base, folder / "data", folder / "run"), encoding="utf-8")
+    recipe = load_recipe(path, case.overrides)
+    with card.present(has_bfloat16=case.bfloat16) as counts, carried_over(case):
+        trained = train(recipe)
+        waits = [[what, where, number] for (what, where), number in counts.waits.most_common()]
+        return {"steps": trained.steps, "eval_loss": trained.eval_loss, "bad": trained.bad_steps, "waits": waits}
+
+
+def main(folder: Path, names: list[str]) -> None:
+    """Run cases one after the other; a line of JSON each."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    for number, name in enumerate(names):
+        where = folder / str(number)
+        where.mkdir()
+        found: dict[str, Any]
+        try:
+            found = run(CASES[name], where)
+        except Exception as error:
+            frames = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-14:]]
+            found = {"error": f"{type(error).__name__}: {error}", "frames": frames}
+        print(json.dumps({"case": name, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    if not IS_BUILT:
+        sys.exit(3)
+    main(Path(sys.argv[1]), sys.argv[2:])
