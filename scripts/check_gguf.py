@@ -1,13 +1,15 @@
 """Does a GGUF file say in llama.cpp what the model says in transformers? Tokens, logits, greedy texts, chat template.
 
 How: `pip install llama-cpp-python` (builds from source), then `python scripts/check_gguf.py SUBJECT... --out FILE`. A
-subject is a run, exported by `core_lsq`, or the folder of a LLaMA. The reference is the `hf` export of the same static
-updates (the folder itself), in float32 on what float16 holds; the KV cache is float32 there as here. A run's LoRA is
-put on the base's GGUF too, as `gguf_lora` writes it, and with `--converter convert_lora_to_gguf.py` (of llama.cpp, it
-needs its own folder beside it) as llama.cpp makes it of the `lora` export.
+subject is a run, exported by `core_lsq`, the folder of a model, or `family:NAME`, the tests' tiny random model of a
+family (`families` for all of them). The reference is the `hf` export of the same static updates (the folder itself), in
+float32 on what float16 holds; the KV cache is float32 there as here. A run's LoRA is put on the base's GGUF too, as
+`gguf_lora` writes it, and with `--converter convert_lora_to_gguf.py` (of llama.cpp, it needs its own folder beside it)
+as llama.cpp makes it of the `lora` export.
 """
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -40,6 +42,7 @@ from qd2mora.run_folder import is_run, open_run
 
 TEXTS = ("Once upon a time there was a little girl", "zé 日", "two  spaces", " It's 1234.5!", "One day,\nTom", "")
 PROMPTS = 8
+FAMILY = "family:"
 FLOAT32 = 0
 """ggml's number for it."""
 
@@ -155,10 +158,27 @@ def greedy(ours: Llama, most: int, end: int | None) -> list[int]:
     return tokens
 
 
+def family_folder(name: str, place: Path) -> str:
+    """Save the tests' random model of a family, its window as long as what is read here; return the folder."""
+    models = _families()
+    if hasattr(models.FAMILIES[name], "sliding_window") and not name.startswith("gemma"):
+        # A Mistral's or a Phi's file ends with its window, which llama.cpp leaves out; a Gemma's are among its layers.
+        models.FAMILIES[name].sliding_window = models.FAMILIES[name].max_position_embeddings
+    return str(models.save_family(name, place / name))
+
+
+def _families() -> Any:
+    tests = Path(__file__).resolve().parents[1] / "tests"
+    sys.path[:0] = [str(tests), str(tests / "families")]
+    return importlib.import_module("family_models")
+
+
 def check(subject: str, converter: str | None, new: int) -> dict[str, Any]:
     """Return all comparisons of one subject."""
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
+        if subject.startswith(FAMILY):
+            subject = family_folder(subject.removeprefix(FAMILY), folder)
         prompts = export(subject, folder)
         tokenizer = with_template(load_tokenizer(str(folder / "hf")))
         model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
@@ -215,14 +235,18 @@ def main() -> None:
     parser.add_argument("--out", help="JSON file")
     given = parser.parse_args()
     found: dict[str, Any] = {}
-    for subject in given.subjects:
-        name = Path(subject).resolve().name
+    subjects = given.subjects
+    if "families" in subjects:
+        named = [FAMILY + name for name in _families().FAMILIES]
+        subjects = [*named, *(subject for subject in subjects if subject != "families")]
+    for subject in subjects:
+        name = subject if subject.startswith(FAMILY) else Path(subject).resolve().name
         found[name] = check(subject, given.converter, given.new_tokens)
         for form, result in found[name].items():
             print(f"{name} {form}: " + ", ".join(f"{key} {value}" for key, value in result.items()), flush=True)
     about = context(torch.device("cpu"), {"new_tokens": given.new_tokens})
     about["versions"] |= {"llama_cpp_python": __version__}
-    about["command"] = "python scripts/check_gguf.py " + " ".join(found)
+    about["command"] = "python scripts/check_gguf.py " + " ".join(Path(subject).name for subject in given.subjects)
     if given.out is not None:
         Path(given.out).write_text(json.dumps(about | {"results": found}, indent=1) + "\n", encoding="utf-8")
 

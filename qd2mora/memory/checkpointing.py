@@ -91,7 +91,7 @@ class Boundaries:
         # Pinning is slow (the driver locks page after page), so that buffers go round from pass to pass.
         if unused:
             return unused.pop()
-        return host_buffer(tensor.shape, tensor.dtype, self._stream is not None)
+        return host_buffer(self, tensor.shape, tensor.dtype, self._stream is not None)
 
 
 class _Left:

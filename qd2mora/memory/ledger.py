@@ -29,6 +29,10 @@ from qd2mora.recipe import Recipe
 CUDA_CONTEXT = 512 << 20
 """Driver, kernels and cuBLAS workspace: 0.3 to 0.6 GiB by card and driver."""
 
+CHECKPOINT_COPY = "copy of a checkpoint"
+STREAMED, EMBEDDINGS, INPUTS = "streamed layers (host)", "embeddings (host)", "layer inputs (host)"
+"""What lives in host memory beside a GPU."""
+
 Phase = Literal["loss", "backward", "recomputing", "penalty", "evaluation"]
 
 
@@ -61,14 +65,14 @@ def ledger(shapes: Shapes, recipe: Recipe, layout: Layout) -> Ledger:
     if layout.on_gpu:
         static["CUDA context"] = CUDA_CONTEXT
     if layout.offload_activations:
-        host["layer inputs (host)"] = layout.recomputed * done.tokens * done.item * shapes.layer.hidden
+        host[INPUTS] = layout.recomputed * done.tokens * done.item * shapes.layer.hidden
     phases = _phases(shapes, recipe, layout, done)
     # Made where there is room beside the run; where there is none, training waits for the disk instead.
-    host["copy of a checkpoint"] = trained["adapters"] + trained["optimizer state"]
+    host[CHECKPOINT_COPY] = trained["adapters"] + trained["optimizer state"]
     peak = max(phases.values(), key=lambda phase: sum(phase.values()))
     others = {name: size for phase in phases.values() for name, size in phase.items() if name not in peak}
     if not layout.on_gpu:
-        others["copy of a checkpoint"] = host.pop("copy of a checkpoint")
+        others[CHECKPOINT_COPY] = host.pop(CHECKPOINT_COPY)
         static |= host
         host = {}
     return Ledger(static | peak, others, host)
@@ -108,7 +112,7 @@ def _leave_for_host(static: dict[str, int], shapes: Shapes, recipe: Recipe, layo
     """Take from the device's items what lives on the host, add what stands in for it, and return the host's."""
     host = {}
     if layout.offload_embeddings:
-        host["embeddings (host)"] = static.pop("embeddings")
+        host[EMBEDDINGS] = static.pop("embeddings")
     if layout.stream:
         is_nf4 = recipe.base.quantization == "nf4"
         weights, state, largest, all_buffers = _streamed_bytes(
@@ -120,7 +124,7 @@ def _leave_for_host(static: dict[str, int], shapes: Shapes, recipe: Recipe, layo
         else:
             static["linear weights"] -= weights
         static["slots of streamed layers"] = SLOTS * largest
-        host["streamed layers (host)"] = all_buffers
+        host[STREAMED] = all_buffers
     return host
 
 
@@ -163,4 +167,4 @@ def _streamed_bytes(shapes: Shapes, is_nf4: bool, double_quant: bool, item: int)
     return weights, state, max(buffers), sum(buffers)
 
 
-__all__ = ["Ledger", "ledger", "weight_bytes"]
+__all__ = ["CHECKPOINT_COPY", "CUDA_CONTEXT", "EMBEDDINGS", "INPUTS", "STREAMED", "Ledger", "ledger", "weight_bytes"]

@@ -12,6 +12,8 @@ GIB = 1 << 30
 RESERVED_SHARE = 0.04
 """Of a budget or of what is free: what a plan leaves, as allocators keep holes and other programs grow."""
 LEAST_RESERVE = 256 << 20
+LEAST_CONTEXT = 256 << 20
+"""A context before any kernel is loaded, on today's cards at least."""
 MOST_OF_SMALL = 8
 """Of less than 2 GiB the least reserve would be too much: there it is an eighth."""
 
@@ -22,9 +24,11 @@ class Place:
 
     device: torch.device
     is_here: bool
+    agreed: int | None = None
+    """The least that any of several processes has free, where they have told each other."""
 
     @classmethod
-    def of(cls, device: torch.device | None, has_budget: bool) -> "Place":
+    def of(cls, device: torch.device | None, has_budget: bool, agreed: int | None = None) -> "Place":
         """Return the place of a plan; where no device is named, the one that is here.
 
         A budget without a device is that of a GPU, as cards are planned for on machines that have none.
@@ -33,7 +37,7 @@ class Place:
             device = default_device()
             if has_budget:
                 device = torch.device("cuda", device.index)
-        return cls(device, device.type != "cuda" or torch.cuda.is_available())
+        return cls(device, device.type != "cuda" or torch.cuda.is_available(), agreed)
 
     @property
     def on_gpu(self) -> bool:
@@ -55,6 +59,16 @@ class Place:
         return compute_dtype(recipe.base, self.device)
 
 
+def room_on_card(device: torch.device) -> int:
+    """Return the bytes that this process may have on its card: what is free, and what it has taken itself.
+
+    What other processes hold is not free, whatever the card has. Asking opens a context, which a plan counts whole: the
+    least that one takes is given back here, or it would be counted twice.
+    """
+    free: int = torch.cuda.mem_get_info(device)[0]
+    return free + int(torch.cuda.memory_reserved(device)) + LEAST_CONTEXT
+
+
 @dataclass(frozen=True)
 class Limit:
     """The bytes that a plan has to fit, if any, and who says so."""
@@ -66,13 +80,24 @@ class Limit:
 
     @classmethod
     def of_free(cls, place: Place) -> "Limit":
-        """Return what is free: on the GPU, or on the machine and within its container's limit."""
+        """Return what this process can have: on the GPU, or on the machine and within its container's limit."""
         if not place.is_here:
             return cls(None, "no budget named")
+        if place.agreed is not None:
+            return cls(place.agreed, "what is free on each device", True)
         if place.on_gpu:
-            # What other processes hold is not free, whatever the card has.
-            return cls(torch.cuda.mem_get_info(place.device)[0], "what is free on the device", True)
+            return cls(room_on_card(place.device), "what is free on the device", True)
         return cls(available_bytes(), "what is free on this machine", True)
+
+    @classmethod
+    def of_budget(cls, size: int, source: str, place: Place) -> "Limit":
+        """Return a budget that is named, or what the card has, where that is less."""
+        if place.on_gpu and place.is_here:
+            free = cls.of_free(place)
+            assert free.size is not None
+            if free.size < size:
+                return free
+        return cls(size, source)
 
     @property
     def reserve(self) -> int:
@@ -88,4 +113,4 @@ class Limit:
         return self.size - self.reserve
 
 
-__all__ = ["Limit", "Place"]
+__all__ = ["Limit", "Place", "room_on_card"]

@@ -8,10 +8,11 @@ from functools import lru_cache
 import torch
 from transformers import AutoConfig
 
+from qd2mora.base.host_memory import available_bytes
 from qd2mora.base.loading import planning_config
 from qd2mora.errors import InputRefused
 from qd2mora.memory.choosing import Search
-from qd2mora.memory.ledger import ledger
+from qd2mora.memory.ledger import CHECKPOINT_COPY, ledger
 from qd2mora.memory.place import Limit, Place
 from qd2mora.memory.reasons import Choice, reasons
 from qd2mora.memory.shapes import Shapes, read_shapes
@@ -44,6 +45,8 @@ class Plan:
     device: str
     """What it is planned for."""
     ways_out: tuple[str, ...] = ()
+    host_free_bytes: int | None = None
+    """What is free in the host memory beside a GPU that is here."""
 
     @property
     def micro_batch(self) -> int:
@@ -68,9 +71,21 @@ class Plan:
         return max(0, self.peak_bytes + self.reserve_bytes - self.budget_bytes)
 
     @property
+    def host_bytes(self) -> int:
+        """What host memory must hold; a checkpoint's copy is made only where there is room for it."""
+        return sum(size for name, size in self.host.items() if name != CHECKPOINT_COPY)
+
+    @property
+    def host_shortfall_bytes(self) -> int:
+        """How far that is above what is free there; 0 where it fits, or is not known."""
+        if self.host_free_bytes is None:
+            return 0
+        return max(0, self.host_bytes - self.host_free_bytes)
+
+    @property
     def fits(self) -> bool:
-        """Whether the peak leaves the reserve of the budget, or there is no budget."""
-        return self.shortfall_bytes == 0
+        """Whether the peak leaves the reserve of the budget, or there is none, and the host has room for its part."""
+        return self.shortfall_bytes == 0 and self.host_shortfall_bytes == 0
 
     def to_json(self) -> dict[str, object]:
         """Return what `plan --json` prints."""
@@ -85,22 +100,25 @@ class Plan:
             "items": self.items,
             "elsewhere": self.elsewhere,
             "host": self.host,
+            "host_free_bytes": self.host_free_bytes,
             "choices": {key: {"value": choice.value, "reason": choice.reason} for key, choice in self.choices.items()},
             "trainable_parameters": self.trainable_parameters,
             "ways_out": list(self.ways_out),
         }
 
 
-def plan(recipe: Recipe, budget: str | int | None = None, device: torch.device | None = None) -> Plan:
+def plan(
+    recipe: Recipe, budget: str | int | None = None, device: torch.device | None = None, agreed: int | None = None
+) -> Plan:
     """Plan a run for a budget (bytes or "8GiB"; else the recipe's, else what is free there), reading no weights.
 
     Without a `device` the one that is here is planned for, but a GPU where a budget is named: that of another machine
     computes in bfloat16 unless the recipe says otherwise, a CPU in float32. A reserve is left of the budget. Rows are
-    taken to be `data.max_length` long.
+    taken to be `data.max_length` long. `agreed` is what is free on the fullest device of several processes.
 
     Raises InputRefused.
     """
-    place = Place.of(device, budget is not None or recipe.memory.budget is not None)
+    place = Place.of(device, budget is not None or recipe.memory.budget is not None, agreed)
     limit = _limit(recipe, budget, place)
     search = _search(recipe, place)
     # Free memory changes from start to start; on a CPU it decides what is recomputed, and the adapter stays the same.
@@ -121,6 +139,7 @@ def plan(recipe: Recipe, budget: str | int | None = None, device: torch.device |
         reserve_bytes=limit.reserve,
         device=place.name,
         ways_out=ways,
+        host_free_bytes=_host_room(place),
     )
 
 
@@ -138,12 +157,19 @@ def parse_size(text: str) -> int:
 
 def _limit(recipe: Recipe, budget: str | int | None, place: Place) -> Limit:
     if isinstance(budget, str):
-        return Limit(parse_size(budget), "the budget given")
+        return Limit.of_budget(parse_size(budget), "the budget given", place)
     if budget is not None:
-        return Limit(budget, "the budget given")
+        return Limit.of_budget(budget, "the budget given", place)
     if recipe.memory.budget is not None:
-        return Limit(parse_size(recipe.memory.budget), "memory.budget")
+        return Limit.of_budget(parse_size(recipe.memory.budget), "memory.budget", place)
     return Limit.of_free(place)
+
+
+def _host_room(place: Place) -> int | None:
+    """Return what the host has free, where a GPU that is here leaves something to it."""
+    if not place.on_gpu or not place.is_here:
+        return None
+    return available_bytes()
 
 
 def _shapes(recipe: Recipe) -> Shapes:

@@ -81,7 +81,8 @@ class LayerStream:
 
     def _moved_out(self, index: int, layer: nn.Module, size: int) -> Tensor:
         """Return a layer's host buffer; its tensors become views of its slot."""
-        host = host_buffer((size,), torch.uint8, self._on_gpu)
+        # One a layer: the layer's own tensors go as soon as it is full, so that a base is never there twice.
+        host = host_buffer(self, (size,), torch.uint8, self._on_gpu)
         slot, start = self.slots[index % len(self.slots)], 0
         # A list, because the loop changes what is walked through.
         for owner, name, tensor in list(frozen_tensors(layer)):

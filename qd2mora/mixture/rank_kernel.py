@@ -42,6 +42,13 @@ def covers(step: RankStep, small: Small, dtype: torch.dtype) -> bool:
     return has_scores and tile <= TILE
 
 
+def try_out(device: torch.device) -> None:
+    """Launch the smallest step once. Raises what Triton raises where it cannot compile or launch."""
+    gate = Gate()
+    step = RankStep((1, 1), (1,), gates=(("down", gate),), router_rows=(("down", 2),))
+    mix(step, torch.zeros(1, step.features, device=device), {})
+
+
 def mix(step: RankStep, u_ext: Tensor, small: Small) -> Tensor:
     """Return v (..., P + S) float32 of u_ext (..., F) in 16 or 32 bits."""
     kernel = _KernelConstants.of(step)

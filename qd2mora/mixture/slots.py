@@ -36,13 +36,7 @@ class Slots:
 
     def ranks(self, step: RankStep) -> Tensor:
         """Return m (K, ..., Q): 1 at the ranks of the slot's expert, 0 at others'; a shared expert's own scale."""
-        sizes = step.ranks_down
-        # By a plain number where it can be: a tensor of repeats is made and read on the device.
-        if len(set(sizes)) == 1:
-            chosen = self.which.repeat_interleave(sizes[0], -1)
-        else:
-            repeats = torch.tensor(sizes, device=self.which.device)
-            chosen = self.which.repeat_interleave(repeats, -1, output_size=sum(sizes))
+        chosen = ops.repeated(self.which, step.ranks_down)
         # A shared expert takes part in every slot.
         if not step.shared:
             return chosen

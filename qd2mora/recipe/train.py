@@ -10,7 +10,7 @@ from qd2mora.recipe.section import MOST, Count, Epochs, NotNegative, Positive, S
 # Keys of `train` that leave the trained weights as they are.
 HARMLESS = (
     *("save_every", "eval_every", "keep_checkpoints", "keep_best"),
-    *("log_every", "trackers", "micro_batch", "time_limit"),
+    *("log_every", "trackers", "micro_batch", "time_limit", "deterministic"),
 )
 
 _TIME_UNITS = {"s": 1, "min": 60, "h": 3600}
@@ -41,6 +41,8 @@ class Train(Section):
     """The gradient of a step is scaled down to this norm; null: never."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """The same seed gives the same bytes on the same machine."""
+    deterministic: bool = True
+    """Have a GPU add up in one order, so that a run, broken off or not, gives the same bits; a CPU does anyway."""
     save_every: Count = 100
     """Steps from one checkpoint to the next."""
     eval_every: Count = 100

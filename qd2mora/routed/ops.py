@@ -216,9 +216,7 @@ class RankStep:
         # A pair's gate multiplies its own ranks: v keeps the width of u, and B sums over experts by itself.
         if len(set(self.ranks_down)) == 1:
             return (gating.weight.unsqueeze(-1) * u.unflatten(-1, (len(self.ranks_down), -1))).flatten(-2)
-        # `output_size` spares a GPU the wait for the sum of the ranks.
-        repeats = torch.tensor(self.ranks_down, device=u.device)
-        return gating.weight.repeat_interleave(repeats, -1, output_size=self.width_down) * u
+        return repeated(gating.weight, self.ranks_down) * u
 
     def _decide(self, role: str, gate: Gate, scores: Tensor, small: Small, draws: Noise | None) -> Gating:
         noise = None
@@ -248,6 +246,14 @@ class RankStep:
         scores = finish_scores(gate, scores, small.get(f"bias_{role}"), small.get(f"out_{role}"))
         # task+x: the task's scores come from outside and are added to the token's.
         return scores if given is None else scores + given.to(scores.dtype)
+
+
+def repeated(weight: Tensor, times: tuple[int, ...]) -> Tensor:
+    """Return entry e of the last axis `times[e]` times, side by side: (..., E) to (..., sum of times)."""
+    if len(set(times)) == 1:
+        return weight.repeat_interleave(times[0], -1)
+    # Not by a tensor of counts: made on the host, it would have a GPU wait for its copy at every linear.
+    return torch.cat([part.expand(*part.shape[:-1], n) for part, n in zip(weight.split(1, -1), times, strict=True)], -1)
 
 
 def finish_scores(gate: Gate, scores: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
@@ -359,6 +365,7 @@ __all__ = [
     "finish_scores",
     "kron_banks",
     "prompt_mean",
+    "repeated",
     "stack_columns",
     "stack_rows",
     "unlowered",

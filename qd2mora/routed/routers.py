@@ -74,8 +74,10 @@ def noisy(scores: Tensor, spread: Tensor, noise: Tensor) -> Tensor:
 
 
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
-    """Return 1 at the k largest of each token, else 0, in the dtype of `scores`; no gradient."""
-    return torch.zeros_like(scores).scatter_(-1, scores.detach().topk(k, -1).indices, 1.0)
+    """Return 1 at the k largest of each token, of equal ones the first, else 0, in their dtype; no gradient."""
+    # Not `topk`, which takes any of equal scores, another one on another device: the kernels take the first.
+    best = scores.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return torch.zeros_like(scores).scatter_(-1, best, 1.0)
 
 
 def tsallis_entropy(probs: Tensor, order: float) -> Tensor:

@@ -1,7 +1,10 @@
 """How a run meets its launcher: one process, or several that torchrun, accelerate or deepspeed have started."""
 
 import importlib.util
+import os
+import sys
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
@@ -19,6 +22,7 @@ def launched(recipe: Recipe, folder: RunFolder) -> Accelerator:
     for tracker in recipe.train.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise InputRefused(f"train.trackers: {tracker} is not installed; pip install {tracker}")
+    prepare_allocator()
     is_sharded, on_cpu = recipe.memory.engine == "deepspeed", default_device().type == "cpu"
     backend, engine = None, None
     if is_sharded:
@@ -51,4 +55,15 @@ def launched(recipe: Recipe, folder: RunFolder) -> Accelerator:
     return accelerator
 
 
-__all__ = ["launched"]
+def prepare_allocator() -> None:
+    """Let the card's allocator grow its blocks, so that rows of changing length leave no holes; before its first use.
+
+    Settings of the user's own stay. Windows has no such blocks.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # since torch 2.9, before
+    if sys.platform == "linux" and not any(name in os.environ for name in names):
+        version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+        os.environ[names[0] if version >= (2, 9) else names[1]] = "expandable_segments:True"
+
+
+__all__ = ["launched", "prepare_allocator"]

@@ -7,10 +7,13 @@ or GPU may round otherwise too, and is told.
 
 import os
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.utils.deterministic
 
 _SETTINGS = (
     *("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"),
@@ -57,6 +60,36 @@ def take_machine(before: Mapping[str, object] | None, device: torch.device, allo
     return said
 
 
+@contextmanager
+def repeatable(device: torch.device, is_wanted: bool) -> Iterator[None]:
+    """Have a GPU add up in one order while the block runs, where that is wanted, and a CPU keep its threads after it.
+
+    Then an attention's backward pass, `index_add` and cuBLAS give the same bits in every run, at a price that is small
+    where attention has no mask. An operation that knows no such order is told of, not refused: the run goes on.
+    Sums of float16 products stay in float32 in any case, which a T4 would keep in 16 bits.
+    """
+    threads = torch.get_num_threads()
+    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    settings: Any = torch.utils.deterministic
+    fills, reduces = settings.fill_uninitialized_memory, torch.backends.cuda.matmul
+    was_reduced = reduces.allow_fp16_reduced_precision_reduction
+    if device.type == "cuda":
+        reduces.allow_fp16_reduced_precision_reduction = False
+    if device.type == "cuda" and is_wanted:
+        # Read where cuBLAS is first used, and without it one of its own orders is another in every process.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Or every empty tensor would be written once more, to show reads of what nobody wrote.
+        settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = fills
+        reduces.allow_fp16_reduced_precision_reduction = was_reduced
+        torch.set_num_threads(threads)
+
+
 def device_name(device: torch.device) -> str:
     """Return the name of the GPU, or of the processor."""
     if device.type == "cuda":
@@ -75,4 +108,4 @@ def _instructions() -> str:
     return ", ".join([torch.backends.cpu.get_cpu_capability(), *settings])
 
 
-__all__ = ["completed", "device_name", "machine_identity", "take_machine"]
+__all__ = ["completed", "device_name", "machine_identity", "repeatable", "take_machine"]

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed import all_reduce, broadcast
+from torch.distributed import ReduceOp, all_reduce, broadcast
 
 from qd2mora.base.host_memory import most_resident_bytes
 from qd2mora.errors import InputRefused, StopError
@@ -64,6 +64,14 @@ class Processes:
         total = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device=self.device)
         all_reduce(total)
         return total.tolist()
+
+    def least(self, number: int) -> int:
+        """Return the smallest of the processes' numbers."""
+        if self.count == 1:
+            return number
+        smallest = torch.tensor([number], dtype=torch.int64, device=self.device)
+        all_reduce(smallest, ReduceOp.MIN)
+        return int(smallest)
 
     def sum_gradients(self, parameters: dict[str, nn.Parameter]) -> None:
         """Add up the gradients of all processes in place; a parameter that no process has one for keeps none."""

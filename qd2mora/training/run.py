@@ -44,7 +44,7 @@ from qd2mora.training.identity import Ancestry, Manifest, identity_of_inputs, id
 from qd2mora.training.journal import Journal, StepDisplay
 from qd2mora.training.launch import launched
 from qd2mora.training.loop import Training
-from qd2mora.training.machine import device_name, take_machine
+from qd2mora.training.machine import device_name, repeatable, take_machine
 from qd2mora.training.micro_batches import Course, MicroBatches
 from qd2mora.training.opening import check_folder, open_folder, read_manifest, restore
 from qd2mora.training.processes import Processes
@@ -144,7 +144,7 @@ def train(
         if resume:
             before = processes.from_main(lambda: read_manifest(folder))
         start = Start(recipe, folder, accelerator, processes, stop, time_limit, before, allow_changed)
-        held.callback(torch.set_num_threads, torch.get_num_threads())
+        held.enter_context(repeatable(processes.device, recipe.train.deterministic))
         return _train_locked(start)
 
 
@@ -194,7 +194,7 @@ def _read_inputs(start: Start) -> Inputs:
     check_limits(tasks, tokenizer, read)
     check_judging(recipe, tasks)
     asked = tasks_to_score(tasks)
-    planned = fitting_plan(recipe, start.processes.device, start.before)
+    planned = fitting_plan(recipe, start.processes, start.before)
     if recipe.train.optimizer == "auto":
         chosen = recipe.train.model_copy(update={"optimizer": planned.layout.optimizer})
         recipe = recipe.model_copy(update={"train": chosen})
@@ -390,9 +390,9 @@ def _say_what_starts(training: Training, planned: Plan, tokenizer: PreTrainedTok
     if planned.checkpointing:
         layers = f"recomputed in {planned.layout.recomputed} layers"
     say(
-        f"training {planned.trainable_parameters:,} parameters, micro batch {training.batches.size}, activations "
-        f"{layers}, planned peak {planned.peak_bytes / 2**30:.2f} GiB; steps {training.progress.step} to "
-        f"{course.total_steps}"
+        f"training {planned.trainable_parameters:,} parameters on {planned.device}, micro batch {training.batches.size}"
+        f", activations {layers}, planned peak {planned.peak_bytes / 2**30:.2f} GiB; steps {training.progress.step} "
+        f"to {course.total_steps}"
     )
 
 

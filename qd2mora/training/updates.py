@@ -7,7 +7,7 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,7 @@ class PlainUpdater:
             _put(nested.setdefault(position[name], {}), path, value)
         # Groups as they are now: the rate is a function of the step, and a resume may have been given another.
         self.optimizer.load_state_dict({"state": nested, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        page_again(self.optimizer)
 
     def expected(self) -> tuple[Inventory, Inventory]:
         """See StateSource. Optimisers make their moments at the first update, so an empty one is done, and undone."""
@@ -139,6 +140,22 @@ class PlainUpdater:
         self.optimizer.state.clear()
         self.optimizer.state.update(earlier)
         return inventories
+
+
+def page_again(optimizer: torch.optim.Optimizer) -> None:
+    """Put moments that were loaded into managed memory, where a paged optimiser keeps those it made itself.
+
+    bitsandbytes 0.50 loads a state onto the device of its parameter, whatever the optimiser.
+    """
+    if not getattr(optimizer, "is_paged", False):
+        return
+    paged: Any = optimizer
+    for parameter, state in paged.state.items():
+        for key in ("state1", "state2"):
+            if key in state:
+                buffer = paged.get_state_buffer(parameter, dtype=state[key].dtype)
+                buffer.copy_(state[key])
+                state[key] = buffer
 
 
 def build_optimizer(train: Train, name: OptimizerName, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

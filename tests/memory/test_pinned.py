@@ -18,7 +18,7 @@ def test_where_nothing_can_be_pinned_plain_memory_is_given_and_it_is_said_once(
     """Without a device torch refuses to pin: a true failure."""
     pinned._told.clear()
     with caplog.at_level(logging.WARNING):
-        buffers = [host_buffer((3, 5), torch.bfloat16, is_pinned=True) for _ in range(3)]
+        buffers = [host_buffer(pinned, (3, 5), torch.bfloat16, is_pinned=True) for _ in range(3)]
         given = torch.arange(4.0)
         assert pinned.pinned(given) is given
     assert [(buffer.shape, buffer.dtype) for buffer in buffers] == [((3, 5), torch.bfloat16)] * 3
@@ -30,9 +30,9 @@ def test_a_run_whose_buffers_cannot_be_pinned_gives_the_same_bits(monkeypatch: p
     """Streamed layers and layer inputs that leave, all asking for pinned memory."""
     asked = []
 
-    def asking(shape: torch.Size, dtype: torch.dtype, is_pinned: bool) -> torch.Tensor:
+    def asking(owner: object, shape: torch.Size, dtype: torch.dtype, is_pinned: bool) -> torch.Tensor:
         asked.append(shape)
-        return host_buffer(shape, dtype, is_pinned=True)
+        return host_buffer(owner, shape, dtype, is_pinned=True)
 
     for module in (checkpointing, streaming):
         monkeypatch.setattr(module, "host_buffer", asking)
@@ -45,5 +45,5 @@ def test_a_run_whose_buffers_cannot_be_pinned_gives_the_same_bits(monkeypatch: p
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_buffers_are_pinned() -> None:
-    assert host_buffer((7,), torch.uint8, is_pinned=True).is_pinned()
-    assert not host_buffer((7,), torch.uint8, is_pinned=False).is_pinned()
+    assert host_buffer(pinned, (7,), torch.uint8, is_pinned=True).is_pinned()
+    assert not host_buffer(pinned, (7,), torch.uint8, is_pinned=False).is_pinned()

@@ -13,6 +13,7 @@ from qd2mora.base import SHAPES, load_base, random_base
 from qd2mora.mixture import MixtureConfig, mixture_layers, routing_of
 from qd2mora.mixture.presets import METHODS
 from qd2mora.recipe import Base
+from qd2mora.routed.routers import top_k_mask
 
 NAMES = tuple(name for name, row in METHODS.items() if row.backend == "ours" and row.placement != "mlp")
 TARGETS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
@@ -346,3 +347,8 @@ def best_of_beams(model: PeftModel, prompt: Tensor, beams: int, number: int, nam
             grown += [(score + float(value), [*tokens, int(token)]) for value, token in zip(*best, strict=True)]
         kept = sorted(grown, reverse=True)[:beams]
     return kept[0][1]
+
+
+def test_of_equal_scores_the_first_experts_are_chosen_on_every_device() -> None:
+    scores = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 2.0, 2.0, 3.0]])
+    assert top_k_mask(scores, 3).tolist() == [[1, 1, 1, 0, 0], [0, 1, 1, 0, 1]]

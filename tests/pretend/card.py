@@ -288,6 +288,7 @@ def present(free: int = FREE, has_bfloat16: bool = True) -> Iterator[Counts]:
         "reset_peak_memory_stats": lambda device=None: None,
         "set_per_process_memory_fraction": lambda fraction, device=None: None,
         "empty_cache": lambda: None,
+        "cudart": lambda: DRIVER,
         "synchronize": lambda device=None: None,
         "manual_seed": torch.manual_seed,
         "manual_seed_all": lambda seed: None,
@@ -315,6 +316,29 @@ def present(free: int = FREE, has_bfloat16: bool = True) -> Iterator[Counts]:
             setattr(torch.cuda, name, function)
         torch.random.fork_rng, torch.Generator = fork, generator
         Tensor.record_stream = record
+
+
+class Driver:
+    """The calls of CUDA's runtime that are made by name: pages of the host that are registered with it."""
+
+    def __init__(self) -> None:
+        self.registered: dict[int, int] = {}
+        self.most = 0
+
+    def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:  # noqa: N802
+        """Pin pages; as the real one, refuse what is registered already."""
+        if pointer in self.registered:
+            return 712
+        self.registered[pointer] = size
+        self.most = max(self.most, sum(self.registered.values()))
+        return 0
+
+    def cudaHostUnregister(self, pointer: int) -> int:  # noqa: N802
+        """Let go of them."""
+        return 0 if self.registered.pop(pointer, None) else 713
+
+
+DRIVER = Driver()
 
 
 class _Properties:

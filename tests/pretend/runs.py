@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,36 +32,33 @@ from qd2mora.training import train  # noqa: E402
 
 @dataclass(frozen=True)
 class Case:
-    """One run: the recipe's overrides, and what of the layout is not the planner's choice."""
+    """One run: the recipe's overrides."""
 
     overrides: list[str] = field(default_factory=list)
-    layout: dict[str, Any] = field(default_factory=dict)
     tied: bool = True
     bfloat16: bool = True
 
 
 METRICS = ["data.tasks.0.metric=choice", "data.tasks.1.metric=exact"]
+AWAY = ["memory.checkpointing=on", "memory.offload.activations=cpu"]
 CASES = {
-    "kept": Case(METRICS),
-    "recomputed": Case([*METRICS, "train.optimizer=adamw_8bit"], {"recomputed": 1}),
-    "embeddings": Case(METRICS, {"offload_embeddings": True}, tied=False),
-    "untied": Case(METRICS, tied=False),
-    "activations": Case(METRICS, {"recomputed": 2, "offload_activations": True}),
-    "streamed": Case(METRICS, {"stream": True}),
-    "streamed, all away": Case(
-        METRICS,
-        {"stream": True, "recomputed": 2, "offload_activations": True, "offload_embeddings": True},
-        tied=False,
-    ),
-    "packed": Case([*METRICS, "data.packing=true"]),
-    "float16": Case(METRICS, bfloat16=False),
+    "kept": Case(["memory.checkpointing=off"]),
+    "untied": Case(["memory.checkpointing=off"], tied=False),
+    "recomputed": Case(["memory.checkpointing=on", "train.optimizer=adamw_8bit"]),
+    "embeddings": Case(["memory.offload.embeddings=cpu"], tied=False),
+    "activations": Case(AWAY),
+    "streamed": Case(["memory.offload.weights=stream"]),
+    "streamed, all away": Case([*AWAY, "memory.offload.weights=stream", "memory.offload.embeddings=cpu"], tied=False),
+    "packed": Case(["data.packing=true"]),
+    "float16": Case(bfloat16=False),
+    "in any order": Case(["train.deterministic=false"]),
 }
 
 
 @contextmanager
-def carried_over(case: Case) -> Iterator[None]:
-    """Load a base on the host and put it on the card, since bitsandbytes cannot quantise there; lay it out as asked."""
-    load, plan = run_module.load_base, run_module.fitting_plan
+def carried_over() -> Iterator[None]:
+    """Load a base on the host and put it on the card, since bitsandbytes cannot quantise there."""
+    load = run_module.load_base
 
     def loaded(base: Any, device: torch.device, *args: Any, **kwargs: Any) -> Any:
         model = load(base, torch.device("cpu"), *args, **kwargs)
@@ -69,16 +66,12 @@ def carried_over(case: Case) -> Iterator[None]:
             card.put(model)
         return model
 
-    def planned(*args: Any, **kwargs: Any) -> Any:
-        made = plan(*args, **kwargs)
-        return replace(made, layout=replace(made.layout, **case.layout))
-
     before = streaming.point_at
-    run_module.load_base, run_module.fitting_plan, streaming.point_at = loaded, planned, card.point_at
+    run_module.load_base, streaming.point_at = loaded, card.point_at
     try:
         yield
     finally:
-        run_module.load_base, run_module.fitting_plan, streaming.point_at = load, plan, before
+        run_module.load_base, streaming.point_at = load, before
 
 
 def run(case: Case, folder: Path) -> dict[str, Any]:
@@ -87,11 +80,18 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     tiny.save_tasks(folder / "data")
     path = folder / "recipe.yaml"
     path.write_text(tiny.recipe_text(base, folder / "data", folder / "run"), encoding="utf-8")
-    recipe = load_recipe(path, case.overrides)
-    with card.present(has_bfloat16=case.bfloat16) as counts, carried_over(case):
+    recipe = load_recipe(path, [*METRICS, *case.overrides])
+    with card.present(has_bfloat16=case.bfloat16) as counts, carried_over():
         trained = train(recipe)
         waits = [[what, where, number] for (what, where), number in counts.waits.most_common()]
-        return {"steps": trained.steps, "eval_loss": trained.eval_loss, "bad": trained.bad_steps, "waits": waits}
+    return {
+        "steps": trained.steps,
+        "eval_loss": trained.eval_loss,
+        "bad": trained.bad_steps,
+        "waits": waits,
+        "pinned": card.DRIVER.most,
+        "planned": json.loads((folder / "run" / "manifest.json").read_text(encoding="utf-8"))["plan"]["host"],
+    }
 
 
 def main(folder: Path, names: list[str]) -> None:
