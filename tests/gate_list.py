@@ -197,7 +197,7 @@ GATES: dict[str, Gate] = {
             without("training/machine.py:take_machine", "set_num_threads"),
             never("training/machine.py:take_machine", "began"),
             instead("training/machine.py:_instructions", "join", by="torch.backends.cpu.get_cpu_capability()"),
-            without("training/run.py:train", "callback"),
+            without("training/machine.py:repeatable", "set_num_threads"),
             ignoring("training/machine.py:take_machine", "allowed", as_if=True),
         ),
     ),

@@ -12,6 +12,17 @@ FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 """What a recipe and an export call them."""
 
 
+def has_flash_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether attention without a mask runs in PyTorch's flash kernel: 16-bit products on a card since Ampere.
+
+    Elsewhere a mask is no loss: without one, grouped heads would take the kernel that writes all scores out (torch
+    2.13; the memory-efficient one knows no groups).
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 DEVICES = Path("/dev")
 """Where Linux shows the driver's devices: nvidia0 and so on."""
 
@@ -64,4 +75,4 @@ def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
     return torch.float16
 
 
-__all__ = ["FLOATS", "compute_dtype", "default_device", "refuse_unused_card"]
+__all__ = ["FLOATS", "compute_dtype", "default_device", "has_flash_attention", "refuse_unused_card"]

@@ -120,9 +120,19 @@ def labelled(batch: Mapping[str, Tensor]) -> Tensor:
     return batch["labels"][:, 1:] != IGNORE
 
 
+def label_places(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the states that predict a label by number, row by row: (labelled,) int64 among rows * length.
+
+    A batch may bring them, counted on the host: a GPU would have the host wait for their number.
+    """
+    if "label_places" in batch:
+        return batch["label_places"]
+    return F.pad(labelled(batch), (0, 1)).flatten().nonzero()[:, 0]
+
+
 def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the tokens that are learned, row by row, (labelled,) int64: the targets of the states `labelled`."""
-    return batch["labels"][:, 1:][labelled(batch)]
+    """Return the tokens that are learned, row by row, (labelled,) int64: targets of the states at `label_places`."""
+    return batch["labels"].flatten().index_select(0, label_places(batch) + 1)
 
 
 def token_losses(hidden: Tensor, targets: Tensor, head: OutputHead, chunk: int = CHUNK) -> Tensor:
@@ -229,6 +239,7 @@ __all__ = [
     "Model",
     "OutputHead",
     "device_of",
+    "label_places",
     "labelled",
     "labels_of",
     "last_states",

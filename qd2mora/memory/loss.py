@@ -6,7 +6,7 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 
-from qd2mora.base.passes import CHUNK, labelled, labels_of, last_states, output_head, token_losses
+from qd2mora.base.passes import CHUNK, label_places, labels_of, last_states, output_head, token_losses
 from qd2mora.errors import InputRefused
 from qd2mora.mixture import read_rows
 
@@ -25,13 +25,13 @@ class RowLoss(nn.Module):
         """Return the summed cross-entropy of each row's labelled tokens, (rows,) float32, in nats."""
         states = labelled_states(self.model, batch)
         losses = token_losses(states, labels_of(batch), output_head(self.model), self.chunk)
+        places, num_rows = label_places(batch), len(batch["task_index"])
         if "segments" in batch:  # packed: the number of each token's row stands there
-            # Shifted as labels are: the state that predicts a label stands one place before it.
-            row_of_token = batch["segments"][:, 1:][labelled(batch)]
-            num_rows = len(batch["task_index"])
+            # A label's, which stands one place after the state that predicts it.
+            row_of_token = batch["segments"].flatten().index_select(0, places + 1)
         else:
-            row_of_token = labelled(batch).nonzero()[:, 0]
             num_rows = len(batch["labels"])
+            row_of_token = places // batch["labels"].shape[1]
         return losses.new_zeros(num_rows).index_add(0, row_of_token, losses)
 
 
@@ -40,7 +40,7 @@ def labelled_states(model: PeftModel, batch: Mapping[str, Tensor]) -> Tensor:
     if "segments" in batch:
         check_isolation(model)
     read_rows(model, batch)
-    return last_states(model, batch)[:, :-1][labelled(batch)]
+    return last_states(model, batch).flatten(0, 1).index_select(0, label_places(batch))
 
 
 def check_isolation(model: PeftModel) -> None:

@@ -49,7 +49,10 @@ class Routing(Text):
         self.group = batch.get("group")
         self.external = batch.get("external")
         self.segments = batch.get("segments")
-        self.read_labels(batch.get("labels"), batch.get("attention_mask"))
+        self.real = batch.get("attended")
+        if self.segments is not None:
+            self.real = self.segments >= 0  # padding is in no row
+        self.read_labels(batch.get("labels"), batch.get("attention_mask", batch.get("attended")))
 
     def tasks_among(self, num_tasks: int) -> Tensor:
         """Return task_index, looked at once a pass: a look waits for the device. Raises ValueError."""

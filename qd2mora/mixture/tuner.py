@@ -134,7 +134,7 @@ class MixtureModel(BaseTuner):
         routing = self.routing
         # All are set anew, None too: what an earlier batch said must not route this one.
         routing.task_index, routing.group, routing.external = task_index, group, external
-        routing.segments = None
+        routing.segments = routing.real = None
         if prompt_mask is None:
             routing.read_labels(kwargs.get("labels"), kwargs.get("attention_mask"))
         else:

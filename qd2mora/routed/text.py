@@ -33,8 +33,9 @@ class _Cache(Protocol):
 class Text:
     """One pass over a batch of texts.
 
-    attended, prompt: (B, T) bool; None counts every token, and knows no prompt. segments: where rows are packed,
-    (B, T) int64 the number of each token's row, -1 for padding. hidden: (B, T, H), the states of a first pass.
+    attended, prompt: (B, T) bool; None counts every token, and knows no prompt. real: the tokens that are no padding,
+    (B, T) bool, where the decoder is given no mask. segments: where rows are packed, (B, T) int64 the number of each
+    token's row, -1 for padding. hidden: (B, T, H), the states of a first pass.
     is_decoding: whether a cache is continued; keeps_means: whether one is filled, so that the prompt's mean scores must
     stay. takes_all: whether a text of which nothing is said is all prompt; training asks instead of guessing.
     scores: of routers that several linears share. means: (B, 1, E), of scores over the prompt, while the answer is
@@ -42,6 +43,7 @@ class Text:
     """
 
     attended: Tensor | None = None
+    real: Tensor | None = None
     prompt: Tensor | None = None
     segments: Tensor | None = None
     hidden: Tensor | None = None
@@ -87,9 +89,9 @@ class Text:
         # The mask covers what the cache holds as well; this pass is its end.
         if isinstance(mask, Tensor) and mask.dim() == 2 and length:
             return mask[:, -length:].bool()
-        # Packed lines come with positions and no mask; their padding is in no row.
-        if mask is None and self.segments is not None and self.segments.shape[1] == length:
-            return self.segments >= 0
+        # Packed lines come with positions and no mask, rows padded on the right may come without.
+        if mask is None and self.real is not None and self.real.shape[1] == length:
+            return self.real
         return None
 
     def _follow_beams(self, cache: _Cache) -> None:

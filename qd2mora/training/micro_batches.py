@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor
 
+from qd2mora.base.device import has_flash_attention
+from qd2mora.base.passes import label_places, output_head
 from qd2mora.data import MicroBatch, Row, TaskMix, TaskRows, dealt, lines_together
 from qd2mora.errors import WillNotFit
 from qd2mora.memory.faults import tried
 from qd2mora.memory.loss import RowLoss
+from qd2mora.memory.pinned import pinned
 from qd2mora.mixture import routing_of
 from qd2mora.training.processes import Processes
 from qd2mora.training.progress import Progress
@@ -87,6 +90,12 @@ class MicroBatches:
         self.routing = routing_of(self.model)
         """None where the adapter has no routers of ours."""
 
+    @cached_property
+    def drops_mask(self) -> bool:
+        """Whether attention is quicker without a mask, which rows padded on the right do not need."""
+        head: Any = output_head(self.model).linear
+        return has_flash_attention(self.processes.device, head.weight.dtype)
+
     def of(self, rows: Sequence[Row], first: int, capacity: int | None = None) -> Iterator[MicroBatch]:
         """Yield this process's micro batches, lines of like length together; keys number the rows from `first` on.
 
@@ -110,8 +119,16 @@ class MicroBatches:
             self.routing.rows = self.routing.lengths = self.routing.places = None
 
     def collated(self, part: MicroBatch) -> dict[str, Tensor]:
-        """Return a micro batch's tensors on the device."""
-        return {name: tensor.to(self.processes.device) for name, tensor in part.collated(self.pad).items()}
+        """Return a micro batch's tensors on the device, which the host does not wait for."""
+        batch, device = part.collated(self.pad), self.processes.device
+        batch["label_places"] = label_places(batch)
+        if device.type != "cuda":
+            return batch
+        if "attention_mask" in batch and self.drops_mask:
+            # Rows are padded on the right, and no token looks there: without a mask attention may take its fastest
+            # kernel, and keeps less. Routers still have to know which tokens are real.
+            batch["attended"] = batch.pop("attention_mask").bool()
+        return {name: pinned(tensor).to(device, non_blocking=True) for name, tensor in batch.items()}
 
     def row_losses(self, part: MicroBatch) -> Tensor:
         """Return the summed loss of each row, (rows,) float32, in nats."""

@@ -9,11 +9,14 @@ from planned import adapted, padded_batch, recipe_of
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from qd2mora.base import SHAPES
+from qd2mora.base import SHAPES, random_base
 from qd2mora.base.passes import CHUNK, IGNORE, OutputHead, token_losses
 from qd2mora.memory.loss import RowLoss
+from qd2mora.mixture import MixtureConfig, add_adapter, routing_of
+from qd2mora.recipe import Base
 
 TINY = SHAPES["tiny"]
+CPU = torch.device("cpu")
 
 
 def test_row_losses_are_the_cross_entropy_of_the_labelled_tokens() -> None:
@@ -28,6 +31,34 @@ def test_row_losses_are_the_cross_entropy_of_the_labelled_tokens() -> None:
     assert losses.shape == (3,)
     assert losses[2] == 0
     assert torch.allclose(losses, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["d2mora", "loramoe", "mixlora", "hydralora"])
+def test_rows_padded_on_the_right_need_no_mask(method: str) -> None:
+    """What attention may leave out on a GPU; routers and their penalties still know which tokens are real."""
+    config = MixtureConfig(method=method, rank=4, target_modules="all-linear")
+    model = add_adapter(random_base(TINY, Base(model="random:tiny", compute_dtype="float32"), CPU), config, seed=0)
+    model.train()
+    for name, tensor in model.named_parameters():
+        if "mixture_B" in name and tensor.requires_grad:
+            nn.init.normal_(tensor, std=0.05, generator=torch.Generator().manual_seed(1))
+    batch = padded_batch(3, 24, TINY.vocab)
+    batch["labels"][batch["attention_mask"] == 0] = IGNORE
+    batch["labels"][:, :5] = IGNORE
+    batch["group"] = torch.tensor([0, 1, 0])
+    results = []
+    for given in (batch, batch | {"attended": batch["attention_mask"].bool()}):
+        if "attended" in given:
+            del given["attention_mask"]
+        losses = RowLoss(model)(given)
+        losses.sum().backward()
+        penalty = sum(routing_of(model).take_values().values(), torch.zeros(()))
+        gradients = [tensor.grad for tensor in model.parameters() if tensor.grad is not None]
+        results.append([losses.detach(), penalty, *gradients])
+        model.zero_grad()
+    assert len(results[0]) == len(results[1]) > 10
+    for masked, plain in zip(*results, strict=True):
+        torch.testing.assert_close(plain, masked, rtol=1e-4, atol=1e-6)
 
 
 def inputs(num_tokens: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor, nn.Linear]:

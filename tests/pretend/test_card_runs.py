@@ -36,6 +36,8 @@ def test_a_run_ends_with_embeddings_on_the_host_layers_streamed_and_their_inputs
     away = found("streamed, all away", place / "away")
     assert away["steps"] == 6
     assert away["bad"] == 0
+    waits = [where for _, where, _ in away["waits"]]
+    assert not [where for where in waits if "micro_batches.py" in where or "memory/loss.py" in where]
     # To the byte, and no power of two: the layers, and room for inputs of rows as long as they may be.
     layers, inputs = (away["planned"][f"{name} (host)"] for name in ("streamed layers", "layer inputs"))
     assert layers < away["pinned"] <= layers + inputs
