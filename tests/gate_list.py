@@ -399,7 +399,7 @@ GATES: dict[str, Gate] = {
             instead("memory/place.py:Limit.usable", "size", "reserve", by="self.size"),
             never("memory/place.py:Place.of", "has_budget"),
             never("memory/place.py:Place.dtype", "is_here"),
-            never("training/fitting.py:fitting_plan", "begun"),
+            never("training/fitting.py:_fitting", "begun"),
             never("memory/choosing.py:Search.choose", "keeps_batch"),
         ),
     ),
