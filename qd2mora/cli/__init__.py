@@ -19,6 +19,7 @@ from qd2mora.cli import (  # isort: skip  # noqa: F401
     compare_verbs,
     inspect_verbs,
     list_verbs,
+    doctor_verb,
 )
 from qd2mora.cli.app import app
 from qd2mora.errors import DiskTrouble, InputRefused, SignalStop, StopError
