@@ -1,14 +1,20 @@
 """The same product on a CUDA device: what the CPU tests prove, where it will be used."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from interrupted import stop_after
+from safetensors.torch import load_file
 
+from qd2mora.adapter_folder import WEIGHTS
 from qd2mora.base import dense_weight, is_nf4, load_base
+from qd2mora.errors import SignalStop
 from qd2mora.mixture import MixtureConfig, MixtureLinear, Routing
-from qd2mora.recipe import Base, load_recipe
+from qd2mora.recipe import Base, Recipe, load_recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -60,3 +66,79 @@ def test_answers_and_choices_of_a_batch_are_those_of_each_row_alone(tmp_path: Pa
         whole, alone = score_task(subject, task), score_task(subject, task, rows_at_once=1)
         for one, two in zip(whole.records, alone.records, strict=True):
             assert one.loss == pytest.approx(two.loss, rel=3e-2)  # bfloat16 products in another order
+
+
+@pytest.fixture
+def small_run(tmp_path: Path) -> Callable[..., Recipe]:
+    """A recipe over a tiny base, in a folder of its own for each name."""
+    base = tiny.save_base(tmp_path / "base", tied=False)
+    tiny.save_tasks(tmp_path / "data")
+
+    def recipe_of(name: str, *overrides: str) -> Recipe:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(tiny.recipe_text(base, tmp_path / "data", tmp_path / name), encoding="utf-8")
+        return load_recipe(path, list(overrides))
+
+    return recipe_of
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
+def test_a_run_that_was_broken_off_ends_with_the_bytes_of_an_unbroken_one(
+    small_run: Callable[..., Recipe], optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qd2mora.training import train
+
+    whole, broken = (small_run(name, f"train.optimizer={optimizer}") for name in ("whole", "broken"))
+    train(whole)
+    with monkeypatch.context() as patched, pytest.raises(SignalStop):
+        stop_after(3, patched)
+        train(broken)
+    train(broken, resume=True)
+    wanted, found = (load_file(Path(each.output) / "adapter" / WEIGHTS) for each in (whole, broken))
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_a_run_reserves_no_more_than_was_planned(small_run: Callable[..., Recipe]) -> None:
+    from qd2mora.memory.ledger import CUDA_CONTEXT
+    from qd2mora.training import train
+
+    recipe = small_run("reserved")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    train(recipe)
+    planned = json.loads((Path(recipe.output) / "manifest.json").read_text(encoding="utf-8"))["plan"]
+    rounding = 64 << 20  # the allocator's blocks, which are whole MiB where this model's tensors are KiB
+    assert torch.cuda.max_memory_allocated() <= planned["peak_bytes"] - CUDA_CONTEXT + rounding
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["memory.offload.weights=stream"],
+        ["memory.offload.embeddings=cpu"],
+        ["memory.checkpointing=on", "memory.offload.activations=cpu"],
+    ],
+)
+def test_wherever_layers_lie_a_run_learns_the_same(small_run: Callable[..., Recipe], overrides: list[str]) -> None:
+    from qd2mora.training import train
+
+    here, there = train(small_run("here")), train(small_run("there", *overrides))
+    for task, loss in here.eval_loss.items():
+        assert there.eval_loss[task] == pytest.approx(loss, rel=1e-3)
+
+
+def test_pinned_pages_are_those_of_the_buffers() -> None:
+    from qd2mora.memory.pinned import host_buffer
+
+    class Owner:
+        """Keeps the pages registered."""
+
+    owner = Owner()
+    buffer = host_buffer(owner, ((3 << 20) + 12345,), torch.uint8, is_pinned=True)
+    assert buffer.is_pinned()
+    target = torch.empty(len(buffer), dtype=torch.uint8, device="cuda")
+    buffer.random_(0, 255)
+    target.copy_(buffer, non_blocking=True)
+    torch.cuda.synchronize()
+    assert torch.equal(target.cpu(), buffer)

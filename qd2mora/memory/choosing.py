@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from qd2mora.memory.ledger import ledger
+from qd2mora.memory.streaming import SLOTS
 from qd2mora.memory.techniques import TECHNIQUES, Case, Layout, refuse_unfit
 
 GIB = 1 << 30
@@ -25,14 +26,23 @@ KEPT_WITHOUT_BUDGET = GIB
 
 def predicted_cost(layout: Layout, max_length: int, num_layers: int) -> float:
     """Return the predicted time of a token, in passes over it on a busy device."""
-    tokens, recomputed = layout.micro_batch * max_length, layout.recomputed / num_layers
-    cost = (2 + recomputed) * (1 + FIXED_TOKENS / tokens)
-    if layout.stream:
-        # Copies run beside the computing, so that the slower of the two is what a token takes.
-        cost = max(cost, 2 * COPY_PASSES / tokens)
+    # Copies run beside the computing, so that the slower of the two is what a token takes.
+    cost = max(_computing(layout, max_length, num_layers), _copying(layout, max_length, num_layers))
     for technique in TECHNIQUES:
-        cost *= 1 + technique.cost(layout, recomputed)
+        cost *= 1 + technique.cost(layout, layout.recomputed / num_layers)
     return cost
+
+
+def _computing(layout: Layout, max_length: int, num_layers: int) -> float:
+    """Return what computing takes of a token's time, in passes over it."""
+    return (2 + layout.recomputed / num_layers) * (1 + FIXED_TOKENS / (layout.micro_batch * max_length))
+
+
+def _copying(layout: Layout, max_length: int, num_layers: int) -> float:
+    """Return what copies of streamed layers take: all that do not stay, once forward and once backward."""
+    if not layout.stream:
+        return 0.0
+    return 2 * COPY_PASSES * (1 - layout.resident / num_layers) / (layout.micro_batch * max_length)
 
 
 @dataclass(frozen=True)
@@ -60,29 +70,29 @@ class Search:
         if limit is None:
             return self._without_limit(layouts), True
         if keeps_batch:
-            found = self._fewest_recomputed(self._largest(layouts), limit)
+            found = self._fewest_recomputed(replace(self._largest(layouts), resident=0), limit)
             if found is not None:
                 return found, True
         best: Layout | None = None
         # At their fastest first, so that most need no look at their memory.
         for layout in sorted(layouts, key=self.cost):
             if best is None or self.cost(layout) < self.cost(best):
-                found = self._fewest_recomputed(layout, limit)
-                if found is not None and (best is None or self.cost(found) < self.cost(best)):
-                    best = found
+                for found in self._fitting(layout, limit):
+                    if best is None or self.cost(found) < self.cost(best):
+                        best = found
         if best is not None:
             return best, True
         return min((self._smallest(layout) for layout in layouts), key=self.peak), False
 
     def _layouts(self) -> Iterator[Layout]:
-        """Yield what may be combined; recomputed layers at their fewest."""
+        """Yield what may be combined, at its fastest: the fewest layers recomputed, of streamed ones the most kept."""
         options = [technique.options(self.case, technique.asked(self.case.recipe)) for technique in TECHNIQUES]
         for micro_batch in self._micro_batches():
             for values in product(*options):
                 layout = Layout(micro_batch, 0, self.case.dtype, self.case.on_gpu)
                 for technique, value in zip(TECHNIQUES, values, strict=True):
                     layout = technique.applied(layout, value)
-                yield replace(layout, recomputed=self._recomputed(layout)[0])
+                yield replace(layout, recomputed=self._recomputed(layout)[0], resident=self._most_to_stay(layout))
 
     def _recomputed(self, layout: Layout) -> tuple[int, int]:
         """Return the fewest and the most layers that may be recomputed; only inputs of such can leave the device."""
@@ -110,12 +120,55 @@ class Search:
                 fewest = middle + 1
         return replace(layout, recomputed=most)
 
+    def _fitting(self, layout: Layout, limit: int) -> Iterator[Layout]:
+        """Yield what a layout may become that fits, the fastest among them.
+
+        The fewest recomputed, where copies hide behind the computing. Where they do not, recomputing makes room for
+        layers that stay, and takes time as these save it: the best is where computing and copying take as long.
+        """
+        found = self._fewest_recomputed(replace(layout, resident=0), limit)
+        if found is None:
+            return
+        if not found.stream:
+            yield found
+            return
+        fewest, most = found.recomputed, self._recomputed(layout)[1]
+        while fewest < most:
+            middle = (fewest + most) // 2
+            if self._waits_for_copies(self._most_resident(replace(layout, recomputed=middle), limit)):
+                fewest = middle + 1
+            else:
+                most = middle
+        for number in {max(found.recomputed, most - 1), most}:
+            yield self._most_resident(replace(layout, recomputed=number), limit)
+
+    def _waits_for_copies(self, layout: Layout) -> bool:
+        length, num_layers = self.case.recipe.data.max_length, self.case.shapes.num_layers
+        return _copying(layout, length, num_layers) > _computing(layout, length, num_layers)
+
+    def _most_resident(self, layout: Layout, limit: int) -> Layout:
+        """Keep as many layers on the device as fit beside what does; two at least are streamed."""
+        if not layout.stream:
+            return layout
+        fewest, most = 0, self._most_to_stay(layout)
+        while fewest < most:
+            middle = (fewest + most + 1) // 2
+            if self.peak(replace(layout, resident=middle)) <= limit:
+                fewest = middle
+            else:
+                most = middle - 1
+        return replace(layout, resident=fewest)
+
+    def _most_to_stay(self, layout: Layout) -> int:
+        """Return how many layers may stay where others are streamed: fewer than two would not take turns."""
+        return max(0, self.case.shapes.num_layers - SLOTS) if layout.stream else 0
+
     def _smallest(self, layout: Layout) -> Layout:
-        return replace(layout, recomputed=self._recomputed(layout)[1])
+        return replace(layout, recomputed=self._recomputed(layout)[1], resident=0)
 
     def _without_limit(self, layouts: list[Layout]) -> Layout:
         """Take the largest micro batch and the fastest layout; recompute where activations are large."""
-        keeping = self._largest(layouts)
+        keeping = replace(self._largest(layouts), resident=0)
         written = ledger(self.case.shapes, self.case.recipe, keeping)
         activations = (written.items | written.elsewhere).get("activations", 0)
         # Nothing bounds the memory here, but a machine whose memory cannot be read may still be small.

@@ -22,7 +22,7 @@ from qd2mora.memory.activations import (
 )
 from qd2mora.memory.shapes import Shapes
 from qd2mora.memory.sizes import block_maxima, dequantised_bytes, nf4_bytes, penalty_bytes, trainable_bytes
-from qd2mora.memory.streaming import SLOTS, aligned
+from qd2mora.memory.streaming import SLOTS, aligned, streamed_layers
 from qd2mora.memory.techniques import Layout
 from qd2mora.recipe import Recipe
 
@@ -116,7 +116,7 @@ def _leave_for_host(static: dict[str, int], shapes: Shapes, recipe: Recipe, layo
     if layout.stream:
         is_nf4 = recipe.base.quantization == "nf4"
         weights, state, largest, all_buffers = _streamed_bytes(
-            shapes, is_nf4, recipe.base.double_quant, layout.dtype.itemsize
+            shapes, is_nf4, recipe.base.double_quant, layout.dtype.itemsize, layout.resident
         )
         if is_nf4:
             static["4-bit weights"] -= weights
@@ -150,13 +150,16 @@ def _weight_bytes(shapes: Shapes, is_nf4: bool, double_quant: bool, item: int) -
 
 
 @lru_cache(maxsize=64)
-def _streamed_bytes(shapes: Shapes, is_nf4: bool, double_quant: bool, item: int) -> tuple[int, int, int, int]:
-    """Return what all layers stream: bytes of weights, of block maxima, of the largest buffer and of all buffers."""
+def _streamed_bytes(
+    shapes: Shapes, is_nf4: bool, double_quant: bool, item: int, resident: int
+) -> tuple[int, int, int, int]:
+    """Return what is streamed: bytes of weights, of block maxima, of the largest buffer and of all buffers."""
     # As `streaming` lays its buffers out: one a layer, each tensor at a multiple of the alignment.
     weights = state = 0
     buffers = []
-    for linears in shapes.of_layers():
-        buffer = 0
+    layers = shapes.of_layers()
+    for index in streamed_layers(len(layers), resident):
+        linears, buffer = layers[index], 0
         for linear in linears:
             packed, maxima = item * linear.entries, list[int]()
             if is_nf4:

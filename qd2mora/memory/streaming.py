@@ -24,6 +24,15 @@ ALIGNMENT = 256
 """Bytes that each tensor in a buffer starts at a multiple of, as the device's own allocator has it."""
 
 
+def streamed_layers(num_layers: int, resident: int) -> list[int]:
+    """Return which decoder layers visit the device where `resident` others stay there.
+
+    Those that stay are spread evenly: while one computes nothing has to be copied, so a copy hides behind two layers.
+    """
+    stay = {(2 * number + 1) * num_layers // (2 * resident) for number in range(resident)}
+    return [index for index in range(num_layers) if index not in stay]
+
+
 class LayerStream:
     """Streams the frozen linears of decoder layers to a device; `copied` lists the layers copied, in order."""
 
@@ -161,7 +170,7 @@ def frozen_tensors(layer: nn.Module) -> Iterator[tuple[object, str, Tensor]]:
 
 
 def move_unstreamed(model: nn.Module, device: torch.device, but: nn.Module | None) -> None:
-    """Move what is not streamed to the device: norms, head, tables of quantisation states, the embedding.
+    """Move what is not streamed to the device: norms, head, tables of quantisation states, embedding, resident layers.
 
     `but` stays where it is.
     """
@@ -178,10 +187,10 @@ def move_unstreamed(model: nn.Module, device: torch.device, but: nn.Module | Non
         weight: Any = getattr(module, "weight", None)
         if hasattr(weight, "quant_state"):
             state = weight.quant_state
-            state.code = state.code.to(device)
+            state.code, state.absmax = state.code.to(device), state.absmax.to(device)
             if state.nested:
                 state.offset = state.offset.to(device)
-                state.state2.code = state.state2.code.to(device)
+                state.state2.code, state.state2.absmax = state.state2.code.to(device), state.state2.absmax.to(device)
 
 
 def aligned(size: int) -> int:
@@ -189,4 +198,4 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-__all__ = ["SLOTS", "LayerStream", "aligned", "frozen_tensors", "move_unstreamed"]
+__all__ = ["SLOTS", "LayerStream", "aligned", "frozen_tensors", "move_unstreamed", "point_at", "streamed_layers"]

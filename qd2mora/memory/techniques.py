@@ -18,7 +18,7 @@ from qd2mora.memory.checkpointing import decoder_layers, recompute_layers
 from qd2mora.memory.embedding import keep_embedding_on_host
 from qd2mora.memory.lean import make_lean
 from qd2mora.memory.shapes import Shapes
-from qd2mora.memory.streaming import LayerStream, move_unstreamed
+from qd2mora.memory.streaming import LayerStream, move_unstreamed, streamed_layers
 from qd2mora.recipe import Recipe
 from qd2mora.recipe.optimizers import OPTIMIZERS, OptimizerName, possible
 
@@ -39,6 +39,8 @@ class Layout:
     offload_activations: bool = False
     offload_embeddings: bool = False
     stream: bool = False
+    resident: int = 0
+    """Decoder layers that stay on the device while the others are streamed."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,13 @@ def _why_weights_here(case: Case) -> str:
     return _why_here(case)
 
 
+def _why_streamed(layout: Layout) -> str:
+    words = "frozen layers wait on the host and visit the device two at a time"
+    if layout.resident:
+        words += f"; {layout.resident} stay there, for which there is room"
+    return words
+
+
 # Shares of a step on a busy device: rough, and meant for their order, by which the planner takes them.
 TECHNIQUES = (
     Technique(
@@ -193,7 +202,7 @@ TECHNIQUES = (
             case, asked, not case.has_engine and not reads_weights_at_start(case.recipe)
         ),
         share=lambda layout, recomputed: 0.1,
-        why=lambda layout: "frozen layers wait on the host and visit the device two at a time",
+        why=_why_streamed,
         why_not=_why_weights_here,
         words={True: "stream", False: "none"},
     ),
@@ -258,7 +267,8 @@ def prepare_base(base: PreTrainedModel, layout: Layout, device: torch.device) ->
     make_lean(base)
     stream = None
     if layout.stream:
-        stream = LayerStream(list(decoder_layers(base)), device)
+        layers = list(decoder_layers(base))
+        stream = LayerStream([layers[index] for index in streamed_layers(len(layers), layout.resident)], device)
         staying = None
         if layout.offload_embeddings:
             staying = base.get_input_embeddings()

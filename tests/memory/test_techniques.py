@@ -3,6 +3,7 @@
 import weakref
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from qd2mora.base import Shape, random_base
 from qd2mora.memory.checkpointing import Boundaries, decoder_layers, recompute_layers
 from qd2mora.memory.ledger import ledger
 from qd2mora.memory.loss import RowLoss, labelled_states
+from qd2mora.memory.plan import plan
 from qd2mora.memory.shapes import read_shapes
-from qd2mora.memory.streaming import LayerStream, frozen_tensors
+from qd2mora.memory.sizes import CODE_BOOK, NESTED_TABLES
+from qd2mora.memory.streaming import LayerStream, frozen_tensors, streamed_layers
 from qd2mora.memory.techniques import Layout, prepare_base
 from qd2mora.mixture import add_adapter
 from qd2mora.recipe import Base
@@ -68,6 +71,8 @@ def plain_result(**base: Any) -> list[Tensor]:
         replace(PLAIN, offload_embeddings=True),
         replace(PLAIN, stream=True),
         replace(PLAIN, recomputed=2, stream=True),
+        replace(PLAIN, stream=True, resident=2),
+        replace(ALL_AT_ONCE, resident=3),
         ALL_AT_ONCE,
     ],
 )
@@ -117,6 +122,41 @@ def test_an_evaluation_in_between_and_a_broken_pass_do_no_harm() -> None:
     plain, *_ = plain_result()
     assert torch.equal(evaluated, plain.detach())
     assert all(map(torch.equal, losses_and_gradients(model), plain_result()))
+
+
+@pytest.mark.parametrize(("layers", "resident"), [(5, 0), (5, 1), (5, 3), (32, 28), (48, 20)])
+def test_resident_layers_are_spread_among_the_streamed(layers: int, resident: int) -> None:
+    streamed = streamed_layers(layers, resident)
+    assert len(streamed) == layers - resident
+    staying = sorted(set(range(layers)) - set(streamed))
+    gaps = [after - before for before, after in pairwise([-1, *staying, layers])]
+    assert not staying or max(gaps) <= layers // resident + 1
+
+
+def test_resident_layers_are_planned_where_they_lie() -> None:
+    recipe, resident = recipe_of(adapter={**PAPER, "rank": 4}), 2
+    model = random_base(FIVE, Base(model="random:tiny", compute_dtype="float32"), CPU)
+    stream = prepare_base(model, replace(PLAIN, stream=True, resident=resident), CPU)
+    assert stream is not None
+    written = cpu_ledger(FIVE, recipe, 1, 5, torch.float32, stream=True, resident=resident).items
+    assert sum(host.nbytes for host in stream.hosts) == written["streamed layers (host)"]
+    slots = {slot.untyped_storage().data_ptr() for slot in stream.slots}
+    tensors = [tensor for layer in decoder_layers(model) for *_, tensor in frozen_tensors(layer)]
+    staying = sum(each.nbytes for each in tensors if each.untyped_storage().data_ptr() not in slots)
+    tables = CODE_BOOK + NESTED_TABLES  # of every linear: they stay whether it is streamed or not
+    linears = sum(isinstance(part, torch.nn.Linear) for layer in decoder_layers(model) for part in layer.modules())
+    assert staying == written["4-bit weights"] + written["quantisation state"] - linears * tables
+
+
+def test_room_that_is_left_goes_to_layers_and_no_plan_is_above_its_budget() -> None:
+    recipe = recipe_of("random:llama2-7b", 256, train={"global_batch": 1})  # copies are what is waited for
+    budgets = [size << 20 for size in (2500, 3000, 3500, 4000, 4500)]
+    plans = [plan(recipe, budget) for budget in budgets]
+    assert all(planned.fits for planned in plans)
+    resident = [planned.layout.resident for planned in plans if planned.layout.stream]
+    assert len(resident) >= 3
+    assert resident == sorted(resident)
+    assert resident[0] < resident[-1] <= 30
 
 
 def test_streamed_weights_leave_only_their_slots_on_the_device() -> None:

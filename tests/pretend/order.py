@@ -20,6 +20,7 @@ from torch import Tensor
 card.add_paths()
 
 from qd2mora.base import Shape, random_base  # noqa: E402
+from qd2mora.memory import streaming  # noqa: E402
 from qd2mora.memory.checkpointing import Boundaries, decoder_layers, recompute_layers  # noqa: E402
 from qd2mora.memory.lean import make_lean  # noqa: E402
 from qd2mora.memory.loss import RowLoss  # noqa: E402
@@ -59,7 +60,7 @@ def host_memory_for_a_gpu() -> Iterator[None]:
         torch.empty, Tensor.to = empty, to
 
 
-def races(is_streamed: bool, recomputed: int, offload: bool) -> int:
+def races(is_streamed: bool, recomputed: int, offload: bool, resident: int = 0) -> int:
     """Run three passes; return how many accesses no event puts in order."""
     streams.ORDER.start_anew()
     base = random_base(SHAPE, Base(model="random:tiny", compute_dtype="float32"), torch.device("cpu"))
@@ -67,7 +68,8 @@ def races(is_streamed: bool, recomputed: int, offload: bool) -> int:
     device: Any = SaysCuda()
     with host_memory_for_a_gpu():
         if is_streamed:
-            LayerStream(list(decoder_layers(base)), device)
+            layers = list(decoder_layers(base))
+            LayerStream([layers[index] for index in streaming.streamed_layers(len(layers), resident)], device)
         if recomputed:
             recompute_layers(base, recomputed, offload, device)
         model = add_adapter(base, MixtureConfig(method="d2mora", target_modules="all-linear", rank=4), seed=0).train()
@@ -103,6 +105,7 @@ WHOLE = {
     "streamed": STREAMED,
     "streamed and recomputed": (True, 3, False),
     "streamed, recomputed, inputs away": (True, 5, True),
+    "streamed, two resident": (True, 3, False, 2),
     "inputs away": AWAY,
 }
 _WAITS_FOR_DEVICE = "self._stream.wait_stream(torch.cuda.current_stream(self.device))"
