@@ -30,6 +30,8 @@ MEASURED = 2
 """Micro batches that are timed, after one that warms up."""
 LONGEST_S = 60.0
 """Seconds after which one micro batch has to do."""
+LARGEST_PEAK = 8 << 30
+"""Of a plan, up to which it is tried out where nobody asks for it."""
 LARGEST_BYTES = 2 << 30
 """Of a base's files, up to which it is loaded to be timed where nobody asks for it: beyond, that takes minutes."""
 
@@ -59,6 +61,11 @@ def why_not_timed(recipe: Recipe, planned: Plan, rows: Sequence[Row], *, is_aske
     size = sum(path.stat().st_size for path in weight_files(recipe.base.model))
     if size > LARGEST_BYTES and not is_asked:
         return f"loading {size / 2**30:.1f} GiB takes a while; --time measures all the same"
+    # An adapter may be larger than its base, and a step's memory larger than both.
+    if planned.peak_bytes > LARGEST_PEAK and not is_asked:
+        return f"a step takes {planned.peak_bytes / 2**30:.1f} GiB; --time measures all the same"
+    if not planned.fits:
+        return "the plan does not fit"
     return ""
 
 

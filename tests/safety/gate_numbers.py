@@ -8,6 +8,7 @@ from forked import Result
 from printed import Printed, run_on
 from pydantic import BaseModel
 
+from qd2mora.errors import SignalStop
 from qd2mora.recipe import Recipe
 
 INTEGERS = (-1, 0, 1, 2**12, 2**20, 2**20 + 1, 10**9, 2**32, 2**63, 2**64, 10**30, 10**400)
@@ -107,7 +108,10 @@ def _is_answered(printed: Printed) -> bool:
         return "Traceback" not in printed.err
     is_line = printed.err.startswith("error: ") and printed.err.count("\n") == 1 and len(printed.err) < 1000
     is_told = printed.code == 3 and not printed.err  # `plan` tells of what does not fit on standard output
-    return is_told or (printed.code in (2, 3, 4, 5) and is_line)
+    is_stopped = (
+        printed.code == SignalStop.exit_code and "Traceback" not in printed.err
+    )  # its time was over, as it was asked for
+    return is_told or is_stopped or (printed.code in (2, 3, 4, 5) and is_line)
 
 
 __all__ = ["cases", "gate", "numeric_keys"]

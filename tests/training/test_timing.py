@@ -70,10 +70,13 @@ def test_where_nothing_is_measured_it_is_said(
     assert line.startswith("time: not estimated, as ") and words in line
 
 
-def test_a_large_base_is_loaded_only_where_that_is_asked_for(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", ["LARGEST_BYTES", "LARGEST_PEAK"])
+def test_a_large_base_or_adapter_is_tried_only_where_that_is_asked_for(
+    limit: str, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = recipe(made)
     rows = next(iter(first_rows(asked.data, load_tokenizer(str(made / "base"))))).rows
-    monkeypatch.setattr(timing, "LARGEST_BYTES", 1)
+    monkeypatch.setattr(timing, limit, 1)
     assert "--time measures all the same" in why_not_timed(asked, plan(asked), rows, is_asked=False)
     assert why_not_timed(asked, plan(asked), rows, is_asked=True) == ""
     assert json.dumps(plan(asked).to_json())
