@@ -48,6 +48,7 @@ def mix(step: RankStep, u_ext: Tensor, small: Small) -> Tensor:
     # A view on what `fused` makes; the kernels count places from one start with one stride.
     u_TF = u_ext.reshape(-1, u_ext.shape[-1]).contiguous()
     v_TP = torch.empty(len(u_TF), step.width_up + step.shared, dtype=torch.float32, device=u_TF.device)
+    # Any pointer does for a router that is not there: no branch of the kernel reads it.
     router = small.get("router_up", u_TF)
     _forward[kernel.grid(len(u_TF))](u_TF, router.contiguous(), v_TP, len(u_TF), **kernel.constants)
     return v_TP.view(*u_ext.shape[:-1], -1)
@@ -219,6 +220,7 @@ def _forward(  # type: ignore[no-untyped-def]
     if TIED:
         tl.store(v_ptr + _cube(at, m, r, N * R + S, R), u, mask=has_down)
     else:
+        # Chained banks: z = sum_i alpha_i u_i, the one code that all up experts read; v_j = beta_j z.
         z = tl.sum(u, 1)
         # Without an up gate there is one up expert (`check_counts`), and v is z.
         v = z[:, None, :] + tl.zeros([BT, NP, RP], tl.float32)

@@ -49,6 +49,7 @@ class Routing(Text):
         self.group = batch.get("group")
         self.external = batch.get("external")
         self.segments = batch.get("segments")
+        # Told, not seen: a decoder's arguments hold no labels, and the prompt is what stands before the first of them.
         self.read_labels(batch.get("labels"), batch.get("attention_mask"))
 
     def tasks_among(self, num_tasks: int) -> Tensor:

@@ -20,6 +20,7 @@ def fitting_plan(recipe: Recipe, device: torch.device, begun: Manifest | None = 
     What is free may be another number than at the start, and another micro batch would give other bytes: what sums
     depend on stays as it was wherever it still fits, and where not, that is logged.
     """
+    # Of `auto` keys the first start has decided; what is free today must not decide again.
     if begun is not None:
         planned = plan(_as_begun(recipe, begun), device=device)
         if planned.fits:

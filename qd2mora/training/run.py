@@ -144,6 +144,7 @@ def train(
         if resume:
             before = processes.from_main(lambda: read_manifest(folder))
         start = Start(recipe, folder, accelerator, processes, stop, time_limit, before, allow_changed)
+        # A resume computes with the threads that its run began with; whoever called gets back their own.
         held.callback(torch.set_num_threads, torch.get_num_threads())
         return _train_locked(start)
 
@@ -165,6 +166,7 @@ def _train_locked(start: Start) -> Trained:
     updater = _updater(start, inputs, model, frozen)
     progress, problems = _restored(start, updater)
     _open(start, inputs, ancestry, progress)
+    # Hashed once, above: every adapter of the run, the best ones too, carries it.
     mark = base_identity(inputs.recipe.base, str(ancestry.identity["base"]))
     journal = Journal(folder.metrics, start.accelerator, StepDisplay(course.total_steps, progress.step))
     batches = _micro_batches(inputs, model, updater, processes, progress, journal)
