@@ -17,7 +17,7 @@ from qd2mora.data.instruction import split
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation import TalkOptions, chat, generate
 from qd2mora.evaluation.subject import model_mark
-from qd2mora.merging import merge
+from qd2mora.merging import ExportOptions, merge
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}[assistant]"
 
@@ -28,10 +28,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("talking")
     run = make_run(folder, "d2mora")
     for name, to, dtype in (("exact", "exact", "float32"), ("nf4", "exact", "nf4")):
-        merge(run, folder / name, to=to, dtype=dtype, measured_rows=0)
+        merge(run, folder / name, ExportOptions(to=to, dtype=dtype, measured_rows=0))
     # One static update in two forms, whichever it is.
     for name, to in (("hf", "hf"), ("lora", "lora")):
-        merge(run, folder / name, to=to, dtype="float32", strategy="core_lsq", measured_rows=0)
+        merge(run, folder / name, ExportOptions(to=to, dtype="float32", strategy="core_lsq", measured_rows=0))
     tiny.save_base(folder / "talker", seed=3)
     tokenizer = AutoTokenizer.from_pretrained(folder / "talker")
     tokenizer.chat_template = TEMPLATE

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from qd2mora.base import load_base, load_tokenizer
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation import TalkOptions, generate
-from qd2mora.merging import merge
+from qd2mora.merging import ExportOptions, merge
 from qd2mora.merging.base_weights import BaseWeights
 from qd2mora.merging.exact import refuse_unfit, routed_parts, write_exact
 from qd2mora.mixture import read_rows
@@ -115,8 +115,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run and its exact exports on a base in 16 bits and in four."""
     folder = tmp_path_factory.mktemp("exported")
     run = make_run(folder, "d2mora")
-    merge(run, folder / "half", to="exact", measured_rows=0)
-    export = merge(run, folder / "nf4", to="exact", dtype="nf4")
+    merge(run, folder / "half", ExportOptions(to="exact", measured_rows=0))
+    export = merge(run, folder / "nf4", ExportOptions(to="exact", dtype="nf4"))
     assert export.exact and export.fidelity is not None and export.fidelity.kl_per_token == 0
     return folder
 
@@ -169,7 +169,7 @@ def test_what_the_code_file_does_not_run_is_refused_before_anything_is_written(
 ) -> None:
     run = make_run(tmp_path, method, adapter=more)
     with pytest.raises(InputRefused, match=words):
-        merge(run, tmp_path / "out", to="exact")
+        merge(run, tmp_path / "out", ExportOptions(to="exact"))
     assert not (tmp_path / "out").exists()
 
 

@@ -16,7 +16,7 @@ from qd2mora.base import dense_weight, load_base, load_tokenizer
 from qd2mora.data import collate, prepare
 from qd2mora.errors import InputRefused, NotFinite
 from qd2mora.evaluation import Exam, TalkOptions, evaluate, generate
-from qd2mora.merging import core_lsq, mean_gate, merge
+from qd2mora.merging import ExportOptions, core_lsq, mean_gate, merge
 from qd2mora.merging.fidelity import unexplained
 from qd2mora.merging.statistics import Moments, collect, decode
 from qd2mora.mixture import MixtureConfig, add_adapter, mixture_layers
@@ -54,7 +54,7 @@ def batches(run: Path) -> list[dict[str, torch.Tensor]]:
 def test_an_export_without_token_routing_is_exact_to_rounding(method: str, tied: bool, tmp_path: Path) -> None:
     run = make_run(tmp_path, method, tied=tied)
     task = "last" if method == "moelora" else None
-    export = merge(run, tmp_path / "out", task=task)
+    export = merge(run, tmp_path / "out", ExportOptions(task=task))
     opened = open_run(run)
     model = opened.model
     model.base_model.routing.task_index = torch.tensor([1])
@@ -76,7 +76,7 @@ def test_routing_by_task_needs_the_task(tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match="first, last"):
         merge(run, tmp_path / "out")
     with pytest.raises(InputRefused, match="no task 'other'"):
-        merge(run, tmp_path / "out", task="other")
+        merge(run, tmp_path / "out", ExportOptions(task="other"))
     assert not (tmp_path / "out").exists()
 
 
@@ -159,7 +159,7 @@ def test_the_report_says_what_an_approximate_export_keeps(tmp_path: Path) -> Non
     with pytest.raises(InputRefused, match="not empty"):
         merge(run, tmp_path / "out")
     with pytest.raises(InputRefused, match="did you mean 'core_lsq'"):
-        merge(run, tmp_path / "other", strategy="core_lqs")
+        merge(run, tmp_path / "other", ExportOptions(strategy="core_lqs"))
 
 
 def test_the_export_is_the_model_that_the_report_measured(tmp_path: Path) -> None:

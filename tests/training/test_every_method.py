@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation import TalkOptions, generate
-from qd2mora.merging import merge
+from qd2mora.merging import ExportOptions, merge
 from qd2mora.mixture.presets import METHODS
 from qd2mora.recipe import Recipe, load_recipe
 from qd2mora.run_folder import open_run
@@ -98,7 +98,7 @@ def check_run(folder: Path, method: str) -> None:
         return
     # The cheapest closed form where a strategy is needed at all: what they keep is `tests/merging`'s.
     strategy = "core_lsq" if row.gates.depends_on == "token" else "auto"
-    merge(folder / "run", folder / "out", strategy=strategy, task=task, vector=vector)
+    merge(folder / "run", folder / "out", ExportOptions(strategy=strategy, task=task, vector=vector))
     report = json.loads((folder / "out" / "export_report.json").read_text(encoding="utf-8"))
     assert report["exact"] == (row.gates.depends_on != "token")
     if report["exact"]:
