@@ -166,7 +166,6 @@ def _train_locked(start: Start) -> Trained:
     updater = _updater(start, inputs, model, frozen)
     progress, problems = _restored(start, updater)
     _open(start, inputs, ancestry, progress)
-    # Hashed once, above: every adapter of the run, the best ones too, carries it.
     mark = base_identity(inputs.recipe.base, str(ancestry.identity["base"]))
     journal = Journal(folder.metrics, start.accelerator, StepDisplay(course.total_steps, progress.step))
     batches = _micro_batches(inputs, model, updater, processes, progress, journal)
