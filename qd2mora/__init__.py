@@ -27,6 +27,7 @@ _LAZY = {
     "plan": "qd2mora.memory.plan",
     "train": "qd2mora.training",
     "merge": "qd2mora.merging",
+    "ExportOptions": "qd2mora.merging",
     "evaluate": "qd2mora.evaluation",
 }
 
@@ -75,4 +76,14 @@ if "peft" in sys.modules:
 else:
     sys.meta_path.insert(0, _PeftFinder())
 
-__all__ = ["MixtureConfig", "MixtureModel", "__version__", "evaluate", "load_recipe", "merge", "plan", "train"]
+__all__ = [
+    "ExportOptions",
+    "MixtureConfig",
+    "MixtureModel",
+    "__version__",
+    "evaluate",
+    "load_recipe",
+    "merge",
+    "plan",
+    "train",
+]

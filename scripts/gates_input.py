@@ -1,7 +1,7 @@
 """Do hostile or damaged inputs end in one clear line, and does each guard matter?
 
     python scripts/gates_input.py                # every gate in its long size, then every mutant; about 15 minutes
-    python scripts/gates_input.py --only P1 V1   # some gates; --quick: in the size of the tests
+    python scripts/gates_input.py --only P1 V1   # some gates; --quick: in the size of the mutants
     python scripts/gates_input.py --no-mutants   # or --no-gates
 
 Each mutant is an edit of a guarded line in a copy of the source tree, on which the quick gate must fail. What ran whole
@@ -69,7 +69,7 @@ def run_gates(names: list[str], quick: bool) -> dict[str, Any]:
         made = gate_canaries.make_run(Path(folder) / "made")
         for name in names:
             began = time.monotonic()
-            result = gates.run_gate(name, made, Path(folder), quick=quick)
+            result = gates.run_gate(name, made, Path(folder), "quick" if quick else "long")
             seconds = round(time.monotonic() - began, 1)
             found[name] = {"cases": result.cases, "failures": result.failures, **result.numbers, "seconds": seconds}
             print(

@@ -155,6 +155,8 @@ def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> torch.Tensor:
     waves = 2 * math.pi * float(rope["rope_theta"]) ** half
     factor, length = rope["factor"], rope["original_max_position_embeddings"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    # Waves that fit the old context often stay as they are, those longer than it stretch by the whole factor, and
+    # between the two the frequencies mix. A file holds divisors of frequencies, hence one over.
     smooth = ((length / waves - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - smooth) / factor + smooth)).float()
 
@@ -174,6 +176,7 @@ def llama3_rope(factors: torch.Tensor, theta: float, head_dim: int) -> dict[str,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 1 << exponent,
         }
+        # The whole vector has to come out: one factor alone fits several lengths.
         if torch.allclose(llama3_factors(rope, head_dim), factors, rtol=1e-4, atol=0):
             return rope
     return None

@@ -17,6 +17,8 @@ def nf4_config(base: Base, dtype: torch.dtype) -> BitsAndBytesConfig | None:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=base.double_quant,
+        # Packed bytes stay uint8, bitsandbytes' default: other storage dtypes look like numbers to an engine that
+        # casts.
         bnb_4bit_compute_dtype=dtype,
     )
 
@@ -25,6 +27,7 @@ def nf4_linear(weight: Tensor, base: Base, dtype: torch.dtype) -> nn.Linear:
     """Return a 4-bit linear of a dense weight (d_out, d_in) on its device, without a bias, as loading makes them."""
     import bitsandbytes as bnb
 
+    # On meta, and quantised by the move to the weight's device: at no time is there a second dense weight.
     linear = bnb.nn.Linear4bit(
         weight.shape[1], weight.shape[0], bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
     )
@@ -41,6 +44,7 @@ def is_nf4(linear: nn.Module) -> bool:
 
 def dense_weight(linear: nn.Linear) -> Tensor:
     """Return a linear's weight as float32, (d_out, d_in), dequantised where it is 4-bit; a fresh tensor."""
+    # A clone even where it is float32 already: callers add updates into it.
     if not is_nf4(linear):
         return linear.weight.detach().float().clone()
     from bitsandbytes.functional import dequantize_4bit

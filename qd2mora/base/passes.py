@@ -47,6 +47,7 @@ def last_states(model: Model, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the final hidden states of a collated batch, (rows, length, hidden), in the compute dtype."""
     # Packed rows bring positions instead of a mask: transformers bounds attention where positions restart.
     told = {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}
+    # The decoder, not the model: its head would make logits of every token. Without a cache, which nobody reads here.
     decoder: nn.Module = _transformers_model(model).get_decoder()
     states: Tensor = decoder(input_ids=batch["input_ids"], **told, use_cache=False).last_hidden_state
     return states
@@ -142,6 +143,7 @@ def token_losses(hidden: Tensor, targets: Tensor, head: OutputHead, chunk: int =
     autograd, which holds twice as much; so does one that ZeRO-3 gathers when, and only when, its module is called.
     """
     linear = head.linear
+    # The exact type: a subclass (4-bit, adapted) multiplies in its own way, and its weight says nothing.
     is_frozen = type(linear) is nn.Linear and linear.bias is None and not linear.weight.requires_grad
     if is_frozen and not hasattr(linear.weight, "ds_id"):
         losses: Tensor = _FrozenHeadLoss.apply(hidden, targets, linear.weight, head, chunk)
@@ -171,6 +173,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         losses, greatest, sums = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
         for part in _chunks_of(len(hidden), chunk):
             losses[part], greatest[part], sums[part] = _losses_of_chunk(hidden[part], targets[part], weight, head)
+        # Two float32 numbers a token stand for its logits: with the states they give the softmax again.
         ctx.save_for_backward(hidden, targets, weight, greatest, sums)
         ctx.head, ctx.chunk = head, chunk
         return losses
@@ -202,9 +205,11 @@ def _gradient_of_chunk(states: Tensor, targets: Tensor, weight: Tensor, head: Ou
     greatest, sums, gradient = known
     logits = _logits(states, weight, head)
     slope = None
+    # Now, because the logits are overwritten: what tanh lets through, 1 - tanh^2.
     if head.cap is not None:
         slope = logits.div(head.cap).square_().neg_().add_(1)
     logits.sub_(greatest[:, None]).exp_().div_(sums[:, None])
+    # Softmax less the one at the target: the gradient of cross-entropy.
     logits.scatter_add_(1, targets[:, None], logits.new_full((len(targets), 1), -1.0))
     if slope is not None:
         logits.mul_(slope)

@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -75,26 +75,27 @@ def merge(
         return
     if out is None:
         raise InputRefused("--out: name a new folder for the export")
+    from qd2mora.merging import ExportOptions, merge_tasks
     from qd2mora.merging import merge as run_merge
-    from qd2mora.merging import merge_tasks
     from qd2mora.report import show_export
 
-    options: dict[str, Any] = {
-        "strategy": strategy,
-        "vector": numbers(vector),
-        "to": to,
-        "base": base,
-        "dtype": dtype,
-        "max_shard": max_shard,
-        "with_vocabulary": not no_vocabulary,
-        "allow_changed": allow_changed or (),
-        "measured_rows": _rows_to_measure(measure),
-    }
+    options = ExportOptions(
+        strategy=strategy,
+        task=task,
+        vector=numbers(vector),
+        to=to,
+        base=base,
+        dtype=dtype,
+        max_shard=max_shard,
+        with_vocabulary=not no_vocabulary,
+        allow_changed=allow_changed or (),
+        measured_rows=_rows_to_measure(measure),
+    )
     with listening("no half of the output is left, run the command again"):
         if task == "all":
-            exports = list(merge_tasks(run, out, **options).values())
+            exports = list(merge_tasks(run, out, options).values())
         else:
-            exports = [run_merge(run, out, task=task, **options)]
+            exports = [run_merge(run, out, options)]
     for export in exports:
         show_export(export, export.folder, Screen())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qd2mora.comparison.comparison_folder import remove_work
 from qd2mora.evaluation import Exam, Score, Subject, ask, open_subject, score_all, suite_task_names
-from qd2mora.merging import STRATEGIES, merge
+from qd2mora.merging import STRATEGIES, ExportOptions, merge
 from qd2mora.merging.export_scope import export_scope
 from qd2mora.mixture import MixtureConfig
 from qd2mora.run_folder import RunFolder, read_recipe
@@ -88,7 +88,7 @@ def _best_of(folder: Path, strategies: Sequence[str], task: str | None) -> tuple
         place = folder.parent / f"{folder.name}-{strategy}"
         # What an earlier start left half done.
         remove_work(place)
-        export = merge(folder, place, strategy=strategy, task=task, keeps=False)
+        export = merge(folder, place, ExportOptions(strategy=strategy, task=task, keeps=False))
         assert export.fidelity is not None  # there are rows to choose by
         tried[export.strategy] = (export.fidelity.merged, place)
         if export.exact:  # no other keeps more

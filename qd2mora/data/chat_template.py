@@ -37,7 +37,11 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class ChatTemplate:
-    """Renders conversations; `with` it, and the child ends with the block."""
+    """Renders conversations; `with` it, and the child ends with the block.
+
+    It starts with the first conversation: importing transformers takes it a second, which rows that are refused before
+    they are worded need not wait for.
+    """
 
     def __init__(self, template: str, tokens: dict[str, str], where: str, clock: str | None = None) -> None:
         """`tokens`: what the template may name, `bos_token` and the like; `where` names it in errors.
@@ -51,8 +55,15 @@ class ChatTemplate:
         self.marks_answers = _GENERATION.search(template) is not None
         self.settings: dict[str, object] = {"path": sys.path, "template": template, "tokens": tokens, "clock": clock}
         self.settings |= {"memory": MEMORY, "seconds": SECONDS, "longest": LONGEST}
+        self._is_started = False
 
     def __enter__(self) -> Self:
+        return self
+
+    def start(self) -> None:
+        """Start the child where it is not there yet, as the first rendering does. Raises InputRefused."""
+        if self._is_started:
+            return
         self.child = subprocess.Popen(
             [sys.executable, "-I", str(Path(__file__).with_name("chat_template_child.py"))],
             stdin=subprocess.PIPE,
@@ -60,6 +71,7 @@ class ChatTemplate:
             stderr=subprocess.PIPE,
             env=_environment(),
         )
+        self._is_started = True
         # A thread reads, as not every system can wait for a pipe and a clock at once.
         self.lines: queue.Queue[bytes] = queue.Queue()
         self.reader = threading.Thread(
@@ -68,11 +80,12 @@ class ChatTemplate:
         self.reader.start()
         self._send(self.settings)
         self._line(START_S)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._is_started:
+            return
         self.child.kill()
         self.child.wait()
         self.reader.join()
@@ -106,6 +119,7 @@ class ChatTemplate:
         return list(zip(answer["texts"], spans, strict=True))
 
     def _rendered(self, conversations: Sequence[Messages], tools: Messages, **how: bool) -> dict[str, Any]:
+        self.start()
         self._send({"conversations": [list(each) for each in conversations], "tools": list(tools) or None, **how})
         answer: dict[str, Any] = json.loads(self._line(WAIT_S))
         if "refused" in answer:

@@ -67,6 +67,7 @@ def lines_together(lengths: Sequence[int], at_once: int, capacity: int | None) -
     Without `capacity` a line is a row, and nothing is said of how many it takes. Lines of like length go together.
     """
     if capacity is None:
+        # Shortest first: neighbours differ least, so a micro batch is padded least.
         lines = [[number] for number in sorted(range(len(lengths)), key=lengths.__getitem__)]
     else:
         lines = packed(lengths, capacity, at_once)
@@ -84,6 +85,7 @@ def dealt(parts: Sequence[Part], index: int, count: int, in_step: bool) -> list[
     """
     weighted = [(part, 1.0) for part in parts]
     if in_step and parts:
+        # A pass that gathers weights waits for every process: it runs for company, and its loss counts nothing.
         weighted += [(parts[0], 0.0)] * (-len(parts) % count)
     return weighted[index::count]
 
@@ -96,6 +98,7 @@ def packed(lengths: Sequence[int], capacity: int, at_once: int = 1) -> list[list
     """
     found: list[list[int]] = []
     least = 0
+    # Filling to the brim leaves a last short line beside full ones; even lines of less waste less padding.
     for width in _widths(lengths, capacity, at_once):
         lines = sorted(_filled(lengths, width), key=lambda line: -sum(lengths[number] for number in line))
         positions = _positions(lines, lengths, at_once)
@@ -177,6 +180,7 @@ def collate_packed(batch: MicroBatch, pad: int) -> dict[str, Tensor]:
         tokens = torch.from_numpy(row.ids.astype("int64"))
         stop = start + len(tokens)
         ids[line, start:stop] = tokens
+        # Routers tell rows apart by these; attention by positions alone.
         segments[line, start:stop] = number
         positions[line, start:] = torch.arange(width - start)
         for first, last in (*row.earlier, (row.masked, len(tokens))):

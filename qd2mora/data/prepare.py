@@ -104,7 +104,10 @@ class TokenRows(Sequence[Row]):
         A row that goes on begins with the last token of the row before, which is learned there and given here: so each
         token of a document but its first is learned once, with what stands before it in its row.
         """
+        # One token is shared by neighbours, so each row adds one less than it holds.
         step = self.max_length - 1
+        # A document of n tokens has n - 1 to learn; one of a single token is a row all the same, and dropped as
+        # unlearned.
         numbers = np.maximum(1, -(-(self.store.lengths[self.places] - 1) // step))
         before = np.repeat(np.cumsum(numbers) - numbers, numbers)
         places = np.repeat(self.places, numbers)
@@ -131,6 +134,7 @@ class TokenRows(Sequence[Row]):
         ids = self.store.ids(place)[: self.max_length]
         if self.masking == "none":
             return Row(self.task, ids, 0, pair, self.group)
+        # Bounds of answers that `max_length` cut off fall on the end, where their spans are empty.
         *before, masked = np.minimum(self.store.bounds(place), len(ids)).tolist()
         spans = zip(before[::2], before[1::2], strict=True) if self.masking == "turns" else ()
         earlier = tuple((start, stop) for start, stop in spans if start < stop)
@@ -252,12 +256,14 @@ def _stored_rows(
         with worded_by(task, tokenizer, tokeniser.clock) as template:
             yield from iterate_pairs(task, path, skipped if data.on_bad_row == "skip" else None, template, skipped)
 
+    # Read anew: nothing here tells whether what the name stands for has changed.
     if path.startswith(HUB) or not os.path.isfile(path):
         return open_store(RowsToStore(task.name, read, None, 0, path, task.limit), tokeniser)
     names = ("format", "fields", "select", "limit", "vector", "wording", "turns")
     key: dict[str, object] = {name: getattr(task, name) for name in names}
     key |= {"file": content_hash(path), "path": path, "on_bad_row": data.on_bad_row}
     key["tokenizer"] = hash_of_bytes(tokenizer_text(tokenizer).encode())
+    # Or a store made yesterday would give rows that word yesterday.
     if reads_clock(_template_text(task, tokenizer) or ""):
         key["clock"] = tokeniser.clock or datetime.now().isoformat()
     return open_store(RowsToStore(task.name, read, key, os.path.getsize(path), path, task.limit), tokeniser)

@@ -59,6 +59,7 @@ class TaskMix:
 
     def places(self, start: int, count: int) -> list[tuple[int, int]]:
         """Return the tasks, and the places in them, of rows number start to start + count."""
+        # All tasks have weights, or none (the recipe is checked).
         if self.weights[0] is None:
             return [self._of_pile(number) for number in range(start, start + count)]
         while len(self._drawn) < start + count:
@@ -97,6 +98,7 @@ class TaskMix:
 
     def _of_pile(self, number: int) -> tuple[int, int]:
         epoch, place = divmod(number, self.rows_per_epoch)
+        # A pile's rows lie task after task; the permutation is of the whole pile, and tells task and place.
         index = int(self._permutation(-1, epoch, self.rows_per_epoch)[place])
         task = int(np.searchsorted(self._starts, index, side="right")) - 1
         return task, self._repeated(task, epoch, index - int(self._starts[task]))
@@ -113,6 +115,7 @@ class TaskMix:
         weights = [weight or 0.0 for weight in self.weights]
         each = (sum(self._cost) + 1) / sum(weights)
         behind = [each * weight - cost for weight, cost in zip(weights, self._cost, strict=True)]
+        # Of equal ones the first in the recipe, so that the order is no matter of rounding or chance.
         which = behind.index(max(behind))
         size = len(self.tasks[which].train)
         epoch, number = divmod(self._count[which], size)

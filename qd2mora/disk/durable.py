@@ -29,6 +29,7 @@ class Saves(Protocol):
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> SizeAndHash:
     """Write a new file and force it to disk; return its size and the SHA-256 of what was meant to be written."""
+    # Of what was given, not of what the disk has: a seal is to catch a disk that gives back something else.
     digest, size = hashlib.sha256(), 0
     handle = open_new(path)
     try:
@@ -51,15 +52,18 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:
     """Write a file through a name of its own and a rename."""
+    # Of a process that was killed in here: nobody else will.
     remove_left_behind(path)
     partial = passing_name(path)
     try:
         write_file(partial, [content])
         os.replace(partial, path)
+    # A signal too: whatever ends this, no partial file is left by a process that lives on.
     except BaseException:
         with suppress(FileNotFoundError):
             os.unlink(partial)
         raise
+    # Until the folder is forced as well, a power cut may bring the old name back.
     sync_folder(path.parent)
 
 

@@ -77,6 +77,7 @@ def open_manifest(folder: Path, is_foreign: Callable[[str], bool] = lambda name:
     listed = content.get("files")
     if not isinstance(listed, dict):
         raise DamagedFile(f"{folder / MANIFEST} lists no files")
+    # Names now, contents when they are read: a folder of 100 GB opens at once.
     there = {entry.name for entry in os.scandir(folder)} - {MANIFEST}
     for name in sorted(listed.keys() - there):
         raise DamagedFile(f"{folder} lacks {name!r}")
@@ -91,6 +92,7 @@ def read_listed(folder: Path, manifest: Manifest, name: str) -> bytes:
     entry = manifest["files"].get(name)
     if entry is None:
         raise DamagedFile(f"{folder / MANIFEST} does not list {name!r}")
+    # Hashed from the bytes that are returned: read twice, a file could change in between.
     content = _read_at_most(folder / name, entry["bytes"])
     if len(content) != entry["bytes"] or hash_of_bytes(content) != entry[_HASH]:
         raise DamagedFile(f"{folder / name} is not what was written")
@@ -104,6 +106,7 @@ def verify_folder(folder: Path, is_foreign: Callable[[str], bool] = lambda name:
     """
     files = open_manifest(folder, is_foreign)["files"]
     paths = [folder / name for name in files]
+    # hashlib lets go of the interpreter's lock: shards are hashed side by side.
     with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1) or 1) as pool:
         for path, found in zip(paths, pool.map(hash_of_plain_file, paths), strict=True):
             entry = files[path.name]
@@ -131,6 +134,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         content = json.loads(text)
         if not isinstance(content, dict) or not {_HASH, "files", "kind", "identity"} & content.keys():
             return None  # other programs have a manifest.json too; one changed bit does not make ours one of those
+    # No JSON at all may be ours with a changed byte: unsealing says what is wrong with it.
     except (ValueError, RecursionError):
         pass
     return unseal_text(text, str(folder / MANIFEST))

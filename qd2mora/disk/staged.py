@@ -27,6 +27,7 @@ def staged_folder(target: Path, replaces: Collection[str] | None = None) -> Iter
         refuse_foreign(target, replaces)
     remove_left_behind(target)
     stage = passing_name(target)
+    # Beside the target, not in /tmp: a rename is one step only within a file system.
     os.makedirs(stage)
     try:
         yield stage

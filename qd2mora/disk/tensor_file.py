@@ -109,6 +109,7 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
+    # torch finds no least and greatest of 8-bit floats.
     if tensor.dtype.itemsize == 1:
         tensor = tensor.float()
     # A NaN is least and most of all; `isfinite` takes forty times as long and a tensor of its own.
@@ -230,6 +231,7 @@ def _file_in_pieces(tensors: Sequence[TensorToWrite], header: Mapping[str, objec
         entries[each.name] = {"dtype": _NAMES[each.dtype], "shape": list(each.shape), "data_offsets": span}
         place = span[1]
     text = json.dumps(entries, separators=(",", ":")).encode()
+    # Padded, as the library does it, so that the data begins at a multiple of eight.
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for each in ordered:

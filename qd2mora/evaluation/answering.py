@@ -64,10 +64,12 @@ def _forked(subject: Subject, rows: list[Row], choices: list[list[list[int]]]) -
     """Read each prompt once, and continue its cache with every choice."""
     copies = len(choices[0])
     prompts = [Row(row.task, row.ids[: row.masked], row.masked, row.pair) for row in rows]
+    # On the left, so that every row's next token stands in the same column of the cache.
     batch = batch_of(subject, prompts, "left")
     mask = batch["attention_mask"]
     subject.route(batch)
     first = read_on(subject.plain, batch | {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)})
+    # Each choice goes on from a copy of its own: it writes into the cache.
     first.cache.batch_repeat_interleave(copies)
     ids, keep = _padded([each for offered in choices for each in offered], subject)
     subject.route(batch, copies)
@@ -78,6 +80,7 @@ def _forked(subject: Subject, rows: list[Row], choices: list[list[list[int]]]) -
         "position_ids": starts[:, None] + torch.arange(ids.shape[1], device=ids.device),
     }
     second = read_on(subject.plain, continued, first)
+    # A choice's first token is predicted by the prompt's last state, its others by the states before them.
     before = first.states[:, -1:].repeat_interleave(copies, 0)
     states = torch.cat([before, second.states[:, :-1]], 1)
     losses = _sums(token_losses(states[keep], ids[keep], output_head(subject.plain)), keep)

@@ -71,6 +71,7 @@ def layer_bytes(layer: LayerShapes, done: Pass) -> int:
     norms = layer.norms * _norm(layer, done) + done.item * layer.head_norms + FLOAT * layer.head_factors
     # gate and up, which the gated product reads; where layers are not lean the activated gate besides.
     mlp = done.item * (2 if layer.is_lean else 3) * layer.slots * layer.intermediate
+    # x once where q, k and v read the same tensor, and u: all that the fused function saves.
     adapters = done.item * (layer.adapter_inputs + layer.adapter_features)
     return done.tokens * (norms + attention + mlp + adapters)
 
@@ -81,6 +82,7 @@ def _attention(layer: LayerShapes, done: Pass) -> int:
     kept = done.item * 4 * layer.heads_width
     if layer.fused_width:
         kept += done.item * (layer.fused_width - layer.heads_width)
+    # Fused attention keeps one float32 logsumexp a head and token in the place of scores.
     if layer.keeps_scores:
         return kept + _scores(layer, done)
     return kept + done.item * done.length + FLOAT * layer.heads
@@ -131,6 +133,7 @@ def backward_bytes(layer: LayerShapes, done: Pass, dequantised: int) -> dict[str
     then; with dropout the step in rank space still runs beside its mask.
     """
     hidden, wide = (done.tokens * done.item * width for width in (layer.hidden, layer.slots * layer.intermediate))
+    # Of gate, of up, and of their product, which is gone only when both are made.
     gradients = hidden + 3 * wide
     if layer.scales_blocks:
         gradients += hidden
@@ -142,6 +145,7 @@ def backward_bytes(layer: LayerShapes, done: Pass, dequantised: int) -> dict[str
         # Later, with the MLP's own gone: gradients of scores in float32, and twice in the compute dtype.
         scores = done.tokens * layer.heads * done.length * (FLOAT + 2 * done.item)
         gradients = max(gradients, scores + hidden - (2 * wide if layer.is_lean else 3 * wide))
+    # The weight is freed before the gated product runs: whichever of the two moments is greater counts.
     if dequantised + hidden + wide > gradients:
         return {"gradients in a layer": hidden + wide, "largest weight dequantised": dequantised}
     return {"gradients in a layer": gradients}
@@ -152,12 +156,14 @@ def evaluation_bytes(layer: LayerShapes, vocab: int, done: Pass, chunk: int, deq
 
     Besides the layer's input and its normed one there are the gate, the activated gate and up, and the mask.
     """
+    # As bool, and cast to the compute dtype.
     mask = done.tokens * done.length * (1 + done.item)
     wide = layer.slots * done.item * 3 * layer.intermediate
     mlp = done.tokens * (done.item * 3 * layer.hidden + wide) + dequantised + mask
     if layer.keeps_scores:
         scores = layer.heads * done.length * (FLOAT + 2 * done.item)
         mlp = max(mlp, done.tokens * (done.item * (2 * layer.hidden + 3 * layer.heads_width) + scores) + mask)
+    # The last states and their normed copy stand beside the logits.
     return max(mlp, _logits_bytes(vocab, done, chunk) + done.tokens * 2 * done.item * layer.hidden)
 
 

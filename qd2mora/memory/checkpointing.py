@@ -69,6 +69,7 @@ class Boundaries:
 
     def forget(self) -> None:
         """Let go of every input that is away: its graph is gone, or its backward pass is over."""
+        # A copy that still reads such a buffer stands in the stream before the next one that writes it.
         for left in self._away:
             left.here = left.arrived = None
             self._free[(left.host.shape, left.host.dtype)].append(left.host)

@@ -25,6 +25,7 @@ BUCKET = 1 << 23
 def check_engine(recipe: Recipe, config: MixtureConfig) -> None:
     """Refuse what the engine cannot do. Raises InputRefused."""
     if recipe.memory.engine == "none":
+        # `accelerate launch` sets this, and an Accelerator then wraps the model in an engine that no recipe asked for.
         if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
             raise InputRefused("memory.engine: none, but the launcher asks for DeepSpeed; set memory.engine=deepspeed")
         return
@@ -50,6 +51,8 @@ def check_engine(recipe: Recipe, config: MixtureConfig) -> None:
 def engine_settings(recipe: Recipe) -> dict[str, object]:
     """Return DeepSpeed's configuration."""
     memory = recipe.memory
+    # No overlap: the engine's backward pass is one sum over gradients that are there already (`training.zero`), so
+    # there is nothing to hide its messages behind.
     zero: dict[str, object] = {"stage": memory.zero_stage, "overlap_comm": False, "reduce_bucket_size": BUCKET}
     if memory.offload.optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -61,6 +64,7 @@ def engine_settings(recipe: Recipe) -> dict[str, object]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
+        # With moments on the host DeepSpeed would else refuse every Adam but its own, which it compiles.
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
     }

@@ -69,8 +69,10 @@ def ledger(shapes: Shapes, recipe: Recipe, layout: Layout) -> Ledger:
     phases = _phases(shapes, recipe, layout, done)
     # Made where there is room beside the run; where there is none, training waits for the disk instead.
     host[CHECKPOINT_COPY] = trained["adapters"] + trained["optimizer state"]
+    # Phases follow each other and never overlap: the greatest is the peak, and their sum would refuse runs that fit.
     peak = max(phases.values(), key=lambda phase: sum(phase.values()))
     others = {name: size for phase in phases.values() for name, size in phase.items() if name not in peak}
+    # One memory: what was moved to the host is no saving there.
     if not layout.on_gpu:
         others[CHECKPOINT_COPY] = host.pop(CHECKPOINT_COPY)
         static |= host
@@ -111,6 +113,7 @@ def _phases(shapes: Shapes, recipe: Recipe, layout: Layout, done: Pass) -> dict[
 def _leave_for_host(static: dict[str, int], shapes: Shapes, recipe: Recipe, layout: Layout) -> dict[str, int]:
     """Take from the device's items what lives on the host, add what stands in for it, and return the host's."""
     host = {}
+    # The output head stays: it is asked for every token, the embedding for single rows.
     if layout.offload_embeddings:
         host[EMBEDDINGS] = static.pop("embeddings")
     if layout.stream:
@@ -123,6 +126,7 @@ def _leave_for_host(static: dict[str, int], shapes: Shapes, recipe: Recipe, layo
             static["quantisation state"] -= state
         else:
             static["linear weights"] -= weights
+        # All slots are as large as the largest layer: any layer visits any slot that its number falls on.
         static["slots of streamed layers"] = SLOTS * largest
         host[STREAMED] = all_buffers
     return host

@@ -23,6 +23,8 @@ class RowLoss(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the summed cross-entropy of each row's labelled tokens, (rows,) float32, in nats."""
+        # Row by row, not one sum: sampled routing judges each row's draw by its own loss, and the step divides by the
+        # labels of all its micro batches, which this one cannot know.
         states = labelled_states(self.model, batch)
         losses = token_losses(states, labels_of(batch), output_head(self.model), self.chunk)
         places, num_rows = label_places(batch), len(batch["task_index"])
@@ -39,7 +41,9 @@ def labelled_states(model: PeftModel, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the final hidden states that predict a label, (labelled, hidden); the routers are told of the rows."""
     if "segments" in batch:
         check_isolation(model)
+    # Before the pass: which tokens are the prompt, and whose task a row is, cannot be read off hidden states.
     read_rows(model, batch)
+    # What a row's last token predicts is not in the row.
     return last_states(model, batch).flatten(0, 1).index_select(0, label_places(batch))
 
 

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from qd2mora.memory.pinned import host_buffer
 
+# One layer computes, the next arrives: a third slot would hold bytes and hide nothing more.
 SLOTS = 2
 ALIGNMENT = 256
 """Bytes that each tensor in a buffer starts at a multiple of, as the device's own allocator has it."""
@@ -66,6 +67,7 @@ class LayerStream:
             following = index - 1
         if following < len(self.hosts):
             self._start(following)
+        # The device waits, not Python: the layer's kernels are queued behind the copy, and the next one is on its way.
         if self._on_gpu:
             torch.cuda.current_stream(self.device).wait_event(self._ready[index % len(self.slots)])
 
@@ -96,6 +98,7 @@ class LayerStream:
         # A list, because the loop changes what is walked through.
         for owner, name, tensor in list(frozen_tensors(layer)):
             stop = start + tensor.nbytes
+            # As bytes: packed weights, 8-bit maxima and float32 biases travel in one piece.
             host[start:stop].copy_(tensor.contiguous().view(-1).view(torch.uint8))
             # `data`: a view with a version of its own, so that autograd takes a copy into the slot for no change of it.
             view = slot[start:stop].view(tensor.dtype).view(tensor.shape).data

@@ -273,6 +273,7 @@ def prepare_base(base: PreTrainedModel, layout: Layout, device: torch.device) ->
         if layout.offload_embeddings:
             staying = base.get_input_embeddings()
         move_unstreamed(base, device, but=staying)
+    # The rows that a batch asks for cross over, not the table.
     if layout.offload_embeddings:
         keep_embedding_on_host(base, device)
     recompute_layers(base, layout.recomputed, layout.offload_activations, device)

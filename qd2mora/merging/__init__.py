@@ -7,7 +7,6 @@ are replaced by the static updates of a strategy, and the loss of fidelity is me
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from qd2mora.data.chat import template_to_keep
 from qd2mora.disk.durable import write_json
@@ -27,15 +26,28 @@ DEFAULT = "auto"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Of what an export is made, see `merge`."""
+class ExportOptions:
+    """Of what an export is made, and as what it is written."""
 
-    strategy: str
-    task: str | None
-    vector: list[float] | None
-    allow_changed: Collection[str]
-    measured_rows: int | None
-    keeps: bool
+    strategy: str = DEFAULT
+    task: str | None = None
+    """Export for this task alone: calibration and measuring use its rows; needed where the method routes by task."""
+    vector: list[float] | None = None
+    """Export for rows that bring this vector, where the method reads one."""
+    to: str = "hf"
+    """The rung of the ladder, see `rungs`: `hf` plain weights, `lora` a PEFT LoRA, `exact` the routed model itself."""
+    base: str = "dequantized"
+    """The weights that training saw, or the original ones."""
+    dtype: str | None = None
+    """Of the weights, one of the rung's; its first where None."""
+    max_shard: str | None = None
+    with_vocabulary: bool = True
+    allow_changed: Collection[str] = ()
+    """Fields of the run's identity that may have changed since, `base` among them."""
+    measured_rows: int | None = None
+    """Of those held out, to measure the export on, 512 where None; 0: it is not measured, and says so."""
+    keeps: bool = True
+    """Take what an earlier merge made of the same from the run's `static/`, and keep it there."""
 
 
 @dataclass(frozen=True)
@@ -96,54 +108,34 @@ class Export:
         }
 
 
-def merge(
-    run: str | Path,
-    out: str | Path,
-    *,
-    strategy: str = DEFAULT,
-    task: str | None = None,
-    vector: list[float] | None = None,
-    to: str = "hf",
-    base: str = "dequantized",
-    dtype: str | None = None,
-    max_shard: str | None = None,
-    with_vocabulary: bool = True,
-    allow_changed: Collection[str] = (),
-    measured_rows: int | None = None,
-    keeps: bool = True,
-) -> Export:
-    """Export a run as a folder `out`, with `export_report.json` and a sealed `manifest.json` in it.
+_PLAIN = ExportOptions()
 
-    `to`: the rung of the ladder, see `rungs`: `hf` plain weights, `lora` a PEFT LoRA, `exact` the routed model itself.
-    `base`: the weights that training saw, or the original ones. `dtype`: of the weights, one of the rung's.
-    `task`: export for this task alone: calibration and measuring use its rows; needed where the method routes by task.
-    `vector`: export for rows that bring this vector, where the method reads one.
-    `measured_rows`: of those held out, to measure the export on, 512 where None; 0: it is not measured, and says so.
-    `keeps`: take what an earlier merge made of the same from the run's `static/`, and keep it there.
+
+def merge(run: str | Path, out: str | Path, options: ExportOptions = _PLAIN) -> Export:
+    """Export a run as a folder `out`, with `export_report.json` and a sealed `manifest.json` in it.
 
     Raises InputRefused, also where the base is not the one trained on and `allow_changed` does not name it, and
     DamagedFile; `out` appears whole or not at all.
     """
-    find_strategy(strategy)
-    form = export_form(to, base, dtype, max_shard, with_vocabulary)
+    find_strategy(options.strategy)
+    form = export_form(options.to, options.base, options.dtype, options.max_shard, options.with_vocabulary)
     # All that can be refused is refused before the base is loaded, which takes minutes for a 7B.
-    _refuse_unfit(run, form, strategy)
+    _refuse_unfit(run, form, options.strategy)
     with taken(Path(out), "--out") as target:
-        asked = Asked(strategy, task, vector, allow_changed, measured_rows, keeps)
-        return replace(_exported(run, target, form, asked), folder=Path(out))
+        return replace(_exported(run, target, form, options), folder=Path(out))
 
 
-def _exported(run: str | Path, target: Path, form: ExportForm, asked: Asked) -> Export:
+def _exported(run: str | Path, target: Path, form: ExportForm, options: ExportOptions) -> Export:
     """Make the export in a place that is taken."""
-    opened = open_run(run, allow_changed=asked.allow_changed)
+    opened = open_run(run, allow_changed=options.allow_changed)
     # Whoever loads the export words a conversation as the run was trained.
     opened.tokenizer.chat_template = template_to_keep(opened.recipe.data) or opened.tokenizer.chat_template
     weights = open_weights(opened, form)
     if form.is_routed:
-        updates = measure_routed(opened, asked.task, asked.vector, measured_rows=asked.measured_rows)
+        updates = measure_routed(opened, options.task, options.vector, measured_rows=options.measured_rows)
     else:
-        asks = (asked.strategy, asked.task, asked.vector)
-        updates = make_static(opened, *asks, measured_rows=asked.measured_rows, keeps=asked.keeps)
+        asked = (options.strategy, options.task, options.vector)
+        updates = make_static(opened, *asked, measured_rows=options.measured_rows, keeps=options.keeps)
     # What the writing needs is copied out of the model, so that this can go before the base's weights come in one by
     # one.
     write = form.rung.prepare(opened, weights, updates.statics, form)
@@ -156,14 +148,14 @@ def _exported(run: str | Path, target: Path, form: ExportForm, asked: Asked) -> 
     return export
 
 
-def merge_tasks(run: str | Path, out: str | Path, **options: Any) -> dict[str, Export]:
-    """Export a run once for each of its tasks, into `out`/TASK; options as for `merge`. Raises as `merge` does.
+def merge_tasks(run: str | Path, out: str | Path, options: ExportOptions = _PLAIN) -> dict[str, Export]:
+    """Export a run once for each of its tasks, into `out`/TASK. Raises as `merge` does.
 
     `out` appears when all are there; after a kill the same command begins again.
     """
     names = [each.name for each in read_recipe(run).data.tasks]
     with taken(Path(out), "--out") as target, staged_folder(target) as stage:
-        exports = {name: merge(run, stage / name, task=name, **options) for name in names}
+        exports = {name: merge(run, stage / name, replace(options, task=name)) for name in names}
     return {name: replace(export, folder=Path(out) / name) for name, export in exports.items()}
 
 
@@ -180,4 +172,13 @@ def _refuse_unfit(run: str | Path, form: ExportForm, strategy: str) -> None:
         )
 
 
-__all__ = ["STRATEGIES", "Export", "MeasuredUpdates", "constant_mixing", "make_static", "merge", "merge_tasks"]
+__all__ = [
+    "STRATEGIES",
+    "Export",
+    "ExportOptions",
+    "MeasuredUpdates",
+    "constant_mixing",
+    "make_static",
+    "merge",
+    "merge_tasks",
+]

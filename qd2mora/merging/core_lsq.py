@@ -20,12 +20,15 @@ def mixing(moments: Moments, *, with_routers: bool = True) -> Tensor:
     """Return the static K, (P, Q + E) or, without the routers' rows, (P, Q), float64."""
     width = len(moments.uu) if with_routers else moments.num_core
     uu, vu = moments.uu[:width, :width], moments.vu[:, :width]
+    # Nothing was ever seen here: every K explains that, and none is divided by zero.
     if not uu.any():
         return torch.zeros_like(vu)
     # Routers and experts differ in size by orders of magnitude: features of unit size make one ridge right for both.
     size = uu.diagonal().sqrt().clamp_min(float(uu.diagonal().max()) ** 0.5 * 1e-12)
     regular = uu / torch.outer(size, size) + RIDGE * torch.eye(width, dtype=torch.float64)
     # The solution for u / size is K diag(size), so that it is divided by size once more.
+    # K uu = vu, turned over for a solver whose unknowns are columns (uu is symmetric). In float64: normal equations
+    # square the condition of u, and float32 would have no digit left.
     return torch.linalg.solve(regular, (vu / size).T).T / size
 
 

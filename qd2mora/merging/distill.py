@@ -53,6 +53,7 @@ class Teacher:
             states = decode(self.model, batch)
         if self.keeps and self.kept_bytes + states.nbytes <= KEPT_BYTES:
             self.kept_bytes += states.nbytes
+            # On the host: the device is as full as in training.
             self.kept[number] = states.cpu()
         return states
 
@@ -112,6 +113,7 @@ def divergence(model: PeftModel, batch: dict[str, Tensor], states: Tensor, wante
 
 def _relative_error(states: Tensor, wanted: Tensor, attended: Tensor) -> Tensor:
     """Return E|h - h'|^2 / E|h'|^2 over attended tokens."""
+    # In float32: of nearly equal 16-bit states the difference, and its square, would be rounding.
     error = (states.float() - wanted.float())[attended].square().sum()
     return error / wanted.float()[attended].square().sum().clamp_min(1e-12)
 
@@ -119,6 +121,7 @@ def _relative_error(states: Tensor, wanted: Tensor, attended: Tensor) -> Tensor:
 def _divergence(mine: Tensor, theirs: Tensor, head: OutputHead) -> Tensor:
     with torch.no_grad():
         target = head(theirs).log_softmax(-1)
+    # torch takes (log q, log p) for KL(p | q): the student's first.
     return F.kl_div(head(mine).log_softmax(-1), target, reduction="sum", log_target=True)
 
 
@@ -151,6 +154,7 @@ def _recomputing(inputs: StrategyInputs) -> Iterator[None]:
 
 
 def _optimizer(parameters: list[nn.Parameter], eight_bit: bool) -> torch.optim.Optimizer:
+    # 0.98: a few hundred steps are over before Adam's usual memory of squares, a thousand steps long, has filled.
     if not eight_bit:
         return torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.98))
     import bitsandbytes as bnb

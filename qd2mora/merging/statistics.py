@@ -40,6 +40,8 @@ class Moments:
 
     def __post_init__(self) -> None:
         width = self.num_core + self.num_routers + self.num_up
+        # One symmetric matrix of [u; v] holds all three second moments; float64, because millions of tokens add up
+        # here.
         self.second = torch.zeros(width, width, dtype=torch.float64)
         self.mixing = torch.zeros(self.num_up, self.num_core, dtype=torch.float64)
 
@@ -65,6 +67,7 @@ class Moments:
         """
         # Rows scaled by the root of their weight: one product then gives all three second moments, weighted.
         joint_TW = torch.cat([u.to(v.dtype), v], -1).mul_(root.unsqueeze(-1)).flatten(0, -2)
+        # A batch's own product is short enough for float32; only the sum over batches is not.
         self.second = self.second.to(v.device).add_(joint_TW.T @ joint_TW)
         if mixing_PQ is not None:
             self.mixing = self.mixing.to(v.device).add_(mixing_PQ)
@@ -181,6 +184,7 @@ def observed(layers: dict[str, MixtureLinear], observe: Observe, attended: Tenso
     def hook(name: str) -> "torch.utils.hooks.RemovableHandle":
         def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             assert isinstance(layer, MixtureLinear)
+            # A first pass (X-LoRA's) runs the same linears as the base alone; its tokens would count twice.
             if not layer.disable_adapters:
                 observe(name, layer, inputs[0], attended)
 

@@ -29,6 +29,7 @@ def given_logits(
     if gate.scope == "module":
         return _scores(role, x, tensors, routing, (adapter, f"{place.key}:{role}"), spec)
     # One router for a block: its first adapted linear runs first, scores, and leaves the scores to the others.
+    # By adapter: two of them in one model may share a block, and each has routers of its own.
     key = (adapter, f"{place.scope_key(gate.scope)}:{role}")
     if place.owns_router:
         routing.scores[key] = _scores(role, x, tensors, routing, key, spec)

@@ -365,7 +365,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Take merged adapters out again."""
+        """Take merged adapters out again: in 16 bits up to a rounding, as the sum was rounded when it was merged."""
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             weight, delta = self._dense_weight(name), self.get_delta_weight(name)

@@ -55,6 +55,7 @@ def mix(step: RankStep, u_ext: Tensor, small: Small) -> Tensor:
     # A view on what `fused` makes; the kernels count places from one start with one stride.
     u_TF = u_ext.reshape(-1, u_ext.shape[-1]).contiguous()
     v_TP = torch.empty(len(u_TF), step.width_up + step.shared, dtype=torch.float32, device=u_TF.device)
+    # Any pointer does for a router that is not there: no branch of the kernel reads it.
     router = small.get("router_up", u_TF)
     _forward[kernel.grid(len(u_TF))](u_TF, router.contiguous(), v_TP, len(u_TF), **kernel.constants)
     return v_TP.view(*u_ext.shape[:-1], -1)
@@ -216,15 +217,17 @@ def _forward(  # type: ignore[no-untyped-def]
 ):
     t, m, n, r = _places(BT, MP, NP, RP)
     is_token, is_down, is_up, is_rank = t < T, m < M, n < N, r < R
+    has_down, has_up = _all_there(is_token, is_down, is_rank), _all_there(is_token, is_up, is_rank)
     at = t.to(tl.int64)  # T x F passes 2^31 in long batches
-    u = _cube(u_ptr, at, m, r, is_token, is_down, is_rank, F, R)
+    u = tl.load(u_ptr + _cube(at, m, r, F, R), mask=has_down, other=0.0).to(tl.float32)
     if DOWN_AT >= 0:
         scores = _square(u_ptr + DOWN_AT, at, m, is_token, is_down, F)
         _, _, down = _decide(scores, is_down, DOWN_K, DOWN_RENORM, DOWN_SHARP, MP)
         u = u * down[:, :, None]
     if TIED:
-        _put_cube(v_ptr, u, at, m, r, is_token, is_down, is_rank, N * R + S, R)
+        tl.store(v_ptr + _cube(at, m, r, N * R + S, R), u, mask=has_down)
     else:
+        # Chained banks: z = sum_i alpha_i u_i, the one code that all up experts read; v_j = beta_j z.
         z = tl.sum(u, 1)
         # Without an up gate there is one up expert (`check_counts`), and v is z.
         v = z[:, None, :] + tl.zeros([BT, NP, RP], tl.float32)
@@ -236,7 +239,7 @@ def _forward(  # type: ignore[no-untyped-def]
                 scores = _square(u_ptr + UP_AT, at, n, is_token, is_up, F)
             _, _, up = _decide(scores, is_up, UP_K, UP_RENORM, UP_SHARP, NP)
             v = up[:, :, None] * z[:, None, :]
-        _put_cube(v_ptr, v, at, n, r, is_token, is_up, is_rank, N * R + S, R)
+        tl.store(v_ptr + _cube(at, n, r, N * R + S, R), v, mask=has_up)
     if S > 0:
         s = tl.arange(0, SP)
         kept = _square(u_ptr + M * R, at, s, is_token, s < S, F)
@@ -276,8 +279,9 @@ def _backward(  # type: ignore[no-untyped-def]
 ):
     t, m, n, r = _places(BT, MP, NP, RP)
     is_token, is_down, is_up, is_rank = t < T, m < M, n < N, r < R
+    has_down, has_up = _all_there(is_token, is_down, is_rank), _all_there(is_token, is_up, is_rank)
     at = t.to(tl.int64)
-    u = _cube(u_ptr, at, m, r, is_token, is_down, is_rank, F, R)
+    u = tl.load(u_ptr + _cube(at, m, r, F, R), mask=has_down, other=0.0).to(tl.float32)
     # The forward pass again, then back through it; gates and z are never stored between the passes.
     mixed = u
     if DOWN_AT >= 0:
@@ -285,11 +289,11 @@ def _backward(  # type: ignore[no-untyped-def]
         down_probs, down_chosen, down = _decide(scores, is_down, DOWN_K, DOWN_RENORM, DOWN_SHARP, MP)
         mixed = u * down[:, :, None]
     if TIED:
-        dv = _cube(dv_ptr, at, m, r, is_token, is_down, is_rank, N * R + S, R)
-        _put_cube(v_ptr, mixed, at, m, r, is_token, is_down, is_rank, N * R + S, R)
+        dv = tl.load(dv_ptr + _cube(at, m, r, N * R + S, R), mask=has_down, other=0.0).to(tl.float32)
+        tl.store(v_ptr + _cube(at, m, r, N * R + S, R), mixed, mask=has_down)
         dmixed = dv
     else:
-        dv = _cube(dv_ptr, at, n, r, is_token, is_up, is_rank, N * R + S, R)
+        dv = tl.load(dv_ptr + _cube(at, n, r, N * R + S, R), mask=has_up, other=0.0).to(tl.float32)
         z = tl.sum(mixed, 1)
         v = z[:, None, :] + tl.zeros([BT, NP, RP], tl.float32)
         dz = tl.sum(dv, 1)
@@ -316,7 +320,7 @@ def _backward(  # type: ignore[no-untyped-def]
             else:
                 # A router of x has rows in u, so that the gradient of its scores goes out with du.
                 _put_square(du_ptr + UP_AT, dscores, at, n, is_token, is_up, F)
-        _put_cube(v_ptr, v, at, n, r, is_token, is_up, is_rank, N * R + S, R)
+        tl.store(v_ptr + _cube(at, n, r, N * R + S, R), v, mask=has_up)
         dmixed = dz[:, None, :] + tl.zeros([BT, MP, RP], tl.float32)
     if DOWN_AT >= 0:
         # mixed = g u: the same two ways, to the gate's scores through u and to u through the gate.
@@ -324,7 +328,7 @@ def _backward(  # type: ignore[no-untyped-def]
         dscores = _decide_back(ddown, down_probs, down_chosen, down, DOWN_RENORM, DOWN_SHARP)
         _put_square(du_ptr + DOWN_AT, dscores, at, m, is_token, is_down, F)
         dmixed = dmixed * down[:, :, None]
-    _put_cube(du_ptr, dmixed, at, m, r, is_token, is_down, is_rank, F, R)
+    tl.store(du_ptr + _cube(at, m, r, F, R), dmixed, mask=has_down)
     if S > 0:
         s = tl.arange(0, SP)
         # The shared expert meets no gate: its own scale, in both directions.
@@ -340,17 +344,14 @@ def _places(BT: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, RP: tl.constex
 
 
 @triton.jit
-def _cube(ptr, t, e, r, is_t, is_e, is_r, WIDTH: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def]
-    mask = is_t[:, None, None] & is_e[None, :, None] & is_r[None, None, :]
-    place = ptr + t[:, None, None] * WIDTH + e[None, :, None] * R + r[None, None, :]
-    return tl.load(place, mask=mask, other=0.0).to(tl.float32)
+def _cube(t, e, r, WIDTH: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return where the ranks of each expert of each token stand, (BT, EP, RP), in rows of WIDTH."""
+    return t[:, None, None] * WIDTH + e[None, :, None] * R + r[None, None, :]
 
 
 @triton.jit
-def _put_cube(ptr, value, t, e, r, is_t, is_e, is_r, WIDTH: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def]
-    mask = is_t[:, None, None] & is_e[None, :, None] & is_r[None, None, :]
-    place = ptr + t[:, None, None] * WIDTH + e[None, :, None] * R + r[None, None, :]
-    tl.store(place, value, mask=mask)
+def _all_there(is_t, is_e, is_r):  # type: ignore[no-untyped-def]
+    return is_t[:, None, None] & is_e[None, :, None] & is_r[None, None, :]
 
 
 @triton.jit

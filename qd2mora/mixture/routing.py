@@ -52,6 +52,7 @@ class Routing(Text):
         self.real = batch.get("attended")
         if self.segments is not None:
             self.real = self.segments >= 0  # padding is in no row
+        # Told, not seen: a decoder's arguments hold no labels, and the prompt is what stands before the first of them.
         self.read_labels(batch.get("labels"), batch.get("attention_mask", batch.get("attended")))
 
     def tasks_among(self, num_tasks: int) -> Tensor:

@@ -96,6 +96,7 @@ class RoutedLinear(nn.Module):
         # The first pass is the base's own: its states decide the gates of the second.
         if self.mixture.text.is_first_pass:
             return y
+        # Not fused as in training: a base of any kind may stand here, and nothing needs a gradient.
         return y + self.mixture(x).to(y.dtype)
 
 
@@ -153,6 +154,7 @@ class RoutedUpdate(nn.Module):
         self.serves = {"module": name, "block": content["block"]}
         self.text, self.expert = text, torch.empty(0)
         for key, shape in content["tensors"].items():
+            # Parameters, so that transformers loads, casts and moves them as it does its own.
             self.register_parameter(key, nn.Parameter(torch.zeros(shape), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -190,6 +190,7 @@ class RankStep:
         """
         if self.pairing == "tied":
             return self._paired(u, small, gating("down", None))
+        # The order of the equation, from right to left: ranks, down experts, core, up experts.
         z = self._mixed_down(_ranked(u, gating("rank", u)), gating("down", None))
         z = apply_core(z, self.core, small.get("core"), gating("core", z))
         return spread_up(z, gating("up", z))
@@ -318,6 +319,7 @@ def prompt_mean(scores: Tensor, prompt_BT: Tensor) -> Tensor:
     By linearity this is the router's product with the average of what it reads, and T scores are fewer than T inputs.
     """
     weight = prompt_BT.to(scores.dtype).unsqueeze(-1)
+    # A row without a prompt has the mean 0, not 0 / 0.
     return (scores * weight).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True).clamp_min(1)
 
 

@@ -69,6 +69,7 @@ class Text:
     def read_pass(self, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
         """Take from a decoder's arguments the padding, and whether this continues a cached pass."""
         inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        # `input_ids` comes first in every decoder of transformers.
         if args:
             inputs = args[0]
         cache = kwargs.get("past_key_values", kwargs.get("cache"))

@@ -45,6 +45,7 @@ class BestKeeper:
         values = judged(losses, scores)
         better = {name: value for name, value in values.items() if _is_better(value, progress.best.get(name))}
         if OVERALL in values:
+            # Only where the whole was judged: an evaluation without losses is no sign of stalling.
             progress.stale += 1
         if OVERALL in better:
             progress.stale = 0
@@ -112,6 +113,7 @@ def judged(losses: Mapping[str, float], scores: Mapping[str, Score]) -> dict[str
 
 def _is_better(value: tuple[float, str], before: Best | None) -> bool:
     number, by = value
+    # Nothing compares as better than NaN: once the best, it would stay so.
     if not math.isfinite(number):
         return False
     if before is None:

@@ -40,6 +40,7 @@ def save(folder: Path, state: State, keep: int) -> Path:
 
     Raises NotFinite where a tensor is not, DamagedFile where the disk gave back something else, OSError.
     """
+    # First: a moment that is not finite would poison the resume, while every hash of it would be right.
     _refuse_not_finite(state)
     target = folder / f"step-{state.progress.step}"
     with staged_folder(target, CHECKPOINT_NAMES) as stage:
@@ -48,6 +49,8 @@ def save(folder: Path, state: State, keep: int) -> Path:
         inventory = {name: inventory_of(content) for name, content in tensors.items()}
         content = {"inventory": inventory, "scalars": state.scalars, "progress": asdict(state.progress)}
         seal_folder(stage, files, content)
+        # Read back before it gets its name: what a failing disk returned is then no checkpoint, and the older ones
+        # stay.
         verify_folder(stage)
     for old in steps_on_disk(folder)[:-keep]:
         place = folder / f"step-{old}"
@@ -161,11 +164,14 @@ class Saver:
     def begin(self, progress: Progress) -> None:
         """Begin to save, after the one in flight has ended. Raises what that one raised."""
         self.finish()
+        # On every process, for shards are gathered together; copied, because the next update writes into the same
+        # tensors.
         adapter, moments, scalars = self.source.collect(copied=True)
         if self.is_main:
             state = State(adapter, moments, scalars, replace(progress, best=dict(progress.best)))
             self._job = self._writer.submit(self._write, state)
             if not _has_room_for(state):
+                # Its copy is let go before the next micro batch asks for memory.
                 wait([self._job])
 
     @property

@@ -93,6 +93,8 @@ class Watchdog:
         """Seconds without a sign of life that are too many; infinite until intervals are known."""
         if len(self._intervals) < ENOUGH_INTERVALS:
             return float("inf")
+        # A median, because a first pass that compiles or warms up says nothing of the rest; a copy, because the loop
+        # appends meanwhile.
         return max(self.least_s, TIMES_MEDIAN * statistics.median(list(self._intervals)))
 
     def _watch(self) -> None:
@@ -122,6 +124,8 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
+        # No exception would do: the main thread stands in a call of the driver or of a collective, and never comes
+        # back.
         os._exit(3)
 
 
@@ -140,6 +144,7 @@ class TimeLimit:
     @property
     def is_near(self) -> bool:
         """Whether there is no time for two more such steps: one to do, one's worth for saving."""
+        # Of a limit of a few seconds, as tests set it, the whole reserve would leave nothing.
         spare = min(SPARE_S, self.limit_s / 10)
         return time.monotonic() - self.began + 2 * self.longest_s + spare >= self.limit_s
 

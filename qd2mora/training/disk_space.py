@@ -19,6 +19,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def refuse_full(folder: Path, needed: int) -> None:
     """Compare what a run will write with what is free to this user. Raises DiskTrouble."""
+    # The run's folder is not made yet; the nearest that is there lies on the same disk.
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(there).free
     if free < needed:

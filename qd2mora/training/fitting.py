@@ -57,6 +57,7 @@ def hold_to(planned: Plan, device: torch.device) -> None:
 
 
 def _fitting(recipe: Recipe, device: torch.device, begun: Manifest | None, agreed: int | None) -> Plan:
+    # Of `auto` keys the first start has decided; what is free today must not decide again.
     if begun is not None:
         planned = plan(_as_begun(recipe, begun), device=device, agreed=agreed)
         if planned.fits:

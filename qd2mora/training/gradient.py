@@ -91,6 +91,7 @@ class StepGradient:
 
         Raises NotFinite where gradients do not flow as they should.
         """
+        # Sums, no mean: each process has divided by the labels of the whole step already.
         self.batches.processes.sum_gradients(self.batches.updater.parameters)
         self._unscale()
         # Before the penalties: theirs would hide an expert that is detached from the loss.
@@ -102,6 +103,7 @@ class StepGradient:
 
     def blame(self, rows: list[Row]) -> str:
         """Name what is the first not to be finite where a step's first micro batch runs again."""
+        # Without packing and keys of its own: a number that is not finite is found in any arrangement of the rows.
         part = next(self.batches.of(rows, 0))
         self.batches.tell_routers(part)
         with torch.no_grad():
@@ -147,6 +149,7 @@ def lower_scale(progress: Progress) -> bool:
     """Halve the loss scale after an overflow of float16 gradients; False where it cannot go lower, or there is none."""
     if progress.loss_scale is None or progress.loss_scale <= SMALLEST_SCALE:
         return False
+    # Powers of two: scaling and unscaling round nothing.
     progress.loss_scale /= 2
     progress.applied_at_scale = 0
     return True

@@ -110,8 +110,10 @@ class HeldOut:
         return {name: total / labels for name, total, labels in zip(names, summed[::2], summed[1::2], strict=True)}
 
     def _scores(self) -> dict[str, Score]:
+        # A prompt that is answered has no row of the run, and must not draw by the last one's key.
         self.batches.forget_rows()
         self.batches.model.eval()
+        # Answers are written token by token, at no pace that a micro batch of training could tell.
         with self.watchdog.paused():
             scores = self.score()
         self.batches.model.train()

@@ -128,6 +128,7 @@ def refuse_changed(before: Identity, now: Identity, allowed: Collection[str]) ->
 
 def _recipe_keys(recipe: Recipe) -> Identity:
     sections = recipe.deciding()
+    # Places: the content of base and files is compared, so that they may move.
     del sections["base"]["model"]
     flat: Identity = {"data.tasks": [task["name"] for task in sections["data"]["tasks"]]}
     for task in sections["data"].pop("tasks"):
@@ -149,6 +150,7 @@ def _hash_of_rows(task: TaskRows) -> str:
     for rows in (task.train, task.validation):
         digest.update(f"{len(rows)};".encode())
         for row in rows:
+            # Lengths stand before the tokens: without them, two ways to cut one stream into rows would look alike.
             digest.update(f"{len(row.ids)},{row.masked},{row.earlier};".encode())
             digest.update(row.ids.tobytes())
     return digest.hexdigest()

@@ -112,6 +112,7 @@ class Journal:
         """Show a step; write it where it is one of those that are logged."""
         if not self.accelerator.is_main_process:
             return
+        # Each by itself: a full disk must not silence the screen, nor a closed pipe the file.
         self._try(lambda: self.display.step(step, metrics))
         if is_logged:
             self._try(lambda: self._append({"step": step, **_finite(metrics)}))

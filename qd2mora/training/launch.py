@@ -33,6 +33,7 @@ def launched(recipe: Recipe, folder: RunFolder) -> Accelerator:
         backend = "gloo"
     accelerator = Accelerator(
         cpu=on_cpu and not is_sharded,
+        # Autocast is the loop's own (`row_losses`), and only where a run is float16.
         mixed_precision="no",
         deepspeed_plugin=engine,
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=PATIENCE)],

@@ -59,6 +59,7 @@ class Training:
         losses: dict[str, float] = {}
         with as_lost(), self.saver, self.watchdog:
             if self.progress.step == 0:
+                # What the start scores: every later number is read against it.
                 losses = self._evaluate()
             while self.progress.step < self.course.total_steps and not self.has_stalled:
                 began = time.monotonic()
@@ -80,10 +81,12 @@ class Training:
         """Do the next step, and return what is told of it."""
         began, update, total = time.perf_counter(), self.progress.step, self.course.total_steps
         rows = self.course.rows(update)
+        # Before the pass, which hands gradients to this stage's expert alone.
         enter_stage(self.batches.model, self.updater, self.gradient.config, update, total)
         loss, norm, penalties = self._whole_gradient(rows)
         # By applied updates: steps that are passed over take nothing off the schedule's length.
         rate = learning_rate(self.train, self.progress.applied, total)
+        # The data moves on whatever comes of the step, so that a bad one is never met twice.
         self.progress.step += 1
         if math.isfinite(loss) and math.isfinite(norm):
             self._update(rate)
@@ -113,15 +116,19 @@ class Training:
             # Processes meet once a step: what any of them has to say is said here.
             asked = self.stop.number is not None, self.time_limit.is_near, local is None, self.saver.has_failed
             if local is None:
+                # A process that is short of memory still sends: the others are waiting in the same message.
                 local = torch.zeros(())
             loss, *stops, short, failed = self.processes.sum_numbers([local, *map(float, asked)])
             self._why_stop = self._reason(*stops)
             if failed:
+                # Raises on every process what the writing thread of the main one ran into.
                 self.processes.from_main(self.saver.finish)
             if short:
                 self.batches.halve()
                 continue
             norm, penalties = self.gradient.finish()
+            # A finite loss whose gradient is not: float16 overflowed on the way back, and a smaller scale may do. A
+            # loss that is not finite no scale makes better.
             if math.isfinite(norm) or not math.isfinite(loss) or not lower_scale(self.progress):
                 return loss, norm, penalties
             self.updater.forget_gradients()
@@ -138,6 +145,7 @@ class Training:
 
     def _update(self, rate: float) -> None:
         self.updater.update(rate)
+        # Load biases move once an update, by what all micro batches have counted (FlyLoRA's rule).
         after_step(self.batches.model)
         self.progress.applied += 1
         self.progress.bad_in_a_row = 0
@@ -168,6 +176,7 @@ class Training:
             self.journal.say(f"no better evaluation overall in {self.progress.stale}: stopped after step {done}")
         if done % self.train.save_every == 0 or is_last or self._why_stop:
             self._save()
+        # At the last step there is nothing to stop any more: the run ends as it would have.
         if self._why_stop and not is_last:
             with self.watchdog.paused():
                 self.processes.from_main(self.saver.finish)

@@ -38,6 +38,7 @@ def key_of(seed: int, purpose: Purpose, *place: int) -> int:
 
     A place is an update and a process, or a row's number in the endless sequence of rows.
     """
+    # A hash that is the same in every process and version, as Python's own is not; one bit less, for int64.
     text = f"{seed} {purpose} {' '.join(map(str, place))}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
@@ -132,6 +133,7 @@ class MicroBatches:
 
     def row_losses(self, part: MicroBatch) -> Tensor:
         """Return the summed loss of each row, (rows,) float32, in nats."""
+        # Only float16 runs have a scale, and they alone need autocast: bases in other dtypes compute in their own.
         is_scaled = self.progress.loss_scale is not None
         with torch.autocast(self.processes.device.type, torch.float16, enabled=is_scaled):
             losses: Tensor = self.row_loss(self.collated(part))
@@ -171,6 +173,7 @@ class MicroBatches:
                 f"memory: {doing} does not fit the device with one row at a time; lower "
                 "data.max_length, or see `qd2mora plan` for what takes the memory"
             )
+        # In the progress too, so that a resume does not run out of memory once more.
         self.size = self.progress.micro_batch = self.size // 2
         self.updater.forget_gradients()
         self.say(f"out of memory: from step {self.progress.step + 1} on micro batches of {self.size}")

@@ -118,11 +118,13 @@ def open_folder(folder: RunFolder, recipe: Recipe, manifest: Manifest, resume: b
         else:
             _empty(folder)
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        # Or a power cut may leave a run whose folder no list names.
         sync_folder(folder.path.parent)
         # Steps after the checkpoint are done again, and would be in the log twice.
         forget_after(folder.metrics, step)
         text = recipe.dump_yaml()
         write_atomically(folder.manifest, seal_text({**manifest, **_known(folder, text, resume)}))
+        # Last: a folder without it holds no run yet, whenever a kill came.
         write_atomically(folder.recipe, text)
 
 

@@ -113,6 +113,7 @@ class Processes:
             except StopError as stop:
                 error, answer = stop, {"error": type(stop).__name__, "message": str(stop)}
         told = json.loads(self._bytes_from_main(json.dumps(answer).encode()))
+        # After the others were told: raised in the handler, it would leave them waiting.
         if error is not None:
             raise error
         if "error" in told:
@@ -154,6 +155,7 @@ class Processes:
         if self.count == 1:
             return
         of_main = json.loads(self._bytes_from_main(json.dumps(identity).encode()))
+        # As JSON has it on both sides, or a tuple here would differ from the list that was sent.
         mine = json.loads(json.dumps(identity))
         other = [name for name in of_main.keys() | mine.keys() if of_main.get(name) != mine.get(name)]
         # All ask before any refuses: one that left alone would let the others wait for ever.

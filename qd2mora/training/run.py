@@ -144,6 +144,7 @@ def train(
         if resume:
             before = processes.from_main(lambda: read_manifest(folder))
         start = Start(recipe, folder, accelerator, processes, stop, time_limit, before, allow_changed)
+        # A resume computes with the threads that its run began with; whoever called gets back their own.
         held.enter_context(repeatable(processes.device, recipe.train.deterministic))
         return _train_locked(start)
 

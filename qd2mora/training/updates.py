@@ -121,6 +121,8 @@ class PlainUpdater:
 
     def expected(self) -> tuple[Inventory, Inventory]:
         """See StateSource. Optimisers make their moments at the first update, so an empty one is done, and undone."""
+        # Asked of the optimiser itself: which moments it keeps, in which dtype, is its own business (8-bit ones, by
+        # size).
         earlier = {parameter: copy.deepcopy(state) for parameter, state in self.optimizer.state.items()}
         rates = [group["lr"] for group in self.optimizer.param_groups]
         before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
@@ -184,6 +186,7 @@ def learning_rate(train: Train, update: int, total: int) -> float:
 def add_gradient(value: Tensor, of: Iterable[Tensor]) -> None:
     """Add the gradient of a value to that of those tensors which are trained; nothing else gets one."""
     trained = [tensor for tensor in of if tensor.requires_grad]
+    # Not `backward`, which would add to every trained tensor on the way, asked for or not.
     gradients = torch.autograd.grad(value, trained, allow_unused=True)
     for tensor, gradient in zip(trained, gradients, strict=True):
         if gradient is None:
@@ -213,6 +216,7 @@ def enter_stage(model: nn.Module, updater: Updater, config: MixtureConfig, updat
     routing = routing_of(model)
     if routing is None or not config.row.stages:
         return
+    # A function of the step's number, so that a resume stands in the right stage without having saved it.
     routing.stage = stage_of(update, total, config.num_down)
     if update == 0 or stage_of(update - 1, total, config.num_down) == routing.stage:
         return

@@ -20,7 +20,7 @@ from qd2mora.comparison.running import compare
 from qd2mora.comparison.split import split_tasks
 from qd2mora.errors import InputRefused
 from qd2mora.memory import plan
-from qd2mora.merging import STRATEGIES
+from qd2mora.merging import STRATEGIES, ExportOptions
 from qd2mora.recipe import Recipe, load_recipe
 
 
@@ -167,11 +167,11 @@ def test_where_no_strategies_are_named_those_are_tried_that_go_with_what_is_expo
 ) -> None:
     tried = []
 
-    def exported(run: Path, out: Path, *, strategy: str, task: str | None, keeps: bool) -> SimpleNamespace:
-        tried.append(strategy)
+    def exported(run: Path, out: Path, options: ExportOptions) -> SimpleNamespace:
+        tried.append(options.strategy)
         out.mkdir()
-        fidelity = SimpleNamespace(merged=2.0 if strategy == "sequential" else 3.0)
-        return SimpleNamespace(strategy=strategy, fidelity=fidelity, exact=False)
+        fidelity = SimpleNamespace(merged=2.0 if options.strategy == "sequential" else 3.0)
+        return SimpleNamespace(strategy=options.strategy, fidelity=fidelity, exact=False)
 
     monkeypatch.setattr(arm_scores, "merge", exported)
     place, best = arm_scores._best_of(tmp_path / "run", (), task)

@@ -17,7 +17,7 @@ from qd2mora.data.instruction import split
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation import TalkOptions, chat, generate
 from qd2mora.evaluation.subject import model_mark
-from qd2mora.merging import merge
+from qd2mora.merging import ExportOptions, merge
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}[assistant]"
 
@@ -27,10 +27,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, its exports, and the base with a chat template."""
     folder = tmp_path_factory.mktemp("talking")
     run = make_run(folder, "d2mora")
-    merge(run, folder / "hf", dtype="float32")
-    merge(run, folder / "exact", to="exact", dtype="float32")
-    merge(run, folder / "nf4", to="exact", dtype="nf4")
-    merge(run, folder / "lora", to="lora")
+    for name, to, dtype in (("exact", "exact", "float32"), ("nf4", "exact", "nf4")):
+        merge(run, folder / name, ExportOptions(to=to, dtype=dtype, measured_rows=0))
+    # One static update in two forms, whichever it is.
+    for name, to in (("hf", "hf"), ("lora", "lora")):
+        merge(run, folder / name, ExportOptions(to=to, dtype="float32", strategy="core_lsq", measured_rows=0))
     tiny.save_base(folder / "talker", seed=3)
     tokenizer = AutoTokenizer.from_pretrained(folder / "talker")
     tokenizer.chat_template = TEMPLATE

@@ -19,7 +19,7 @@ from qd2mora.data.instruction import split
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation import Subject, TalkOptions, generate
 from qd2mora.evaluation.wording import wording_of
-from qd2mora.merging import merge
+from qd2mora.merging import ExportOptions, merge
 from qd2mora.recipe import Data, Task, load_recipe
 from qd2mora.run_folder import RunFolder, read_recipe
 from qd2mora.training import train
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.write_text(tiny.recipe_text(folder / "base", folder / "data", folder / "run", method="lora"), encoding="utf-8")
     changes = {"path": folder / "talks.jsonl", "format": "chat", "template": "chatml"}
     train(load_recipe(path, ["train.steps=2", *(f"data.tasks.1.{key}={value}" for key, value in changes.items())]))
-    merge(folder / "run", folder / "hf")
+    merge(folder / "run", folder / "hf", ExportOptions(measured_rows=0))
     return folder
 
 

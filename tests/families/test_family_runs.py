@@ -1,6 +1,7 @@
 """Every family through a whole run: trained, broken off and resumed, exported in each form, and read back."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -15,11 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from qd2mora.base import load_base
 from qd2mora.errors import SignalStop
-from qd2mora.merging import merge
+from qd2mora.merging import ExportOptions, merge
 from qd2mora.recipe import Base, Recipe, load_recipe
 from qd2mora.run_folder import open_run
 from qd2mora.training import train
 
+QUICKLY: dict[str, Any] = {"strategy": "mean_gate", "measured_rows": 0}
+"""Any static update will do, however far it is from the routed one: forms of it are compared with each other."""
 IDS = torch.randint(4, 490, (2, 40), generator=torch.Generator().manual_seed(5))
 
 
@@ -54,7 +57,7 @@ def logits_of(model: torch.nn.Module) -> Tensor:
 
 
 def static_logits(folder: Path) -> Tensor:
-    merge(folder / "run", folder / "hf", dtype="float32")
+    merge(folder / "run", folder / "hf", ExportOptions(dtype="float32", **QUICKLY))
     return logits_of(AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32))
 
 
@@ -83,7 +86,7 @@ def test_a_run_that_was_broken_off_ends_with_the_same_bytes(
 def test_the_plain_weights_and_the_lora_are_one_model(name: str, home: Path) -> None:
     folder = run_of(home, name)
     merged = static_logits(folder)
-    merge(folder / "run", folder / "lora", to="lora")
+    merge(folder / "run", folder / "lora", ExportOptions(to="lora", **QUICKLY))
     on_base = PeftModel.from_pretrained(load_base(Base(model=str(folder / "base"))), str(folder / "lora"))
     torch.testing.assert_close(merged, logits_of(on_base), rtol=1e-3, atol=1e-3)
 
@@ -94,7 +97,7 @@ def test_exact_exports_give_the_routed_logits_where_this_package_is_not(home: Pa
     for name in FAMILIES:
         folder = run_of(home, name)
         wanted[name] = logits_of(open_run(folder / "run").model)
-        merge(folder / "run", folder / "exact", to="exact", dtype="float32")
+        merge(folder / "run", folder / "exact", ExportOptions(to="exact", dtype="float32", measured_rows=0))
     without_this_package(f"""
 import pathlib, torch
 from safetensors.torch import load_file, save_file
@@ -116,8 +119,8 @@ save_file(found, home / "logits.safetensors")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_gguf_file_read_as_a_base_gives_the_plain_weights_logits(name: str, home: Path) -> None:
     folder = run_of(home, name)
-    merge(folder / "run", folder / "gguf", to="gguf", with_vocabulary=False)
-    merge(folder / "run", folder / "half", dtype="float16")
+    merge(folder / "run", folder / "gguf", ExportOptions(to="gguf", with_vocabulary=False, **QUICKLY))
+    merge(folder / "run", folder / "half", ExportOptions(dtype="float16", **QUICKLY))
     wanted = AutoModelForCausalLM.from_pretrained(folder / "half", dtype=torch.float32)
     (file,) = (folder / "gguf").glob("*.gguf")
     base = load_base(Base(model=str(file), quantization="none"))

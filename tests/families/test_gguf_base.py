@@ -21,7 +21,7 @@ from qd2mora.cli import main
 from qd2mora.disk import gguf_header
 from qd2mora.disk.gguf_header import TensorPlace, read_header
 from qd2mora.errors import DamagedFile, InputRefused
-from qd2mora.merging import merge
+from qd2mora.merging import ExportOptions, merge
 from qd2mora.recipe import Base, load_recipe
 from qd2mora.training import train
 
@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_family("llama3.2", folder / "base")
     tiny.save_tasks(folder / "data", 24)
     train(recipe_of(folder, "run"))
-    merge(folder / "run", folder / "out", to="gguf")
+    merge(folder / "run", folder / "out", ExportOptions(to="gguf"))
     merge(folder / "run", folder / "hf")
     return folder
 
@@ -93,7 +93,7 @@ def test_a_run_on_a_file_trains_resumes_and_leaves_in_every_form(made: Path, fil
     recipe = load_recipe(path)
     train(recipe)
     for to in ("hf", "lora", "exact", "gguf", "gguf_lora"):
-        merge(made / "second", made / f"second-{to}", to=to)
+        merge(made / "second", made / f"second-{to}", ExportOptions(to=to))
     AutoModelForCausalLM.from_pretrained(made / "second-hf")
     before = fingerprint(recipe.base)
     content = bytearray(file.read_bytes())

@@ -1,6 +1,7 @@
 """The exact export: the routed model itself, loaded by transformers alone where this package cannot be imported."""
 
 import ast
+import json
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from qd2mora.base import load_base, load_tokenizer
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation import TalkOptions, generate
-from qd2mora.merging import merge
+from qd2mora.merging import ExportOptions, merge
 from qd2mora.merging.base_weights import BaseWeights
 from qd2mora.merging.exact import refuse_unfit, routed_parts, write_exact
 from qd2mora.mixture import read_rows
@@ -109,32 +110,51 @@ assert "peft" not in sys.modules
         assert (plain(input_ids=ids).logits - wanted["d2mora"]).abs().max() > 0.1
 
 
-def test_the_four_bit_weights_go_along_bit_for_bit(tmp_path: Path) -> None:
-    run = make_run(tmp_path, "d2mora")
-    export = merge(run, tmp_path / "out", to="exact", dtype="nf4")
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run and its exact exports on a base in 16 bits and in four."""
+    folder = tmp_path_factory.mktemp("exported")
+    run = make_run(folder, "d2mora")
+    merge(run, folder / "half", ExportOptions(to="exact", measured_rows=0))
+    export = merge(run, folder / "nf4", ExportOptions(to="exact", dtype="nf4"))
     assert export.exact and export.fidelity is not None and export.fidelity.kl_per_token == 0
-    text = generate(run, "red sun", TalkOptions(max_new_tokens=8), raw=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def elsewhere(exported: Path) -> dict[str, str]:
+    """What a process without this package finds in the exports."""
     said = without_this_package(f"""
-import torch
+import json
 from transformers import AutoModelForCausalLM, AutoTokenizer
-where = {str(tmp_path / "out")!r}
-model = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=True)
-assert model.model.layers[0].self_attn.q_proj.base_layer.weight.dtype == torch.uint8
-tokenizer = AutoTokenizer.from_pretrained(where)
+half, nf4 = {str(exported / "half")!r}, {str(exported / "nf4")!r}
+try:
+    AutoModelForCausalLM.from_pretrained(half, trust_remote_code=False)
+    untrusted = "loaded"
+except ValueError as error:
+    untrusted = "refused"
+linear = AutoModelForCausalLM.from_pretrained(half, trust_remote_code=True).model.layers[1].mlp.down_proj
+dtypes = [linear.base_layer.weight.dtype, linear.mixture.down.dtype, linear.mixture.router_up.dtype]
+model = AutoModelForCausalLM.from_pretrained(nf4, trust_remote_code=True)
+packed = model.model.layers[0].self_attn.q_proj.base_layer.weight.dtype
+tokenizer = AutoTokenizer.from_pretrained(nf4)
 ids = tokenizer("red sun", return_tensors="pt")
 out = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1]:]
-print(tokenizer.decode(out, skip_special_tokens=True).encode().hex())""")
-    assert bytes.fromhex(said.split()[-1]).decode() == text
+text = tokenizer.decode(out, skip_special_tokens=True)
+print()  # ends the line in which transformers asks about the tokenizer
+print(json.dumps(dict(untrusted=untrusted, dtypes=" ".join(map(str, dtypes)), packed=str(packed), text=text)))""")
+    found: dict[str, str] = json.loads(said.strip().splitlines()[-1])
+    return found
 
 
-def test_the_adapter_stays_in_float32_on_a_base_in_16_bits(tmp_path: Path) -> None:
-    merge(make_run(tmp_path, "d2mora"), tmp_path / "out", to="exact")
-    said = without_this_package(f"""
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r}, trust_remote_code=True)
-linear = model.model.layers[1].mlp.down_proj
-print(linear.base_layer.weight.dtype, linear.mixture.down.dtype, linear.mixture.router_up.dtype)""")
-    assert said.split() == ["torch.float16", "torch.float32", "torch.float32"]
+def test_the_four_bit_weights_go_along_bit_for_bit(exported: Path, elsewhere: dict[str, str]) -> None:
+    assert elsewhere["packed"] == "torch.uint8"
+    (run,) = exported.glob("run-*")
+    assert elsewhere["text"] == generate(run, "red sun", TalkOptions(max_new_tokens=8), raw=True)
+
+
+def test_the_adapter_stays_in_float32_on_a_base_in_16_bits(elsewhere: dict[str, str]) -> None:
+    assert elsewhere["dtypes"].split() == ["torch.float16", "torch.float32", "torch.float32"]
 
 
 VECTOR = "gates: {down: {input: external, granularity: sequence}}, external_width: 3,"
@@ -149,27 +169,19 @@ def test_what_the_code_file_does_not_run_is_refused_before_anything_is_written(
 ) -> None:
     run = make_run(tmp_path, method, adapter=more)
     with pytest.raises(InputRefused, match=words):
-        merge(run, tmp_path / "out", to="exact")
+        merge(run, tmp_path / "out", ExportOptions(to="exact"))
     assert not (tmp_path / "out").exists()
 
 
-def test_without_trust_the_folder_is_refused_and_never_the_plain_base(tmp_path: Path) -> None:
-    merge(make_run(tmp_path, "d2mora"), tmp_path / "out", to="exact")
-    said = without_this_package(f"""
-from transformers import AutoModelForCausalLM
-try:
-    AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r}, trust_remote_code=False)
-except ValueError as error:
-    print("refused")""")
-    assert said.strip() == "refused"
+def test_without_trust_the_folder_is_refused_and_never_the_plain_base(elsewhere: dict[str, str]) -> None:
+    assert elsewhere["untrusted"] == "refused"
 
 
-def test_the_code_files_are_the_packages_own_and_import_nothing_but_torch_and_each_other(tmp_path: Path) -> None:
-    merge(make_run(tmp_path, "d2mora"), tmp_path / "out", to="exact")
+def test_the_code_files_are_the_packages_own_and_import_nothing_but_torch_and_each_other(exported: Path) -> None:
     home = Path(modeling_mixture.__file__).parent
-    assert {path.name for path in (tmp_path / "out").glob("*.py")} == set(modeling_mixture.FILES)
+    assert {path.name for path in (exported / "half").glob("*.py")} == set(modeling_mixture.FILES)
     for name in modeling_mixture.FILES:
-        assert (tmp_path / "out" / name).read_bytes() == (home / name).read_bytes()
+        assert (exported / "half" / name).read_bytes() == (home / name).read_bytes()
         for node in ast.walk(ast.parse((home / name).read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.level:
                 assert f"{node.module}.py" in modeling_mixture.FILES

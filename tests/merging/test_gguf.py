@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from qd2mora.base.gguf_forms import llama3_factors
 from qd2mora.base.gguf_tokens import BYTE, CONTROL, UNKNOWN, UNUSED
 from qd2mora.errors import InputRefused
-from qd2mora.merging import merge
+from qd2mora.merging import ExportOptions, merge
 from qd2mora.merging.base_weights import BaseWeights
 from qd2mora.merging.gguf_file import rotated_in_pairs, write_gguf
 from qd2mora.merging.gguf_vocab import SPACE, vocabulary_of
@@ -32,11 +32,11 @@ HEADS, KV_HEADS = 4, 2
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gguf")
     run = make_run(folder, "lora", tied=False)
-    merge(run, folder / "hf", dtype="float32")
+    merge(run, folder / "hf", ExportOptions(dtype="float32"))
     for dtype in ("float16", "q8_0"):
-        merge(run, folder / dtype, to="gguf", dtype=dtype)
+        merge(run, folder / dtype, ExportOptions(to="gguf", dtype=dtype))
     for to in ("lora", "gguf_lora"):
-        merge(run, folder / to, to=to)
+        merge(run, folder / to, ExportOptions(to=to))
     return folder
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from qd2mora.adapter_folder import base_identity, save_adapter
 from qd2mora.data import Pair, Row
 from qd2mora.errors import InputRefused
-from qd2mora.merging import Export, merge
+from qd2mora.merging import Export, ExportOptions, merge
 from qd2mora.merging.forecast import forecast
 from qd2mora.merging.kept_updates import hash_of_rows
 from qd2mora.report import show_export, verdict
@@ -44,20 +44,20 @@ def weights(folder: Path) -> dict[str, bytes]:
 def test_what_is_kept_gives_the_bytes_and_numbers_of_what_is_made(
     made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fresh = merge(made / "run", tmp_path / "fresh", keeps=False)
+    fresh = merge(made / "run", tmp_path / "fresh", ExportOptions(keeps=False))
     for name in ("strategy_inputs_of", "measure", "missed"):
         monkeypatch.setattr(f"qd2mora.merging.measured_updates.{name}", None)  # nothing is made or measured again
     again = merge(made / "run", tmp_path / "again")
     assert "taken from there" in caplog.text and "kept from an earlier merge" in verdict(again)
     assert weights(tmp_path / "again") == weights(tmp_path / "fresh") == weights(made / "hf")
     assert report_of(again) == report_of(fresh) and again.unexplained == fresh.unexplained
-    assert merge(made / "run", tmp_path / "lora", to="lora").strategy == fresh.strategy
+    assert merge(made / "run", tmp_path / "lora", ExportOptions(to="lora")).strategy == fresh.strategy
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     run = make_run(tmp_path, "d2mora")
-    merge(run, tmp_path / "first", strategy="core_lsq")
+    merge(run, tmp_path / "first", ExportOptions(strategy="core_lsq"))
     return run
 
 
@@ -73,16 +73,16 @@ def test_another_adapter_is_solved_anew_and_that_is_said(
         if "mixture_B" in name:
             nn.init.constant_(tensor, 0.01)
     save_adapter(opened.model, run / "adapter", base_identity(opened.recipe.base))
-    second = merge(run, tmp_path / "second", strategy="core_lsq")
+    second = merge(run, tmp_path / "second", ExportOptions(strategy="core_lsq"))
     assert "was made of another 'adapter'" in caplog.text and LOG not in caplog.text
     assert weights(tmp_path / "second") == weights_of_fresh(run, tmp_path)
     caplog.clear()
-    merge(run, tmp_path / "third", strategy="core_lsq")
+    merge(run, tmp_path / "third", ExportOptions(strategy="core_lsq"))
     assert LOG in caplog.text and second.strategy == "core_lsq" and len(kept_in(run)) == 1
 
 
 def weights_of_fresh(run: Path, folder: Path) -> dict[str, bytes]:
-    merge(run, folder / "fresh", strategy="core_lsq", keeps=False)
+    merge(run, folder / "fresh", ExportOptions(strategy="core_lsq", keeps=False))
     return weights(folder / "fresh")
 
 
@@ -90,7 +90,7 @@ def test_other_rows_are_other_solutions(run: Path, tmp_path: Path, caplog: pytes
     data = next((tmp_path / "data").glob("*.jsonl"))
     lines = data.read_text(encoding="utf-8").splitlines()
     data.write_text("\n".join(lines[1:]) + "\n", encoding="utf-8")
-    merge(run, tmp_path / "second", strategy="core_lsq")
+    merge(run, tmp_path / "second", ExportOptions(strategy="core_lsq"))
     assert "was made of another 'rows'" in caplog.text and LOG not in caplog.text
 
 
@@ -102,14 +102,14 @@ def test_a_changed_bit_is_found_and_it_is_made_anew(
     content = bytearray((kept / name).read_bytes())
     content[len(content) // 2] ^= 1
     (kept / name).write_bytes(content)
-    merge(run, tmp_path / "second", strategy="core_lsq")
+    merge(run, tmp_path / "second", ExportOptions(strategy="core_lsq"))
     assert "not what was written" in caplog.text or "damaged" in caplog.text
     assert weights(tmp_path / "second") == weights(tmp_path / "first")
 
 
 def test_strategies_and_tasks_are_kept_apart(run: Path, tmp_path: Path) -> None:
-    merge(run, tmp_path / "mean", strategy="mean_gate")
-    merge(run, tmp_path / "task", strategy="core_lsq", task="first")
+    merge(run, tmp_path / "mean", ExportOptions(strategy="mean_gate"))
+    merge(run, tmp_path / "task", ExportOptions(strategy="core_lsq", task="first"))
     assert len(kept_in(run)) == 3
 
 
@@ -118,14 +118,14 @@ def test_a_place_that_cannot_be_written_costs_a_line(
 ) -> None:
     (kept,) = kept_in(run)
     (kept / "thesis.tex").write_text("years of work", encoding="utf-8")
-    merge(run, tmp_path / "second", strategy="core_lsq")
+    merge(run, tmp_path / "second", ExportOptions(strategy="core_lsq"))
     assert "are not kept" in caplog.text and (kept / "thesis.tex").is_file()
 
 
 def test_measuring_takes_the_rows_that_are_asked_for_and_none_says_so(made: Path, tmp_path: Path) -> None:
-    some = merge(made / "run", tmp_path / "some", measured_rows=3)
+    some = merge(made / "run", tmp_path / "some", ExportOptions(measured_rows=3))
     assert some.fidelity is not None and 0 < some.fidelity.tokens < _tokens(made / "hf")
-    none = merge(made / "run", tmp_path / "none", measured_rows=0)
+    none = merge(made / "run", tmp_path / "none", ExportOptions(measured_rows=0))
     assert none.fidelity is None and "NOT measured" in verdict(none) and warning(none) is None
     report = json.loads((tmp_path / "none/export_report.json").read_text(encoding="utf-8"))
     assert report["measured"].startswith("not measured") and report["loss"] is None

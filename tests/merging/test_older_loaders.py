@@ -7,7 +7,7 @@ import pytest
 import tiny
 from transformers import AutoConfig, AutoTokenizer
 
-from qd2mora.merging import merge
+from qd2mora.merging import ExportOptions, merge
 from qd2mora.recipe import load_recipe
 from qd2mora.training import train
 
@@ -27,8 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(tiny.recipe_text(folder / "base", folder / "data", folder / "run"), encoding="utf-8")
     train(load_recipe(path, ["train.steps=1"]))
-    for to in ("hf", "exact", "lora"):
-        merge(folder / "run", folder / to, to=to)
+    merge(folder / "run", folder / "exact", ExportOptions(to="exact", measured_rows=0))
+    for to in ("hf", "lora"):
+        merge(folder / "run", folder / to, ExportOptions(to=to, strategy="mean_gate", measured_rows=0))
     return folder
 
 

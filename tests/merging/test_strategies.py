@@ -14,7 +14,7 @@ from qd2mora.adapter_folder import base_identity, save_adapter
 from qd2mora.base import load_base, load_tokenizer
 from qd2mora.errors import InputRefused
 from qd2mora.memory.loss import RowLoss
-from qd2mora.merging import core_lsq, make_static, mean_gate, merge, merge_tasks
+from qd2mora.merging import ExportOptions, core_lsq, make_static, mean_gate, merge, merge_tasks
 from qd2mora.merging.auto import affordable_steps, auto
 from qd2mora.merging.distill import Teacher, distill, mean_divergence
 from qd2mora.merging.fidelity import measure, missed, unexplained
@@ -243,9 +243,9 @@ def test_an_adapter_is_static_where_its_recipe_makes_its_gates_so(tmp_path: Path
 
 def test_per_task_wants_a_task_and_all_makes_an_export_of_each(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match="--task all"):
-        merge(run, tmp_path / "out", strategy="per_task")
+        merge(run, tmp_path / "out", ExportOptions(strategy="per_task"))
     (tmp_path / f".out.{2**22 + 7}-0badcafe.partial" / "first").mkdir(parents=True)  # what a kill leaves
-    exports = merge_tasks(run, tmp_path / "out", strategy="per_task")
+    exports = merge_tasks(run, tmp_path / "out", ExportOptions(strategy="per_task"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert list(exports) == ["first", "last"]
     for name, export in exports.items():
@@ -301,7 +301,7 @@ def test_tasks_add_up_to_the_whole_and_the_base_itself_agrees_with_itself(
 
 
 def test_the_report_compares_both_bases_and_says_loudly_where_little_is_kept(run: Path, tmp_path: Path) -> None:
-    export = merge(run, tmp_path / "out", strategy="mean_gate", base="original")
+    export = merge(run, tmp_path / "out", ExportOptions(strategy="mean_gate", base="original"))
     report = json.loads((tmp_path / "out" / "export_report.json").read_text(encoding="utf-8"))
     assert set(report["bases"]) == {"dequantized", "original"}
     assert report["loss"] == report["bases"]["original"]["loss"] != report["bases"]["dequantized"]["loss"]

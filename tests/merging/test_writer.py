@@ -20,7 +20,7 @@ from qd2mora.disk.sealed import verify_folder
 from qd2mora.disk.shards import write_shards
 from qd2mora.disk.tensor_file import TensorToWrite
 from qd2mora.errors import InputRefused, NotFinite
-from qd2mora.merging import merge
+from qd2mora.merging import ExportOptions, merge
 from qd2mora.merging.base_weights import BaseWeights
 from qd2mora.merging.hf_folder import write_model
 from qd2mora.merging.rungs import shard_bytes
@@ -130,7 +130,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_original_and_dequantized_bases_differ_and_both_are_sealed(tmp_path: Path) -> None:
     run = make_run(tmp_path, "lora")
     for base in ("dequantized", "original"):
-        merge(run, tmp_path / base, base=base, dtype="bfloat16")
+        merge(run, tmp_path / base, ExportOptions(base=base, dtype="bfloat16"))
         verify_folder(tmp_path / base)
         assert json.loads((tmp_path / base / "export_report.json").read_text(encoding="utf-8"))["base"] == base
     # A linear without an adapter: there the two bases differ by quantisation alone.
@@ -140,31 +140,34 @@ def test_original_and_dequantized_bases_differ_and_both_are_sealed(tmp_path: Pat
     assert not ours[name].equal(original[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.int16, torch.uint16, torch.float8_e4m3fn, torch.complex64])
-def test_a_base_with_a_tensor_that_no_layer_reads_loads_trains_and_merges(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_base_with_tensors_of_any_dtype_that_no_layer_reads_loads_trains_and_merges(tmp_path: Path) -> None:
     base = tiny.save_base(tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
-    extra = torch.zeros(8, 4, dtype=torch.float32).to(dtype)
-    save_file(tensors | {"model.positions_seen": extra}, base / "model.safetensors", metadata={"format": "pt"})
+    dtypes = (torch.int16, torch.uint16, torch.float8_e4m3fn, torch.complex64)
+    extra = {f"model.seen_{number}": torch.zeros(8, 4).to(dtype) for number, dtype in enumerate(dtypes)}
+    save_file(tensors | extra, base / "model.safetensors", metadata={"format": "pt"})
     tiny.save_tasks(tmp_path / "data")
     (tmp_path / "recipe.yaml").write_text(tiny.recipe_text(base, tmp_path / "data", tmp_path / "run"))
     train(load_recipe(tmp_path / "recipe.yaml", ["train.steps=1"]))
-    merge(tmp_path / "run", tmp_path / "out", strategy="core_lsq")
+    merge(tmp_path / "run", tmp_path / "out", ExportOptions(strategy="core_lsq"))
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys()
+
+
+def _killed_at_the_third_shard(event: str, arguments: tuple[object, ...]) -> None:
+    if event == "open" and "model-00003" in str(arguments[0]):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_kill_while_a_shard_is_written_leaves_nothing_and_a_restart_is_whole(tmp_path: Path) -> None:
     run, out = make_run(tmp_path, "lora"), tmp_path / "out"
-    code = f"""
-import os, signal, sys
-from qd2mora.merging import merge
-def killed(event, arguments):
-    if event == "open" and "model-00003" in str(arguments[0]):
-        os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(killed)
-merge({str(run)!r}, {str(out)!r}, max_shard="40KB")"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL
+    child = os.fork()
+    if child == 0:
+        sys.addaudithook(_killed_at_the_third_shard)
+        try:
+            merge(run, out, ExportOptions(max_shard="40KB"))
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert not out.exists() and len(list(tmp_path.glob(".out.*.partial/*.safetensors"))) == 2
     merge(run, out)
     verify_folder(out)

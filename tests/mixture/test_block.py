@@ -146,7 +146,8 @@ def test_gradients_under_dropout_pass_finite_differences(per_expert: bool) -> No
     assert not torch.allclose(dropped, model.eval()(x))
     model.train()
     leaves = [x, *(tensor.detach().clone() for tensor in named.values())]
-    assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in leaves])
+    # Along random directions: each entry by itself takes a pass of its own.
+    assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in leaves], fast_mode=True)
 
 
 def test_dropout_keeps_the_mean_of_every_linear_and_masks_differ_between_slots_where_asked() -> None:

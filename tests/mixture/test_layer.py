@@ -69,7 +69,8 @@ def test_the_fast_form_passes_finite_differences(method: str, dropout: float, pe
         return torch.func.functional_call(layer, dict(zip(named, tensors, strict=True)), (x,))
 
     inputs = [x, *(tensor.detach().clone() for tensor in named.values())]
-    assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in inputs])
+    # Along random directions: each entry by itself takes a pass of its own.
+    assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in inputs], fast_mode=True)
 
 
 @pytest.mark.parametrize("method", COUNTS)

@@ -31,7 +31,7 @@ from qd2mora.recipe import load_recipe
 from qd2mora.run_folder import open_run
 
 MERGES = int(os.environ.get("GATE_MERGES", "4"))
-SIGNALS = max(3, int(os.environ.get("GATE_SIGNALS", "30")) // 5)
+SIGNALS = max(3, int(os.environ.get("GATE_SIGNALS", "15")) // 5)
 TOKENS = torch.randint(4, 400, (2, 17), generator=torch.Generator().manual_seed(0))
 
 

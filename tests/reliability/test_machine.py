@@ -23,7 +23,7 @@ CHANGES = (
     "adapter.down={experts: 2}",
     "adapter.up={experts: 2}",
     "data.max_length=64",
-    "train.steps=4",
+    "train.steps=3",
     "train.micro_batch=4",
     "train.global_batch=4",
 )

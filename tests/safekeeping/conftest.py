@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from qd2mora.cli.training_end import finish
-from qd2mora.merging import merge
+from qd2mora.merging import ExportOptions, merge
 from qd2mora.recipe import load_recipe
 from qd2mora.training import train
 
@@ -25,8 +25,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe.write_text(tiny.recipe_text(folder / "base", folder / "data", folder / "run"), encoding="utf-8")
     with open(os.devnull, "w") as nowhere:
         finish(train(load_recipe(recipe, ["train.steps=4", "finish.export=true"])).folder, Console(file=nowhere))
-    merge(folder / "run", folder / "hf", strategy="mean_gate")
-    merge(folder / "run", folder / "lora", strategy="mean_gate", to="lora")
+    merge(folder / "run", folder / "hf", ExportOptions(strategy="mean_gate"))
+    merge(folder / "run", folder / "lora", ExportOptions(strategy="mean_gate", to="lora"))
     return folder
 
 

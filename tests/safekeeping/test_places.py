@@ -10,7 +10,7 @@ from qd2mora.composition import compose
 from qd2mora.disk.sealed import seal_text
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation import evaluate
-from qd2mora.merging import merge, merge_tasks
+from qd2mora.merging import ExportOptions, merge, merge_tasks
 from qd2mora.report import check_page, check_png
 from qd2mora.run_folder import RunFolder
 from qd2mora.safekeeping.places import check_place, taken
@@ -19,8 +19,8 @@ from qd2mora.training.opening import check_folder
 
 FOLDERS: dict[str, Callable[[Path, Path], object]] = {
     "train": lambda made, out: check_folder(RunFolder(out), resume=False, overwrite=True),
-    "merge": lambda made, out: merge(made / "run", out, strategy="mean_gate"),
-    "merge --task all": lambda made, out: merge_tasks(made / "run", out, strategy="mean_gate"),
+    "merge": lambda made, out: merge(made / "run", out, ExportOptions(strategy="mean_gate")),
+    "merge --task all": lambda made, out: merge_tasks(made / "run", out, ExportOptions(strategy="mean_gate")),
     "compose": lambda made, out: compose("cat", [str(made / "lora")], out),
 }
 FILES: dict[str, Callable[[Path, Path], object]] = {
@@ -79,7 +79,7 @@ def test_what_a_verb_adds_to_a_run_is_listed_in_it(world: Path) -> None:
     run = world / "run"
     scores = evaluate(run, out=run / "mine.json")
     assert scores and [each.folder for each in verified(run)] == [run]
-    merge(run, run / "merged", strategy="mean_gate")
+    merge(run, run / "merged", ExportOptions(strategy="mean_gate"))
     (found,) = verified(run)
     assert not found.said
     (run / "merged/config.json").write_text("{}")

@@ -105,6 +105,7 @@ def _check_limits(result: Result) -> None:
 def _stopped_child() -> None:
     """Render in a child that uses no time and does not answer."""
     with ChatTemplate(PLAIN, {}, "the tokenizer") as template:
+        template.start()
         os.kill(template.child.pid, signal.SIGSTOP)
         try:
             template.render(_TALK)
@@ -117,6 +118,7 @@ def _rendered(template: str) -> tuple[str, str, float]:
     began = time.monotonic()
     try:
         with ChatTemplate(template, {}, "the tokenizer") as hostile:
+            hostile.start()
             began = time.monotonic()
             return hostile.render(_TALK), "", time.monotonic() - began
     except (InputRefused, BadRow) as error:

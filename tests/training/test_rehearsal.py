@@ -93,7 +93,7 @@ def test_what_is_rehearsed_is_the_longest_that_the_run_meets(
         return forward(self, batch)
 
     monkeypatch.setattr(RowLoss, "forward", watched)
-    long = ["train.steps=16", "train.eval_every=16", f"data.packing={packing}"]
+    long = ["train.steps=8", "train.eval_every=8", f"data.packing={packing}"]
     train(recipe(made, tmp_path / "run", "memory.rehearsal=on", *long))
     for is_training, rehearsed in seen[:2]:
         assert rehearsed == max(size for kind, size in seen[2:] if kind is is_training)
