@@ -46,6 +46,8 @@ class Recipe(Section):
         for key in HARMLESS:
             if not (is_judged and key == "eval_every"):
                 del content["train"][key]
+        if content["train"]["rates"] is None:  # as runs from before it have it
+            del content["train"]["rates"]
         for task in content["data"]["tasks"]:
             if not is_judged:
                 del task["metric"]

@@ -16,6 +16,19 @@ HARMLESS = (
 _TIME_UNITS = {"s": 1, "min": 60, "h": 3600}
 
 
+class Rates(Section):
+    """Learning rates of an adapter's parts, as multiples of `learning_rate`; `up: 16` is LoRA+ (arXiv 2402.12354)."""
+
+    down: Positive = 1.0
+    """Of down experts (A), the shared one too."""
+    up: Positive = 1.0
+    """Of up experts (B), the shared one too."""
+    core: Positive = 1.0
+    """Of what lies between them, where a method has it."""
+    router: Positive = 1.0
+    """Of routers, with their biases, second layers, static weights and task embeddings."""
+
+
 class Train(Section):
     """How it is learned."""
 
@@ -29,6 +42,8 @@ class Train(Section):
     """Rows in one optimiser step."""
     learning_rate: Positive = 3e-4
     """The largest one, after the warmup."""
+    rates: Rates | None = None
+    """Other rates for experts and routers; one for all where left out."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls to zero, or that it does not."""
     warmup_steps: Whole = 0
@@ -88,4 +103,4 @@ def seconds_of(limit: str | None) -> float:
     return float(limit.removesuffix(unit)) * _TIME_UNITS[unit]
 
 
-__all__ = ["HARMLESS", "Finish", "Train", "seconds_of"]
+__all__ = ["HARMLESS", "Finish", "Rates", "Train", "seconds_of"]

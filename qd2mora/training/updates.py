@@ -4,6 +4,7 @@ The loop never asks which it is: it has a step's whole gradient in the parameter
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from qd2mora.disk.tensor_file import Inventory, inventory_of
 from qd2mora.mixture import MixtureConfig, mixture_layers, routing_of
+from qd2mora.mixture.parts import part_of
 from qd2mora.recipe import Train
 from qd2mora.recipe.optimizers import OPTIMIZERS, OptimizerName
 from qd2mora.training.progress import State, StateSource
@@ -83,7 +85,7 @@ class PlainUpdater:
     def update(self, learning_rate: float) -> None:
         # Set at every step, from the step's number: a scheduler of torch's would have a state to save.
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["factor"]
         self.optimizer.step()
         # They have no gradient, but weight decay moves them all the same, and blocks of 8-bit moments reach over.
         with torch.no_grad():
@@ -141,13 +143,31 @@ class PlainUpdater:
         return inventories
 
 
-def build_optimizer(train: Train, name: OptimizerName, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return an optimiser over the trainable parameters, in their order."""
+def build_optimizer(train: Train, name: OptimizerName, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """Return an optimiser over the trainable parameters, in their order; neighbours of one rate are a group."""
     row = OPTIMIZERS[name]
-    kind = row.kind(parameters[0].is_cuda)
-    built = kind(parameters, lr=train.learning_rate, weight_decay=train.weight_decay, **row.options)
+    kind = row.kind(next(iter(parameters.values())).is_cuda)
+    groups = [
+        {"params": [parameters[each] for each in names], "lr": train.learning_rate * factor, "factor": factor}
+        for factor, names in itertools.groupby(parameters, lambda each: rate_factor(train, each))
+    ]
+    built = kind(groups, lr=train.learning_rate, weight_decay=train.weight_decay, **row.options)
     assert isinstance(built, torch.optim.Optimizer)
     return built
+
+
+def rate_factor(train: Train, parameter: str) -> float:
+    """Return the multiple of the learning rate that a parameter has, by its name."""
+    part = part_of(parameter)
+    if train.rates is None or part is None:
+        return 1.0
+    factors = {"down": train.rates.down, "up": train.rates.up, "core": train.rates.core, "router": train.rates.router}
+    return factors[part]
+
+
+def by_rate(train: Train, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return parameters in an order that puts those of one rate together, so that an update has few groups."""
+    return {name: parameters[name] for name in sorted(parameters, key=lambda each: rate_factor(train, each))}
 
 
 def learning_rate(train: Train, update: int, total: int) -> float:
@@ -235,7 +255,9 @@ __all__ = [
     "Updater",
     "add_gradient",
     "build_optimizer",
+    "by_rate",
     "enter_stage",
     "learning_rate",
+    "rate_factor",
     "stage_of",
 ]
