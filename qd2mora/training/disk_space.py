@@ -37,7 +37,7 @@ def checkpoint_bytes(planned: Plan) -> int:
 
 
 def bytes_to_write(recipe: Recipe, planned: Plan) -> int:
-    """Return what a run writes: all checkpoints of a run at once, the one being written too, the adapter, and the export where one is wanted."""
+    """Return what a run writes: all its checkpoints at once, the one being written too, adapters, a wanted export."""
     export = 0
     if recipe.finish.export:
         export = sum(path.stat().st_size for path in weight_files(recipe.base.model))
