@@ -81,6 +81,8 @@ def _active_share(spec: LinearSpec) -> float:
 
 
 def _initial_core(tensor: Tensor, kind: str, scales: tuple[int, ...]) -> Tensor:
+    if kind in ("residual", "residual_diagonal"):
+        return tensor.zero_()  # plain LoRA at the start: routing adds to it what it learns
     if kind == "diagonal":
         # Near one, so that a bank of modulations starts near plain LoRA and its experts differ.
         return nn.init.normal_(tensor, mean=1.0, std=0.1)

@@ -58,6 +58,7 @@ _GATE = {
     "omega": "What an expert that is used counts, for the weights `straight_through` and `uniform`",
     "width": "Inner width of a router that is a network, for `score: mlp` and `prototype`",
     "bias_rate": "How fast a bias moves that evens out the use of experts; 0: none",
+    "dropout": "The chance that an expert is left out for a token in training",
 }
 """What a gate's fields are for, as the reference of recipes tells it."""
 
@@ -120,6 +121,8 @@ class Adapter(Section):
     """Names of the linears that get an adapter; the method's own where left out."""
     down: Experts | None = None
     up: Experts | None = None
+    core: Experts | None = None
+    """The routed cores between down and up, where a method has them."""
     allocation: str | None = None
     """Experts by depth: "2-4-6-8" gives each quarter of the layers so many (MoLA's schedule, for every method)."""
     gates: dict[Role, GateFields] | None = None  # type: ignore[valid-type]  # mypy follows no made class
