@@ -79,6 +79,7 @@ class Training:
     def _step(self) -> dict[str, float]:
         """Do the next step, and return what is told of it."""
         began, update, total = time.perf_counter(), self.progress.step, self.course.total_steps
+        computing = self._computed_s()
         rows = self.course.rows(update)
         enter_stage(self.batches.model, self.updater, self.gradient.config, update, total)
         loss, norm, penalties = self._whole_gradient(rows)
@@ -103,8 +104,15 @@ class Training:
             "labels": sum(row.num_labels for row in rows),
             "bad_steps": self.progress.bad_steps,
             "tokens_per_s": tokens / (time.perf_counter() - began),
+            "step_s": self._computed_s() - computing,
             "memory": self.processes.peak_bytes(),
         }
+
+    def _computed_s(self) -> float:
+        """Return the seconds that this process computed: of the processor on a CPU, which others may share."""
+        if self.processes.device.type == "cpu":
+            return time.process_time()
+        return time.perf_counter()
 
     def _whole_gradient(self, rows: list[Row]) -> tuple[float, float, Penalties]:
         """Leave a step's whole gradient in the parameters; return loss, gradient norm and penalties."""
