@@ -51,10 +51,7 @@ TENSORS = (
 
 
 class Watch(Protocol):
-    """Shown what a forward pass computes: u = [A; routers of x] x (..., Q + S + E), v = K_t u (..., P + S).
-
-    `small` is what gates read beside u.
-    """
+    """Shown u = [A; routers of x] x (..., Q + S + E) and v = K_t u (..., P + S); `small`: what gates read beside u."""
 
     def __call__(self, u: Tensor, v: Tensor, *, small: dict[str, Tensor]) -> None: ...
 
@@ -269,8 +266,9 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
     ) -> tuple[FusedCall, bool]:
         """Return what an adapter's call knows, without what belongs to one call, and whether it draws numbers."""
         spec, dropout = self.mixture_spec[name], self._dropout(name)
-        is_random = dropout is not None or (self.training and any(gate.is_random for _, gate in spec.step.gates))
-        return FusedCall(num_downs, num_ups, names, spec.step, spec.scaling, layout, dropout), is_random
+        step = spec.step_in(self.routing.phase) if self.training else spec.step
+        is_random = dropout is not None or (self.training and any(gate.is_random for _, gate in step.gates))
+        return FusedCall(num_downs, num_ups, names, step, spec.scaling, layout, dropout), is_random
 
     def _dropout(self, name: str) -> Dropout | None:
         config, step = self.mixture_config[name], self.mixture_spec[name].step

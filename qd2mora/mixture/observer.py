@@ -77,7 +77,7 @@ class Observer:
         # A mean over rows counts by this micro batch's share of the step's rows, one over tokens by that of its tokens.
         of_tokens, of_rows = self.routing.share
         share = of_rows if by_row or seen.is_of_rows else of_tokens
-        weighed = penalty.weight * share * value
+        weighed = penalty.weight * self.routing.phase.penalty * share * value
         self.routing.add_value(penalty.kind, weighed.detach())
         return self.routing.loss_scale * weighed
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qd2mora.mixture.draws import Draws, mixed
+from qd2mora.mixture.phases import PLAIN, Phase
 from qd2mora.mixture.slots import Slots
 from qd2mora.routed.text import Key, Text
 
@@ -22,9 +23,10 @@ class Routing(Text):
     without padding. places: where rows are packed, the line and the place where each begins. share: this micro batch's
     share of the step's tokens and rows, which a routing penalty counts by; loss_scale: what the loss is multiplied with
     before the backward pass. advantage: (B,), how much worse than its rivals a sampled routing did, loss scale
-    included. stage: the expert trained now, where a method grows. is_counted: False where the rows run for the company
-    of other processes alone. slots: of MLPs whose experts are mixed, until their last linear ran. values: what
-    penalties added to the loss since they were taken. counts: how often each expert was used in this step.
+    included. stage: the expert trained now, where a method grows. phase: what gates are like while they are learned.
+    is_counted: False where the rows run for the company of other processes alone. slots: of MLPs whose experts are
+    mixed, until their last linear ran. values: what penalties added to the loss since they were taken. counts: how
+    often each expert was used in this step.
     """
 
     task_index: Tensor | None = None
@@ -37,6 +39,7 @@ class Routing(Text):
     is_counted: bool = True
     loss_scale: float = 1.0
     stage: int | None = None
+    phase: Phase = PLAIN
     advantage: Tensor | None = None
     slots: dict[Key, Slots] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from qd2mora.errors import InputRefused
 from qd2mora.mixture.config import MixtureConfig
 from qd2mora.mixture.method import Method, Penalty, experts_by_layer
+from qd2mora.mixture.phases import PLAIN, Phase, step_in
 from qd2mora.routed.gate import Gate
 from qd2mora.routed.ops import RankStep
 
@@ -63,6 +64,10 @@ class LinearSpec:
     def gate(self, role: str) -> Gate | None:
         """Return the gate of a role where it is not constant."""
         return dict(self.step.gates).get(role)
+
+    def step_in(self, phase: Phase) -> RankStep:
+        """Return the step as it is in a phase of training."""
+        return self.step if phase == PLAIN else step_in(self.step, phase, tuple(self.counts.items()))
 
 
 def linear_spec(config: MixtureConfig, place: Place) -> LinearSpec:

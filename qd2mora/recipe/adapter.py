@@ -20,8 +20,8 @@ from qd2mora.routed.gate import Limits, Role, numbers_of_gates, words_of_gates
 
 SharedInit = Literal["kaiming", "orthogonal", "pissa", "olora", "eva", "loftq"]
 """How a shared expert starts: `pissa`, `olora`, `loftq` from the weight, `eva` from the data."""
-DownInit = Literal["kaiming", "gaussian", "orthogonal", "sparse"]
-"""How down experts start; up experts start at zero."""
+DownInit = Literal["kaiming", "gaussian", "orthogonal", "sparse", "svd"]
+"""How down experts start; up experts start at zero. `svd`: each a slice of the weight's right singular vectors."""
 
 
 class Experts(Section):
@@ -134,7 +134,8 @@ class Adapter(Section):
     shared: Shared | None = None
     """One expert more that no gate touches."""
     init: DownInit | None = None
-    """How down experts start; up experts start at zero."""
+    """How down experts start; up experts start at zero. `svd`: at slices of the weight's right singular vectors, the
+    first expert at the strongest, so that experts differ from the start."""
     start: Place | None = None
     """Folder of an adapter to go on from: a run, an adapter, a PEFT LoRA, or what `compose` made. It says the method
     and all sizes; keys given beside it must agree, but for dropout and penalties, which are this run's own."""

@@ -47,7 +47,7 @@ class Recipe(Section):
             if not (is_judged and key == "eval_every"):
                 del content["train"][key]
         # What is left open stays as runs from before it have it.
-        for section, key in (("train", "rates"), ("adapter", "core")):
+        for section, key in (("train", "rates"), ("train", "routing"), ("adapter", "core")):
             if content[section][key] is None:
                 del content[section][key]
         for gate in (content["adapter"]["gates"] or {}).values():

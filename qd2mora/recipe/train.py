@@ -29,6 +29,25 @@ class Rates(Section):
     """Of routers, with their biases, second layers, static weights and task embeddings."""
 
 
+class LearnedRouting(Section):
+    """How routing changes while it is learned. Gates of an adapter that is evaluated or used are its own throughout."""
+
+    uniform_steps: Whole = 0
+    """Steps at first in which all experts count alike, so that routers do not choose among what has not learned."""
+    temperature: Positive = 1.0
+    """What the gates' temperatures are multiplied with at first; above 1 routing begins soft."""
+    anneal_steps: Whole = 0
+    """Steps in which that falls to 1, in equal ratios."""
+    penalty_steps: Whole = 0
+    """Steps in which weights of penalties on routing rise from zero: with `entropy`, gates become decided slowly."""
+
+    @model_validator(mode="after")
+    def _falls(self) -> "LearnedRouting":
+        if (self.temperature != 1.0) != (self.anneal_steps > 0):
+            raise ValueError("temperature and anneal_steps go together: how soft routing begins, and for how long")
+        return self
+
+
 class Train(Section):
     """How it is learned."""
 
@@ -44,6 +63,8 @@ class Train(Section):
     """The largest one, after the warmup."""
     rates: Rates | None = None
     """Other rates for experts and routers; one for all where left out."""
+    routing: LearnedRouting | None = None
+    """How gates and their penalties change at first; as they are from the first step on where left out."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls to zero, or that it does not."""
     warmup_steps: Whole = 0
@@ -103,4 +124,4 @@ def seconds_of(limit: str | None) -> float:
     return float(limit.removesuffix(unit)) * _TIME_UNITS[unit]
 
 
-__all__ = ["HARMLESS", "Finish", "Rates", "Train", "seconds_of"]
+__all__ = ["HARMLESS", "Finish", "LearnedRouting", "Rates", "Train", "seconds_of"]

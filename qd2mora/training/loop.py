@@ -26,7 +26,7 @@ from qd2mora.training.held_out import Evaluation, HeldOut
 from qd2mora.training.journal import Journal
 from qd2mora.training.micro_batches import Course
 from qd2mora.training.progress import Best, Progress, best_of_json
-from qd2mora.training.updates import enter_stage, learning_rate
+from qd2mora.training.updates import enter_phase, enter_stage, learning_rate
 
 
 @dataclass
@@ -82,6 +82,7 @@ class Training:
         computing = self._computed_s()
         rows = self.course.rows(update)
         enter_stage(self.batches.model, self.updater, self.gradient.config, update, total)
+        enter_phase(self.batches.model, self.train, update)
         loss, norm, penalties = self._whole_gradient(rows)
         # By applied updates: steps that are passed over take nothing off the schedule's length.
         rate = learning_rate(self.train, self.progress.applied, total)

@@ -52,6 +52,7 @@ from qd2mora.training.recipe_checks import (
     check_judging,
     check_limits,
     check_packing,
+    check_routing,
     check_rows,
     check_stages,
     tasks_to_score,
@@ -125,6 +126,7 @@ def train(
     if recipe.adapter.start is not None:
         recipe = recipe.model_copy(update={"adapter": config.as_section(recipe.adapter)})
     check_stages(config, recipe.train)
+    check_routing(config, recipe.train)
     if recipe.data.packing:
         check_packing(config)
     check_engine(recipe, config)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qd2mora.disk.tensor_file import Inventory, inventory_of
 from qd2mora.mixture import MixtureConfig, mixture_layers, routing_of
 from qd2mora.mixture.parts import part_of
+from qd2mora.mixture.phases import PLAIN, Phase
 from qd2mora.recipe import Train
 from qd2mora.recipe.optimizers import OPTIMIZERS, OptimizerName
 from qd2mora.training.progress import State, StateSource
@@ -184,6 +185,26 @@ def learning_rate(train: Train, update: int, total: int) -> float:
     return train.learning_rate * factor
 
 
+def phase_of(train: Train, update: int) -> Phase:
+    """Return what routing is like in update number `update` (from 0)."""
+    told = train.routing
+    if told is None:
+        return PLAIN
+    temperature = penalty = 1.0
+    if update < told.anneal_steps:
+        temperature = told.temperature ** (1 - update / told.anneal_steps)
+    if update < told.penalty_steps:
+        penalty = update / told.penalty_steps
+    return Phase(update < told.uniform_steps, temperature, penalty)
+
+
+def enter_phase(model: nn.Module, train: Train, update: int) -> None:
+    """Tell the layers what routing is like in this update."""
+    routing = routing_of(model)
+    if routing is not None:
+        routing.phase = phase_of(train, update)
+
+
 def add_gradient(value: Tensor, of: Iterable[Tensor]) -> None:
     """Add the gradient of a value to that of those tensors which are trained; nothing else gets one."""
     trained = [tensor for tensor in of if tensor.requires_grad]
@@ -256,8 +277,10 @@ __all__ = [
     "add_gradient",
     "build_optimizer",
     "by_rate",
+    "enter_phase",
     "enter_stage",
     "learning_rate",
+    "phase_of",
     "rate_factor",
     "stage_of",
 ]

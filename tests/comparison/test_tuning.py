@@ -122,6 +122,7 @@ def test_what_cannot_be_swept_is_refused(space: dict[str, object], words: str) -
     assert checked_space({"dropout": [0, 0.1], "up": 2}, "--space") == {"dropout": (0.0, 0.1), "up": (2.0,)}
 
 
+@pytest.mark.long
 def test_a_tuned_comparison_that_was_killed_goes_on_and_ends_the_same_with_equal_time_beside(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
