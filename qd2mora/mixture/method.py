@@ -28,6 +28,9 @@ class Penalty:
     A routing penalty is a mean over the attended tokens of a micro batch (`over="batch"`, as published) or over the
     rows of each row's value (`over="row"`: then the split into micro batches does not change it), and counts by the
     micro batch's share of the step's tokens. A weight penalty is a sum over modules, once an optimiser step.
+
+    pool: whose decisions are one mean, as the authors' code has it: of each `router`, whose penalties then add up, of
+    the routers of a `layer`, or of the whole `model`, where a weight does not grow with the number of routers.
     """
 
     kind: str
@@ -35,6 +38,7 @@ class Penalty:
     over: Literal["batch", "row"] = "batch"
     order: float = 1.1
     delta: float = 0.0
+    pool: Literal["router", "layer", "model"] = "router"
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,15 @@ class Method:
     frozen: tensors that are not trained. `given`: experts come from adapters that are named, not from nothing.
     init_std: of Gaussian down experts; 1 / rank where None.
     mark: `verified` against the authors' code, `reconstruction` where a formula is inferred, `part` where only the
-        part of another domain's method that carries over is offered; `note` says what was inferred or left out.
+        part of another domain's method that carries over is offered, `ours` where nobody else's method it is; `note`
+        says what was inferred or left out.
     """
 
     name: str
     title: str
     equation: str
     source: str
-    mark: Literal["verified", "reconstruction", "part"] = "verified"
+    mark: Literal["verified", "reconstruction", "part", "ours"] = "verified"
     note: str = ""
     pairing: Pairing = "chain"
     core: Core = "none"

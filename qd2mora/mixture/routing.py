@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qd2mora.mixture.balance import Pooled
 from qd2mora.mixture.draws import Draws, mixed
 from qd2mora.mixture.phases import PLAIN, Phase
 from qd2mora.mixture.slots import Slots
@@ -25,8 +26,8 @@ class Routing(Text):
     before the backward pass. advantage: (B,), how much worse than its rivals a sampled routing did, loss scale
     included. stage: the expert trained now, where a method grows. phase: what gates are like while they are learned.
     is_counted: False where the rows run for the company of other processes alone. slots: of MLPs whose experts are
-    mixed, until their last linear ran. values: what penalties added to the loss since they were taken. counts: how
-    often each expert was used in this step.
+    mixed, until their last linear ran. pooled: a router's layer, and means of what it decided in this pass. values:
+    what penalties added to the loss since they were taken. counts: how often each expert was used in this step.
     """
 
     task_index: Tensor | None = None
@@ -42,6 +43,7 @@ class Routing(Text):
     phase: Phase = PLAIN
     advantage: Tensor | None = None
     slots: dict[Key, Slots] = field(default_factory=dict)
+    pooled: dict[Key, tuple[int, Pooled]] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[Key, Tensor] = field(default_factory=dict)
     _known: tuple[Tensor, int] | None = None
@@ -53,6 +55,11 @@ class Routing(Text):
         self.external = batch.get("external")
         self.segments = batch.get("segments")
         self.read_labels(batch.get("labels"), batch.get("attention_mask"))
+
+    def pool_of(self, adapter: str, layer: int | None, by_row: bool) -> Pooled:
+        """Return the means of an adapter's routers, of one layer or of all, as the forward pass left them."""
+        own = [each for (name, _), each in self.pooled.items() if name == adapter]
+        return Pooled.joined([means for number, means in own if layer in (None, number)], by_row)
 
     def tasks_among(self, num_tasks: int) -> Tensor:
         """Return task_index, looked at once a pass: a look waits for the device. Raises ValueError."""

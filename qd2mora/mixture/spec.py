@@ -65,6 +65,11 @@ class LinearSpec:
         """Return the gate of a role where it is not constant."""
         return dict(self.step.gates).get(role)
 
+    @property
+    def pools(self) -> bool:
+        """Whether a penalty needs to know in the backward pass what routers decided in the forward pass."""
+        return any(each.pool != "router" for each in self.penalties)
+
     def step_in(self, phase: Phase) -> RankStep:
         """Return the step as it is in a phase of training."""
         return self.step if phase == PLAIN else step_in(self.step, phase, tuple(self.counts.items()))

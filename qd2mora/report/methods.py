@@ -21,6 +21,7 @@ FORMULA = {
     "verified": "as in the authors' code",
     "reconstruction": "partly inferred",
     "part": "the part that carries over",
+    "ours": "this project's own",
 }
 SCALING = {"total": "alpha / total rank", "expert": "alpha / rank", "active": "alpha / ranks used"}
 GIVEN = {"no": "not taken", "allowed": "taken by adapter.adapters", "needed": "needed"}

@@ -86,7 +86,7 @@ class PlainUpdater:
     def update(self, learning_rate: float) -> None:
         # Set at every step, from the step's number: a scheduler of torch's would have a state to save.
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["factor"]
+            group["lr"] = learning_rate * group.get("factor", 1.0)  # an optimiser made elsewhere has none
         self.optimizer.step()
         # They have no gradient, but weight decay moves them all the same, and blocks of 8-bit moments reach over.
         with torch.no_grad():
