@@ -79,7 +79,7 @@ class Observer:
             value = balance.PENALTIES[penalty.kind](seen, penalty).mean()
         else:
             layer = self.spec.place.layer if penalty.pool == "layer" else None
-            means = self.routing.pool_of(self.adapter, layer, by_row)
+            means = self.routing.pool_of(self.adapter, layer, seen.probs.shape[-1], by_row)
             value = balance.pooled_value(penalty.kind, seen, penalty, means).mean()
         # A mean over rows counts by this micro batch's share of the step's rows, one over tokens by that of its tokens.
         of_tokens, of_rows = self.routing.share

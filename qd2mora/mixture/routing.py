@@ -56,10 +56,10 @@ class Routing(Text):
         self.segments = batch.get("segments")
         self.read_labels(batch.get("labels"), batch.get("attention_mask"))
 
-    def pool_of(self, adapter: str, layer: int | None, by_row: bool) -> Pooled:
-        """Return the means of an adapter's routers, of one layer or of all, as the forward pass left them."""
-        own = [each for (name, _), each in self.pooled.items() if name == adapter]
-        return Pooled.joined([means for number, means in own if layer in (None, number)], by_row)
+    def pool_of(self, adapter: str, layer: int | None, num_experts: int, by_row: bool) -> Pooled:
+        """Return the means of an adapter's routers among so many experts, of a layer or of all, as a pass left them."""
+        own = [each for (name, _), each in self.pooled.items() if name == adapter and layer in (None, each[0])]
+        return Pooled.joined([means for _, means in own if means.used.shape[-1] == num_experts], by_row)
 
     def tasks_among(self, num_tasks: int) -> Tensor:
         """Return task_index, looked at once a pass: a look waits for the device. Raises ValueError."""

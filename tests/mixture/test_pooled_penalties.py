@@ -97,13 +97,18 @@ PUBLISHED: dict[str, tuple[dict[str, object], Callable[[dict[str, Tensor]], Tens
     "mixlora": ({}, lambda logits: 1e-3 * mixtral(torch.cat(list(logits.values())), 2)),
     "dynmole": ({}, lambda logits: dynmole(torch.cat(list(logits.values())))),
     "mola": ({"allocation": "3-4"}, by_layer),
+    # Routers among as many experts are one mean each: the published rule knows of one number alone.
+    "mixlora of two sizes": (
+        {"allocation": "3-4"},
+        lambda logits: 1e-3 * sum((mixtral(each, 2) for each in logits.values()), torch.zeros(())),
+    ),
 }
 
 
 @pytest.mark.parametrize("method", PUBLISHED)
 def test_a_loss_over_all_routers_is_the_published_one_in_value_and_gradient(method: str) -> None:
     changes, published = PUBLISHED[method]
-    model = adapted(method, **changes)
+    model = adapted(method.partition(" ")[0], **changes)
     wanted = published(logits_of(model))
     routers = {name: tensor for name, tensor in model.named_parameters() if "mixture_router" in name}
     theirs = torch.autograd.grad(wanted, list(routers.values()))
