@@ -171,8 +171,9 @@ def trainings_worth(number: int, is_halved: bool) -> float:
 
 
 def _edges(best: Setting, space: Space) -> list[str]:
-    """Return what the best setting has the smallest or the largest value of, where several were to choose from."""
-    swept = {key: values for key, values in space.items() if len(values) > 1}
+    """Return what the best setting has the smallest or the largest value of, where there were others between."""
+    # Of two values either is an edge: that tells something of a learning rate alone.
+    swept = {key: values for key, values in space.items() if len(values) > (1 if key == "rate" else 2)}
     return [key for key, values in swept.items() if getattr(best, key) in (min(values), max(values))]
 
 

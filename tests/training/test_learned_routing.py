@@ -46,6 +46,20 @@ def test_a_run_that_is_broken_off_inside_its_first_steps_ends_with_the_same_byte
     assert any(not torch.equal(plain[name], whole[name]) for name in plain)
 
 
+def test_routers_that_nothing_trains_at_first_have_moments_from_the_first_checkpoint_on(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ("train.routing={uniform_steps: 4}",)
+    train(recipe(made, tmp_path / "whole", *changes, method="hydralora"))
+    stop_after(3, monkeypatch)
+    broken = recipe(made, tmp_path / "broken", *changes, method="hydralora")
+    with pytest.raises(SignalStop):
+        train(broken)
+    monkeypatch.undo()
+    train(broken, resume=True)
+    assert_same_bytes(tmp_path / "whole", tmp_path / "broken")
+
+
 @pytest.mark.parametrize(
     ("method", "routing", "words"),
     [
