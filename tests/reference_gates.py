@@ -74,6 +74,13 @@ def self_activated(u: Tensor, k: int, temperature: float) -> Tensor:
     return softmax(u.abs() / u.norm() / temperature) * mask(largest(u.abs(), k), len(u))
 
 
+def sigmoid_parts(logits: Tensor) -> Tensor:
+    """Return twice the two largest sigmoids' parts of their sum."""
+    values = 1 / (1 + torch.exp(-logits))
+    kept = values * mask(largest(values, 2), len(values))
+    return 2 * kept / kept.sum()
+
+
 def bounded(logits: Tensor) -> Tensor:
     """Return ScaleZero's factors, within 0.8 and 1.2."""
     return 1 + 0.2 * torch.tanh(logits)

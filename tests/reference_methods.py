@@ -85,11 +85,27 @@ def mofme(t: Tensors, row: Row, place: int) -> Tensor:
 
 
 def smora(t: Tensors, row: Row, place: int) -> Tensor:
-    """Two of the ranks in the tests; chosen with the bias, weighed one each."""
+    """Two of the ranks in the tests: those of the largest sigmoid plus bias, each twice its part of both."""
     x = row.x[place]
-    logits = t["mixture_router_rank"] @ x
-    chosen = gates.largest(logits + t["mixture_select_bias_rank"], 2)
-    return t["mixture_B"][0] @ (gates.straight_through(logits, chosen, 1.0) * (t["mixture_A"][0] @ x))
+    values = 1 / (1 + torch.exp(-(t["mixture_router_rank"] @ x))) + t["mixture_select_bias_rank"]
+    chosen = gates.largest(values, 2)
+    total = sum(values[rank] for rank in chosen)
+    u = t["mixture_A"][0] @ x
+    return sum(t["mixture_B"][0][:, rank] * u[rank] * 2 * values[rank] / total for rank in chosen)
+
+
+def residual_cores(t: Tensors, row: Row, place: int) -> Tensor:
+    """LoRA's z, and what the mean of the cores makes of it; cores act transposed, as CoMoL's."""
+    z = t["mixture_A"][0] @ row.x[place]
+    g = softmax(t["mixture_router_core"] @ z)
+    core = torch.eye(len(z), dtype=z.dtype) + sum(w * each for w, each in zip(g, t["mixture_core"], strict=True))
+    return t["mixture_B"][0] @ (core.T @ z)
+
+
+def residual_scales(t: Tensors, row: Row, place: int) -> Tensor:
+    z = t["mixture_A"][0] @ row.x[place]
+    g = softmax(t["mixture_router_core"] @ z)
+    return t["mixture_B"][0] @ ((1 + sum(w * each for w, each in zip(g, t["mixture_core"], strict=True))) * z)
 
 
 def mora(t: Tensors, row: Row, place: int) -> Tensor:
@@ -192,6 +208,8 @@ _TOKEN: dict[str, Callable[[Tensors, Row, int], Tensor]] = {
     "comol": comol,
     "mofme": mofme,
     "smora": smora,
+    "residual_cores": residual_cores,
+    "residual_scales": residual_scales,
     "mora": mora,
     "flylora": flylora,
     "moelora": moelora,

@@ -1,10 +1,13 @@
 """A comparison before its start: how many trainings, of how many steps, and how long they may take together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from qd2mora.base import RANDOM, load_tokenizer
+from qd2mora.comparison.arms_file import Wish
 from qd2mora.comparison.matched_arms import Arm, matched_arms
 from qd2mora.comparison.settings import ComparisonSettings
+from qd2mora.comparison.trials import num_settings, space_of
+from qd2mora.comparison.tuning import rungs_of
 from qd2mora.data import first_rows
 from qd2mora.memory.plan import plan
 from qd2mora.recipe import Recipe
@@ -12,10 +15,12 @@ from qd2mora.terminal.pace import in_words
 from qd2mora.training.timing import Pass, num_steps, outlook, seconds_of_training
 
 
-def forecast(recipe: Recipe, settings: ComparisonSettings, *, is_asked: bool) -> list[str]:
+def forecast(
+    recipe: Recipe, settings: ComparisonSettings, wishes: Mapping[str, Wish] | None = None, *, is_asked: bool
+) -> list[str]:
     """Return what a comparison would do, in lines; nothing is trained or written. Raises InputRefused."""
-    arms = matched_arms(recipe, list(settings.methods))
-    lines = [f"{arm.name}: {arm.parameters:,} trainable parameters" for arm in arms]
+    arms = matched_arms(recipe, list(settings.methods), wishes, settings.targets)
+    lines = ["; ".join([f"{arm.name}: {arm.parameters:,} trainable parameters", *arm.notes]) for arm in arms]
     lines += [f"{count} trainings {what}" for count, what, _ in _trainings(recipe, settings, arms, None)]
     if settings.minutes is not None:
         return [*lines, f"time: {settings.minutes:g} min for all training, as --minutes says; scoring comes on top"]
@@ -44,13 +49,19 @@ def _trainings(
 ) -> list[tuple[int, str, int | None]]:
     """Return how many trainings there are of each kind, what they are, and their steps."""
     steps = steps or recipe.train.steps
-    kinds: list[tuple[int, str, int | None]] = []
-    if len(settings.rates) > 1:
-        rates = ", ".join(f"{rate:g}" for rate in settings.rates)
-        kinds.append((len(arms) * len(settings.rates), f"to choose a rate of {rates}", settings.sweep_steps or steps))
+    kinds: dict[tuple[str, int | None], int] = {}
+    for arm in arms:
+        number, is_halved = num_settings(settings, arm, recipe)
+        for count, each in rungs_of(number, settings.sweep_steps or steps, is_halved):
+            what = "to choose a setting"
+            if set(space_of(settings, arm, recipe)) == {"rate"}:
+                what = f"to choose a rate of {', '.join(f'{rate:g}' for rate in settings.rates)}"
+            kinds[what, each] = kinds.get((what, each), 0) + count
     if settings.seeds:
-        kinds.append((len(arms) * settings.seeds, f"to be scored, {settings.seeds} seeds each", steps))
-    return [(count, f"{what}, {_steps_in_words(each)}", each) for count, what, each in kinds]
+        kinds[f"to be scored, {settings.seeds} seeds each", steps] = len(arms) * settings.seeds
+    if settings.seeds and settings.equal_time and len(arms) > 1:
+        kinds["to be scored at equal time", steps] = (len(arms) - 1) * settings.seeds
+    return [(count, f"{what}, {_steps_in_words(each)}", each) for (what, each), count in kinds.items()]
 
 
 def _steps_in_words(steps: int | None) -> str:

@@ -1,13 +1,15 @@
 """What a comparison found: each arm's score and loss, as trained and as exported, and its difference from the first."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from qd2mora.comparison.arm_scores import ArmScores, ByTask, RowScores
 from qd2mora.comparison.intervals import Values, difference, interval, macro
 from qd2mora.comparison.matched_arms import Arm
+from qd2mora.comparison.tuning import Tuned
 from qd2mora.recipe import Recipe
 
 STAGES = ("trained", "export")
@@ -15,12 +17,12 @@ Json = dict[str, object]
 
 
 @dataclass(frozen=True)
-class SweptRate:
-    """The learning rate that was chosen, the loss of every one tried, and whether a wider sweep might help."""
+class TimedArm:
+    """An arm at equal time: its steps, the seconds that one takes, and its scores with each seed."""
 
-    rate: float
-    losses: dict[str, float]
-    at_edge: bool
+    steps: int
+    seconds_a_step: float
+    results: list[ArmScores]
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,16 @@ class StageOutcome:
 
 @dataclass(frozen=True)
 class ArmOutcome:
-    """One arm, its rate, and what it reached: `stages` is empty where the sweep was all, None for one it has not."""
+    """One arm, how it was tuned, and what it reached: `stages` is empty after a sweep alone, None for one it has not.
+
+    timed: steps and seconds of a step, where arms were trained for equal time; `at_equal_time` is what came of that.
+    """
 
     arm: Arm
-    rate: SweptRate
+    tuned: Tuned
     stages: dict[str, StageOutcome | None]
+    timed: tuple[int, float] | None = None
+    at_equal_time: StageOutcome | None = None
 
     @property
     def name(self) -> str:
@@ -78,12 +85,19 @@ class ArmOutcome:
             "name": self.name,
             "adapter": self.arm.adapter.model_dump(exclude_none=True),
             "parameters": self.arm.parameters,
-            "rate": self.rate.rate,
-            "sweep": self.rate.losses,
-            "at_edge": self.rate.at_edge,
+            "notes": list(self.arm.notes),
+            "rate": self.tuned.setting.rate,
+            "setting": asdict(self.tuned.setting),
+            "sweep": _finite(self.tuned.losses),
+            "rungs": [{"steps": rung.steps, "losses": _finite(rung.losses)} for rung in self.tuned.rungs],
+            "at_edge": "rate" in self.tuned.edges,
+            "edges": list(self.tuned.edges),
         }
         for name, stage in self.stages.items():
             content[name] = None if stage is None else stage.to_json()
+        if self.timed is not None and self.at_equal_time is not None:
+            steps, seconds = self.timed
+            content["equal_time"] = {"steps": steps, "seconds_a_step": seconds} | self.at_equal_time.to_json()
         return content
 
 
@@ -118,16 +132,22 @@ class Comparison:
 def outcome(
     recipe: Recipe,
     arms: list[Arm],
-    rates: dict[str, SweptRate],
+    tunings: dict[str, Tuned],
     results: dict[str, list[ArmScores]],
     num_steps: int | None,
+    timed: dict[str, TimedArm],
 ) -> Comparison:
-    """Sum up the results of every arm and seed; none where the sweep was all."""
+    """Sum up the results of every arm and seed; none where the sweep was all, or arms were not timed."""
     reference = results.get(arms[0].name, [])
     summed = []
     for arm in arms:
         stages = {stage: _stage(results[arm.name], reference, stage) for stage in STAGES if results}
-        summed.append(ArmOutcome(arm, rates[arm.name], stages))
+        own = ArmOutcome(arm, tunings[arm.name], stages)
+        if timed:
+            its, first = timed[arm.name], timed[arms[0].name]
+            at_equal_time = _stage(its.results, first.results, "trained")
+            own = replace(own, timed=(its.steps, its.seconds_a_step), at_equal_time=at_equal_time)
+        summed.append(own)
     tasks = reference[0].trained if reference else {}
     metrics = {each.metric for each in tasks.values()}
     return Comparison(
@@ -140,6 +160,11 @@ def outcome(
     )
 
 
+def _finite(losses: dict[str, float]) -> dict[str, float | None]:
+    """Return losses as JSON has them: None where a training diverged."""
+    return {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
+
+
 def verdicts(found: Comparison) -> list[str]:
     """Say in a line for each other arm who is ahead on the test rows' loss, and whether the interval tells."""
     lines = []
@@ -148,6 +173,10 @@ def verdicts(found: Comparison) -> list[str]:
             own = arm.stages.get(stage)
             if own is not None and own.loss_difference is not None:
                 lines.append(f"{how}: {_verdict(arm.name, found.arms[0].name, own.loss_difference)}")
+    for arm in found.arms[1:]:
+        if arm.at_equal_time is not None and arm.at_equal_time.loss_difference is not None:
+            told = _verdict(arm.name, found.arms[0].name, arm.at_equal_time.loss_difference)
+            lines.append(f"at equal time: {told}")
     return lines
 
 
@@ -196,4 +225,4 @@ def _estimate(values: Values) -> Estimate:
     return Estimate(macro(values), interval(values), by_task)
 
 
-__all__ = ["STAGES", "ArmOutcome", "Comparison", "Estimate", "StageOutcome", "SweptRate", "outcome", "verdicts"]
+__all__ = ["STAGES", "ArmOutcome", "Comparison", "Estimate", "StageOutcome", "TimedArm", "outcome", "verdicts"]

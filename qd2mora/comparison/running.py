@@ -1,8 +1,8 @@
 """Running a comparison: split, match, sweep, train every arm with every seed, score, and go on after a kill."""
 
 import json
-import statistics
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,44 +11,39 @@ from transformers import PreTrainedTokenizerBase
 
 from qd2mora.base import load_tokenizer
 from qd2mora.comparison.arm_scores import ArmScores, last_losses, score_best_export, score_trained
+from qd2mora.comparison.arms_file import Wish
 from qd2mora.comparison.comparison_folder import ComparisonFolder, found_once, remove_work
 from qd2mora.comparison.forecast import steps_in_all
 from qd2mora.comparison.matched_arms import Arm, matched_arms
-from qd2mora.comparison.outcome import Comparison, SweptRate, outcome
+from qd2mora.comparison.outcome import Comparison, TimedArm, outcome
 from qd2mora.comparison.settings import ComparisonSettings
 from qd2mora.comparison.split import split_tasks, testing
+from qd2mora.comparison.trials import (
+    Training,
+    Trials,
+    num_settings,
+    recipe_of,
+    seconds_a_step,
+    seconds_by_the_clock,
+    space_of,
+    steps_done,
+    train_through,
+)
+from qd2mora.comparison.tuning import Setting, Tuned, trainings_worth, tuned
 from qd2mora.data import prepare
 from qd2mora.disk.durable import write_json
 from qd2mora.disk.lock import locked
-from qd2mora.errors import InputRefused
+from qd2mora.errors import InputRefused, NotFinite
 from qd2mora.evaluation import Exam, ask_suite, check_exam
 from qd2mora.merging.strategies import find_strategy
 from qd2mora.mixture import MixtureConfig
 from qd2mora.recipe import Recipe
-from qd2mora.run_folder import RunFolder, is_run
+from qd2mora.recipe.section import Section
 from qd2mora.terminal.pace import Pace
 from qd2mora.training import train
 
 SWEEP_SEED = 1000
 TIMING_STEPS = 4
-
-
-@dataclass(frozen=True)
-class Trials:
-    """A comparison under way: `recipe` learns from its split; `num_steps` of a run, the recipe's epochs where None."""
-
-    recipe: Recipe
-    settings: ComparisonSettings
-    folder: ComparisonFolder
-    say: Callable[[str], None]
-    num_steps: int | None = None
-    pace: Pace | None = None
-    """Counts the steps of all trainings."""
-
-    def trained(self, steps: int | None, *, is_known: bool) -> None:
-        """Count a training, of an earlier start or of this one."""
-        if self.pace is not None:
-            self.pace.advance(steps or 1, is_known=is_known)
 
 
 @dataclass(frozen=True)
@@ -64,10 +59,11 @@ def compare(
     settings: ComparisonSettings,
     out: Path,
     *,
+    wishes: Mapping[str, Wish] | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
-    """Compare methods as the part says; return what `compare.json` holds.
+    """Compare methods as the part says; return what `compare.json` holds. `wishes`: arms of a file, by name.
 
     Raises InputRefused, also where `out` holds another comparison (unless `overwrite`), and what training raises; a
     comparison stopped on the way goes on when it is started again.
@@ -79,7 +75,7 @@ def compare(
         find_strategy(name)
     folder = ComparisonFolder(out)
     folder.check(overwrite)
-    arms = matched_arms(recipe, list(settings.methods))
+    arms = matched_arms(recipe, list(settings.methods), wishes, settings.targets)
     with locked(folder.lock, "--out"):
         return _compared(recipe, settings, arms, _begin(recipe, settings, arms, folder, overwrite, say))
 
@@ -88,23 +84,45 @@ def _compared(recipe: Recipe, settings: ComparisonSettings, arms: list[Arm], tri
     """Run what is not done yet, and write the outcome."""
     say = trials.say
     for arm in arms:
-        say(f"{arm.name}: {arm.parameters:,} trainable parameters (rank {_rank(arm)})")
+        _refuse_other(trials, arm)
+        say("; ".join([f"{arm.name}: {arm.parameters:,} trainable parameters (rank {_rank(arm)})", *arm.notes]))
     trials = replace(trials, num_steps=_steps(trials, arms))
     total = steps_in_all(recipe, settings, arms, trials.num_steps)
     trials = replace(trials, pace=Pace("comparison, steps of all trainings", total, say))
-    rates = {arm.name: _best_rate(trials, arm) for arm in arms}
+    tunings = {arm.name: _tuned(trials, arm) for arm in arms}
     results: dict[str, list[ArmScores]] = {}
     for seed in range(settings.seeds):
         for arm in arms:
-            say(f"{arm.name}, seed {seed}, rate {rates[arm.name].rate:g}")
+            setting = tunings[arm.name].setting
+            say(f"{arm.name}, seed {seed}, rate {setting.name}")
             file = trials.folder.result(arm.name, f"seed-{seed}")
             is_known = file.is_file()
-            scores = found_once(file, ArmScores, partial(_scored, trials, arm, seed, rates[arm.name].rate))
+            training = Training(arm, seed, setting, trials.num_steps, trials.folder.run(arm.name, f"seed-{seed}"))
+            scores = found_once(file, ArmScores, partial(_scored, trials, training, settings.export))
             results.setdefault(arm.name, []).append(scores)
             trials.trained(trials.num_steps, is_known=is_known)
-    found = outcome(recipe, arms, rates, results, trials.num_steps)
+    timed: dict[str, TimedArm] = {}
+    if settings.equal_time and settings.seeds:
+        timed = _at_equal_time(trials, arms, tunings)
+    found = outcome(recipe, arms, tunings, results, trials.num_steps, timed)
     write_json(trials.folder.path / "compare.json", found.to_json())
     return found
+
+
+def _refuse_other(trials: Trials, arm: Arm) -> None:
+    """Refuse an arm that has results here as another one. Raises InputRefused."""
+    now = json.loads(json.dumps({"adapter": arm.adapter.model_dump(mode="json"), "train": _plain(arm.train)}))
+    before = found_once(trials.folder.result(arm.name, "arm"), dict[str, dict[str, object]], lambda: now)
+    if before != now:
+        changed = [key for key in ("adapter", "train") if before[key] != now[key]]
+        raise InputRefused(
+            f"--out: '{trials.folder.path}' holds another arm '{arm.name}' ({' and '.join(changed)} changed); give it "
+            "another name, or name another folder"
+        )
+
+
+def _plain(settings: Mapping[str, object]) -> dict[str, object]:
+    return {key: each.model_dump() if isinstance(each, Section) else each for key, each in settings.items()}
 
 
 def _begin(
@@ -163,11 +181,10 @@ def _steps(trials: Trials, arms: list[Arm]) -> int | None:
 
 
 def _timed_steps(trials: Trials, arms: list[Arm]) -> TimedSteps:
-    minutes, num_runs = trials.settings.minutes or 0.0, trials.settings.seeds
-    if len(trials.settings.rates) > 1:
-        num_runs += len(trials.settings.rates)
+    settings, minutes = trials.settings, trials.settings.minutes or 0.0
     seconds = {arm.name: _seconds_of_a_step(trials, arm) for arm in arms}
-    num_steps = int(minutes * 60 / (sum(seconds.values()) * num_runs))
+    runs = {arm.name: settings.seeds + trainings_worth(*num_settings(settings, arm, trials.recipe)) for arm in arms}
+    num_steps = int(minutes * 60 / sum(seconds[name] * number for name, number in runs.items()))
     if num_steps < 2:
         raise InputRefused(f"--minutes: {minutes:g} are too few for {len(arms)} arms; more, or fewer seeds")
     return TimedSteps(num_steps, seconds)
@@ -176,80 +193,90 @@ def _timed_steps(trials: Trials, arms: list[Arm]) -> TimedSteps:
 def _seconds_of_a_step(trials: Trials, arm: Arm) -> float:
     trials.say(f"{arm.name}: timing {TIMING_STEPS} steps")
     folder = trials.folder.run(arm.name, "timing")
-    timed = replace(trials, num_steps=TIMING_STEPS)
-    train(_recipe_of(timed, arm, SWEEP_SEED, trials.recipe.train.learning_rate, folder), overwrite=True)
-    lines = [json.loads(line) for line in RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()]
-    # The median: the first step also compiles, allocates and reads.
-    return statistics.median(line["tokens"] / line["tokens_per_s"] for line in lines if "tokens_per_s" in line)
+    timing = Training(arm, SWEEP_SEED, Setting(trials.recipe.train.learning_rate), TIMING_STEPS, folder)
+    train(recipe_of(trials.recipe, timing), overwrite=True)
+    return seconds_by_the_clock(folder)
 
 
-def _best_rate(trials: Trials, arm: Arm) -> SweptRate:
-    """Return the rate whose run has the smallest mean loss on the rows to choose by, and every rate's loss."""
-    rates = trials.settings.rates or (trials.recipe.train.learning_rate,)
-    if len(rates) == 1:
-        return SweptRate(rates[0], {}, False)
-    losses = {}
-    for rate in rates:
-        file = trials.folder.result(arm.name, f"sweep-{rate:g}")
-        is_known = file.is_file()
-        by_task = found_once(file, dict[str, dict[str, float]], partial(_swept, trials, arm, rate))["losses"]
-        # The losses are kept; runs of a sweep would fill the disk.
-        remove_work(trials.folder.run(arm.name, f"sweep-{rate:g}"))
-        losses[f"{rate:g}"] = sum(by_task.values()) / len(by_task)
-        trials.trained(trials.settings.sweep_steps or trials.num_steps, is_known=is_known)
-    best = min(losses, key=lambda name: losses[name])
-    at_edge = float(best) in (min(rates), max(rates))
-    told = f"{arm.name}: rate {best}"
-    if at_edge:
-        told += " (at the edge of the sweep: a wider one may help)"
-    trials.say(told)
-    return SweptRate(float(best), losses, at_edge)
+def _tuned(trials: Trials, arm: Arm) -> Tuned:
+    """Return the setting whose run has the smallest mean loss on the rows to choose by, and how it was found."""
+    settings = trials.settings
+    steps = settings.sweep_steps or trials.num_steps
+    found = tuned(space_of(settings, arm, trials.recipe), settings.tries, steps, partial(_loss_of, trials, arm))
+    if found.rungs:
+        told = f"{arm.name}: rate {found.setting.name}"
+        if found.edges:
+            told += f" ({', '.join(found.edges)} at the edge of the sweep: a wider one may help)"
+        trials.say(told)
+    return found
 
 
-def _swept(trials: Trials, arm: Arm, rate: float) -> dict[str, dict[str, float]]:
-    """Train an arm at a rate of the sweep; return its `losses` by task on the rows to choose by."""
-    trials.say(f"{arm.name}: trying rate {rate:g}")
-    folder = trials.folder.run(arm.name, f"sweep-{rate:g}")
-    shorter = replace(trials, num_steps=trials.settings.sweep_steps or trials.num_steps)
-    _train_through(_recipe_of(shorter, arm, SWEEP_SEED, rate, folder))
-    return {"losses": last_losses(folder)}
+def _loss_of(trials: Trials, arm: Arm, setting: Setting, steps: int | None) -> float:
+    """Return the mean loss of a setting over tasks, on the rows to choose by; infinite where training diverged."""
+    name = f"sweep-{setting.name}"
+    if trials.settings.tries is not None:
+        name += f"-{steps}"
+    file = trials.folder.result(arm.name, name)
+    is_known = file.is_file()
+    training = Training(arm, SWEEP_SEED, setting, steps, trials.folder.run(arm.name, name))
+    by_task = found_once(file, dict[str, dict[str, float]], partial(_swept, trials, training))["losses"]
+    # The losses are kept; runs of a sweep would fill the disk.
+    remove_work(training.folder)
+    trials.trained(steps, is_known=is_known)
+    return sum(by_task.values()) / len(by_task) if by_task else math.inf
 
 
-def _scored(trials: Trials, arm: Arm, seed: int, rate: float) -> ArmScores:
+def _swept(trials: Trials, training: Training) -> dict[str, dict[str, float]]:
+    """Train an arm at a setting of the sweep; return its `losses` by task on the rows to choose by, none if it blew."""
+    steps = "" if training.steps is None else f", {training.steps} steps"
+    trials.say(f"{training.arm.name}: trying rate {training.setting.name}{steps}")
+    try:
+        train_through(recipe_of(trials.recipe, training))
+    except NotFinite as error:
+        trials.say(f"{training.arm.name}: rate {training.setting.name} diverged: {error}")
+        return {"losses": {}}
+    return {"losses": last_losses(training.folder)}
+
+
+def _scored(trials: Trials, training: Training, has_export: bool) -> ArmScores:
     """Train an arm with a seed and score it on the test rows, as trained and as its best static export."""
-    folder = trials.folder.run(arm.name, f"seed-{seed}")
-    trained = _recipe_of(trials, arm, seed, rate, folder)
-    _train_through(trained)
+    folder, trained = training.folder, recipe_of(trials.recipe, training)
+    train_through(trained)
     exam = _suite_exam(trials.settings)
     if exam.suite is None:
         whole = trained.model_copy(update={"data": trials.recipe.data})
         exam = replace(exam, recipe=testing(whole, trials.folder.path / "split"))
-    scores = ArmScores(rate, seed, score_trained(folder, exam))
-    if trials.settings.export:
+    scores = ArmScores(training.setting.rate, training.seed, score_trained(folder, exam))
+    if has_export:
         scores = replace(scores, export=score_best_export(folder, exam, trials.settings.strategies))
     return scores
 
 
-def _train_through(recipe: Recipe) -> None:
-    """Train, or go on where an earlier start was stopped; a run that is finished stays as it is."""
-    folder = RunFolder(Path(recipe.output))
-    if not (folder.adapter / "adapter_model.safetensors").is_file():
-        train(recipe, resume=is_run(folder.path))
+def _at_equal_time(trials: Trials, arms: list[Arm], tunings: dict[str, Tuned]) -> dict[str, TimedArm]:
+    """Train every arm for as long as the first one's steps take, and score it; steps by what a step of each takes."""
+    seconds = {arm.name: _measured_seconds(trials, arm) for arm in arms}
+    steps = trials.num_steps or steps_done(trials.folder.run(arms[0].name, "seed-0"))
+    found = {}
+    for arm in arms:
+        number = max(2, round(steps * seconds[arms[0].name] / seconds[arm.name]))
+        results = []
+        for seed in range(trials.settings.seeds):
+            name = f"seed-{seed}" if arm is arms[0] else f"time-seed-{seed}"
+            trials.say(f"{arm.name}, seed {seed}, as long as {arms[0].name}: {number} steps")
+            training = Training(arm, seed, tunings[arm.name].setting, number, trials.folder.run(arm.name, name))
+            file = trials.folder.result(arm.name, name)
+            is_known = file.is_file()
+            results.append(found_once(file, ArmScores, partial(_scored, trials, training, False)))
+            if arm is not arms[0]:
+                trials.trained(number, is_known=is_known)
+        found[arm.name] = TimedArm(number, seconds[arm.name], results)
+    return found
 
 
-def _recipe_of(trials: Trials, arm: Arm, seed: int, rate: float, folder: Path) -> Recipe:
-    recipe = trials.recipe
-    changes: dict[str, object] = {"seed": seed, "learning_rate": rate}
-    if trials.num_steps is not None:
-        changes |= {"steps": trials.num_steps, "epochs": None}
-        changes["warmup_steps"] = min(recipe.train.warmup_steps, trials.num_steps // 10)
-    settings = recipe.train.model_copy(update=changes)
-    content: dict[str, object] = {"adapter": arm.adapter, "train": settings, "output": str(folder)}
-    if settings.early_stopping is None and settings.final == "last":
-        # The rows to choose by are judged by their loss: scoring them too would only cost time.
-        tasks = [task.model_copy(update={"metric": None}) for task in recipe.data.tasks]
-        content["data"] = recipe.data.model_copy(update={"tasks": tasks})
-    return recipe.model_copy(update=content)
+def _measured_seconds(trials: Trials, arm: Arm) -> float:
+    file = trials.folder.result(arm.name, "seconds")
+    folder = trials.folder.run(arm.name, "seed-0")
+    return found_once(file, float, partial(seconds_a_step, folder))
 
 
 def _rank(arm: Arm) -> str:

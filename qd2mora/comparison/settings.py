@@ -1,7 +1,10 @@
 """What is asked of a comparison. Light to import: the command line takes its defaults from here."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+Linears = Literal["own", "recipe"]
 
 
 @dataclass(frozen=True)
@@ -13,7 +16,10 @@ class ComparisonSettings:
     the others where None. minutes: time for all training that is left to do; steps follow from it, equal for all arms.
     choose_rows: rows of each task apart from training and test, to choose rate and export by. strategies: exports
     tried. export: score each run's best static export too. suite: test on its files in the folder `data`, of `tasks` or
-    of all, not on the recipe's held-out rows. limit: test rows of each task.
+    of all, not on the recipe's held-out rows. limit: test rows of each task. targets: each method's own linears, or the
+    recipe's for all. space: what is swept besides (`tuning.Setting`), with its values. tries: settings that every arm
+    tries of all there are, by successive halving; all of them at full length where None. equal_time: train every arm
+    once more for as long as the first one's steps take.
     """
 
     methods: tuple[str, ...] = ("d2mora", "lora", "hydralora")
@@ -29,11 +35,15 @@ class ComparisonSettings:
     data: str | None = None
     tasks: tuple[str, ...] = ()
     scoring: str = "generate"
+    targets: Linears = "own"
+    space: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    tries: int | None = None
+    equal_time: bool = False
 
     def lasting(self) -> dict[str, object]:
         """Return what must stay the same for a comparison to go on; more seeds and more arms may be added."""
         content: dict[str, object] = json.loads(json.dumps(asdict(self)))
-        for name in ("methods", "seeds", "minutes"):
+        for name in ("methods", "seeds", "minutes", "equal_time"):
             del content[name]
         return content
 

@@ -13,6 +13,7 @@ from qd2mora.report.cells import with_columns
 from qd2mora.report.chart import Chart, KeyEntry
 from qd2mora.report.figure import can_render, figure_svg, write_png
 
+TIMED = ["method", "steps", "s a step", "score", "loss"]
 HEADINGS = {"trained": "as trained", "export": "best static export"}
 
 
@@ -26,6 +27,11 @@ def show(found: Comparison, console: Console) -> None:
         cells = [cell for stage in arm.stages.values() for cell in _short_cells(found, stage)]
         table.add_row(arm.name, _rate(arm), *cells)
     console.print(table)
+    if any(arm.timed for arm in found.arms):
+        timed = with_columns(Table(title="at equal time, as trained"), TIMED)
+        for arm in found.arms:
+            timed.add_row(*_timed_cells(found, arm, 0))
+        console.print(timed)
     for line in (*_losing(found), *verdicts(found)):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -38,6 +44,9 @@ def markdown(found: Comparison) -> str:
     for arm in found.arms:
         cells = [cell for stage in STAGES for cell in _cells(found, arm.stages.get(stage))]
         lines.append("| " + " | ".join([arm.name, f"{arm.arm.parameters:,}", _rate(arm), *cells]) + " |")
+    if any(arm.timed for arm in found.arms):
+        lines += ["", "At equal time, as trained:", "", f"| {' | '.join(TIMED)} |", "| --- " * len(TIMED) + "|"]
+        lines += [f"| {' | '.join(_timed_cells(found, arm, 1))} |" for arm in found.arms]
     lines += ["", *(f"- {line}" for line in (*_losing(found), *verdicts(found))), ""]
     return "\n".join(lines)
 
@@ -80,6 +89,15 @@ def _cells(found: Comparison, stage: StageOutcome | None) -> list[str]:
     return [_score(found, stage, 1), f"{stage.loss.mean:.4f} ({low:.4f} to {high:.4f})"]
 
 
+def _timed_cells(found: Comparison, arm: ArmOutcome, digits: int) -> list[str]:
+    """Return an arm's line of the table at equal time."""
+    assert arm.timed is not None and arm.at_equal_time is not None
+    steps, seconds = arm.timed
+    score, loss = _score(found, arm.at_equal_time, digits), arm.at_equal_time.loss
+    low, high = loss.interval
+    return [arm.name, f"{steps}", f"{seconds:.3g}", score, f"{loss.mean:.4f} ({low:.4f} to {high:.4f})"]
+
+
 def _short_cells(found: Comparison, stage: StageOutcome | None) -> list[str]:
     if stage is None:
         return ["none", "none"]
@@ -95,9 +113,9 @@ def _score(found: Comparison, stage: StageOutcome, digits: int) -> str:
 
 
 def _rate(arm: ArmOutcome) -> str:
-    if arm.rate.at_edge:
-        return f"{arm.rate.rate:g} (edge)"
-    return f"{arm.rate.rate:g}"
+    if arm.tuned.edges:
+        return f"{arm.tuned.setting.name} (edge)"
+    return arm.tuned.setting.name
 
 
 def _losing(found: Comparison) -> list[str]:

@@ -6,7 +6,7 @@ installed. Its code files are those of `qd2mora/routed`, copied as they are; wei
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -158,8 +158,11 @@ def _content(layer: MixtureLinear, adapter_name: str, tensors: dict[str, Tensor]
     spec = layer.mixture_spec[adapter_name]
     # `places` follows from the rest: `RankStep` makes it again.
     step = {key: value for key, value in asdict(spec.step).items() if key != "places"}
+    gates = {role: asdict(replace(gate, dropout=0.0)) for role, gate in spec.step.gates}
+    for fields in gates.values():
+        del fields["dropout"]  # of training alone
     return {
-        "step": step | {"gates": {role: asdict(gate) for role, gate in spec.step.gates}},
+        "step": step | {"gates": gates},
         "scaling": spec.scaling,
         "tensors": {key: list(tensor.shape) for key, tensor in tensors.items()},
         "block": spec.place.scope_key("block"),

@@ -4,9 +4,11 @@ Each takes a `View` of one router over one micro batch and returns a value for e
 counted tokens (`over="batch"`), or one a row (`over="row"`). Padding never counts. They are evaluated in the backward
 pass, where the step in rank space is done again anyway, so that checkpointing and accumulation leave them alone.
 
-Deviations, all of them: every router is balanced by itself, where Mixtral's rule pools the layers before it averages (a
-skewed layer can hide behind another) and MoLA's code concatenates the seven routers of a layer; MoLA's, LoRAMoE's and
-LLaVA-MoLE's code let padding count.
+Where a penalty pools routers (`Penalty.pool`), its means are those of all of them: what they decided in the forward
+pass (`Pooled`) stands for the others, so that each adds its own part of the value, and exactly its own gradient. So
+pooled, a skewed layer can hide behind another, as in Mixtral's rule; MoLA pools the linears of a layer.
+
+Deviation: padding never counts, where MoLA's, LoRAMoE's and LLaVA-MoLE's code, and DynMoLE's entropy, let it count.
 
 Shapes: G groups, n tokens of a group, E experts.
 """
@@ -70,6 +72,64 @@ def view(gating: Gating, counted_BT: Tensor, by_row: bool, group: Tensor | None,
     probs, used, logits = (arranged(each.expand(shape)) for each in (gating.probs, gating.used, gating.logits))
     counted = arranged(counted.to(probs.dtype))
     return View(probs, used, logits, counted, of_tokens(group), of_tokens(task), is_of_rows)
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Means over the tokens of several routers, without gradient: used, probs, their product, all (G, E).
+
+    `tokens` (G,): those of each group, a row or the whole micro batch; `number`: of routers, which have as many experts
+    and the same tokens.
+    """
+
+    used: Tensor
+    probs: Tensor
+    both: Tensor
+    tokens: Tensor
+    number: int = 1
+
+    @classmethod
+    def of(cls, gating: Gating, counted_BT: Tensor) -> "Pooled":
+        """Return one router's own, row by row."""
+        seen = view(gating, counted_BT, True, None, None)
+        used, probs, both = (seen.mean(each).detach() for each in (seen.used, seen.probs, seen.probs * seen.used))
+        return cls(used, probs, both, seen.counted.sum(1))
+
+    @classmethod
+    def joined(cls, parts: list["Pooled"], by_row: bool) -> "Pooled":
+        """Return the means over several routers, of each row or of all rows' tokens."""
+        tokens = parts[0].tokens
+        weight = tokens / tokens.sum().clamp_min(1)
+
+        def mean(values: list[Tensor]) -> Tensor:
+            found = torch.stack(values).mean(0)
+            return found if by_row else (weight @ found).unsqueeze(0)
+
+        used, probs = mean([part.used for part in parts]), mean([part.probs for part in parts])
+        return cls(used, probs, mean([part.both for part in parts]), tokens, len(parts))
+
+
+def pooled_value(kind: str, routed: View, penalty: Penalty, pool: Pooled) -> Tensor:
+    """Return one router's part of a penalty over a pool: parts add up to its value, and each has its own gradient."""
+    num_experts = routed.probs.shape[-1]
+    if kind == "lb_mixtral":
+        return num_experts * (pool.used * routed.mean(routed.probs)).sum(-1) / pool.number
+    if kind == "lb_mola":
+        return (
+            num_experts
+            * (pool.used / pool.used.sum(-1, keepdim=True) * routed.mean(routed.probs)).sum(-1)
+            / pool.number
+        )
+    if kind == "lb_soft":
+        # Both factors have a gradient; the second term brings the other one's, and no value.
+        of_probs = (pool.both * routed.mean(routed.probs)).sum(-1)
+        of_both = (routed.mean(routed.probs * routed.used) * pool.probs).sum(-1)
+        return num_experts * (of_probs + of_both - of_both.detach()) / pool.number
+    # A mean of a function of single tokens: pooled, it is the mean of the routers' means.
+    return PENALTIES[kind](routed, penalty) / pool.number
+
+
+POOLABLE = frozenset({"lb_mixtral", "lb_mola", "lb_soft", "entropy", "z_loss", "router_ce"})
 
 
 def _mixtral(routed: View, penalty: Penalty) -> Tensor:
@@ -145,4 +205,4 @@ PENALTIES: dict[str, Callable[[View, Penalty], Tensor]] = {
 # These tell rows apart, whatever the penalty says.
 BY_ROW = frozenset({"localized_balance"})
 
-__all__ = ["BY_ROW", "PENALTIES", "View", "view"]
+__all__ = ["BY_ROW", "PENALTIES", "POOLABLE", "Pooled", "View", "pooled_value", "view"]

@@ -24,12 +24,13 @@ from qd2mora.mixture.fused import FusedCall, Observe
 
 @dataclass(frozen=True, eq=False)
 class TracedAdapter:
-    """One adapter of one linear in one mode: its call, whether that is random, and what makes draws and observer."""
+    """One adapter of one linear in one mode: its call, whether that is random, what makes draws, observer and watch."""
 
     call: FusedCall
     is_random: bool
     draws: Callable[[], Draws | None]
     observer: Callable[[Tensor], Observe | None]
+    pooling: Callable[[FusedCall, Tensor, dict[str, Tensor]], Callable[[Tensor, Tensor], None] | None]
 
 
 # The compiler keeps a number in its graph as a constant; a layer's calls are found again by it.
@@ -63,6 +64,8 @@ def _forward(
     adapter = _adapters[number]
     draws = adapter.draws()
     call = replace(adapter.call, draws=draws)
+    small = dict(zip(call.names, tensors[call.num_downs + call.num_ups :], strict=True))
+    call = replace(call, watch=adapter.pooling(call, x, small))
     if y is None:
         assert call.layout is not None
         out = frozen.product(call.layout, list(base), x)

@@ -13,10 +13,11 @@ from qd2mora.mixture.method import Method, Penalty, check_counts, check_gate, ex
 from qd2mora.mixture.penalties import WEIGHT_PENALTIES
 from qd2mora.mixture.presets import find_method
 from qd2mora.mixture.registration import QD2MORA
+from qd2mora.mixture.sections import check_core, check_shared
 from qd2mora.mixture.start_folder import KEY as START
 from qd2mora.mixture.start_folder import OF_A_RUN, alike, start_settings
 from qd2mora.mixture.trained_experts import experts_given
-from qd2mora.recipe.adapter import Adapter, DownInit, SharedInit
+from qd2mora.recipe.adapter import Adapter, DownInit
 from qd2mora.routed.gate import ROLES, Gate, Gates
 
 GateChanges = Mapping[str, object]
@@ -43,6 +44,7 @@ class MixtureConfig(PeftConfig):
     dropout_per_expert: bool = field(default=False, metadata={"help": "one dropout mask per down expert"})
     down: dict[str, int] | None = field(default=None, metadata={"help": '{"experts": M}'})
     up: dict[str, int] | None = field(default=None, metadata={"help": '{"experts": N}'})
+    core: dict[str, int] | None = field(default=None, metadata={"help": '{"experts": E}, the routed cores'})
     allocation: str | None = field(default=None, metadata={"help": "experts by depth, such as 2-4-6-8"})
     gates: dict[str, GateChanges] | None = field(default=None, metadata={"help": "fields of gates by role"})
     penalties: dict[str, float] | None = field(default=None, metadata={"help": "weights of penalties by kind"})
@@ -114,6 +116,11 @@ class MixtureConfig(PeftConfig):
         return self.up["experts"]
 
     @property
+    def num_cores(self) -> int:
+        """The cores that a router mixes; the method's own number unless given."""
+        return self.row.cores if self.core is None else self.core["experts"]
+
+    @property
     def scaling(self) -> float:
         """alpha over the rank of one expert (or its root), or of all where the method's code divides by that."""
         assert self.rank is not None
@@ -126,6 +133,8 @@ class MixtureConfig(PeftConfig):
         rank: float = self.rank
         if self.row.scaling_rank == "total":
             rank = sum(ranks)
+        elif self.row.scaling_rank == "active":
+            rank = min(self.routers["rank"].top_k or rank, rank)
         if self.rank_stabilized:
             rank = rank**0.5  # rsLoRA: outputs of large ranks keep their size
         return self.alpha / rank
@@ -200,6 +209,8 @@ class MixtureConfig(PeftConfig):
     def to_dict(self) -> dict[str, object]:
         """Return plain values; sets become sorted lists so that files compare equal."""
         content = super().to_dict()
+        if self.core is None:  # as adapters from before it have it
+            del content["core"]
         return {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
 
     @classmethod
@@ -278,7 +289,7 @@ class MixtureConfig(PeftConfig):
 
     def _check_aims(self, num_tasks: int) -> None:
         """A penalty that aims each task at the expert of its number needs as many experts."""
-        counts = self.row.experts_of(self.num_down, self.num_up, self.rank or 1)
+        counts = self.row.experts_of(self.num_down, self.num_up, self.rank or 1, self.num_cores)
         experts = min((counts[role] for role in self.routers if counts[role] > 1), default=1)
         if num_tasks > experts and any(each.kind == "router_ce" and each.weight for each in self.routing_penalties):
             raise InputRefused(
@@ -297,11 +308,12 @@ class MixtureConfig(PeftConfig):
         for name, bank in (("down", self.down), ("up", self.up)):
             if not isinstance(bank, dict) or set(bank) != {"experts"} or bank["experts"] < 1:
                 raise InputRefused(f'adapter.{name}: {bank} will not do: write {{"experts": 4}}')
+        check_core(self.core, method)
         check_counts(method, self.num_down, self.num_up)
         self._check_ranks(method)
         self._check_gates(method)
         self._check_task(method)
-        self._check_shared()
+        check_shared(self.shared)
         self._check_backend(method)
         if self.init not in get_args(DownInit):
             raise InputRefused(f"adapter.init: unknown '{self.init}'; {nearest(str(self.init), get_args(DownInit))}")
@@ -339,7 +351,7 @@ class MixtureConfig(PeftConfig):
                 raise InputRefused(
                     f"adapter.gates.{role}.granularity: 'batch' is refused: its mean would let rows see each other"
                 )
-        counts = method.experts_of(self.num_down, self.num_up, self.rank or 1)
+        counts = method.experts_of(self.num_down, self.num_up, self.rank or 1, self.num_cores)
         # A top-k must find enough experts in the layer that has fewest, but for those that have one and no router.
         if self.allocation is not None:
             several = [count for count in map(int, self.allocation.split("-")) if count > 1]
@@ -375,16 +387,6 @@ class MixtureConfig(PeftConfig):
         for key, value in given.items():
             if value is not None:
                 raise InputRefused(f"adapter.{key}: {method.name} runs on PEFT's own implementation, which has none")
-
-    def _check_shared(self) -> None:
-        if self.shared is None:
-            return
-        unknown = set(self.shared) - {"rank", "alpha", "init"}
-        if unknown or int(self.shared.get("rank", 0)) < 1:
-            raise InputRefused(f'adapter.shared: {self.shared} will not do: write {{"rank": 8, "init": "pissa"}}')
-        if self.shared_init not in get_args(SharedInit):
-            there = nearest(self.shared_init, get_args(SharedInit))
-            raise InputRefused(f"adapter.shared.init: unknown '{self.shared_init}'; {there}")
 
 
 def _changed(gate: Gate, changes: GateChanges) -> Gate:

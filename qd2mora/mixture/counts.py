@@ -1,11 +1,11 @@
 """How many parameters a configuration trains, from sizes alone: no model, no weights."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from qd2mora.mixture.config import MixtureConfig
-from qd2mora.mixture.spec import Place, linear_spec
+from qd2mora.mixture.spec import LinearSpec, Place, linear_spec
 
 
 def trainable_parameters(
@@ -16,6 +16,20 @@ def trainable_parameters(
     Names are a layer's own, such as `self_attn.q_proj`, in the order of execution. Raises InputRefused.
     """
     total = 0
+    for spec in _specs(config, linears, num_layers, hidden):
+        total += sum(math.prod(shape) for key, shape in spec.shapes.items() if key not in spec.frozen)
+        total += spec.place.d_out if config.row.backend == "peft" else 0  # DoRA's magnitudes
+    return total
+
+
+def routed_linears(config: MixtureConfig, linears: Mapping[str, tuple[int, int]], num_layers: int, hidden: int) -> int:
+    """Return how many linears have a gate that is not constant. Raises InputRefused."""
+    return sum(bool(spec.step.gates) for spec in _specs(config, linears, num_layers, hidden))
+
+
+def _specs(
+    config: MixtureConfig, linears: Mapping[str, tuple[int, int]], num_layers: int, hidden: int
+) -> Iterator[LinearSpec]:
     for layer in range(num_layers):
         # The first linear of a scope has its router, as when the tuner puts adapters in.
         owners: set[str] = set()
@@ -24,11 +38,8 @@ def trainable_parameters(
             if place.kind not in _targets(config, linears):
                 continue
             shared = {place.scope_key(gate.scope) for gate in config.routers.values() if gate.scope != "module"}
-            spec = linear_spec(config, replace(place, owns_router=not shared & owners))
+            yield linear_spec(config, replace(place, owns_router=not shared & owners))
             owners |= shared
-            total += sum(math.prod(shape) for key, shape in spec.shapes.items() if key not in spec.frozen)
-            total += d_out if config.row.backend == "peft" else 0  # DoRA's magnitudes
-    return total
 
 
 def _targets(config: MixtureConfig, linears: Mapping[str, tuple[int, int]]) -> set[str]:
@@ -51,4 +62,4 @@ def llama_linears(hidden: int, intermediate: int, heads_width: int, kv_width: in
     }
 
 
-__all__ = ["llama_linears", "trainable_parameters"]
+__all__ = ["llama_linears", "routed_linears", "trainable_parameters"]

@@ -58,6 +58,14 @@ def initial_down(tensor: Tensor, kind: DownInit, std: float, spec: LinearSpec) -
     return kaiming(tensor)
 
 
+def singular_slices(W_OD: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """Return the `number` strongest right singular vectors of W as rows (number, D), at Kaiming's size.
+
+    Cut into experts they are orthogonal to each other, and each reads its own part of what the weight reads.
+    """
+    return top_singular(W_OD, number, generator)[2] / math.sqrt(3)
+
+
 def kaiming(tensor: Tensor) -> Tensor:
     """Kaiming uniform with a = sqrt(5) over the last axis: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     bound = 1 / math.sqrt(tensor.shape[-1])
@@ -81,6 +89,8 @@ def _active_share(spec: LinearSpec) -> float:
 
 
 def _initial_core(tensor: Tensor, kind: str, scales: tuple[int, ...]) -> Tensor:
+    if kind in ("residual", "residual_diagonal"):
+        return tensor.zero_()  # plain LoRA at the start: routing adds to it what it learns
     if kind == "diagonal":
         # Near one, so that a bank of modulations starts near plain LoRA and its experts differ.
         return nn.init.normal_(tensor, mean=1.0, std=0.1)
@@ -152,4 +162,4 @@ class Activations:
         return torch.cat([found, found.new_zeros(self.rank - len(found), found.shape[1])])
 
 
-__all__ = ["Activations", "initial_tensor", "kaiming", "olora", "pissa", "residual", "sparse"]
+__all__ = ["Activations", "initial_tensor", "kaiming", "olora", "pissa", "residual", "singular_slices", "sparse"]

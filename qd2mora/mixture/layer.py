@@ -28,7 +28,7 @@ from qd2mora.mixture.fused import Dropout, FusedCall, add_mixture, mixed_linear
 from qd2mora.mixture.gating import given_logits
 from qd2mora.mixture.initialisers import initial_tensor
 from qd2mora.mixture.low_rank import LowRank
-from qd2mora.mixture.observer import Observer
+from qd2mora.mixture.observer import Observer, Pooling, pooling
 from qd2mora.mixture.routing import Routing
 from qd2mora.mixture.spec import LinearSpec, Place, linear_spec
 from qd2mora.routed import ops
@@ -51,10 +51,7 @@ TENSORS = (
 
 
 class Watch(Protocol):
-    """Shown what a forward pass computes: u = [A; routers of x] x (..., Q + S + E), v = K_t u (..., P + S).
-
-    `small` is what gates read beside u.
-    """
+    """Shown u = [A; routers of x] x (..., Q + S + E) and v = K_t u (..., P + S); `small`: what gates read beside u."""
 
     def __call__(self, u: Tensor, v: Tensor, *, small: dict[str, Tensor]) -> None: ...
 
@@ -258,6 +255,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         call, is_random = self._call(name, layout, len(downs), len(ups), tuple(small))
         # Bound to this pass: its backward pass must draw the same numbers and see the same batch.
         call = replace(call, draws=self._draws(is_random)(), observe=self._observer(name)(x))
+        call = replace(call, watch=self._pooling(name)(call, x, small))
         if name in self.watchers:
             call = replace(call, watch=partial(self.watchers[name], small=small))
         if y is None:
@@ -269,8 +267,9 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
     ) -> tuple[FusedCall, bool]:
         """Return what an adapter's call knows, without what belongs to one call, and whether it draws numbers."""
         spec, dropout = self.mixture_spec[name], self._dropout(name)
-        is_random = dropout is not None or (self.training and any(gate.is_random for _, gate in spec.step.gates))
-        return FusedCall(num_downs, num_ups, names, spec.step, spec.scaling, layout, dropout), is_random
+        step = spec.step_in(self.routing.phase) if self.training else spec.step
+        is_random = dropout is not None or (self.training and any(gate.is_random for _, gate in step.gates))
+        return FusedCall(num_downs, num_ups, names, step, spec.scaling, layout, dropout), is_random
 
     def _dropout(self, name: str) -> Dropout | None:
         config, step = self.mixture_config[name], self.mixture_spec[name].step
@@ -285,7 +284,10 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         return partial(_draws_of, self.routing, self.layer_key, is_random)
 
     def _observer(self, name: str) -> Callable[[Tensor], Observer | None]:
-        return partial(_observer_of, self.mixture_spec[name], self.routing, name, self.training)
+        return partial(Observer.of, self.mixture_spec[name], self.routing, name if self.training else None)
+
+    def _pooling(self, name: str) -> Pooling:
+        return partial(pooling, self.mixture_spec[name], self.routing, name if self.training else None)
 
     @torch.compiler.assume_constant_result
     def _traced(self, name: str, takes_base: bool, num_downs: int, num_ups: int, names: str) -> int:
@@ -294,7 +296,8 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         if takes_base:
             layout = frozen.layout_of(self.base_layer)
         call, is_random = self._call(name, layout, num_downs, num_ups, tuple(filter(None, names.split(","))))
-        adapter = compiled.TracedAdapter(call, is_random, self._draws(is_random), self._observer(name))
+        rest = self._draws(is_random), self._observer(name), self._pooling(name)
+        adapter = compiled.TracedAdapter(call, is_random, *rest)
         return compiled.register(self, adapter)
 
     def _static(self, y: Tensor | None, x: Tensor, name: str, layout: frozen.WeightLayout | None) -> Tensor:
@@ -391,10 +394,6 @@ def mixture_layers(model: nn.Module) -> dict[str, MixtureLinear]:
 
 def _draws_of(routing: Routing, layer_key: int, is_random: bool) -> Draws | None:
     return routing.draws(layer_key) if is_random else None
-
-
-def _observer_of(spec: LinearSpec, routing: Routing, name: str, is_training: bool, x: Tensor) -> Observer | None:
-    return Observer.of(spec, routing, name, x) if is_training else None
 
 
 __all__ = ["MixtureLinear", "mixture_layers"]

@@ -28,6 +28,9 @@ class Penalty:
     A routing penalty is a mean over the attended tokens of a micro batch (`over="batch"`, as published) or over the
     rows of each row's value (`over="row"`: then the split into micro batches does not change it), and counts by the
     micro batch's share of the step's tokens. A weight penalty is a sum over modules, once an optimiser step.
+
+    pool: whose decisions are one mean, as the authors' code has it: of each `router`, whose penalties then add up, of
+    the routers of a `layer`, or of the whole `model`, where a weight does not grow with the number of routers.
     """
 
     kind: str
@@ -35,6 +38,7 @@ class Penalty:
     over: Literal["batch", "row"] = "batch"
     order: float = 1.1
     delta: float = 0.0
+    pool: Literal["router", "layer", "model"] = "router"
 
 
 @dataclass(frozen=True)
@@ -43,18 +47,20 @@ class Method:
 
     pairing: `chain`, any down expert with any up expert, two gates; `tied`, expert e is the pair A_e, B_e, one gate
         (`gate_down`). core: what lies between the banks. `gate_rank` weighs single ranks of one down expert.
+    scaling_rank: what alpha is divided by, an expert's rank, that of all together, or the ranks that a token uses.
     one_expert: linears that get a single, ungated expert. allocation: experts by depth, "2-4-6-8" for four quarters.
     frozen: tensors that are not trained. `given`: experts come from adapters that are named, not from nothing.
     init_std: of Gaussian down experts; 1 / rank where None.
     mark: `verified` against the authors' code, `reconstruction` where a formula is inferred, `part` where only the
-        part of another domain's method that carries over is offered; `note` says what was inferred or left out.
+        part of another domain's method that carries over is offered, `ours` where nobody else's method it is; `note`
+        says what was inferred or left out.
     """
 
     name: str
     title: str
     equation: str
     source: str
-    mark: Literal["verified", "reconstruction", "part"] = "verified"
+    mark: Literal["verified", "reconstruction", "part", "ours"] = "verified"
     note: str = ""
     pairing: Pairing = "chain"
     core: Core = "none"
@@ -70,7 +76,7 @@ class Method:
     cores: int = 0
     scales: tuple[int, ...] = ()
     penalties: tuple[Penalty, ...] = ()
-    scaling_rank: Literal["expert", "total"] = "expert"
+    scaling_rank: Literal["expert", "total", "active"] = "expert"
     init_down: DownInit = "kaiming"
     init_std: float | None = 0.01
     router_std: float | None = None
@@ -92,9 +98,20 @@ class Method:
         # Frozen, and derived: set once past the freeze, left out of hash and comparison.
         object.__setattr__(self, "gates", Gates({role: gate for role, gate in roles.items() if gate is not None}))
 
-    def experts_of(self, down: int, up: int, rank: int) -> dict[str, int]:
+    def experts_of(self, down: int, up: int, rank: int, cores: int) -> dict[str, int]:
         """Return what a router of each role chooses among, in a linear of so many experts of this rank."""
-        return {"down": down, "up": up, "core": self.cores, "rank": rank}
+        return {"down": down, "up": up, "core": cores, "rank": rank}
+
+    @property
+    def scaling(self) -> float:
+        """What the method's own alpha and sizes make of it: what its authors' updates are multiplied with."""
+        rank = max(self.ranks or (self.rank,))
+        if self.scaling_rank == "total":
+            rank *= self.down
+        elif self.scaling_rank == "active":
+            assert self.gate_rank is not None and self.gate_rank.top_k is not None
+            rank = self.gate_rank.top_k
+        return self.alpha / rank
 
 
 def check_counts(method: Method, down: int, up: int) -> None:
@@ -132,6 +149,8 @@ def _fits(value: object, limits: Limits) -> bool:
 
 
 def _range(limits: Limits) -> str:
+    if "ge" in limits and "le" in limits:
+        return f"a number from {limits['ge']} to {limits['le']}"
     if "ge" in limits:
         return f"a number, at least {limits['ge']}"
     if "le" in limits:
@@ -149,6 +168,8 @@ def _choosing_problems(gate: Gate, num_experts: int) -> Iterator[str]:
         yield f"top_k: {gate.top_k} will not do: select: {gate.select} takes none; it goes with top_k"
     if gate.score == "mlp" and gate.width is None:
         yield f"width: {gate.width} will not do: score: mlp needs the width of its hidden layer"
+    if gate.dropout and (gate.select == "fixed" or gate.score == "activation"):
+        yield f"dropout: {gate.dropout} will not do: nothing stands in for a fixed expert, or a rank that chose itself"
     if gate.weight == "bounded" and gate.select != "all":
         yield f"weight: bounded weighs every expert; select: {gate.select} does not"
 
@@ -179,7 +200,7 @@ def _scope_problems(gate: Gate) -> Iterator[str]:
     if gate.input not in ("x", "task", "external", "hidden", "none"):
         yield f"scope: a router of the {gate.scope} cannot read {gate.input}"
     if gate.is_random:
-        yield f"scope: chance cannot be shared by a {gate.scope}; noisy and sample stay in the module"
+        yield f"scope: chance cannot be shared by a {gate.scope}; noisy, sample and dropout stay in the module"
 
 
 def experts_by_layer(allocation: str, num_layers: int) -> list[int]:

@@ -34,7 +34,8 @@ from qd2mora.mixture.config import MixtureConfig
 from qd2mora.mixture.gating import given_logits
 from qd2mora.mixture.layer import MixtureLinear
 from qd2mora.mixture.method import MLP
-from qd2mora.mixture.observer import Observer
+from qd2mora.mixture.observer import Observer, pool
+from qd2mora.mixture.phases import gate_in
 from qd2mora.mixture.slots import MLPGate, Observed, SlotDropout, Slots
 from qd2mora.mixture.spec import Place
 from qd2mora.routed import ops
@@ -89,8 +90,13 @@ class MixtureMLPLinear(MixtureLinear):
             assert gate is not None
             logits = given_logits("down", x, tensors, self.routing, name, spec)
             assert logits is not None
+            if self.training:
+                gate = gate_in(gate, self.routing.phase, spec.counts["down"])
             of_mlp = MLPGate(gate, tensors.get("mixture_select_bias_down"))
             self.routing.slots[_key(spec.place, name)] = of_mlp.slots(logits, x.shape[:-1])
+            if self.training and spec.pools and x.dim() == 3:
+                with torch.no_grad():
+                    pool(spec, self.routing, name, x, {"down": of_mlp.gating(logits)})
         # The base reads the token alone and so runs once; slots differ in rank space, and in what is added to it.
         y = self.base_layer(x)
         slots = self._slots(name)

@@ -4,15 +4,17 @@ The step in rank space is done again there, once for each micro batch, whatever 
 is exact, nothing is counted twice, and the forward pass costs nothing more.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qd2mora.mixture import balance
+from qd2mora.mixture.fused import FusedCall
 from qd2mora.mixture.routing import Routing
 from qd2mora.mixture.spec import LinearSpec
+from qd2mora.routed import ops
 from qd2mora.routed.routers import Gating, log_probability
 
 
@@ -28,12 +30,12 @@ class Observer:
     task: Tensor | None
 
     @classmethod
-    def of(cls, spec: LinearSpec, routing: Routing, adapter: str, x: Tensor) -> "Observer | None":
-        """Return an observer where there is anything to see."""
+    def of(cls, spec: LinearSpec, routing: Routing, adapter: str | None, x: Tensor) -> "Observer | None":
+        """Return an observer where there is anything to see; no adapter: outside training."""
         # Without rows and tokens (x of two axes) there is no batch that a penalty could be a mean over.
         random = any(gate.select == "sample" for _, gate in spec.step.gates)
         counts = any(gate.bias_rate for _, gate in spec.step.gates)
-        if not (spec.penalties or counts or random) or x.dim() != 3:
+        if adapter is None or not (spec.penalties or counts or random) or x.dim() != 3:
             return None
         group, task = routing.group, routing.task_index
         if routing.segments is not None:
@@ -73,11 +75,16 @@ class Observer:
         if ids is None:
             raise ValueError(f"the penalty {penalty.kind} needs {name}=(batch,) of the rows")
         seen = balance.view(gating, self.counted, by_row, self.group, self.task)
-        value = balance.PENALTIES[penalty.kind](seen, penalty).mean()
+        if penalty.pool == "router":
+            value = balance.PENALTIES[penalty.kind](seen, penalty).mean()
+        else:
+            layer = self.spec.place.layer if penalty.pool == "layer" else None
+            means = self.routing.pool_of(self.adapter, layer, seen.probs.shape[-1], by_row)
+            value = balance.pooled_value(penalty.kind, seen, penalty, means).mean()
         # A mean over rows counts by this micro batch's share of the step's rows, one over tokens by that of its tokens.
         of_tokens, of_rows = self.routing.share
         share = of_rows if by_row or seen.is_of_rows else of_tokens
-        weighed = penalty.weight * share * value
+        weighed = penalty.weight * self.routing.phase.penalty * share * value
         self.routing.add_value(penalty.kind, weighed.detach())
         return self.routing.loss_scale * weighed
 
@@ -88,4 +95,37 @@ class Observer:
         return (self.routing.advantage.to(logs.device).unsqueeze(-1) * logs).sum()
 
 
-__all__ = ["Observer"]
+Pooling = Callable[[FusedCall, Tensor, dict[str, Tensor]], Callable[[Tensor, Tensor], None] | None]
+"""Makes of a call, its x and what its step reads beside u what is to be shown u and v of the forward pass, or nothing.
+"""
+
+
+def pooling(
+    spec: LinearSpec, routing: Routing, adapter: str | None, call: FusedCall, x: Tensor, small: dict[str, Tensor]
+) -> Callable[[Tensor, Tensor], None] | None:
+    """Return what leaves a linear's decisions in a forward pass of training for penalties that pool routers."""
+    if adapter is None or not spec.pools or x.dim() != 3:
+        return None
+
+    def leave(u: Tensor, v: Tensor) -> None:
+        with torch.no_grad():
+            pool(spec, routing, adapter, x, call.step.route(ops.wide(u), small, call.draws)[1])
+
+    return leave
+
+
+def pool(spec: LinearSpec, routing: Routing, adapter: str, x: Tensor, gatings: Mapping[str, Gating]) -> None:
+    """Leave the means of what routers decided, by place: layers that are recomputed come by again, and decide the same.
+
+    A router that several linears share is one, where it stands.
+    """
+    counted = routing.counted(x)
+    for role, gating in gatings.items():
+        gate = spec.gate(role)
+        assert gate is not None
+        if gate.scope == "module" or spec.place.owns_router:
+            key = (adapter, f"{spec.place.key}:{role}")
+            routing.pooled[key] = (spec.place.layer, balance.Pooled.of(gating, counted))
+
+
+__all__ = ["Observer", "Pooling", "pool", "pooling"]

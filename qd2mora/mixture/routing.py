@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qd2mora.mixture.balance import Pooled
 from qd2mora.mixture.draws import Draws, mixed
+from qd2mora.mixture.phases import PLAIN, Phase
 from qd2mora.mixture.slots import Slots
 from qd2mora.routed.text import Key, Text
 
@@ -22,9 +24,10 @@ class Routing(Text):
     without padding. places: where rows are packed, the line and the place where each begins. share: this micro batch's
     share of the step's tokens and rows, which a routing penalty counts by; loss_scale: what the loss is multiplied with
     before the backward pass. advantage: (B,), how much worse than its rivals a sampled routing did, loss scale
-    included. stage: the expert trained now, where a method grows. is_counted: False where the rows run for the company
-    of other processes alone. slots: of MLPs whose experts are mixed, until their last linear ran. values: what
-    penalties added to the loss since they were taken. counts: how often each expert was used in this step.
+    included. stage: the expert trained now, where a method grows. phase: what gates are like while they are learned.
+    is_counted: False where the rows run for the company of other processes alone. slots: of MLPs whose experts are
+    mixed, until their last linear ran. pooled: a router's layer, and means of what it decided in this pass. values:
+    what penalties added to the loss since they were taken. counts: how often each expert was used in this step.
     """
 
     task_index: Tensor | None = None
@@ -37,8 +40,10 @@ class Routing(Text):
     is_counted: bool = True
     loss_scale: float = 1.0
     stage: int | None = None
+    phase: Phase = PLAIN
     advantage: Tensor | None = None
     slots: dict[Key, Slots] = field(default_factory=dict)
+    pooled: dict[Key, tuple[int, Pooled]] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[Key, Tensor] = field(default_factory=dict)
     _known: tuple[Tensor, int] | None = None
@@ -54,6 +59,11 @@ class Routing(Text):
             self.real = self.segments >= 0  # padding is in no row
         # Told, not seen: a decoder's arguments hold no labels, and the prompt is what stands before the first of them.
         self.read_labels(batch.get("labels"), batch.get("attention_mask", batch.get("attended")))
+
+    def pool_of(self, adapter: str, layer: int | None, num_experts: int, by_row: bool) -> Pooled:
+        """Return the means of an adapter's routers among so many experts, of a layer or of all, as a pass left them."""
+        own = [each for (name, _), each in self.pooled.items() if name == adapter and layer in (None, each[0])]
+        return Pooled.joined([means for _, means in own if means.used.shape[-1] == num_experts], by_row)
 
     def tasks_among(self, num_tasks: int) -> Tensor:
         """Return task_index, looked at once a pass: a look waits for the device. Raises ValueError."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from qd2mora.errors import InputRefused
 from qd2mora.mixture.config import MixtureConfig
 from qd2mora.mixture.method import Method, Penalty, experts_by_layer
+from qd2mora.mixture.phases import PLAIN, Phase, step_in
 from qd2mora.routed.gate import Gate
 from qd2mora.routed.ops import RankStep
 
@@ -64,11 +65,20 @@ class LinearSpec:
         """Return the gate of a role where it is not constant."""
         return dict(self.step.gates).get(role)
 
+    @property
+    def pools(self) -> bool:
+        """Whether a penalty needs to know in the backward pass what routers decided in the forward pass."""
+        return any(each.pool != "router" for each in self.penalties)
+
+    def step_in(self, phase: Phase) -> RankStep:
+        """Return the step as it is in a phase of training."""
+        return self.step if phase == PLAIN else step_in(self.step, phase, tuple(self.counts.items()))
+
 
 def linear_spec(config: MixtureConfig, place: Place) -> LinearSpec:
     """Resolve a configuration for one linear. Raises InputRefused."""
     row, experts = config.row, _experts(config, place)
-    counts = row.experts_of(experts.down, experts.up, experts.ranks[0])
+    counts = row.experts_of(experts.down, experts.up, experts.ranks[0], config.num_cores)
     # Among one expert there is nothing to choose: such a bank has no router.
     gates = {role: gate for role, gate in config.routers.items() if not gate.is_constant(counts[role])}
     shapes = _bank_shapes(config, place, experts)
@@ -150,8 +160,10 @@ def _bank_shapes(config: MixtureConfig, place: Place, experts: _Experts) -> dict
     else:
         shapes = {"mixture_A": (experts.down, ranks[0], place.d_in), "mixture_B": (experts.up, place.d_out, ranks[0])}
     if row.core != "none":
-        cores = {"dense": (rank, rank), "bank": (row.cores, rank, rank), "diagonal": (row.cores, rank)}
-        shapes["mixture_core"] = cores[row.core]
+        number = config.num_cores
+        wide = dict.fromkeys(("bank", "residual"), (number, rank, rank))
+        flat = dict.fromkeys(("diagonal", "residual_diagonal"), (number, rank))
+        shapes["mixture_core"] = {"dense": (rank, rank), **wide, **flat}[row.core]
     for name in config.shared_banks:
         shapes[f"mixture_{name}_A"] = (config.shared_rank, place.d_in)
         shapes[f"mixture_{name}_B"] = (place.d_out, config.shared_rank)

@@ -20,8 +20,8 @@ from qd2mora.routed.gate import Limits, Role, numbers_of_gates, words_of_gates
 
 SharedInit = Literal["kaiming", "orthogonal", "pissa", "olora", "eva", "loftq"]
 """How a shared expert starts: `pissa`, `olora`, `loftq` from the weight, `eva` from the data."""
-DownInit = Literal["kaiming", "gaussian", "orthogonal", "sparse"]
-"""How down experts start; up experts start at zero."""
+DownInit = Literal["kaiming", "gaussian", "orthogonal", "sparse", "svd"]
+"""How down experts start; up experts start at zero. `svd`: each a slice of the weight's right singular vectors."""
 
 
 class Experts(Section):
@@ -58,6 +58,7 @@ _GATE = {
     "omega": "What an expert that is used counts, for the weights `straight_through` and `uniform`",
     "width": "Inner width of a router that is a network, for `score: mlp` and `prototype`",
     "bias_rate": "How fast a bias moves that evens out the use of experts; 0: none",
+    "dropout": "The chance that an expert is left out for a token in training",
 }
 """What a gate's fields are for, as the reference of recipes tells it."""
 
@@ -120,6 +121,8 @@ class Adapter(Section):
     """Names of the linears that get an adapter; the method's own where left out."""
     down: Experts | None = None
     up: Experts | None = None
+    core: Experts | None = None
+    """The routed cores between down and up, where a method has them."""
     allocation: str | None = None
     """Experts by depth: "2-4-6-8" gives each quarter of the layers so many (MoLA's schedule, for every method)."""
     gates: dict[Role, GateFields] | None = None  # type: ignore[valid-type]  # mypy follows no made class
@@ -131,7 +134,8 @@ class Adapter(Section):
     shared: Shared | None = None
     """One expert more that no gate touches."""
     init: DownInit | None = None
-    """How down experts start; up experts start at zero."""
+    """How down experts start; up experts start at zero. `svd`: at slices of the weight's right singular vectors, the
+    first expert at the strongest, so that experts differ from the start."""
     start: Place | None = None
     """Folder of an adapter to go on from: a run, an adapter, a PEFT LoRA, or what `compose` made. It says the method
     and all sizes; keys given beside it must agree, but for dropout and penalties, which are this run's own."""

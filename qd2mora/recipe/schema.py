@@ -46,6 +46,13 @@ class Recipe(Section):
         for key in HARMLESS:
             if not (is_judged and key == "eval_every"):
                 del content["train"][key]
+        # What is left open stays as runs from before it have it.
+        for section, key in (("train", "rates"), ("train", "routing"), ("adapter", "core")):
+            if content[section][key] is None:
+                del content[section][key]
+        for gate in (content["adapter"]["gates"] or {}).values():
+            if gate["dropout"] is None:
+                del gate["dropout"]
         for task in content["data"]["tasks"]:
             if not is_judged:
                 del task["metric"]

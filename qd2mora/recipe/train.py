@@ -16,6 +16,38 @@ HARMLESS = (
 _TIME_UNITS = {"s": 1, "min": 60, "h": 3600}
 
 
+class Rates(Section):
+    """Learning rates of an adapter's parts, as multiples of `learning_rate`; `up: 16` is LoRA+ (arXiv 2402.12354)."""
+
+    down: Positive = 1.0
+    """Of down experts (A), the shared one too."""
+    up: Positive = 1.0
+    """Of up experts (B), the shared one too."""
+    core: Positive = 1.0
+    """Of what lies between them, where a method has it."""
+    router: Positive = 1.0
+    """Of routers, with their biases, second layers, static weights and task embeddings."""
+
+
+class LearnedRouting(Section):
+    """How routing changes while it is learned. Gates of an adapter that is evaluated or used are its own throughout."""
+
+    uniform_steps: Whole = 0
+    """Steps at first in which all experts count alike, so that routers do not choose among what has not learned."""
+    temperature: Positive = 1.0
+    """What the gates' temperatures are multiplied with at first; above 1 routing begins soft."""
+    anneal_steps: Whole = 0
+    """Steps in which that falls to 1, in equal ratios."""
+    penalty_steps: Whole = 0
+    """Steps in which weights of penalties on routing rise from zero: with `entropy`, gates become decided slowly."""
+
+    @model_validator(mode="after")
+    def _falls(self) -> "LearnedRouting":
+        if (self.temperature != 1.0) != (self.anneal_steps > 0):
+            raise ValueError("temperature and anneal_steps go together: how soft routing begins, and for how long")
+        return self
+
+
 class Train(Section):
     """How it is learned."""
 
@@ -29,6 +61,10 @@ class Train(Section):
     """Rows in one optimiser step."""
     learning_rate: Positive = 3e-4
     """The largest one, after the warmup."""
+    rates: Rates | None = None
+    """Other rates for experts and routers; one for all where left out."""
+    routing: LearnedRouting | None = None
+    """How gates and their penalties change at first; as they are from the first step on where left out."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls to zero, or that it does not."""
     warmup_steps: Whole = 0
@@ -90,4 +126,4 @@ def seconds_of(limit: str | None) -> float:
     return float(limit.removesuffix(unit)) * _TIME_UNITS[unit]
 
 
-__all__ = ["HARMLESS", "Finish", "Train", "seconds_of"]
+__all__ = ["HARMLESS", "Finish", "LearnedRouting", "Rates", "Train", "seconds_of"]

@@ -21,8 +21,9 @@ FORMULA = {
     "verified": "as in the authors' code",
     "reconstruction": "partly inferred",
     "part": "the part that carries over",
+    "ours": "this project's own",
 }
-SCALING = {"total": "alpha / total rank", "expert": "alpha / rank"}
+SCALING = {"total": "alpha / total rank", "expert": "alpha / rank", "active": "alpha / ranks used"}
 GIVEN = {"no": "not taken", "allowed": "taken by adapter.adapters", "needed": "needed"}
 
 
@@ -96,7 +97,7 @@ def _export_word(method: Method) -> str:
 def _gate_text(gate: Gate) -> str:
     """The six fields, then every number that differs from a plain softmax router's."""
     plain = Gate()
-    numbers = ("top_k", "top_p", "temperature", "entropy_limit", "omega", "width", "bias_rate")
+    numbers = ("top_k", "top_p", "temperature", "entropy_limit", "omega", "width", "bias_rate", "dropout")
     words = f"input {gate.input}, granularity {gate.granularity}, scope {gate.scope}, score {gate.score}, "
     words += f"select {gate.select}, weight {gate.weight}"
     changed = [f"{key} {getattr(gate, key):g}" for key in numbers if getattr(gate, key) != getattr(plain, key)]

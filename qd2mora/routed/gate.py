@@ -15,7 +15,7 @@ Granularity = Literal["token", "sequence", "task"]
 Scope = Literal["module", "block"]
 Score = Literal["linear", "bias", "mlp", "noisy", "prototype", "static", "activation"]
 Select = Literal["all", "top_k", "entropy", "fixed", "sample"]
-Weight = Literal["softmax", "renorm", "sigmoid", "uniform", "one", "straight_through", "bounded"]
+Weight = Literal["softmax", "renorm", "sigmoid", "sigmoid_renorm", "uniform", "one", "straight_through", "bounded"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
 
@@ -35,7 +35,9 @@ class Gate:
     scope: one router for each `module`, or one for each `block` (attention or MLP), read where its first adapted linear
         stands.
     score, select, weight: see `routers`. Weight `one` gives the router no gradient of its own; `straight_through` is
-        omega on what is chosen, with the gradient of the softmax.
+        omega on what is chosen, with the gradient of the softmax; `sigmoid_renorm` is k times an expert's part of the
+        k chosen sigmoids.
+    dropout: the chance that an expert is left out for a token, in training; gates that sum to one still do.
     """
 
     input: Input = "x"
@@ -52,6 +54,7 @@ class Gate:
     omega: float = field(default=1.0, metadata={"gt": 0})
     width: int | None = field(default=None, metadata={"ge": 1})
     bias_rate: float = field(default=0.0, metadata={"ge": 0})
+    dropout: float = field(default=0.0, metadata={"ge": 0, "le": 0.9})
 
     @property
     def depends_on(self) -> str:
@@ -75,7 +78,7 @@ class Gate:
     @property
     def is_random(self) -> bool:
         """Whether it draws random numbers in training."""
-        return self.score == "noisy" or self.select == "sample"
+        return self.score == "noisy" or self.select == "sample" or self.dropout > 0
 
     def is_constant(self, num_experts: int) -> bool:
         """Whether the weights are 1 whatever is read."""

@@ -24,10 +24,11 @@ from .routers import Gating, decide, noisy
 Small = Mapping[str, Tensor]
 """What the step reads beside u, by name: `router_up` (N, R), `core`, `logits_down` (..., E) given from outside, ..."""
 Pairing = Literal["chain", "tied"]
-Core = Literal["none", "dense", "bank", "diagonal", "kron"]
+Core = Literal["none", "dense", "bank", "diagonal", "kron", "residual", "residual_diagonal"]
 
 # Numbers that keep the draws of a layer's routers apart; dropout masks are numbered from 0.
 _PURPOSE = {"down": 1001, "up": 1002, "core": 1003, "rank": 1004}
+_LEAVE_OUT = 1000
 
 
 class Noise(Protocol):
@@ -35,6 +36,10 @@ class Noise(Protocol):
 
     def normal(self, like: Tensor, purpose: int) -> Tensor:
         """Return standard normal numbers."""
+        ...
+
+    def keep(self, like: Tensor, probability: float, purpose: int) -> Tensor:
+        """Return 0 with that probability, else a positive number."""
         ...
 
     def gumbel(self, like: Tensor, purpose: int) -> Tensor:
@@ -128,7 +133,7 @@ class RankStep:
         def decided(role: str, z: Tensor | None) -> Gating | None:
             if role in gates:
                 scores = self._scores(role, gates[role], u_ext, z, small)
-                gatings[role] = self._decide(role, gates[role], scores, small, draws)
+                gatings[role] = self._decide(role, gates[role], scores, small, draws, u_ext.shape[:-1])
             return gatings.get(role)
 
         # Routers' rows stand in u_ext too, but no gate is a linear function of them: they never join the walk itself.
@@ -219,7 +224,9 @@ class RankStep:
             return (gating.weight.unsqueeze(-1) * u.unflatten(-1, (len(self.ranks_down), -1))).flatten(-2)
         return repeated(gating.weight, self.ranks_down) * u
 
-    def _decide(self, role: str, gate: Gate, scores: Tensor, small: Small, draws: Noise | None) -> Gating:
+    def _decide(
+        self, role: str, gate: Gate, scores: Tensor, small: Small, draws: Noise | None, tokens: torch.Size
+    ) -> Gating:
         noise = None
         if gate.score == "noisy":
             # Two products a router: the logits, and how far noise may move each. Noise in training only.
@@ -228,7 +235,11 @@ class RankStep:
                 scores = noisy(scores, spread, draws.normal(scores, _PURPOSE[role]))
         elif gate.select == "sample" and draws is not None:
             noise = draws.gumbel(scores, _PURPOSE[role])
-        return decide(gate, scores, bias=small.get(f"select_bias_{role}"), noise=noise)
+        kept = None
+        if gate.dropout and draws is not None:
+            scores = scores.expand(*tokens, scores.shape[-1])  # logits without tokens would share one draw
+            kept = (draws.keep(scores, gate.dropout, _LEAVE_OUT + _PURPOSE[role]) > 0).to(scores.dtype)
+        return decide(gate, scores, bias=small.get(f"select_bias_{role}"), noise=noise, kept=kept)
 
     def _scores(self, role: str, gate: Gate, u_ext: Tensor, z: Tensor | None, small: Small) -> Tensor:
         given = small.get(f"logits_{role}")
@@ -282,10 +293,13 @@ def features(x: Tensor, rows: list[Tensor]) -> Tensor:
 def apply_core(z: Tensor, kind: str, core: Tensor | None, gating: Gating | None) -> Tensor:
     """Return C_t z: a dense core (R, R), a gated bank (E, R, R) or a gated bank of diagonals (E, R).
 
-    CoMoL's code multiplies row vectors, z^T C_e, so its cores act transposed; the bank keeps that.
+    CoMoL's code multiplies row vectors, z^T C_e, so its cores act transposed; the bank keeps that. The residual kinds
+    are I + a bank: z itself, and what the bank makes of it.
     """
     if core is None or kind == "kron":
         return z
+    if kind.startswith("residual"):
+        return z + apply_core(z, "diagonal" if kind == "residual_diagonal" else "bank", core, gating)
     if kind == "dense":
         return F.linear(z, core.to(z.dtype))
     if kind == "diagonal":

@@ -41,12 +41,22 @@ class Gating:
         return torch.ones_like(self.probs) if self.chosen is None else self.chosen
 
 
-def decide(gate: Gate, logits: Tensor, *, bias: Tensor | None = None, noise: Tensor | None = None) -> Gating:
+def decide(
+    gate: Gate,
+    logits: Tensor,
+    *,
+    bias: Tensor | None = None,
+    noise: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> Gating:
     """Return the gating of logits (..., E); `bias` (E,) enters the selection only, `noise` is added to what is sampled.
 
     For the score `activation` the logits are the rank units' activations u: selected by |u + bias|, weighed by
-    softmax(|u| / (|u|_2 T)) where weights are asked for.
+    softmax(|u| / (|u|_2 T)) where weights are asked for. For the weight `sigmoid_renorm` sigmoid(l) + bias is both what
+    is selected by and what is weighed, as in SMoRA's code. `kept` (..., E): 0 where an expert is left out, else 1.
     """
+    if kept is not None:
+        return _among(gate, logits, kept, bias, noise)
     # The bias steers who is chosen, and so the load, without changing what the chosen ones weigh.
     rank = logits
     if bias is not None:
@@ -55,6 +65,9 @@ def decide(gate: Gate, logits: Tensor, *, bias: Tensor | None = None, noise: Ten
         # Divided by the norm, so that a token's size does not decide how sharp its gates are.
         norm = logits.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)
         probs, rank = _soft(logits.abs() / norm, gate.temperature), rank.abs()
+    elif gate.weight == "sigmoid_renorm":
+        rank = logits.sigmoid() if bias is None else logits.sigmoid() + bias
+        probs = rank / rank.sum(-1, keepdim=True)
     else:
         probs = _soft(logits, gate.temperature)
     if gate.select == "sample" and noise is not None:
@@ -66,6 +79,14 @@ def decide(gate: Gate, logits: Tensor, *, bias: Tensor | None = None, noise: Ten
     # Outside training a sampled gate takes its k likeliest: answers do not change from one asking to the next.
     chosen = _select(gate, probs, rank)
     return Gating(_weigh(gate, logits, probs, chosen), probs, logits, chosen)
+
+
+def _among(gate: Gate, logits: Tensor, kept: Tensor, bias: Tensor | None, noise: Tensor | None) -> Gating:
+    """Return the gating among the experts that are kept; a token that would keep none keeps all."""
+    kept = torch.where(kept.sum(-1, keepdim=True) > 0, kept, torch.ones_like(kept))
+    found = decide(gate, logits.masked_fill(kept == 0, -torch.inf), bias=bias, noise=noise)
+    # Penalties read the scores themselves, which are finite.
+    return Gating(found.weight * kept, found.probs, logits.expand(found.probs.shape), found.used * kept, found.order)
 
 
 def noisy(scores: Tensor, spread: Tensor, noise: Tensor) -> Tensor:
@@ -155,6 +176,10 @@ def _weigh(gate: Gate, logits: Tensor, probs: Tensor, chosen: Tensor | None) -> 
             return gate.omega * chosen + probs - probs.detach()
         case "sigmoid":
             return logits.sigmoid() * chosen
+        case "sigmoid_renorm":
+            masked = probs * chosen
+            # k times, so that ranks that all count alike count one each.
+            return chosen.detach().sum(-1, keepdim=True) * masked / masked.sum(-1, keepdim=True)
         case "uniform":
             return gate.omega * chosen
     return chosen  # weight `one`

@@ -18,7 +18,7 @@ from qd2mora.base.passes import last_states
 from qd2mora.disk.tensor_file import stored_tensors
 from qd2mora.errors import InputRefused
 from qd2mora.mixture import MixtureConfig, MixtureLinear, load_experts, mixture_layers, read_rows
-from qd2mora.mixture.initialisers import Activations, olora, pissa, residual
+from qd2mora.mixture.initialisers import Activations, olora, pissa, residual, singular_slices
 from qd2mora.mixture.start_folder import KEY as START
 from qd2mora.mixture.start_folder import PREFIX, start_tensors
 from qd2mora.mixture.trained_loras import read_trained_loras
@@ -42,6 +42,9 @@ def start_adapter(
         return _take_over(model, recipe.adapter.start, recipe.adapter.grow)
     if recipe.adapter.adapters:
         load_experts(layers, read_trained_loras(list(recipe.adapter.adapters)))
+    if config.init == "svd":
+        for number, (name, layer) in enumerate(layers.items()):
+            _start_at_slices(name, layer, torch.Generator().manual_seed(recipe.train.seed * 1_000_003 + number))
     if config.shared is None:
         return {}
     kind = config.shared_init
@@ -133,6 +136,23 @@ def _start_from_weight(
         if config.subtracts_start:
             tensors["mixture_start_A"].copy_(down)
             tensors["mixture_start_B"].copy_(-up)
+
+
+def _start_at_slices(name: str, layer: MixtureLinear, generator: torch.Generator) -> None:
+    """Set the down experts to slices of the weight's right singular vectors, expert after expert."""
+    linear: Any = layer.get_base_layer()
+    bank = layer.tensors("default")["mixture_A"]
+    number = bank.numel() // bank.shape[-1]
+    if not isinstance(linear, nn.Linear):
+        raise InputRefused(f"adapter.init: svd starts at slices of a weight, and {name} is a whole block")
+    weight = dense_weight(linear)
+    if min(weight.shape) < number:
+        raise InputRefused(
+            f"adapter.init: svd has {min(weight.shape)} directions in {name} for {number} ranks; fewer experts, or a "
+            "lower adapter.rank"
+        )
+    with torch.no_grad():
+        bank.copy_(singular_slices(weight, number, generator).view(bank.shape))
 
 
 def _start_from_data(

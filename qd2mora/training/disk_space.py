@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qd2mora.base.files import is_gguf, weight_files
 from qd2mora.errors import DiskTrouble
 from qd2mora.memory.plan import Plan
+from qd2mora.recipe import Recipe
 from qd2mora.recipe.optimizers import OPTIMIZERS
 
 MIB = 1 << 20
@@ -33,6 +35,19 @@ def checkpoint_bytes(planned: Plan) -> int:
     """Return about what one checkpoint takes: parameters and two moments, float32, or of 8 bits where they are."""
     moment = OPTIMIZERS[planned.layout.optimizer].moment_bytes
     return int(planned.trainable_parameters * (4 + 2 * moment)) + MIB
+
+
+def bytes_to_write(recipe: Recipe, planned: Plan) -> int:
+    """Return what a run writes: all its checkpoints at once, the one being written too, adapters, a wanted export."""
+    export = 0
+    if recipe.finish.export:
+        export = sum(path.stat().st_size for path in weight_files(recipe.base.model))
+        if is_gguf(recipe.base.model):  # of 4 bits or so a number, which leaves in 16
+            export *= 4
+    # The result, and the best: there, about to be, and where every task has its own, those.
+    adapters = {"none": 1, "overall": 3, "tasks": 3 + len(recipe.data.tasks)}[recipe.train.keep_best]
+    checkpoints = (recipe.train.keep_checkpoints + 1) * checkpoint_bytes(planned)
+    return checkpoints + adapters * 4 * planned.trainable_parameters + export
 
 
 def take_and_give_back(folder: Path, size: int) -> None:
@@ -64,4 +79,4 @@ def as_trouble(what: str, folder: Path) -> Iterator[None]:
         ) from error
 
 
-__all__ = ["as_trouble", "checkpoint_bytes", "refuse_full", "take_and_give_back"]
+__all__ = ["as_trouble", "bytes_to_write", "checkpoint_bytes", "refuse_full", "take_and_give_back"]

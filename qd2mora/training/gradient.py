@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qd2mora.data import MicroBatch, Row
 from qd2mora.errors import NotFinite
 from qd2mora.mixture import MixtureConfig, mixture_layers, penalty_terms
+from qd2mora.mixture.parts import part_of
 from qd2mora.training.estimator import backward_over_draws
 from qd2mora.training.micro_batches import Course, MicroBatches, key_of
 from qd2mora.training.progress import Progress
@@ -93,6 +94,7 @@ class StepGradient:
         """
         # Sums, no mean: each process has divided by the labels of the whole step already.
         self.batches.processes.sum_gradients(self.batches.updater.parameters)
+        self._still_routers()
         self._unscale()
         # Before the penalties: theirs would hide an expert that is detached from the loss.
         prove_flow(self.batches.model, self.batches.updater.parameters, self.batches.progress)
@@ -108,6 +110,14 @@ class StepGradient:
         self.batches.tell_routers(part)
         with torch.no_grad():
             return blame(self.batches.model, self.batches.updater.parameters, lambda: self.batches.row_losses(part))
+
+    def _still_routers(self) -> None:
+        """Give routers that uniform gates leave alone a gradient of zero: their moments begin with the others'."""
+        if self.batches.routing is None or not self.batches.routing.phase.is_uniform:
+            return
+        for name, parameter in self.batches.updater.parameters.items():
+            if parameter.grad is None and part_of(name) == "router":
+                parameter.grad = torch.zeros_like(parameter)
 
     def _unscale(self) -> None:
         scale = self.batches.progress.loss_scale

@@ -26,7 +26,7 @@ from qd2mora.training.held_out import Evaluation, HeldOut
 from qd2mora.training.journal import Journal
 from qd2mora.training.micro_batches import Course
 from qd2mora.training.progress import Best, Progress, best_of_json
-from qd2mora.training.updates import enter_stage, learning_rate
+from qd2mora.training.updates import enter_phase, enter_stage, learning_rate
 
 
 @dataclass
@@ -80,9 +80,11 @@ class Training:
     def _step(self) -> dict[str, float]:
         """Do the next step, and return what is told of it."""
         began, update, total = time.perf_counter(), self.progress.step, self.course.total_steps
+        computing = self._computed_s()
         rows = self.course.rows(update)
         # Before the pass, which hands gradients to this stage's expert alone.
         enter_stage(self.batches.model, self.updater, self.gradient.config, update, total)
+        enter_phase(self.batches.model, self.train, update)
         loss, norm, penalties = self._whole_gradient(rows)
         # By applied updates: steps that are passed over take nothing off the schedule's length.
         rate = learning_rate(self.train, self.progress.applied, total)
@@ -106,8 +108,15 @@ class Training:
             "labels": sum(row.num_labels for row in rows),
             "bad_steps": self.progress.bad_steps,
             "tokens_per_s": tokens / (time.perf_counter() - began),
+            "step_s": self._computed_s() - computing,
             "memory": self.processes.peak_bytes(),
         }
+
+    def _computed_s(self) -> float:
+        """Return the seconds that this process computed: of the processor on a CPU, which others may share."""
+        if self.processes.device.type == "cpu":
+            return time.process_time()
+        return time.perf_counter()
 
     def _whole_gradient(self, rows: list[Row]) -> tuple[float, float, Penalties]:
         """Leave a step's whole gradient in the parameters; return loss, gradient norm and penalties."""

@@ -29,6 +29,25 @@ def check_stages(config: MixtureConfig, train: Train) -> None:
         )
 
 
+def check_routing(config: MixtureConfig, train: Train) -> None:
+    """Refuse a change of routing while it is learned that the method cannot make, or has no routers for."""
+    told = train.routing
+    if told is None:
+        return
+    if not config.routers:
+        raise InputRefused(f"train.routing: {config.method} has no routers; leave it out")
+    if told.penalty_steps and not config.routing_penalties:
+        raise InputRefused(
+            f"train.routing.penalty_steps: {config.method} has no penalty on routing; name one in adapter.penalties"
+        )
+    draws = any(gate.select == "sample" for gate in config.routers.values())
+    if told.uniform_steps and (draws or config.row.stages or config.row.placement == "mlp"):
+        raise InputRefused(
+            f"train.routing.uniform_steps: {config.method} cannot weigh all its experts alike: it draws few of them, "
+            "adds them one by one, or runs whole MLPs of those chosen; 0"
+        )
+
+
 def check_packing(config: MixtureConfig) -> None:
     """Refuse to pack rows for a method that reads or judges each row as a whole."""
     for role, gate in config.routers.items():

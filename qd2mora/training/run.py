@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from qd2mora.adapter_folder import base_identity, save_adapter
 from qd2mora.base import base_config, compute_dtype, fingerprint, load_base, load_tokenizer
-from qd2mora.base.files import is_gguf, weight_files
 from qd2mora.data import TaskMix, TaskRows, collate, prepare, share_lines
 from qd2mora.data.chat import named_templates
 from qd2mora.data.notes import notes
@@ -36,7 +35,7 @@ from qd2mora.training.adapter_start import start_adapter
 from qd2mora.training.best import BestKeeper
 from qd2mora.training.checkpoint import Saver, steps_on_disk
 from qd2mora.training.clock import TimeLimit, Watchdog
-from qd2mora.training.disk_space import checkpoint_bytes, refuse_full
+from qd2mora.training.disk_space import bytes_to_write, refuse_full
 from qd2mora.training.fitting import fitting_plan
 from qd2mora.training.gradient import StepGradient
 from qd2mora.training.held_out import HeldOut, LiveRouting, score_together
@@ -53,13 +52,14 @@ from qd2mora.training.recipe_checks import (
     check_judging,
     check_limits,
     check_packing,
+    check_routing,
     check_rows,
     check_stages,
     tasks_to_score,
 )
 from qd2mora.training.rehearsal import Rehearsal, is_worthwhile
 from qd2mora.training.result import save_result
-from qd2mora.training.updates import PlainUpdater, Updater, build_optimizer
+from qd2mora.training.updates import PlainUpdater, Updater, build_optimizer, by_rate
 from qd2mora.training.zero import ZeroUpdater
 
 FIRST_LOSS_SCALE = 2.0**16
@@ -126,6 +126,7 @@ def train(
     if recipe.adapter.start is not None:
         recipe = recipe.model_copy(update={"adapter": config.as_section(recipe.adapter)})
     check_stages(config, recipe.train)
+    check_routing(config, recipe.train)
     if recipe.data.packing:
         check_packing(config)
     check_engine(recipe, config)
@@ -155,7 +156,7 @@ def _train_locked(start: Start) -> Trained:
     of_machine = take_machine(start.before, processes.device, start.allow_changed)
     inputs = _read_inputs(start)
     is_rehearsed = processes.from_main(lambda: is_worthwhile(inputs.recipe, inputs.planned))
-    processes.from_main(lambda: refuse_full(folder.path, _bytes_to_write(inputs)))
+    processes.from_main(lambda: refuse_full(folder.path, bytes_to_write(inputs.recipe, inputs.planned)))
     ancestry = _identified(start, inputs)
     course = _course(inputs)
     model, frozen = _started_model(start, inputs, course.mixture)
@@ -205,19 +206,6 @@ def _read_inputs(start: Start) -> Inputs:
 def _clock(start: Start) -> str:
     kept = clock_of(start.folder) if start.before is not None else None
     return kept or datetime.now().isoformat(timespec="seconds")
-
-
-def _bytes_to_write(inputs: Inputs) -> int:
-    """All checkpoints of a run at once, the one being written too, the adapter, and the export where one is wanted."""
-    recipe, planned, export = inputs.recipe, inputs.planned, 0
-    if recipe.finish.export:
-        export = sum(path.stat().st_size for path in weight_files(recipe.base.model))
-        if is_gguf(recipe.base.model):  # of 4 bits or so a number, which leaves in 16
-            export *= 4
-    # The result, and the best: there, about to be, and where every task has its own, those.
-    adapters = {"none": 1, "overall": 3, "tasks": 3 + len(recipe.data.tasks)}[recipe.train.keep_best]
-    checkpoints = (recipe.train.keep_checkpoints + 1) * checkpoint_bytes(planned)
-    return checkpoints + adapters * 4 * planned.trainable_parameters + export
 
 
 def _identified(start: Start, inputs: Inputs) -> Ancestry:
@@ -279,9 +267,9 @@ def _adapted_model(start: Start, inputs: Inputs) -> PeftModel:
 
 def _updater(start: Start, inputs: Inputs, model: PeftModel, frozen: dict[str, Tensor]) -> Updater:
     """Return who updates what is trained."""
-    parameters = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-    moved = selection_biases(model)
-    optimizer = build_optimizer(inputs.recipe.train, inputs.planned.layout.optimizer, list(parameters.values()))
+    trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    parameters, moved = by_rate(inputs.recipe.train, trained), selection_biases(model)
+    optimizer = build_optimizer(inputs.recipe.train, inputs.planned.layout.optimizer, parameters)
     if inputs.recipe.memory.engine == "none":
         return PlainUpdater(parameters, optimizer, moved, frozen)
     refuse_storage(model)
@@ -387,6 +375,9 @@ def _say_what_starts(training: Training, planned: Plan, tokenizer: PreTrainedTok
     count = min(course.total_steps * course.rows_a_step, MOST_ROWS_COUNTED)
     for line in share_lines(course.mixture.shares(count), course.mixture.by_tokens):
         say(line)
+    rates = training.train.rates
+    if rates is not None:
+        say("rates: " + ", ".join(f"{part} {factor:g} times" for part, factor in rates.model_dump().items()))
     layers = "kept"
     if planned.checkpointing:
         layers = f"recomputed in {planned.layout.recomputed} layers"

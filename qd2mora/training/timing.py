@@ -88,7 +88,7 @@ def _batches(recipe: Recipe, planned: Plan, pad: int) -> MicroBatches:
     config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
     model = add_adapter(base, config, recipe.train.seed).train()
     parameters = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-    optimizer = build_optimizer(recipe.train, planned.layout.optimizer, list(parameters.values()))
+    optimizer = build_optimizer(recipe.train, planned.layout.optimizer, parameters)
     return MicroBatches(
         model=model,
         updater=PlainUpdater(parameters, optimizer, selection_biases(model)),

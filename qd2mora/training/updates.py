@@ -4,6 +4,7 @@ The loop never asks which it is: it has a step's whole gradient in the parameter
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from qd2mora.disk.tensor_file import Inventory, inventory_of
 from qd2mora.mixture import MixtureConfig, mixture_layers, routing_of
+from qd2mora.mixture.parts import part_of
+from qd2mora.mixture.phases import PLAIN, Phase
 from qd2mora.recipe import Train
 from qd2mora.recipe.optimizers import OPTIMIZERS, OptimizerName
 from qd2mora.training.progress import State, StateSource
@@ -83,7 +86,7 @@ class PlainUpdater:
     def update(self, learning_rate: float) -> None:
         # Set at every step, from the step's number: a scheduler of torch's would have a state to save.
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("factor", 1.0)  # an optimiser made elsewhere has none
         self.optimizer.step()
         # They have no gradient, but weight decay moves them all the same, and blocks of 8-bit moments reach over.
         with torch.no_grad():
@@ -160,13 +163,31 @@ def page_again(optimizer: torch.optim.Optimizer) -> None:
                 state[key] = buffer
 
 
-def build_optimizer(train: Train, name: OptimizerName, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return an optimiser over the trainable parameters, in their order."""
+def build_optimizer(train: Train, name: OptimizerName, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """Return an optimiser over the trainable parameters, in their order; neighbours of one rate are a group."""
     row = OPTIMIZERS[name]
-    kind = row.kind(parameters[0].is_cuda)
-    built = kind(parameters, lr=train.learning_rate, weight_decay=train.weight_decay, **row.options)
+    kind = row.kind(next(iter(parameters.values())).is_cuda)
+    groups = [
+        {"params": [parameters[each] for each in names], "lr": train.learning_rate * factor, "factor": factor}
+        for factor, names in itertools.groupby(parameters, lambda each: rate_factor(train, each))
+    ]
+    built = kind(groups, lr=train.learning_rate, weight_decay=train.weight_decay, **row.options)
     assert isinstance(built, torch.optim.Optimizer)
     return built
+
+
+def rate_factor(train: Train, parameter: str) -> float:
+    """Return the multiple of the learning rate that a parameter has, by its name."""
+    part = part_of(parameter)
+    if train.rates is None or part is None:
+        return 1.0
+    factors = {"down": train.rates.down, "up": train.rates.up, "core": train.rates.core, "router": train.rates.router}
+    return factors[part]
+
+
+def by_rate(train: Train, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return parameters in an order that puts those of one rate together, so that an update has few groups."""
+    return {name: parameters[name] for name in sorted(parameters, key=lambda each: rate_factor(train, each))}
 
 
 def learning_rate(train: Train, update: int, total: int) -> float:
@@ -181,6 +202,26 @@ def learning_rate(train: Train, update: int, total: int) -> float:
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
     }[train.schedule]
     return train.learning_rate * factor
+
+
+def phase_of(train: Train, update: int) -> Phase:
+    """Return what routing is like in update number `update` (from 0)."""
+    told = train.routing
+    if told is None:
+        return PLAIN
+    temperature = penalty = 1.0
+    if update < told.anneal_steps:
+        temperature = told.temperature ** (1 - update / told.anneal_steps)
+    if update < told.penalty_steps:
+        penalty = update / told.penalty_steps
+    return Phase(update < told.uniform_steps, temperature, penalty)
+
+
+def enter_phase(model: nn.Module, train: Train, update: int) -> None:
+    """Tell the layers what routing is like in this update."""
+    routing = routing_of(model)
+    if routing is not None:
+        routing.phase = phase_of(train, update)
 
 
 def add_gradient(value: Tensor, of: Iterable[Tensor]) -> None:
@@ -256,7 +297,11 @@ __all__ = [
     "Updater",
     "add_gradient",
     "build_optimizer",
+    "by_rate",
+    "enter_phase",
     "enter_stage",
     "learning_rate",
+    "phase_of",
+    "rate_factor",
     "stage_of",
 ]

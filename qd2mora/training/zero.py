@@ -71,7 +71,7 @@ class ZeroUpdater:
     def update(self, learning_rate: float) -> None:
         """Update with the gradients, which are those of the whole step on every process."""
         for group in self.sharded.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["factor"]
         self._step()
 
     def forget_gradients(self) -> None:

@@ -10,17 +10,18 @@ import pytest
 import tiny
 from test_cli import run as run_cli
 
-import qd2mora.comparison.running as comparing
-from qd2mora.comparison import ComparisonSettings, arm_scores
+from qd2mora.comparison import ComparisonSettings, arm_scores, trials
 from qd2mora.comparison.forecast import forecast, steps_in_all
 from qd2mora.comparison.intervals import difference, interval, macro
-from qd2mora.comparison.matched_arms import LIMIT, matched_arms
+from qd2mora.comparison.matched_arms import COARSE, LIMIT, matched_arms
 from qd2mora.comparison.outcome import verdicts
 from qd2mora.comparison.running import compare
 from qd2mora.comparison.split import split_tasks
 from qd2mora.errors import InputRefused
 from qd2mora.memory import plan
 from qd2mora.merging import STRATEGIES, ExportOptions
+from qd2mora.mixture import MixtureConfig
+from qd2mora.mixture.presets import METHODS as METHODS_BY_NAME
 from qd2mora.recipe import Recipe, load_recipe
 
 
@@ -45,14 +46,18 @@ METHODS = ["d2mora", "lora", "hydralora", "moslora", "moelora", "loramoe", "mola
 def test_every_arm_trains_as_many_parameters_and_the_planner_counts_the_same(base: str, made: Path) -> None:
     changes = () if base == "own" else (f"base.model={base}", "adapter.rank=16", "adapter.alpha=32")
     recipe = settings(made, *changes)
-    # On the tiny base one rank of some methods is more than two hundredths.
-    arms = matched_arms(recipe, METHODS[:3] + METHODS[4:6] if base == "own" else METHODS)
+    arms = matched_arms(recipe, METHODS)
     assert arms[0].adapter == recipe.adapter
     for arm in arms:
-        assert abs(arm.parameters - arms[0].parameters) <= LIMIT * arms[0].parameters
+        # On the tiny base one rank of some methods is more than two hundredths, and they say so.
+        is_coarse = arm.name in (("moslora", "comol") if base == "own" else ("mola",))
+        away = abs(arm.parameters - arms[0].parameters) / arms[0].parameters
+        assert away <= (COARSE if is_coarse else LIMIT)
+        assert (away > LIMIT) == any("parameters than the first" in note for note in arm.notes)
         assert plan(recipe.model_copy(update={"adapter": arm.adapter})).trainable_parameters == arm.parameters
         if arm.name != "d2mora":
-            assert arm.adapter.alpha == 2 * arm.adapter.rank  # the recipe's alpha / rank
+            config = MixtureConfig.from_recipe(arm.adapter, 2)
+            assert config.scaling == pytest.approx(METHODS_BY_NAME[arm.name].scaling)  # the method's own
 
 
 @pytest.mark.parametrize(
@@ -103,7 +108,7 @@ def test_a_comparison_that_was_killed_goes_on_to_the_same_outcome(made: Path, tm
     wishes = ComparisonSettings(("d2mora", "moelora"), 2, rates=(1e-3, 1e-2), choose_rows=4, strategies=("mean_gate",))
     whole = compare(recipe, wishes, tmp_path / "whole")
     trained = []
-    once = comparing.train
+    once = trials.train
 
     def killed_at_the_fourth(recipe: Recipe, **options: bool):
         trained.append(Path(recipe.output).name)
@@ -111,7 +116,7 @@ def test_a_comparison_that_was_killed_goes_on_to_the_same_outcome(made: Path, tm
             raise KeyboardInterrupt
         return once(recipe, **options)
 
-    monkeypatch.setattr(comparing, "train", killed_at_the_fourth)
+    monkeypatch.setattr(trials, "train", killed_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         compare(recipe, wishes, tmp_path / "broken")
     broken = compare(recipe, wishes, tmp_path / "broken")
@@ -132,7 +137,7 @@ def test_the_command_line_compares_within_minutes_and_writes_table_and_picture(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr(comparing.statistics, "median", lambda taken: 0.1)  # seconds a step
+    monkeypatch.setattr(trials.statistics, "median", lambda taken: 0.1)  # seconds a step
     asked = ["--methods", "d2mora,lora", "--seeds", 1, "--sweep", "none", "--minutes", 0.025, "--choose-rows", 4]
     asked += ["--no-export", "--out", out]
     assert run_cli(monkeypatch, "compare", made / "recipe.yaml", *asked) == 0

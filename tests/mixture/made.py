@@ -25,7 +25,8 @@ CHANGES: dict[str, dict[str, object]] = {
     "reclora": {"external_width": WIDTH},
 }
 SCALING = dict.fromkeys(NAMES, ALPHA / RANK)
-SCALING |= dict.fromkeys(("smora", "mora", "flylora"), ALPHA / 5) | {
+SCALING |= dict.fromkeys(("mora", "flylora"), ALPHA / 5) | {
+    "smora": ALPHA / 2,
     "moelora": ALPHA / (4 * RANK),
     "flexmore": ALPHA / 4,
 }

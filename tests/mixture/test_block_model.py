@@ -119,9 +119,9 @@ def test_recomputing_layers_gives_the_same_gradients_routers_included(gate: dict
     for name, kept in results[0].items():
         assert kept.any(), name
         assert torch.equal(kept, results[1][name]), name
-    # Two MLPs, each k at least where its router is balanced, and near that with random tokens.
+    # One mean over two MLPs: k at least where routers are balanced, and near that with random tokens.
     assert values[0] == values[1]
-    assert 2e-3 * gate["top_k"] * 0.9 < values[0]["lb_mixtral"] < 8e-3
+    assert 1e-3 * gate["top_k"] * 0.9 < values[0]["lb_mixtral"] < 4e-3
 
 
 def test_it_learns_every_tensor_of_it() -> None:

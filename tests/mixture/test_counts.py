@@ -94,6 +94,9 @@ FORMULAS: dict[str, tuple[tuple[str, ...], int]] = {
     # a router row for every rank; the selection bias is not trained
     "smora": (QKV, over(QKV, lambda d, o: 64 * (d + o) + 64 * d)),
     "mora": (QKV, over(QKV, lambda d, o: 32 * (d + o))),
+    # a LoRA; 4 cores r^2 or 8 vectors r, and a router row in rank space for each
+    "residual_cores": (QKV, over(QKV, lambda d, o: 32 * (d + o) + 4 * 32**2 + 4 * 32)),
+    "residual_scales": (QKV, over(QKV, lambda d, o: 56 * (d + o) + 8 * 56 + 8 * 56)),
     # A is frozen
     "flylora": (ALL, over(ALL, lambda d, o: 32 * o)),
     # (tasks + 1) te + te E

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qd2mora.mixture import MixtureLinear
+from qd2mora.mixture.initialisers import initial_tensor
 from qd2mora.mixture.presets import METHODS
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}  # float64 sums in another order
@@ -58,11 +59,39 @@ def test_one_expert_is_plain_lora(method: str) -> None:
 
 @pytest.mark.parametrize(("method", "scale"), [("smora", 1.0), ("flylora", 1.0), ("mora", 5.0)])
 def test_a_rank_gate_that_keeps_every_rank_is_plain_lora(method: str, scale: float) -> None:
-    """MoRA's softmax over five ranks is a fifth each once its temperature is high."""
+    """MoRA's softmax over five ranks is a fifth each once its temperature is high; SMoRA's equal sigmoids count one."""
     gate = {"top_k": 5} | ({"temperature": 1e12} if method == "mora" else {})
     layer = made.layer_of(method, gates={"rank": gate})
+    if method == "smora":
+        for name in ("mixture_router_rank", "mixture_select_bias_rank"):
+            layer.tensors("default")[name].data.zero_()
     x = made.input_for(method)
     torch.testing.assert_close(scale * update_of(layer, x), plain(*first(layer), x), **CLOSE)
+
+
+@pytest.mark.parametrize("method", ["residual_cores", "residual_scales"])
+@pytest.mark.parametrize("init", [True, False])
+def test_a_residual_form_is_plain_lora_at_its_start_and_wherever_its_cores_are_zero(method: str, init: bool) -> None:
+    layer = made.layer_of(method)
+    core = layer.tensors("default")["mixture_core"]
+    if init:
+        spec = layer.mixture_spec["default"]
+        core.data.copy_(initial_tensor("mixture_core", core.shape, layer.mixture_config["default"], spec))
+    else:
+        core.data.zero_()
+    x = made.input_for(method)
+    torch.testing.assert_close(update_of(layer, x), plain(*first(layer), x), **CLOSE)
+    layer.double().train()
+    core.requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), core)
+    assert (gradient.flatten(1).norm(dim=1) > 0).all()  # routing can begin to learn from there
+
+
+@pytest.mark.parametrize(("method", "shape"), [("residual_cores", (2, 3, 3)), ("residual_scales", (2, 3))])
+def test_a_recipe_says_how_many_cores_there_are(method: str, shape: tuple[int, ...]) -> None:
+    layer = made.layer_of(method, core={"experts": 2})
+    assert layer.tensors("default")["mixture_core"].shape == shape
+    assert layer.tensors("default")["mixture_router_core"].shape == (2, 3)
 
 
 @pytest.mark.parametrize("method", ["loramoe", "mola", "dynmole", "moelora", "sketchassist", "reclora", "xlora", "cat"])

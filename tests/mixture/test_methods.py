@@ -135,6 +135,7 @@ FIELDS: dict[str, tuple[dict[str, object], Twin]] = {
     ),
     "top-p of one is all": ({"select": "entropy", "top_k": 1, "top_p": 1.0, "entropy_limit": 1.0}, by_gate(softmax)),
     "bounded": ({"weight": "bounded"}, by_gate(gates.bounded)),
+    "top-k sigmoid renorm": (TOP | {"weight": "sigmoid_renorm"}, by_gate(gates.sigmoid_parts)),
     "sigmoid": ({"weight": "sigmoid"}, by_gate(lambda logits: 1 / (1 + torch.exp(-logits)))),
     "one": ({"weight": "one"}, by_gate(torch.ones_like)),
     "bias": ({"score": "bias"}, by_logits(lambda t, x: linear(t, x) + t["mixture_bias_down"])),
@@ -233,14 +234,42 @@ def test_noise_is_scaled_by_its_own_router_and_added_in_training_alone() -> None
     check_against(layer, x, update, made.SCALING["noisy_top_k"])
 
 
+@pytest.mark.parametrize("weight", ["softmax", "sigmoid"])
+def test_experts_are_left_out_in_training_alone_and_the_others_take_their_place(weight: str) -> None:
+    layer = made.layer_of("loramoe", gates={"down": {"dropout": 0.8, "weight": weight}})
+    x = made.input_for("loramoe")
+    quiet = layer(x)
+    torch.testing.assert_close(quiet, made.layer_of("loramoe", gates={"down": {"weight": weight}})(x), **EXACT)
+    layer.train()
+    layer.routing.rows, layer.routing.lengths = (1, 2, 3), (5, 5, 5)
+    drawn = layer.routing.draws(layer.layer_key).keep(x.new_empty(3, 5, 4), 0.8, 2001) > 0
+    seen = {int(number) for number in drawn.sum(-1).flatten()}
+    assert 0 in seen and len(seen) > 2  # a token that would keep none keeps all
+
+    def update(t: dict[str, Tensor], row: twin.Row) -> Tensor:
+        number = next(b for b in range(len(x)) if torch.equal(x[b], row.x.detach()))
+        outputs = []
+        for token, kept in zip(row.x, drawn[number], strict=True):
+            there = kept.double() if kept.any() else torch.ones(4, dtype=torch.float64)
+            scores = linear(t, token)
+            raw = scores.exp() if weight == "softmax" else 1 / (1 + torch.exp(-scores))
+            gate = raw * there
+            outputs.append(twin.paired(gate / gate.sum() if weight == "softmax" else gate, t, token))
+        return torch.stack(outputs)
+
+    check_against(layer, x, update, made.SCALING["loramoe"])
+
+
 ANY = {"top_k": 2, "select": "top_k"}
 DIFFERENTIABLE: list[tuple[str, dict[str, dict[str, object]]]] = [
-    *((name, {}) for name in made.NAMES if name not in ("smora", "lora_mixer")),
+    *((name, {}) for name in made.NAMES if name != "lora_mixer"),
     *(("loramoe", {"down": changes}) for name, (changes, _) in FIELDS.items() if "straight" not in name),
     ("d2mora", {"down": ANY, "up": ANY | {"weight": "renorm"}}),
     ("d2mora", {"up": {"score": "noisy"}, "down": {"score": "mlp", "width": 4}}),
     ("d2mora", {"down": {"input": "external"}, "up": {"input": "hidden", "score": "bias"}}),
     ("d2mora", {"up": {"input": "none", "score": "static"}, "down": {"granularity": "sequence"}}),
+    ("d2mora", {"down": {"dropout": 0.3}, "up": {"dropout": 0.3, **ANY, "weight": "renorm"}}),
+    ("residual_cores", {"core": {"input": "x", "dropout": 0.3}}),
     ("comol", {"core": {"input": "x", "granularity": "sequence", "score": "noisy"}}),
     ("comol", {"core": {"score": "prototype", **ANY, "weight": "sigmoid"}}),
     ("mofme", {"core": {"score": "linear", "select": "sample", "weight": "softmax"}}),

@@ -23,7 +23,7 @@ def made(optimizer: OptimizerName, device: str) -> tuple[dict[str, nn.Parameter]
     tensors = {name: torch.randn(shape, generator=generator).to(device) for name, shape in SHAPES.items()}
     parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
     settings = Train(steps=1, optimizer=optimizer, learning_rate=1e-2, weight_decay=0.1)
-    return parameters, build_optimizer(settings, optimizer, list(parameters.values()))
+    return parameters, build_optimizer(settings, optimizer, parameters)
 
 
 def stepped(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, first: int, last: int) -> None:

@@ -1,0 +1,37 @@
+"""Which part of an adapter a tensor belongs to: down experts, up experts, what lies between them, or a router."""
+
+from typing import Literal
+
+from qd2mora.routed.gate import ROLES
+
+Part = Literal["down", "up", "core", "router"]
+
+_BANKS: dict[str, Part] = {
+    "mixture_A": "down",
+    "mixture_shared_A": "down",
+    "lora_A": "down",
+    "mixture_B": "up",
+    "mixture_shared_B": "up",
+    "lora_B": "up",
+    "mixture_core": "core",
+}
+_ROUTERS: dict[str, Part] = dict.fromkeys(
+    (
+        "mixture_task_embedding",
+        "mixture_router_task",
+        *(f"mixture_{what}_{role}" for role in ROLES for what in ("router", "bias", "out", "logits")),
+    ),
+    "router",
+)
+PARTS: dict[str, Part] = _BANKS | _ROUTERS
+
+
+def part_of(parameter: str) -> Part | None:
+    """Return the part that a parameter of an adapted model is, by a word of its dotted name; None: no such part.
+
+    The scale of a base and the magnitudes of DoRA are parts of their own.
+    """
+    return next((PARTS[word] for word in parameter.split(".") if word in PARTS), None)
+
+
+__all__ = ["PARTS", "Part", "part_of"]

@@ -1,0 +1,32 @@
+"""What is wrong with the small sections of a configuration: the routed cores, the expert that no gate touches."""
+
+from collections.abc import Mapping
+from typing import get_args
+
+from qd2mora.errors import InputRefused, nearest
+from qd2mora.mixture.method import Method
+from qd2mora.recipe.adapter import SharedInit
+
+
+def check_core(core: Mapping[str, int] | None, method: Method) -> None:
+    """Refuse cores that a method does not have, or none of them. Raises InputRefused."""
+    if core is None:
+        return
+    if not method.cores:
+        raise InputRefused(f"adapter.core: {method.name} has no routed cores; comol and residual_cores do")
+    if set(core) != {"experts"} or core["experts"] < 1:
+        raise InputRefused(f'adapter.core: {core} will not do: write {{"experts": 4}}')
+
+
+def check_shared(shared: Mapping[str, float | str] | None) -> None:
+    """Refuse a shared expert of no rank, or of an unknown start. Raises InputRefused."""
+    if shared is None:
+        return
+    if set(shared) - {"rank", "alpha", "init"} or int(shared.get("rank", 0)) < 1:
+        raise InputRefused(f'adapter.shared: {shared} will not do: write {{"rank": 8, "init": "pissa"}}')
+    init = str(shared.get("init", "kaiming"))
+    if init not in get_args(SharedInit):
+        raise InputRefused(f"adapter.shared.init: unknown '{init}'; {nearest(init, get_args(SharedInit))}")
+
+
+__all__ = ["check_core", "check_shared"]

@@ -1,0 +1,99 @@
+"""Routing while it is learned: uniform gates and soft ones at first, penalties that rise, starts that differ."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from interrupted import stop_after
+from test_training import adapter_of, assert_same_bytes, recipe
+
+from qd2mora.errors import InputRefused, SignalStop
+from qd2mora.mixture.initialisers import singular_slices
+from qd2mora.mixture.phases import PLAIN, Phase
+from qd2mora.recipe import Train
+from qd2mora.training import train
+from qd2mora.training.updates import phase_of
+
+
+def test_a_phase_is_a_function_of_the_step_and_ends() -> None:
+    told = {"uniform_steps": 2, "temperature": 4.0, "anneal_steps": 4, "penalty_steps": 4}
+    train = Train.model_validate({"steps": 10, "routing": told})
+    assert phase_of(train, 0) == Phase(True, 4.0, 0.0)
+    assert phase_of(train, 2) == Phase(False, pytest.approx(2.0), 0.5)
+    assert phase_of(train, 4) == PLAIN == phase_of(Train(steps=10), 0)
+    with pytest.raises(ValueError, match="go together"):
+        Train.model_validate({"steps": 10, "routing": {"temperature": 2.0}})
+
+
+def test_a_run_that_is_broken_off_inside_its_first_steps_ends_with_the_same_bytes(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = (
+        "train.routing={uniform_steps: 2, temperature: 3, anneal_steps: 5, penalty_steps: 5}",
+        "adapter.penalties={entropy: 0.1}",
+        "adapter.gates={down: {dropout: 0.2}}",
+    )
+    train(recipe(made, tmp_path / "whole", *changes))
+    stop_after(3, monkeypatch)
+    broken = recipe(made, tmp_path / "broken", *changes)
+    with pytest.raises(SignalStop):
+        train(broken)
+    monkeypatch.undo()
+    train(broken, resume=True)
+    assert_same_bytes(tmp_path / "whole", tmp_path / "broken")
+    train(recipe(made, tmp_path / "plain", *changes[1:]))
+    plain, whole = adapter_of(tmp_path / "plain"), adapter_of(tmp_path / "whole")
+    assert any(not torch.equal(plain[name], whole[name]) for name in plain)
+
+
+def test_routers_that_nothing_trains_at_first_have_moments_from_the_first_checkpoint_on(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ("train.routing={uniform_steps: 4}",)
+    train(recipe(made, tmp_path / "whole", *changes, method="hydralora"))
+    stop_after(3, monkeypatch)
+    broken = recipe(made, tmp_path / "broken", *changes, method="hydralora")
+    with pytest.raises(SignalStop):
+        train(broken)
+    monkeypatch.undo()
+    train(broken, resume=True)
+    assert_same_bytes(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.parametrize(
+    ("method", "routing", "words"),
+    [
+        ("lora", "{uniform_steps: 2}", "lora has no routers"),
+        ("hydralora", "{penalty_steps: 2}", "hydralora has no penalty on routing"),
+        ("remix", "{uniform_steps: 2}", "remix cannot weigh all its experts alike"),
+        ("mixlora", "{uniform_steps: 2}", "mixlora cannot weigh all its experts alike"),
+    ],
+)
+def test_what_a_method_cannot_do_at_first_is_refused(
+    method: str, routing: str, words: str, made: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputRefused, match=words):
+        train(recipe(made, tmp_path / "run", f"train.routing={routing}", method=method))
+    assert not (tmp_path / "run").exists()
+
+
+def test_slices_are_the_weights_right_singular_vectors_at_kaimings_size() -> None:
+    weight = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
+    rows = singular_slices(weight, 6, torch.Generator().manual_seed(1))
+    wanted = torch.linalg.svd(weight.double())[2][:6] / 3**0.5
+    torch.testing.assert_close(rows.double().abs(), wanted.abs(), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(rows @ rows.T, torch.eye(6) / 3, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_that_start_at_slices_differ_and_the_adapted_model_starts_at_its_base(
+    made: Path, tmp_path: Path
+) -> None:
+    train(recipe(made, tmp_path / "run", "adapter.init=svd", "train.steps=1", "train.learning_rate=1e-9"))
+    for name, bank in adapter_of(tmp_path / "run").items():
+        if name.endswith("mixture_A"):
+            flat = bank.flatten(0, 1)
+            torch.testing.assert_close(flat @ flat.T, torch.eye(len(flat)) / 3, rtol=1e-3, atol=1e-4)
+        if name.endswith("mixture_B"):
+            assert bank.abs().max() <= 2e-9
+    with pytest.raises(InputRefused, match=r"adapter.init: svd has 32 directions in .*v_proj for 40 ranks"):
+        train(recipe(made, tmp_path / "other", "adapter.init=svd", "adapter.rank=10"))
