@@ -6,6 +6,7 @@ tasks of question and rationale, 1,000 rows each; the rationale is learned. `com
 prompts fit the base, answers "the correct answer is ..."; official test rows.
 Why: the loss over a rationale is of prose that differs by task; that of a fixed sentence with one free word tells less,
 but it is the paper's.
+With `--arms scripts/hypotheses.yaml --methods lora,d2mora,one-down,...` other forms and settings beside the two.
 How: `python scripts/compare_small.py DATA --base BASE --out FOLDER [--set commonsense] --result FILE`; the same command
 goes on after a kill. scripts/results/d2mora_lora_reasoning.json was made with the defaults, on a LLaMA of 260,032
 parameters (tinyllamas' stories260K); its sweep runs half as many steps as the others.
@@ -87,15 +88,20 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--sweep", default="3e-3,1e-2,3e-2,1e-1")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", type=Path, help="more arms, for example scripts/hypotheses.yaml")
+    parser.add_argument("--methods", default="d2mora,lora", help="the first is what the others are compared with")
+    parser.add_argument("--strategies", default="auto", help="exports to score; none: as trained alone")
     parser.add_argument("--result", type=Path, help="JSON file for the outcome, without this machine's places")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     tasks = reasoning(given.data) if given.set == "reasoning" else commonsense(given.data, given.out)
     write_atomically(given.out / "recipe.yaml", dump_yaml(recipe(given.base, tasks, given.steps, given.rank)))
-    command = [sys.executable, "-m", "qd2mora", "compare", str(given.out / "recipe.yaml"), "--methods", "d2mora,lora"]
+    command = [sys.executable, "-m", "qd2mora", "compare", str(given.out / "recipe.yaml"), "--methods", given.methods]
     command += ["--seeds", str(given.seeds), "--sweep", given.sweep, "--choose-rows", "20"]
     command += ["--sweep-steps", str(given.sweep_steps)]
-    command += ["--strategies", "auto", "--out", str(given.out / "compare")]
+    command += ["--out", str(given.out / "compare"), "--targets", "recipe"]
+    command += ["--no-export"] if given.strategies == "none" else ["--strategies", given.strategies]
+    command += [] if given.arms is None else ["--arms", str(given.arms)]
     code = subprocess.run(command, check=False).returncode
     if code == 0 and given.result:
         write_json(given.result, result(given.out / "compare", given.base))
