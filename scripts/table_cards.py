@@ -6,12 +6,13 @@ Plans D2MoRA (M4 N3 r16 on q, k, v; 8-bit moments; rows of 512 tokens, 16 a step
 card left to others. Planned from shapes, not measured.
 """
 
+from qd2mora.base import SHAPES
 from qd2mora.memory import Plan, plan
 from qd2mora.memory.choosing import GIB
 from qd2mora.recipe import parse_recipe
 
 CARDS = (8, 12, 16, 24)
-SHAPES = ("llama2-7b", "llama3-8b", "llama2-13b")
+MODELS = ("llama2-7b", "llama3-8b", "llama2-13b")
 
 
 def planned(shape: str, card: int) -> Plan:
@@ -33,7 +34,8 @@ def cell(shape: str, card: int) -> str:
         return f"no ({chosen.peak_bytes / GIB:.1f} GiB)"
     number = chosen.layout.recomputed
     layers = f"{number} layer{'s' * (number > 1)} recomputed" if number else "kept"
-    layers += ", streamed" if chosen.layout.stream else ""
+    if chosen.layout.stream:
+        layers += f", {SHAPES[shape].layers - chosen.layout.resident} layers streamed"
     return f"{chosen.peak_bytes / GIB:.1f} GiB, {chosen.micro_batch} row{'s' * (chosen.micro_batch > 1)}, {layers}"
 
 
@@ -41,7 +43,7 @@ def main() -> None:
     """Print the table as Markdown."""
     print("| | " + " | ".join(f"{card} GB card" for card in CARDS) + " |")
     print("| --- |" + " --- |" * len(CARDS))
-    for shape in SHAPES:
+    for shape in MODELS:
         print(f"| {shape} | " + " | ".join(cell(shape, card) for card in CARDS) + " |")
 
 
