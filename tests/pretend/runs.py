@@ -89,6 +89,7 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
         "eval_loss": trained.eval_loss,
         "bad": trained.bad_steps,
         "waits": waits,
+        "launched": sorted(counts.launches),
         "pinned": card.DRIVER.most,
         "planned": json.loads((folder / "run" / "manifest.json").read_text(encoding="utf-8"))["plan"]["host"],
     }

@@ -9,6 +9,12 @@ from typing import Any
 
 import pytest
 
+IN_ANY_ORDER = {
+    *("aten::cumsum of floats", "aten::histc", "aten::kthvalue", "aten::put_", "aten::median", "aten::bincount"),
+    *("aten::_scaled_dot_product_efficient_attention_backward", "aten::_embedding_bag_dense_backward"),
+    *("aten::scatter_reduce", "aten::scatter_reduce_", "aten::index_reduce_", "aten::grid_sampler_2d_backward"),
+}
+"""Operations that know no fixed order on CUDA, even where they are asked for one (torch 2.13)."""
 RUNS = Path(__file__).with_name("runs.py")
 NO_COMPILER = 3
 
@@ -36,6 +42,7 @@ def test_a_run_ends_with_embeddings_on_the_host_layers_streamed_and_their_inputs
     away = found("streamed, all away", place / "away")
     assert away["steps"] == 6
     assert away["bad"] == 0
+    assert not IN_ANY_ORDER & set(away["launched"])
     waits = [where for _, where, _ in away["waits"]]
     assert not [where for where in waits if "micro_batches.py" in where or "memory/loss.py" in where]
     # To the byte, and no power of two: the layers, and room for inputs of rows as long as they may be.
