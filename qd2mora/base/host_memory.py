@@ -59,6 +59,16 @@ def most_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def lockable_bytes() -> int | None:
+    """Return what this user may lock into memory (`ulimit -l`); None where there is no limit, or none is known."""
+    if resource is None:
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    return limit
+
+
 def _room_of_groups() -> Iterator[int]:
     """Yield what is left of the limit of each control group that this process is in, and of those above it."""
     if not _OWN_GROUPS.exists():
@@ -82,4 +92,4 @@ def _room(folder: Path, limit: str, used: str, of_files: str) -> int:
     return most - taken + int(stat.get(of_files, 0))
 
 
-__all__ = ["LARGE", "available_bytes", "give_back_large_blocks", "most_resident_bytes"]
+__all__ = ["LARGE", "available_bytes", "give_back_large_blocks", "lockable_bytes", "most_resident_bytes"]

@@ -16,7 +16,7 @@ import torch
 
 from qd2mora.base import compute_dtype, default_device, is_nf4, load_base
 from qd2mora.base.device import has_flash_attention
-from qd2mora.base.host_memory import available_bytes
+from qd2mora.base.host_memory import available_bytes, lockable_bytes
 from qd2mora.errors import InputRefused
 from qd2mora.memory.place import room_on_card
 from qd2mora.mixture.rank_space import working_kernel
@@ -109,12 +109,8 @@ def _kernels() -> Iterator[Fact]:
 
 def _memory() -> Iterator[Fact]:
     yield Fact("host memory", f"{available_bytes() / GIB:.1f} GiB free")
-    if sys.platform == "win32":
-        return
-    import resource
-
-    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    if limit == resource.RLIM_INFINITY:
+    limit = lockable_bytes()
+    if limit is None:
         yield Fact("pinned memory", "no limit")
     else:
         # CUDA pins through the driver, which most systems do not hold to it; containers' own limits are others.

@@ -59,7 +59,9 @@ TARGETS = {
 
 def settings(method: str = "d2mora", down: int = 3, up: int = 8, rank: int = 8) -> MixtureConfig:
     counts = {"down": {"experts": down}, "up": {"experts": up}}
-    return MixtureConfig(method=method, rank=rank, **({"allocation": str(up)} if method == "mola" else counts))
+    if method == "mola":  # without its balance loss, which looks at every gate once more
+        return MixtureConfig(method=method, rank=rank, allocation=str(up), penalties={"lb_mola": 0.0})
+    return MixtureConfig(method=method, rank=rank, **counts)
 
 
 def four_bit(d_in: int, d_out: int) -> bnb.nn.Linear4bit:

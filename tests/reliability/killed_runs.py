@@ -72,7 +72,7 @@ def _read_once(recipe: Path) -> dict[str, Any]:
     if loaded.memory.engine == "deepspeed":
         importlib.import_module("deepspeed")
     tokenizer = training.load_tokenizer(loaded.base.model)
-    planned = training.fitting_plan(loaded, torch.device("cpu"))
+    planned = training.fitting_plan(loaded, training.Processes(0, 1, torch.device("cpu")))
     results = (
         tokenizer,
         training.prepare(loaded.data, tokenizer, loaded.train.seed),
