@@ -3,7 +3,8 @@
 What: writes a recipe into the folder given and runs `qd2mora compare` on it with two arms: both try the same learning
 rates on rows apart from the test rows, and are scored as trained and as their best static export. `reasoning`: five
 tasks of question and rationale, 1,000 rows each; the rationale is learned. `commonsense`: four tasks of the paper whose
-prompts fit the base, answers "the correct answer is ..."; official test rows.
+prompts fit the base, answers "the correct answer is ..."; official test rows. `eight`: all of the paper's tasks, for a
+base that can read them, such as SmolLM2 (`python scripts/get_smollm2.py`, then --base the file that it names).
 Why: the loss over a rationale is of prose that differs by task; that of a fixed sentence with one free word tells less,
 but it is the paper's.
 With `--arms scripts/hypotheses.yaml --methods lora,d2mora,one-down,...` other forms and settings beside the two.
@@ -15,6 +16,7 @@ parameters (tinyllamas' stories260K); its sweep runs half as many steps as the o
 import argparse
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from table1_small import TASKS, result, write_rows
@@ -43,9 +45,9 @@ def reasoning(data: Path) -> list[dict[str, object]]:
     ]
 
 
-def commonsense(data: Path, folder: Path) -> list[dict[str, object]]:
+def commonsense(data: Path, folder: Path, names: Iterable[str]) -> list[dict[str, object]]:
     """Write rows to learn and rows to test on; return the tasks that read them."""
-    chosen = {name: TASKS[name] for name in FITTING}
+    chosen = {name: TASKS[name] for name in names}
     return write_rows(data, folder / "rows", 1000, TEST_ROWS, chosen)
 
 
@@ -82,7 +84,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of the real data: commonsense/, multitask_cot/")
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder to write into, or to go on in")
-    parser.add_argument("--set", choices=("reasoning", "commonsense"), default="reasoning")
+    parser.add_argument("--set", choices=("reasoning", "commonsense", "eight"), default="reasoning")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--sweep-steps", type=int, default=75)
     parser.add_argument("--rank", type=int, default=4)
@@ -94,7 +96,10 @@ def main() -> None:
     parser.add_argument("--result", type=Path, help="JSON file for the outcome, without this machine's places")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    tasks = reasoning(given.data) if given.set == "reasoning" else commonsense(given.data, given.out)
+    if given.set == "reasoning":
+        tasks = reasoning(given.data)
+    else:
+        tasks = commonsense(given.data, given.out, FITTING if given.set == "commonsense" else TASKS)
     write_atomically(given.out / "recipe.yaml", dump_yaml(recipe(given.base, tasks, given.steps, given.rank)))
     command = [sys.executable, "-m", "qd2mora", "compare", str(given.out / "recipe.yaml"), "--methods", given.methods]
     command += ["--seeds", str(given.seeds), "--sweep", given.sweep, "--choose-rows", "20"]
