@@ -25,6 +25,10 @@ TILE = 4096
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+OPTIONS = {"enable_fp_fusion": True}
+"""Said, because Triton 3.10 changes what it takes where nothing is said: sums would round otherwise after an update."""
+
+
 def covers(step: RankStep, small: Small, dtype: torch.dtype) -> bool:
     """Tell whether the kernels compute this step."""
     gates = dict(step.gates)
@@ -57,7 +61,7 @@ def mix(step: RankStep, u_ext: Tensor, small: Small) -> Tensor:
     v_TP = torch.empty(len(u_TF), step.width_up + step.shared, dtype=torch.float32, device=u_TF.device)
     # Any pointer does for a router that is not there: no branch of the kernel reads it.
     router = small.get("router_up", u_TF)
-    _forward[kernel.grid(len(u_TF))](u_TF, router.contiguous(), v_TP, len(u_TF), **kernel.constants)
+    _forward[kernel.grid(len(u_TF))](u_TF, router.contiguous(), v_TP, len(u_TF), **kernel.constants, **OPTIONS)
     return v_TP.view(*u_ext.shape[:-1], -1)
 
 
@@ -74,7 +78,7 @@ def through(step: RankStep, u_ext: Tensor, small: Small, dv: Tensor) -> tuple[Te
     if router is not None:
         # Each block's share of the router's gradient, added up afterwards in a fixed order: no atomics.
         parts, given = v_TP.new_empty(grid[0], *router.shape), router.contiguous()
-    _backward[grid](u_TF, given, dv_TP, v_TP, du_TF, parts, len(u_TF), **kernel.constants)
+    _backward[grid](u_TF, given, dv_TP, v_TP, du_TF, parts, len(u_TF), **kernel.constants, **OPTIONS)
     drouter = None
     if router is not None:
         drouter = parts.sum(0).to(router.dtype)
