@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qd2mora.base.passes import IGNORE
 from qd2mora.data import Pair, Row, TaskMix, TaskRows, collate, encode, prepare, share_lines
+from qd2mora.data.tokenise import Tokeniser
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Data, Task
 
@@ -183,3 +184,9 @@ def test_padding_is_masked_by_position_even_where_it_is_the_end_token(side: str)
         assert labels[attended].tolist() == [IGNORE] * row.masked + row.ids[row.masked :].tolist()
         assert (labels[~attended] == IGNORE).all()
     assert torch.equal(batch["task_index"], torch.tensor([0, 1]))
+
+
+def test_tasks_and_runs_of_a_process_share_one_tokenizer_of_the_library(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Its threads never forget one that they served, so that one each would be a leak."""
+    first, second = Tokeniser(tokenizer), Tokeniser(tokenizer)
+    assert first._fast is second._fast is not None

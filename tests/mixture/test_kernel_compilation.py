@@ -55,7 +55,8 @@ def compiled(kernel: Any, step: RankStep, features: str, is_backward: bool, capa
     }
     constants = rank_kernel._KernelConstants.of(step).constants
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, **rank_kernel.OPTIONS})
+    options = {"num_warps": 4, **rank_kernel.OPTIONS}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def usage(made: Any) -> dict[str, int]:
