@@ -18,7 +18,7 @@ Suite = Annotated[str | None, typer.Option(help="Published tests to ask instead:
 ExamData = Annotated[Path | None, typer.Option(help="Folder of the suite's test files or of harness tasks.")]
 ExamTasks = Annotated[str | None, typer.Option(help="Only these tasks, with commas between.")]
 Scoring = Annotated[str, typer.Option(help="Of a suite: generate, or likelihood of the choices.")]
-SuitePrompt = Annotated[str, typer.Option(help="Of a suite: published, or training's own.")]
+SuitePrompt = Annotated[str, typer.Option(help="Of a suite: published, training's own, or cloze.")]
 Beams = Annotated[int, typer.Option(help="1 is greedy; the commonsense tables use 4.", min=1, max=1024)]
 HarnessTasks = Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")]
 Limit = Annotated[int | None, typer.Option(help="Rows of each task.", min=1, max=MOST)]

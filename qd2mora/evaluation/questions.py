@@ -21,7 +21,8 @@ class Exam:
     """What a model is asked: held-out rows of a recipe (or of its file), or the test files of a suite in `data`.
 
     tasks: those to ask, all where empty; limit: rows of each. Of a suite, scoring: what is written counts (generate),
-    or the likelihood of the choices; prompt: the published one, or the one of the instruction format (training).
+    or the likelihood of the choices; prompt: the published one, the one of the instruction format (training), or the
+    question alone, with the choices' own words weighed (cloze).
     """
 
     recipe: Recipe | Path | None = None
@@ -89,7 +90,7 @@ def ask_suite(
         metric, labels, texts = "extract", [item.label for item in items], []
         if exam.scoring == "likelihood":
             metric, labels = "choice", [item.pair.answer for item in items]
-            texts = [tuple(suite.answer.replace("{label}", each) for each in item.choices) for item in items]
+            texts = [item.texts for item in items]
         asked.append(AskedTask(task.name, metric, rows, labels, suite.max_new_tokens, texts, task.pattern))
     return asked
 
@@ -122,6 +123,8 @@ def check_exam(exam: Exam) -> None:
         raise InputRefused(f"--scoring: '{exam.scoring}' will not do: {' or '.join(SCORINGS)}")
     if exam.prompt not in PROMPTS:
         raise InputRefused(f"--prompt: '{exam.prompt}' will not do: {' or '.join(PROMPTS)}")
+    if exam.prompt == "cloze" and exam.scoring != "likelihood":
+        raise InputRefused("--prompt: cloze weighs the choices' own words; give --scoring likelihood with it")
     if exam.suite is None:
         if exam.scoring != "generate":
             raise InputRefused("--scoring: a recipe's tasks say it themselves: data.tasks.0.metric=choice")

@@ -3,6 +3,9 @@
 `commonsense`: the eight tasks of LLM-Adapters (github AGI-Edgerunners/LLM-Adapters, commonsense_evaluate.py), as every
 commonsense table of the field asks them. Their evaluation prompt differs from the training prompt in white space; both
 are here, and the published one is asked. An answer is the first match of the task's pattern in at most 32 new tokens.
+
+A model that was never trained on such rows does not know what `answer2` stands for, and is at chance. `cloze` asks it
+as base models are asked: the question alone, and of each choice how likely its own words are.
 """
 
 import re
@@ -22,7 +25,8 @@ _PUBLISHED = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request. \n\n"
     f"{_INDENT}### Instruction:\n{_INDENT}{{instruction}}\n\n{_INDENT}### Response:\n{_INDENT}"
 )
-PROMPTS = ("published", "training")
+PROMPTS = ("published", "training", "cloze")
+_CHOICE = re.compile(r"(?:Answer|Solution|Ending|Option)\d:")
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,15 @@ class Suite:
 
 @dataclass(frozen=True)
 class Item:
-    """One row of a test file: the prompt with its right answer, the label, and the labels to choose from."""
+    """One row of a test file: the prompt with its right answer, the label, and what to choose from.
+
+    texts: what is weighed for each of the choices, the right one's being the pair's answer.
+    """
 
     pair: Pair
     label: str
     choices: tuple[str, ...]
+    texts: tuple[str, ...]
 
 
 def _numbered(word: str, count: int) -> tuple[str, ...]:
@@ -141,12 +149,35 @@ def _item(suite: Suite, task: SuiteTask, row: Any, prompt: str) -> Item:
     label = row["answer"].strip()
     if label not in task.choices:
         raise BadRow(f"answer '{label[:40]}' is none of {', '.join(task.choices)}")
+    choices = _offered(task, row["instruction"], label)
+    if prompt == "cloze":
+        asked, texts = _cloze(row["instruction"], choices)
+        return Item(Pair(asked, texts[choices.index(label)], starts_word=True), label, choices, texts)
     right = suite.answer.replace("{label}", label)
     if prompt == "training":
         asked = instruction.split({"instruction": row["instruction"], "output": right})[0]
     else:
         asked = _PUBLISHED.replace("{instruction}", row["instruction"], 1)
-    return Item(Pair(asked, right, starts_word=True), label, _offered(task, row["instruction"], label))
+    texts = tuple(suite.answer.replace("{label}", each) for each in choices)
+    return Item(Pair(asked, right, starts_word=True), label, choices, texts)
+
+
+def _cloze(text: str, choices: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """Return a question, and the words of each choice as they would go on from it.
+
+    A sentence that a choice ends, or whose blank it fills, is no question: it is given up to there. Of a choice that
+    fills a blank the rest of the sentence is weighed too. Raises BadRow.
+    """
+    before, *offered = _CHOICE.split(text.rpartition("Answer format:")[0])
+    task, _, question = before.strip().partition(": ")
+    words = [each.strip() for each in offered] or list(choices)  # true and false are their own words
+    if len(words) < len(choices) or not question:
+        raise BadRow("no question with its choices", "; give them as `Answer1: ... Answer2: ...`")
+    question = question.removeprefix("question: ").strip()
+    if "given sentence" not in task:
+        return f"Question: {question}\nAnswer:", tuple(words[: len(choices)])
+    question, _, rest = question.partition("_")
+    return question.strip(), tuple(f"{each}{rest}" for each in words[: len(choices)])
 
 
 def _offered(task: SuiteTask, text: str, label: str) -> tuple[str, ...]:

@@ -68,3 +68,59 @@ def test_files_and_suites_that_are_not_there_are_named(tmp_path: Path) -> None:
         read_items(SUITE, TASKS["piqa"], tmp_path / "nowhere", "published")
     with pytest.raises(InputRefused, match="did you mean 'commonsense'"):
         find_suite("comonsense")
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "label", "prompt", "texts"),
+    [
+        (
+            "boolq",
+            "Please answer the following question with true or false, question: is ice cold?\n\n"
+            "Answer format: true/false",
+            "true",
+            "Question: is ice cold?\nAnswer:",
+            ("true", "false"),
+        ),
+        (
+            "arc_e",
+            "Please choose the correct answer to the question: What melts: ice?\n\nAnswer1: ice Answer2: a stone\n\n"
+            "Answer format: answer1/answer2",
+            "answer1",
+            "Question: What melts: ice?\nAnswer:",
+            ("ice", "a stone"),
+        ),
+        (
+            "hellaswag",
+            "Please choose the correct ending to complete the given sentence: Ice: Then it\n\n"
+            "Ending1: melts. Ending2: burns. Ending3: sings. Ending4: flies.\n\n"
+            "Answer format: ending1/ending2/ending3/ending4",
+            "ending3",
+            "Ice: Then it",
+            ("melts.", "burns.", "sings.", "flies."),
+        ),
+        (
+            "winogrande",
+            "Please choose the correct answer to fill in the blank to complete the given sentence: "
+            "Ann saw Bo as _ ran.\n\n"
+            "Option1: Ann Option2: Bo Answer format: option1/option2",
+            "option2",
+            "Ann saw Bo as",
+            ("Ann ran.", "Bo ran."),
+        ),
+    ],
+)
+def test_a_cloze_is_the_question_alone_and_the_choices_own_words(
+    task: str, text: str, label: str, prompt: str, texts: tuple[str, ...], tmp_path: Path
+) -> None:
+    row = {"instruction": text, "output": "?", "answer": label}
+    (tmp_path / f"{TASKS[task].file}.json").write_text(json.dumps([row]), encoding="utf-8")
+    (item,) = read_items(SUITE, TASKS[task], tmp_path, "cloze")
+    assert (item.pair.prompt, item.texts) == (prompt, texts)
+    assert item.pair.answer == texts[item.choices.index(label)]
+
+
+def test_a_cloze_of_a_row_without_its_choices_is_refused_by_row(tmp_path: Path) -> None:
+    row = {"instruction": "What melts?\n\nAnswer format: answer1/answer2", "output": "?", "answer": "answer1"}
+    (tmp_path / "ARC-Easy.json").write_text(json.dumps([row]), encoding="utf-8")
+    with pytest.raises(InputRefused, match="no question with its choices"):
+        read_items(SUITE, TASKS["arc_e"], tmp_path, "cloze")
