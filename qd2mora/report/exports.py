@@ -15,7 +15,7 @@ ENOUGH = 0.95
 
 def show_export(export: Export, out: Path, console: Console) -> None:
     """Print what an export keeps: end to end in one line, then by task and by linear."""
-    lines = [f"export       {out}", verdict(export), warning(export), _bases(export), _rounding(export)]
+    lines = [f"export       {out}", verdict(export), warning(export), _bases(export), _rounding(export), _file(export)]
     for line in lines:
         if line is not None:
             console.print(line, highlight=False, soft_wrap=True)
@@ -67,12 +67,31 @@ def _rounding(export: Export) -> str | None:
     return f"rounding to {export.form.dtype}, after this was measured, takes {taken}"
 
 
+def _file(export: Export) -> str | None:
+    """Say what was kept before quantising, beside what the file keeps, and of what kinds it is."""
+    after, before = export.as_written, export.updates.bases.get(export.form.base)
+    if not export.form.is_measured_as_written:
+        return None
+    kinds = ", ".join(f"{number} {kind}" for kind, number in export.written.kinds.items())
+    line = f"{export.form.dtype}: {export.written.num_bytes:,} bytes, tensors {kinds}"
+    if after is None or before is None:
+        return line
+    line += f"; measured on the file itself, read back: loss {after.merged:.4f}, KL {after.kl_per_token:.4f}, "
+    line += f"same greedy token {after.agreement:.1%}; before quantising: loss {before.merged:.4f}, "
+    line += f"KL {before.kl_per_token:.4f}, same greedy token {before.agreement:.1%}"
+    if after.gain_kept is not None and before.gain_kept:
+        line += f"; of the gain that fp16 keeps it keeps {after.gain_kept / before.gain_kept:.1%}"
+    return line
+
+
 def warning(export: Export) -> str | None:
     """Say loudly that too little is kept, and which rung keeps more; None where enough is."""
     fidelity = export.fidelity
     if fidelity is None or fidelity.gain_kept is None or fidelity.gain_kept >= ENOUGH:
         return None
-    updates, better = export.updates, []
+    updates, better = export.updates, list[str]()
+    if export.as_written is not None:
+        better.append("--dtype q8_0 or one of more bits than this")
     if updates.strategy != "distill" and not updates.exact:
         better.append("--strategy distill")
     if updates.task is None and len(fidelity.tasks) > 1:
