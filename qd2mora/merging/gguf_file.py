@@ -29,6 +29,8 @@ from qd2mora.errors import InputRefused
 from qd2mora.merging.base_weights import BaseWeights
 from qd2mora.merging.gguf_quantised import QUANTISED, llama_package, quantised
 from qd2mora.merging.gguf_vocab import Vocabulary, vocabulary_of
+from qd2mora.merging.modelfile import NAME as MODELFILE
+from qd2mora.merging.modelfile import modelfile_of
 from qd2mora.merging.rung import ExportForm, Rung, WriteFolder, Written
 from qd2mora.merging.static_updates import Statics
 from qd2mora.merging.updated_weights import WeightUpdate, updated_weights, weight_updates_of
@@ -290,11 +292,15 @@ def _refuse_unfit(opened: OpenRun, weights: BaseWeights, form: ExportForm) -> No
 
 def _prepare(opened: OpenRun, weights: BaseWeights, statics: Statics, form: ExportForm) -> WriteFolder:
     updates, tokenizer, name = weight_updates_of(opened.model, statics), opened.tokenizer, opened.folder.name
+    # Ollama takes a text, which a file of token ids alone cannot.
+    modelfile = modelfile_of(opened, f"{name}-{_FILE_ENDS.get(form.dtype, form.dtype)}.gguf")
 
     def write(folder: Path) -> Written:
         dtype = "float16" if form.dtype in QUANTISED else form.dtype
         how = {"name": name, "dtype": dtype}
         written = write_gguf(weights, tokenizer, updates, folder, **how, with_vocabulary=form.with_vocabulary)
+        if form.with_vocabulary:
+            (folder / MODELFILE).write_text(modelfile, encoding="utf-8")
         return quantised(written, folder, form.dtype) if form.dtype in QUANTISED else written
 
     return write

@@ -15,7 +15,15 @@ ENOUGH = 0.95
 
 def show_export(export: Export, out: Path, console: Console) -> None:
     """Print what an export keeps: end to end in one line, then by task and by linear."""
-    lines = [f"export       {out}", verdict(export), warning(export), _bases(export), _rounding(export), _file(export)]
+    lines = [
+        f"export       {out}",
+        verdict(export),
+        warning(export),
+        _bases(export),
+        _rounding(export),
+        _file(export),
+        _ollama(out),
+    ]
     for line in lines:
         if line is not None:
             console.print(line, highlight=False, soft_wrap=True)
@@ -81,6 +89,17 @@ def _file(export: Export) -> str | None:
     line += f"KL {before.kl_per_token:.4f}, same greedy token {before.agreement:.1%}"
     if after.gain_kept is not None and before.gain_kept:
         line += f"; of the gain that fp16 keeps it keeps {after.gain_kept / before.gain_kept:.1%}"
+    return line
+
+
+def _ollama(out: Path) -> str | None:
+    """Say how Ollama takes a GGUF file, where a Modelfile lies beside it."""
+    path = out / "Modelfile"
+    if not path.is_file():
+        return None
+    line = f"for Ollama   ollama create NAME -f {path}"
+    if "\nADAPTER " in path.read_text(encoding="utf-8"):
+        line += ", once its FROM names a GGUF file of the base"
     return line
 
 
