@@ -10,7 +10,8 @@ from itertools import pairwise
 from typing import Any
 
 Message = dict[str, str]
-_TERM = re.compile(r"\((?:[^()]|\([^()]*\))*\)|\"(?:[^\"\\]|\\.)*\"|\S+")
+_INNER = r"\((?:[^()]|\([^()]*\))*\)"
+_TERM = re.compile(rf"\((?:[^()]|{_INNER})*\)|\"(?:[^\"\\]|\\.)*\"|\S+")
 
 
 def evaluate(template: str, messages: list[Message]) -> str:
