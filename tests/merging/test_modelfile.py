@@ -97,6 +97,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         merge(run, folder / to, ExportOptions(to=to, measured_rows=0))
     text = (run / "recipe.yaml").read_text(encoding="utf-8")
     (run / "recipe.yaml").write_text(text.replace("validation: 8}", "validation: 8, template: chatml}"))
+    # Runs of before instructions could have a template had no clock.
+    (run / "manifest.json").write_text(json.dumps({"clock": "2026-01-01T00:00:00"}), encoding="utf-8")
     merge(run, folder / "chatml", ExportOptions(to="gguf", measured_rows=0))
     merge(run, folder / "ids", ExportOptions(to="gguf", measured_rows=0, with_vocabulary=False))
     return folder
