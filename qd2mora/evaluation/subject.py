@@ -55,11 +55,16 @@ class Subject:
 
     def check_ids(self, ids: Tensor) -> None:
         """Refuse tokens that the model has no embedding of. Raises InputRefused."""
+        if ids.numel():
+            self.check_most(int(ids.max()))
+
+    def check_most(self, number: int) -> None:
+        """Refuse a token that the model has no embedding of. Raises InputRefused."""
         there = self.plain.get_input_embeddings().num_embeddings
-        if ids.numel() and int(ids.max()) >= there:
+        if number >= there:
             raise InputRefused(
-                f"the text has token {int(ids.max())}, the model's embedding {there} rows; its tokenizer is that of "
-                "another model"
+                f"the text has token {number}, the model's embedding {there} rows; its tokenizer is that of another "
+                "model"
             )
 
     def texts_of(self, tokens: list[list[int]]) -> list[str]:
