@@ -15,6 +15,7 @@ from qd2mora.cli import (  # isort: skip  # noqa: F401
     run_verbs,
     model_verbs,
     talk_verbs,
+    serve_verb,
     compose_verb,
     compare_verbs,
     inspect_verbs,

@@ -41,10 +41,13 @@ class Prompting:
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
+        self._begin()
+        return self
+
+    def _begin(self) -> None:
         if self._text is not None:
             template = ChatTemplate(self._text, special_tokens(self.subject.tokenizer), "the chat template")
             self._template = self._open.enter_context(template)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -63,6 +66,11 @@ class Prompting:
                 text = self._template.render([dict(each) for each in messages], asking=True)
             except BadRow as error:
                 raise InputRefused(str(error)) from error
+            except InputRefused:
+                # Its child has ended with this conversation; the next one gets another.
+                self._open.close()
+                self._begin()
+                raise
             return self.of_text(text, is_rendered=True)
         if any(each["role"] == "system" for each in messages):
             raise InputRefused("a system message has no place in the wording this model was trained with; leave it out")
