@@ -33,6 +33,7 @@ FLOORS = {
     "composition": 8,
     "report": 8,
     "serving": 8,
+    "publishing": 8,
     "comparison": 9,
     "cli": 10,
 }

@@ -16,6 +16,7 @@ from qd2mora.cli import (  # isort: skip  # noqa: F401
     model_verbs,
     talk_verbs,
     serve_verb,
+    push_verb,
     compose_verb,
     compare_verbs,
     inspect_verbs,
