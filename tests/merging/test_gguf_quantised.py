@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -130,3 +131,33 @@ def test_a_missing_quantiser_is_said_with_how_to_install_it_before_anything_is_l
     with pytest.raises(InputRefused, match=r"pip install 'qd2mora\[quantise\]'.*built from source"):
         merge(run_of(folder), tmp_path / "out", ExportOptions(to="gguf", dtype="q4_k_m"))
     assert not (tmp_path / "out").exists()
+
+
+LLAMA_CPP = {
+    "float16": 0.01,
+    "bfloat16": 0.01,
+    "q8_0": 0.02,
+    "q6_k": 0.03,
+    "q5_k_m": 0.03,
+    "q4_k_m": 0.03,
+    "q4_0": 0.03,
+}
+"""How far its logits may be: it rounds what goes into a product to 16 bits, or to 8 where the weights are of few."""
+
+
+@pytest.mark.parametrize("dtype", LLAMA_CPP)
+def test_llama_cpp_computes_what_a_file_says_when_it_is_read_back_here(
+    folder: Path, tmp_path: Path, dtype: str
+) -> None:
+    llama = pytest.importorskip("llama_cpp")
+    options = {"strategy": "mean_gate", "measured_rows": 0}
+    merge(run_of(folder), tmp_path / "out", ExportOptions(to="gguf", dtype=dtype, **options))
+    (path,) = (tmp_path / "out").glob("*.gguf")
+    ids = list(range(4, 44))
+    theirs = llama.Llama(str(path), n_ctx=64, logits_all=True, verbose=False, type_k=0, type_v=0)
+    theirs.eval(ids)
+    found = torch.from_numpy(np.array(theirs.scores[: len(ids)]))
+    theirs.close()
+    with torch.no_grad():
+        wanted = load_base(Base(model=str(path), quantization="none"))(input_ids=torch.tensor([ids])).logits[0]
+    assert float((found - wanted).norm() / wanted.norm()) < LLAMA_CPP[dtype]
