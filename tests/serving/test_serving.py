@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from exported import make_run
 
@@ -120,6 +121,13 @@ RUN = "run-d2mora-nf4"
 def chat(model: str, *texts: str, **more: object) -> dict[str, object]:
     messages = [{"role": "user", "content": text} for text in texts]
     return {"model": model, "messages": messages, "max_tokens": 12, **more}
+
+
+def request_of(body: dict[str, object]) -> bytes:
+    """Return the bytes of a request."""
+    content = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    return head.encode() + f"Content-Length: {len(content)}\r\n\r\n".encode() + content
 
 
 def test_every_adapter_task_and_base_has_a_name(server: Server) -> None:
@@ -275,9 +283,7 @@ def test_a_page_of_elsewhere_cannot_call_it_by_another_name(server: Server) -> N
 
 
 def test_a_client_that_hangs_up_frees_its_place(server: Server) -> None:
-    body = json.dumps({"model": RUN, "prompt": "red", "max_tokens": 64, "stream": True, "temperature": 1}).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-    request = head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
+    request = request_of({"model": RUN, "prompt": "red", "max_tokens": 64, "stream": True, "temperature": 1})
     for stream in (True, False):
         sent = request if stream else request.replace(b'"stream": true', b'"stream": null')
         for _ in range(8):
@@ -405,3 +411,29 @@ def test_the_official_client_reads_all_of_it(server: Server) -> None:
             client.chat.completions.create(**(asked | {"max_tokens": 1000}))
         with pytest.raises(openai.NotFoundError, match="no 'gpt'"):
             client.chat.completions.create(**(asked | {"model": "gpt"}))
+
+
+@pytest.mark.long
+def test_2000_requests_of_32_clients_leave_no_place_taken_and_memory_flat(server: Server) -> None:
+    wanted = {text: server.complete(RUN, text) for text in TEXTS}
+    resident = psutil.Process().memory_info
+
+    def ask(place: int) -> bool:
+        text = TEXTS[place % len(TEXTS)]
+        if place % 10 == 9:  # one that hangs up
+            with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+                connection.sendall(request_of({"model": RUN, "prompt": text, "max_tokens": 64, "stream": True}))
+            return True
+        if place % 2:
+            body = {"model": RUN, "prompt": text, "max_tokens": 12}
+            chunks = server.chunks("/v1/completions", body)
+            return "".join(each["choices"][0]["text"] for each in chunks) == wanted[text]
+        return server.complete(RUN, text) == wanted[text]
+
+    sizes = []
+    with ThreadPoolExecutor(32) as pool:
+        for part in range(4):
+            assert all(pool.map(ask, range(part * 500, part * 500 + 500)))
+            server.wait_until_idle()
+            sizes.append(resident().rss)
+    assert max(sizes[1:]) < 1.02 * sizes[0], sizes
