@@ -1,5 +1,7 @@
 """What an export keeps: per linear, and in one line."""
 
+import json
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -23,6 +25,7 @@ def show_export(export: Export, out: Path, console: Console) -> None:
         _rounding(export),
         _file(export),
         _ollama(out),
+        _vllm(export, out),
     ]
     for line in lines:
         if line is not None:
@@ -101,6 +104,24 @@ def _ollama(out: Path) -> str | None:
     if "\nADAPTER " in path.read_text(encoding="utf-8"):
         line += ", once its FROM names a GGUF file of the base"
     return line
+
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM keeps room for, `MaxLoRARanks` of its `config/lora.py` (0.11)."""
+
+
+def _vllm(export: Export, out: Path) -> str | None:
+    """Return the command that serves a LoRA in vLLM."""
+    path = out / "adapter_config.json"
+    if export.form.to != "lora" or not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    room = next((rank for rank in _VLLM_RANKS if rank >= config["r"]), None)
+    if room is None:
+        return f"for vLLM     no: it takes ranks up to {_VLLM_RANKS[-1]}, this LoRA has {config['r']}; --to hf will do"
+    name, base = export.updates.task or out.name, config["base_model_name_or_path"]
+    serve = f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {room}"
+    return f"for vLLM     {serve} --lora-modules {shlex.quote(f'{name}={out.resolve()}')}"
 
 
 def warning(export: Export) -> str | None:

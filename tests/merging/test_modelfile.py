@@ -18,6 +18,8 @@ from qd2mora.data.tokenise import special_tokens
 from qd2mora.errors import InputRefused
 from qd2mora.merging import ExportOptions, merge
 from qd2mora.merging.modelfile import conversation_lines, gaps_of
+from qd2mora.report.exports import show_export
+from qd2mora.terminal import Screen
 
 TALKS: list[list[str]] = [
     ["red sun"],
@@ -126,3 +128,17 @@ def test_a_conversation_ends_at_its_templates_sign_and_token_ids_alone_have_no_m
     sealed = json.loads((folder / "chatml" / "manifest.json").read_text(encoding="utf-8"))
     assert "Modelfile" in json.dumps(sealed)
     assert not (folder / "ids" / "Modelfile").exists()
+
+
+def test_a_merge_tells_the_line_for_ollama_and_for_vllm(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {}
+    for to in ("gguf", "gguf_lora", "lora"):
+        export = merge(folder / "run-lora-nf4", tmp_path / to, ExportOptions(to=to, measured_rows=0))
+        show_export(export, tmp_path / to, Screen())
+        told[to] = capsys.readouterr().out
+    assert f"ollama create NAME -f {tmp_path / 'gguf' / 'Modelfile'}\n" in told["gguf"]
+    assert "once its FROM names a GGUF file of the base" in told["gguf_lora"]
+    line = f"vllm serve {folder / 'base'} --enable-lora --max-lora-rank 8 --lora-modules lora={tmp_path / 'lora'}\n"
+    assert line in told["lora"] and "vllm" not in told["gguf"]
