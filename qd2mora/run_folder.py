@@ -6,13 +6,13 @@
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qd2mora.adapter_folder import load_adapter
 from qd2mora.base import load_base, load_tokenizer
@@ -126,10 +126,21 @@ def _as_worded_before(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tasks": tasks})})
 
 
-def open_run(path: str | Path, device: torch.device | None = None, *, allow_changed: Collection[str] = ()) -> OpenRun:
+BaseOf = Callable[[Base, torch.device | None], PreTrainedModel]
+"""Returns a model that an adapter may be put on."""
+
+
+def open_run(
+    path: str | Path,
+    device: torch.device | None = None,
+    *,
+    allow_changed: Collection[str] = (),
+    base_of: BaseOf = load_base,
+) -> OpenRun:
     """Load base, adapter and tokenizer of a run, in evaluation mode.
 
-    `allow_changed`: what may differ from the training, `base` or `base.quantization`.
+    `allow_changed`: what may differ from the training, `base` or `base.quantization`. `base_of`: where the base comes
+    from, for those that put several adapters on one.
 
     Raises InputRefused where the base is not the one trained on, DamagedFile where the adapter is not what was written.
     """
@@ -142,11 +153,12 @@ def open_run(path: str | Path, device: torch.device | None = None, *, allow_chan
         raise InputRefused(f"'{path}' holds no finished adapter; continue it with `qd2mora train RECIPE --resume`")
     check_tokenizer_files(folder.path)
     check_adapter(folder.adapter)
-    model = load_adapter(load_base(folder.base(recipe), device), recipe.base, folder.adapter, allow_changed)
+    model = load_adapter(base_of(folder.base(recipe), device), recipe.base, folder.adapter, allow_changed)
     return OpenRun(folder, recipe, model.eval(), load_tokenizer(str(path)))
 
 
 __all__ = [
+    "BaseOf",
     "OpenRun",
     "RunFolder",
     "clock_of",

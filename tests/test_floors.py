@@ -32,6 +32,8 @@ FLOORS = {
     "training": 8,
     "composition": 8,
     "report": 8,
+    "serving": 8,
+    "publishing": 8,
     "comparison": 9,
     "cli": 10,
 }

@@ -15,6 +15,8 @@ from qd2mora.cli import (  # isort: skip  # noqa: F401
     run_verbs,
     model_verbs,
     talk_verbs,
+    serve_verb,
+    push_verb,
     compose_verb,
     compare_verbs,
     inspect_verbs,
@@ -59,7 +61,9 @@ def main() -> None:
 def _then(arguments: list[str]) -> str:
     """Say how a verb that was stopped is gone on with."""
     verb = next((argument for argument in arguments if not argument.startswith("-")), "")
-    keeps_answers = verb == "eval" and any(argument.partition("=")[0] == "--out" for argument in arguments)
+    keeps_answers = verb in ("eval", "generate") and any(
+        argument.partition("=")[0] == "--out" for argument in arguments
+    )
     if verb == "compare" or keeps_answers:
         return "what is done is kept, and the same command goes on from there"
     if verb in ("merge", "compose"):

@@ -36,7 +36,8 @@ AddedTo = Annotated[str, typer.Option(help="Weights added to: dequantized (train
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="hf: float16, bfloat16, float32; exact: these or nf4; gguf: float16, q8_0; LoRAs: float32, float16."
+        help="hf: float16, bfloat16, float32; exact: these or nf4; LoRAs: float32, float16; gguf: float16, bfloat16, "
+        "q8_0, q6_k, q5_k_m, q4_k_m, q4_0."
     ),
 ]
 MaxShard = Annotated[str | None, typer.Option(help="hf and exact: size of one file of weights; 5GB where not given.")]

@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qd2mora.cli.app import MOST, AllowChanged, ModelPath, app, numbers, text_of
 from qd2mora.errors import InputRefused
+from qd2mora.stopping import listening
 
 Task = Annotated[str | None, typer.Option(help="Task: words as it was trained, routes by it where the adapter does.")]
 Vector = Annotated[str | None, typer.Option(help="Numbers with commas, where the adapter reads a vector.")]
@@ -18,12 +20,23 @@ Template = Annotated[
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token, more draws.")]
 TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens of this summed probability.")]
 Seed = Annotated[int, typer.Option(help="The same seed draws the same.", min=0, max=2**32 - 1)]
+PromptFile = Annotated[
+    Path | None, typer.Option(help='Answer each row of it instead: JSON lines with "prompt" or "messages".')
+]
+AnswerFile = Annotated[Path | None, typer.Option(help="New file for the answers; the same command goes on.")]
+RowsAtOnce = Annotated[int, typer.Option(help="Rows of a batch; no answer depends on it.", min=1, max=MOST)]
+KEPT = "what is answered is kept, and the same command goes on from there"
 
 
 @app.command()
 def generate(
     model: ModelPath,
-    prompt: Annotated[str, typer.Option(help="Instruction to follow; - reads standard input.", show_default=False)],
+    prompt: Annotated[
+        str | None, typer.Option(help="Instruction to follow; - reads standard input.", show_default=False)
+    ] = None,
+    file: PromptFile = None,
+    out: AnswerFile = None,
+    rows_at_once: RowsAtOnce = 16,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text without any template.")] = False,
     task: Task = None,
     vector: Vector = None,
@@ -34,11 +47,24 @@ def generate(
     seed: Seed = 0,
     allow_changed: AllowChanged = None,
 ) -> None:
-    """Write the answer to a prompt as it comes, routed adapter included."""
+    """Write the answer to a prompt as it comes, or those to a file of prompts; routed adapter included."""
+    if (prompt is None) == (file is None):
+        raise InputRefused("--prompt: name a prompt, or with --file and --out a file of them")
+    if (file is None) != (out is None):
+        raise InputRefused("--out: goes with --file, as --file does with it: prompts in one, answers in the other")
     from qd2mora.evaluation import TalkOptions
     from qd2mora.evaluation import generate as run_generation
 
     options = TalkOptions(task, numbers(vector), template, max_new_tokens, temperature, top_p, seed)
+    if file is not None and out is not None:
+        from qd2mora.evaluation.many_prompts import ManyOptions, generate_file
+
+        how, changed = ManyOptions(options, raw, rows_at_once), allow_changed or ()
+        with listening(KEPT):
+            number = generate_file(model, file, out, how, say=_say, allow_changed=changed)
+        typer.echo(f"{number} answers in {out}")
+        return
+    assert prompt is not None
     if prompt == "-":
         prompt = _read(sys.stdin.read)
     prompt = text_of(prompt, "--prompt")

@@ -29,7 +29,7 @@ from qd2mora.evaluation.next_token import RefuseNotFinite
 from qd2mora.mixture import MixtureConfig, read_rows, reads_first_pass
 from qd2mora.recipe import Base
 from qd2mora.routed.modeling_mixture import CONFIGS, SUFFIX, MixtureForCausalLM, auto_map, classes_of
-from qd2mora.run_folder import OpenRun, RunFolder, is_run, open_run
+from qd2mora.run_folder import BaseOf, OpenRun, RunFolder, is_run, open_run
 
 _BASE = "base_model_name_or_path"
 
@@ -55,11 +55,16 @@ class Subject:
 
     def check_ids(self, ids: Tensor) -> None:
         """Refuse tokens that the model has no embedding of. Raises InputRefused."""
+        if ids.numel():
+            self.check_most(int(ids.max()))
+
+    def check_most(self, number: int) -> None:
+        """Refuse a token that the model has no embedding of. Raises InputRefused."""
         there = self.plain.get_input_embeddings().num_embeddings
-        if ids.numel() and int(ids.max()) >= there:
+        if number >= there:
             raise InputRefused(
-                f"the text has token {int(ids.max())}, the model's embedding {there} rows; its tokenizer is that of "
-                "another model"
+                f"the text has token {number}, the model's embedding {there} rows; its tokenizer is that of another "
+                "model"
             )
 
     def texts_of(self, tokens: list[list[int]]) -> list[str]:
@@ -132,10 +137,10 @@ class Subject:
         return [self.ends.before(row) for row in out[:, ids.shape[1] :].tolist()]
 
 
-def open_subject(path: str | Path, allow_changed: Collection[str] = ()) -> Subject:
-    """Open a run or a model folder for asking. Raises InputRefused, DamagedFile."""
+def open_subject(path: str | Path, allow_changed: Collection[str] = (), base_of: BaseOf = load_base) -> Subject:
+    """Open a run or a model folder for asking; `base_of` as `open_run` takes it. Raises InputRefused, DamagedFile."""
     if is_run(path):
-        opened = open_run(path, allow_changed=allow_changed)
+        opened = open_run(path, allow_changed=allow_changed, base_of=base_of)
         return Subject(opened.model, opened.tokenizer, opened, named_templates(opened.recipe.data))
     if is_gguf(str(path)):
         return Subject(load_base(Base(model=str(path), quantization="none")), load_tokenizer(str(path)))
@@ -146,7 +151,7 @@ def open_subject(path: str | Path, allow_changed: Collection[str] = ()) -> Subje
     if is_routed_export(folder):
         return Subject(_routed_export(folder), load_tokenizer(str(path)))
     if (folder / "adapter_config.json").is_file():
-        return _lora_export(folder)
+        return _lora_export(folder, base_of)
     if any(folder.glob("*.gguf")):
         raise InputRefused(
             f"'{path}' holds a GGUF file, which llama.cpp runs; name the file itself to ask its numbers here"
@@ -208,10 +213,10 @@ def _routed_export(folder: Path) -> Any:
     return model.eval()
 
 
-def _lora_export(folder: Path) -> Subject:
+def _lora_export(folder: Path, base_of: BaseOf) -> Subject:
     """Put a LoRA on its base, in the quantisation that its manifest tells, else in none."""
     base = _lora_base(folder)
-    model = load_foreign_adapter(load_base(base), folder)
+    model = load_foreign_adapter(base_of(base, None), folder)
     where = str(folder) if (folder / "tokenizer_config.json").is_file() else base.model
     return Subject(model.eval(), load_tokenizer(where))
 

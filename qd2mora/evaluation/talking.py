@@ -114,8 +114,8 @@ def chat(
 def open_talk(model: str | Path, options: TalkOptions, allow_changed: Collection[str] = ()) -> "Talk":
     """Open a run, an export or a base for talking. Raises InputRefused, DamagedFile."""
     subject = open_subject(model, allow_changed)
-    number = _task_number(subject, options.task)
-    _check_vector(subject, options.vector)
+    number = task_number(subject, options.task)
+    check_vector(subject, options.vector)
     return Talk(subject, options, number)
 
 
@@ -248,7 +248,8 @@ class _Streamer(BaseStreamer):
             self.shown = text
 
 
-def _task_number(subject: Subject, task: str | None) -> int:
+def task_number(subject: Subject, task: str | None) -> int:
+    """Return the number of a task that is asked for by name. Raises InputRefused."""
     if subject.run is None:
         if task is not None:
             raise InputRefused("--task: this is no run, nothing here routes by task")
@@ -263,7 +264,7 @@ def _task_number(subject: Subject, task: str | None) -> int:
     return names.index(task)
 
 
-def _check_vector(subject: Subject, vector: list[float] | None) -> None:
+def check_vector(subject: Subject, vector: list[float] | None) -> None:
     """Refuse a vector that is missing, one too many, or of another length than the adapter reads."""
     width = subject.run.vector_width if subject.run else None
     if width is None:
@@ -275,4 +276,4 @@ def _check_vector(subject: Subject, vector: list[float] | None) -> None:
         raise InputRefused(f"--vector: this adapter reads {width} numbers of each row, {given} given")
 
 
-__all__ = ["Talk", "TalkOptions", "chat", "generate", "open_talk"]
+__all__ = ["Talk", "TalkOptions", "chat", "check_vector", "generate", "open_talk", "task_number"]

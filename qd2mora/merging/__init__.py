@@ -13,13 +13,21 @@ from qd2mora.disk.durable import write_json
 from qd2mora.disk.sealed import seal_whole_folder
 from qd2mora.disk.staged import staged_folder
 from qd2mora.errors import InputRefused
+from qd2mora.merging.as_written import Witness, witness_of
 from qd2mora.merging.fidelity import Fidelity
-from qd2mora.merging.measured_updates import MeasuredUpdates, constant_mixing, make_static, measure_routed
+from qd2mora.merging.measured_updates import (
+    MeasuredUpdates,
+    constant_mixing,
+    make_static,
+    measure_routed,
+    task_number,
+)
 from qd2mora.merging.rung import ExportForm, Written
 from qd2mora.merging.rungs import export_form, open_weights
+from qd2mora.merging.sample import batches_of, sample_rows
 from qd2mora.merging.strategies import STRATEGIES, find_strategy
 from qd2mora.mixture.presets import find_method
-from qd2mora.run_folder import open_run, read_recipe
+from qd2mora.run_folder import OpenRun, open_run, read_recipe
 from qd2mora.safekeeping.places import taken
 
 DEFAULT = "auto"
@@ -58,6 +66,8 @@ class Export:
     updates: MeasuredUpdates
     written: Written
     form: ExportForm
+    as_written: Fidelity | None = None
+    """What the file itself keeps, read back, where its rounding is too much to be left out."""
 
     @property
     def strategy(self) -> str:
@@ -74,23 +84,20 @@ class Export:
     @property
     def fidelity(self) -> Fidelity | None:
         """How near the export is on the base that it was written on."""
-        return self.updates.bases.get(self.form.base)
+        return self.as_written or self.updates.bases.get(self.form.base)
 
     def to_json(self) -> dict[str, object]:
         """Return the content of `export_report.json`."""
         kept: dict[str, object] = {"loss": None, "gain_kept": None, "kl_per_token": None, "held_out_tokens": 0}
         if self.fidelity is not None:
             kept = self.fidelity.to_json()
-        measured = f"before rounding to {self.form.dtype}"
-        if self.form.dtype == "nf4":
-            measured = "as written"
-        if not self.updates.is_measured:
-            measured = "not measured, as was asked"
+        # What few bits take is in the file's own numbers, and not known of each linear.
+        exact = None if self.form.is_measured_as_written else 0.0
         return {
             "to": self.form.to,
             "base": self.form.base,
             "dtype": self.form.dtype,
-            "measured": measured,
+            "measured": self._measured,
             "strategy": self.strategy,
             "exact": self.exact,
             "task": self.updates.task,
@@ -100,12 +107,22 @@ class Export:
             "notes": self.updates.notes,
             "seconds": self.updates.seconds,
             "modules": {
-                name: {"unexplained": self.unexplained.get(name), "rounding": self.written.rounding.get(name, 0.0)}
+                name: {"unexplained": self.unexplained.get(name), "rounding": self.written.rounding.get(name, exact)}
                 for name in self.unexplained or self.written.rounding
             },
             "bytes": self.written.num_bytes,
+            "kinds": self.written.kinds,
             "files": list(self.written.files),
         }
+
+    @property
+    def _measured(self) -> str:
+        """Say of what the report tells."""
+        if not self.updates.is_measured:
+            return "not measured, as was asked"
+        if self.form.dtype == "nf4" or self.as_written is not None:
+            return "as written"
+        return f"before rounding to {self.form.dtype}"
 
 
 _PLAIN = ExportOptions()
@@ -139,13 +156,26 @@ def _exported(run: str | Path, target: Path, form: ExportForm, options: ExportOp
     # What the writing needs is copied out of the model, so that this can go before the base's weights come in one by
     # one.
     write = form.rung.prepare(opened, weights, updates.statics, form)
+    witness = _witness(opened, updates, form, options)
     del opened  # the writing needs one weight at a time
     with staged_folder(target) as stage:
         export = Export(target, updates, write(stage), form)
+        if witness is not None:
+            export = replace(export, as_written=witness.compared_with(stage / next(iter(export.written.files))))
         write_json(stage / "export_report.json", export.to_json())
         # The large files' hashes are known from their writing: they are not read again.
         seal_whole_folder(stage, export.written.files, {"kind": "export", "base": weights.base.model_dump()})
     return export
+
+
+def _witness(opened: OpenRun, updates: MeasuredUpdates, form: ExportForm, options: ExportOptions) -> Witness | None:
+    """Ask the routed model about held-out rows, where the file will be measured as it is written."""
+    before = updates.bases.get(form.base)
+    if before is None or not form.is_measured_as_written:
+        return None
+    number = task_number(opened, options.task)
+    rows = sample_rows(opened, number, measured_rows=options.measured_rows).held_out
+    return witness_of(opened, batches_of(opened, rows, options.vector), before)
 
 
 def merge_tasks(run: str | Path, out: str | Path, options: ExportOptions = _PLAIN) -> dict[str, Export]:

@@ -1,6 +1,6 @@
 """How much of the adapter an export keeps: per linear from its output, end to end from losses and distributions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -117,7 +117,7 @@ def measure(
     `merged_on`: the same adapter on other weights, which are then the base that the updates are added to.
     `tasks`: names by the rows' task index; each gets a part of its own where there are several.
     """
-    # A row a task of what `_compare` gives a token: losses of base, routed, merged, KL, agreement, and its count.
+    # A row a task of what `compare` gives a token: losses of base, routed, merged, KL, agreement, and its count.
     sums = torch.zeros(max(1, len(tasks)), 6, dtype=torch.float64)
     other = model if merged_on is None else merged_on
     with torch.no_grad():
@@ -128,11 +128,8 @@ def measure(
                 static = labelled_states(other, batch)
             with other.disable_adapter():
                 base = labelled_states(other, batch)
-            compared = _compare(base, routed, static, targets, output_head(model))
-            task = torch.zeros(len(targets), dtype=torch.int64)
-            if len(tasks) > 1:
-                task = batch["task_index"][labelled(batch).nonzero()[:, 0]].cpu()
-            sums.index_add_(0, task, compared)
+            compared = compare((base, routed, static), (output_head(model),) * 3, targets)
+            sums.index_add_(0, task_of_token(batch, len(tasks)), compared)
     parts = {}
     if len(tasks) > 1:
         parts = {name: _fidelity(part) for name, part in zip(tasks, sums, strict=True) if part[5]}
@@ -144,21 +141,29 @@ def _fidelity(sums: Tensor, tasks: dict[str, Fidelity] | None = None) -> Fidelit
     return Fidelity(base, routed, merged, kl, int(sums[5]), agreed, tasks or {})
 
 
-def _compare(base: Tensor, routed: Tensor, static: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
-    """Return (tokens, 6): three losses, KL(routed | merged), whether both rank the same token first, and 1.
+def task_of_token(batch: Mapping[str, Tensor], num_tasks: int) -> Tensor:
+    """Return the task of each labelled token by number, on the CPU; 0 where there are not several."""
+    if num_tasks > 1:
+        return batch["task_index"][labelled(batch).nonzero()[:, 0]].cpu()
+    return torch.zeros(len(labels_of(batch)), dtype=torch.int64)
 
-    The logits of a few hundred tokens are there at once.
+
+def compare(states: Sequence[Tensor], heads: Sequence[OutputHead], targets: Tensor) -> Tensor:
+    """Return (tokens, models + 3): each model's loss, KL(last but one | last), whether these two rank the same token
+    first, and 1.
+
+    `states`: what each model says of the tokens before its head, (tokens, hidden). The logits of a few hundred tokens
+    are there at once.
     """
     rows = []
-    parts = zip(*(tensor.split(TOKENS_AT_ONCE) for tensor in (base, routed, static, targets)), strict=True)
-    for base_part, routed_part, static_part, target in parts:
+    for *parts, target in zip(*(tensor.split(TOKENS_AT_ONCE) for tensor in (*states, targets)), strict=True):
         # In float32: a KL of a hundredth of a nat is below what 16 bits hold of a logit.
-        logs = [head(states).log_softmax(-1) for states in (base_part, routed_part, static_part)]
+        logs = [head(part).log_softmax(-1) for head, part in zip(heads, parts, strict=True)]
         losses = [F.nll_loss(log, target, reduction="none") for log in logs]
-        kl = F.kl_div(logs[2], logs[1], reduction="none", log_target=True).sum(-1)
-        agreed = (logs[2].argmax(-1) == logs[1].argmax(-1)).float()
+        kl = F.kl_div(logs[-1], logs[-2], reduction="none", log_target=True).sum(-1)
+        agreed = (logs[-1].argmax(-1) == logs[-2].argmax(-1)).float()
         rows.append(torch.stack([*losses, kl, agreed, torch.ones_like(kl)], 1).double().cpu())
-    return torch.cat(rows) if rows else torch.zeros(0, 6, dtype=torch.float64)
+    return torch.cat(rows) if rows else torch.zeros(0, len(states) + 3, dtype=torch.float64)
 
 
-__all__ = ["Fidelity", "measure", "missed", "unexplained"]
+__all__ = ["Fidelity", "compare", "measure", "missed", "task_of_token", "unexplained"]

@@ -1,4 +1,6 @@
-"""One GGUF file for llama.cpp, in f16 or Q8_0, through the `gguf` package (optional), tensor by tensor.
+"""One GGUF file for llama.cpp, in f16, bf16 or Q8_0 through the `gguf` package (optional), tensor by tensor.
+
+Smaller ones are made of the f16 file by llama.cpp's own quantiser, see `gguf_quantised`.
 
 What a family is called there, and how its tensors lie, is a row of `base/gguf_forms.py`, which GGUF bases are read by
 too. Vectors stay float32, as llama.cpp wants them.
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from qd2mora.base.device import FLOATS
 from qd2mora.base.gguf_base import gguf_names, heads_of
 from qd2mora.base.gguf_forms import FORMS, KEYS, check_fixed, context_length, head_dim_of, llama3_factors, rope_of
 from qd2mora.base.tokenizer import save_tokenizer
@@ -24,16 +27,18 @@ from qd2mora.disk.gguf_header import gguf_package
 from qd2mora.disk.tensor_file import TensorToWrite
 from qd2mora.errors import InputRefused
 from qd2mora.merging.base_weights import BaseWeights
+from qd2mora.merging.gguf_quantised import QUANTISED, llama_package, quantised
 from qd2mora.merging.gguf_vocab import Vocabulary, vocabulary_of
+from qd2mora.merging.modelfile import NAME as MODELFILE
+from qd2mora.merging.modelfile import modelfile_of
 from qd2mora.merging.rung import ExportForm, Rung, WriteFolder, Written
 from qd2mora.merging.static_updates import Statics
 from qd2mora.merging.updated_weights import WeightUpdate, updated_weights, weight_updates_of
 from qd2mora.run_folder import OpenRun
 
-BLOCK = 32
-"""Numbers that share one scale in Q8_0."""
-
-_FILE_ENDS = {"float16": "f16", "q8_0": "q8_0"}
+_FILE_ENDS = {"float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
+_PACKED = {"bfloat16": "BF16", "q8_0": "Q8_0"}
+"""Kinds that numpy does not have, as the package names them."""
 
 Numbers = NDArray[np.generic]
 
@@ -67,7 +72,7 @@ def write_gguf(
     dtype: str = "float16",
     with_vocabulary: bool = True,
 ) -> Written:
-    """Write `NAME-f16.gguf` or `NAME-q8_0.gguf` into a folder; `dtype` is float16 or q8_0.
+    """Write `NAME-f16.gguf`, `-bf16` or `-q8_0` into a folder; `dtype` is float16, bfloat16 or q8_0.
 
     Raises InputRefused where llama.cpp has no such model or tokenizer, NotFinite where a weight does not fit float16.
     """
@@ -88,8 +93,8 @@ def write_gguf(
 def _tensors(
     weights: BaseWeights, updates: Mapping[str, WeightUpdate], dtype: str, rounding: dict[str, float]
 ) -> "list[_GgufTensor]":
-    if dtype == "float16":
-        entries = updated_weights(weights, updates, torch.float16, rounding)
+    if dtype in FLOATS:
+        entries = updated_weights(weights, updates, FLOATS[dtype], rounding)
     else:  # float32 until the file: an 8-bit number is rounded once
         entries = updated_weights(weights, updates, torch.float32, rounding, _read_back_from_q8)
     names = gguf_names(weights.config)
@@ -97,7 +102,7 @@ def _tensors(
     for each in entries:
         if each.name not in names:
             raise InputRefused(f"--to gguf: llama.cpp's {weights.config.model_type} has no place for {each.name}")
-        found.append(_GgufTensor.of(each, names[each.name], weights.config, is_q8=dtype == "q8_0"))
+        found.append(_GgufTensor.of(each, names[each.name], weights.config, _PACKED.get(dtype)))
     return found
 
 
@@ -120,40 +125,43 @@ def _write_tensors(writer: Any, tensors: "list[_GgufTensor]", rope_factors: Numb
 
 @dataclass(frozen=True)
 class _GgufTensor:
-    """One tensor of the file: its name there, its kind, and its numbers, made when its turn comes."""
+    """One tensor of the file: its name there, its kind, and its numbers, made when its turn comes.
+
+    `packed`: the package's name of a kind that numpy does not have, whose numbers are bytes here.
+    """
 
     entry: TensorToWrite
     name: str
     kind: str
+    packed: str | None
     heads: int | None
     offset: float
 
     @classmethod
-    def of(cls, entry: TensorToWrite, name: str, config: PreTrainedConfig, *, is_q8: bool) -> "_GgufTensor":
+    def of(cls, entry: TensorToWrite, name: str, config: PreTrainedConfig, packed: str | None) -> "_GgufTensor":
         """Return a tensor of this name there, in the kind that its shape takes."""
         kind = "float32"
-        if is_q8 and _takes_q8(entry.shape):
+        if packed is not None and _divides(entry.shape, packed):
             kind = "uint8"
         elif len(entry.shape) == 2:
             kind = "float16"
         offset = 0.0
         if FORMS[config.model_type].adds_one and entry.name.endswith("norm.weight"):
             offset = 1.0
-        return cls(entry, name, kind, heads_of(entry.name, config), offset)
+        return cls(entry, name, kind, packed if kind == "uint8" else None, heads_of(entry.name, config), offset)
 
     @property
     def byte_shape(self) -> tuple[int, ...]:
-        """Its shape; of 8-bit numbers, the last axis counts bytes."""
-        if self.kind != "uint8":
+        """Its shape; of packed numbers, the last axis counts bytes."""
+        if self.packed is None:
             return self.entry.shape
-        return (*self.entry.shape[:-1], self.entry.shape[-1] // BLOCK * (BLOCK + 2))
+        numbers, num_bytes = _block_of(self.packed)
+        return (*self.entry.shape[:-1], self.entry.shape[-1] // numbers * num_bytes)
 
     @property
     def raw_kind(self) -> object:
         """The format's own name of a kind that numpy does not have."""
-        if self.kind != "uint8":
-            return None
-        return gguf_package().GGMLQuantizationType.Q8_0
+        return None if self.packed is None else gguf_package().GGMLQuantizationType[self.packed]
 
     @property
     def num_bytes(self) -> int:
@@ -168,27 +176,34 @@ class _GgufTensor:
         return np.ascontiguousarray(rotated_in_pairs(whole, self.heads))
 
     def _narrow(self, block: Tensor) -> Numbers:
-        if self.kind == "uint8":
-            return _quantized(block)
+        if self.packed is not None:
+            return _quantized(block, self.packed)
         return block.float().numpy().astype(self.kind)
 
 
-def _takes_q8(shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 and shape[-1] % BLOCK == 0
-
-
-def _quantized(block: Tensor) -> Numbers:
+def _block_of(packed: str) -> tuple[int, int]:
+    """Return how many numbers share a scale, and their bytes."""
     gguf = gguf_package()
-    quantized: Numbers = gguf.quants.quantize(block.numpy(), gguf.GGMLQuantizationType.Q8_0)
+    numbers, num_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[packed]]
+    return numbers, num_bytes
+
+
+def _divides(shape: tuple[int, ...], packed: str) -> bool:
+    return len(shape) == 2 and shape[-1] % _block_of(packed)[0] == 0
+
+
+def _quantized(block: Tensor, packed: str) -> Numbers:
+    gguf = gguf_package()
+    quantized: Numbers = gguf.quants.quantize(block.float().numpy(), gguf.GGMLQuantizationType[packed])
     return quantized
 
 
 def _read_back_from_q8(block: Tensor) -> Tensor:
     """Return a weight's rows as a Q8_0 file gives them back, float32: matrices that do not divide are float16 there."""
-    if not _takes_q8(tuple(block.shape)):
+    if not _divides(tuple(block.shape), "Q8_0"):
         return block.half().float()
     gguf = gguf_package()
-    return torch.from_numpy(gguf.quants.dequantize(_quantized(block), gguf.GGMLQuantizationType.Q8_0))
+    return torch.from_numpy(gguf.quants.dequantize(_quantized(block, "Q8_0"), gguf.GGMLQuantizationType.Q8_0))
 
 
 def rotated_in_pairs(rows: Numbers, heads: int | None) -> Numbers:
@@ -218,8 +233,7 @@ def _add_settings(writer: Any, config: PreTrainedConfig, name: str, dtype: str) 
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(float(rope["rope_theta"]))
-    kinds = {"float16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
-    writer.add_file_type(kinds[dtype])
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{_FILE_ENDS[dtype].upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     if form.arch == "phi3":  # llama.cpp asks for it, and leaves the window out
         writer.add_sliding_window(context_length(config))
@@ -272,18 +286,28 @@ def _factors(config: PreTrainedConfig) -> Numbers | None:
 
 def _refuse_unfit(opened: OpenRun, weights: BaseWeights, form: ExportForm) -> None:
     vocabulary_for(weights, opened.tokenizer, with_vocabulary=form.with_vocabulary)
+    if form.dtype in QUANTISED:
+        llama_package()
 
 
 def _prepare(opened: OpenRun, weights: BaseWeights, statics: Statics, form: ExportForm) -> WriteFolder:
     updates, tokenizer, name = weight_updates_of(opened.model, statics), opened.tokenizer, opened.folder.name
+    # Ollama takes a text, which a file of token ids alone cannot.
+    modelfile = modelfile_of(opened, f"{name}-{_FILE_ENDS.get(form.dtype, form.dtype)}.gguf")
 
     def write(folder: Path) -> Written:
-        how = {"name": name, "dtype": form.dtype}
-        return write_gguf(weights, tokenizer, updates, folder, **how, with_vocabulary=form.with_vocabulary)
+        dtype = "float16" if form.dtype in QUANTISED else form.dtype
+        how = {"name": name, "dtype": dtype}
+        written = write_gguf(weights, tokenizer, updates, folder, **how, with_vocabulary=form.with_vocabulary)
+        if form.with_vocabulary:
+            (folder / MODELFILE).write_text(modelfile, encoding="utf-8")
+        return quantised(written, folder, form.dtype) if form.dtype in QUANTISED else written
 
     return write
 
 
-RUNG = Rung(_prepare, ("float16", "q8_0"), _refuse_unfit, may_lack_vocabulary=True)
+RUNG = Rung(
+    _prepare, ("float16", "bfloat16", "q8_0", *QUANTISED), _refuse_unfit, may_lack_vocabulary=True, measured=QUANTISED
+)
 
 __all__ = ["RUNG", "check_family", "rotated_in_pairs", "write_gguf"]

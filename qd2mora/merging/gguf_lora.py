@@ -16,6 +16,8 @@ from qd2mora.errors import InputRefused
 from qd2mora.merging.base_weights import BaseWeights
 from qd2mora.merging.gguf_file import check_family, rotated_in_pairs
 from qd2mora.merging.lora import factors_of
+from qd2mora.merging.modelfile import NAME as MODELFILE
+from qd2mora.merging.modelfile import adapter_modelfile_of
 from qd2mora.merging.rung import ExportForm, Rung, WriteFolder, Written
 from qd2mora.merging.static_updates import Statics
 from qd2mora.run_folder import OpenRun
@@ -54,7 +56,13 @@ def _refuse_unfit(opened: OpenRun, weights: BaseWeights, form: ExportForm) -> No
 
 def _prepare(opened: OpenRun, weights: BaseWeights, statics: Statics, form: ExportForm) -> WriteFolder:
     updates, name, dtype = dict(statics), opened.folder.name, form.dtype
-    return lambda folder: Written(write_gguf_lora(updates, weights, folder, name=name, dtype=dtype))
+    modelfile = adapter_modelfile_of(opened, f"{name}-lora.gguf")
+
+    def write(folder: Path) -> Written:
+        (folder / MODELFILE).write_text(modelfile, encoding="utf-8")
+        return Written(write_gguf_lora(updates, weights, folder, name=name, dtype=dtype))
+
+    return write
 
 
 RUNG = Rung(_prepare, ("float32", "float16"), _refuse_unfit, holds_no_base=True)

@@ -21,6 +21,8 @@ class Written:
 
     files: dict[str, SizeAndHash] = field(default_factory=dict)
     rounding: dict[str, float] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+    """Of a quantised file: how many tensors are of each kind."""
 
     @property
     def num_bytes(self) -> int:
@@ -47,6 +49,11 @@ class ExportForm:
         """Whether the routed adapter itself goes along, so that nothing is made static."""
         return self.rung.is_routed
 
+    @property
+    def is_measured_as_written(self) -> bool:
+        """Whether its rounding is too much to be left out: the file itself is read back and measured."""
+        return self.dtype in self.rung.measured
+
 
 WriteFolder = Callable[[Path], Written]
 """Writes an export into an existing folder. Raises NotFinite, OSError."""
@@ -67,6 +74,8 @@ class Rung:
     holds_no_base: bool = False
     has_shards: bool = False
     may_lack_vocabulary: bool = False
+    measured: tuple[str, ...] = ()
+    """Dtypes whose files are measured as they were written."""
 
 
 __all__ = ["SHARD_BYTES", "ExportForm", "Rung", "WriteFolder", "Written"]

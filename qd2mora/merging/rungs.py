@@ -15,6 +15,8 @@ RUNGS: dict[str, Rung] = {
     "exact": exact.RUNG,
 }
 BASES = ("dequantized", "original")
+_SHORT = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
+"""Dtypes as llama.cpp names them."""
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -30,7 +32,7 @@ def export_form(
         raise InputRefused(f"--to: unknown '{to}'; {nearest(to, RUNGS)}")
     if base not in BASES:
         raise InputRefused(f"--base: unknown '{base}'; {nearest(base, BASES)}")
-    rung = RUNGS[to]
+    rung, dtype = RUNGS[to], _SHORT.get(dtype or "", dtype)
     if base == "original" and rung.holds_no_base:
         raise InputRefused("--base: a LoRA holds no base; load it on whichever base is wanted")
     if base == "original" and rung.is_routed:

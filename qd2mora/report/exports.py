@@ -1,5 +1,7 @@
 """What an export keeps: per linear, and in one line."""
 
+import json
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +17,16 @@ ENOUGH = 0.95
 
 def show_export(export: Export, out: Path, console: Console) -> None:
     """Print what an export keeps: end to end in one line, then by task and by linear."""
-    lines = [f"export       {out}", verdict(export), warning(export), _bases(export), _rounding(export)]
+    lines = [
+        f"export       {out}",
+        verdict(export),
+        warning(export),
+        _bases(export),
+        _rounding(export),
+        _file(export),
+        _ollama(out),
+        _vllm(export, out),
+    ]
     for line in lines:
         if line is not None:
             console.print(line, highlight=False, soft_wrap=True)
@@ -67,12 +78,60 @@ def _rounding(export: Export) -> str | None:
     return f"rounding to {export.form.dtype}, after this was measured, takes {taken}"
 
 
+def _file(export: Export) -> str | None:
+    """Say what was kept before quantising, beside what the file keeps, and of what kinds it is."""
+    after, before = export.as_written, export.updates.bases.get(export.form.base)
+    if not export.form.is_measured_as_written:
+        return None
+    kinds = ", ".join(f"{number} {kind}" for kind, number in export.written.kinds.items())
+    line = f"{export.form.dtype}: {export.written.num_bytes:,} bytes, tensors {kinds}"
+    if after is None or before is None:
+        return line
+    line += f"; measured on the file itself, read back: loss {after.merged:.4f}, KL {after.kl_per_token:.4f}, "
+    line += f"same greedy token {after.agreement:.1%}; before quantising: loss {before.merged:.4f}, "
+    line += f"KL {before.kl_per_token:.4f}, same greedy token {before.agreement:.1%}"
+    if after.gain_kept is not None and before.gain_kept:
+        line += f"; of the gain that fp16 keeps it keeps {after.gain_kept / before.gain_kept:.1%}"
+    return line
+
+
+def _ollama(out: Path) -> str | None:
+    """Say how Ollama takes a GGUF file, where a Modelfile lies beside it."""
+    path = out / "Modelfile"
+    if not path.is_file():
+        return None
+    line = f"for Ollama   ollama create NAME -f {path}"
+    if "\nADAPTER " in path.read_text(encoding="utf-8"):
+        line += ", once its FROM names a GGUF file of the base"
+    return line
+
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM keeps room for, `MaxLoRARanks` of its `config/lora.py` (0.11)."""
+
+
+def _vllm(export: Export, out: Path) -> str | None:
+    """Return the command that serves a LoRA in vLLM."""
+    path = out / "adapter_config.json"
+    if export.form.to != "lora" or not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    room = next((rank for rank in _VLLM_RANKS if rank >= config["r"]), None)
+    if room is None:
+        return f"for vLLM     no: it takes ranks up to {_VLLM_RANKS[-1]}, this LoRA has {config['r']}; --to hf will do"
+    name, base = export.updates.task or out.name, config["base_model_name_or_path"]
+    serve = f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {room}"
+    return f"for vLLM     {serve} --lora-modules {shlex.quote(f'{name}={out.resolve()}')}"
+
+
 def warning(export: Export) -> str | None:
     """Say loudly that too little is kept, and which rung keeps more; None where enough is."""
     fidelity = export.fidelity
     if fidelity is None or fidelity.gain_kept is None or fidelity.gain_kept >= ENOUGH:
         return None
-    updates, better = export.updates, []
+    updates, better = export.updates, list[str]()
+    if export.as_written is not None:
+        better.append("--dtype q8_0 or one of more bits than this")
     if updates.strategy != "distill" and not updates.exact:
         better.append("--strategy distill")
     if updates.task is None and len(fidelity.tasks) > 1:
