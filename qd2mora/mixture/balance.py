@@ -8,7 +8,8 @@ Where a penalty pools routers (`Penalty.pool`), its means are those of all of th
 pass (`Pooled`) stands for the others, so that each adds its own part of the value, and exactly its own gradient. So
 pooled, a skewed layer can hide behind another, as in Mixtral's rule; MoLA pools the linears of a layer.
 
-Deviation: padding never counts, where MoLA's, LoRAMoE's and LLaVA-MoLE's code, and DynMoLE's entropy, let it count.
+Deviations: padding never counts, where MoLA's and LoRAMoE's code, and DynMoLE's entropy, let it count; MeteoRA's code
+leaves the last token of each row out, here it counts.
 
 Shapes: G groups, n tokens of a group, E experts.
 """
@@ -114,6 +115,8 @@ def pooled_value(kind: str, routed: View, penalty: Penalty, pool: Pooled) -> Ten
     num_experts = routed.probs.shape[-1]
     if kind == "lb_mixtral":
         return num_experts * (pool.used * routed.mean(routed.probs)).sum(-1) / pool.number
+    if kind == "lb_llava":
+        return (pool.used * routed.mean(routed.probs)).sum(-1) / pool.number
     if kind == "lb_mola":
         return (
             num_experts
@@ -129,7 +132,7 @@ def pooled_value(kind: str, routed: View, penalty: Penalty, pool: Pooled) -> Ten
     return PENALTIES[kind](routed, penalty) / pool.number
 
 
-POOLABLE = frozenset({"lb_mixtral", "lb_mola", "lb_soft", "entropy", "z_loss", "router_ce"})
+POOLABLE = frozenset({"lb_mixtral", "lb_mola", "lb_llava", "lb_soft", "entropy", "z_loss", "router_ce"})
 
 
 def _mixtral(routed: View, penalty: Penalty) -> Tensor:

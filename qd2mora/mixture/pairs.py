@@ -90,7 +90,8 @@ PAIRS = (
         title="LLaVA-MoLE's text form: one top-1 router a block, plain LoRA on attention",
         equation="e = argmax(R x + b) once a block; y += s B_e A_e x_linear",
         source="arXiv 2401.16160; github forwchen/LLaVA-MoLE",
-        note="its balance loss has no published weight, 1e-2 here; with weight `one` that loss alone trains the router",
+        note="its balance loss is one mean over a row's tokens in all layers, as in the code, and has no published "
+        "weight, 1e-2 here; with weight `one` that loss alone trains the router",
         pairing="tied",
         gate_down=Gate("x", scope="block", score="bias", select="top_k", weight="one", top_k=1),
         rank=32,
@@ -98,7 +99,7 @@ PAIRS = (
         down=3,
         up=3,
         one_expert=ATTENTION,
-        penalties=(Penalty("lb_llava", 1e-2, over="row"),),
+        penalties=(Penalty("lb_llava", 1e-2, over="row", pool="model"),),
         targets=ALL,
     ),
     Method(
@@ -157,7 +158,8 @@ PAIRS = (
         title="MeteoRA: a gate in every linear over many given LoRAs, taught which task is which",
         equation="g = softmax(top_2(R x)); y += s sum_e g_e B_e A_e x; loss += w CE(R x, task)",
         source="arXiv 2405.13053; github NJUDeepEngine/meteora",
-        note="its weight of 50 is of one mean over all gates, of which a 7B has 224",
+        note="its weight of 50 is of one mean over all gates, of which a 7B has 224; the code leaves each row's last "
+        "token out of that mean, here it counts",
         pairing="tied",
         gate_down=TOP_2,
         rank=64,
