@@ -50,7 +50,8 @@ class Method:
     scaling_rank: what alpha is divided by, an expert's rank, that of all together, or the ranks that a token uses.
     one_expert: linears that get a single, ungated expert. allocation: experts by depth, "2-4-6-8" for four quarters.
     frozen: tensors that are not trained. `given`: experts come from adapters that are named, not from nothing.
-    init_std: of Gaussian down experts; 1 / rank where None.
+    init_std: of Gaussian down experts; 1 / rank where None. magnitudes: linears that get a trained magnitude, without a
+        LoRA where they are no target.
     mark: `verified` against the authors' code, `reconstruction` where a formula is inferred, `part` where only the
         part of another domain's method that carries over is offered, `ours` where nobody else's method it is; `note`
         says what was inferred or left out.
@@ -86,6 +87,7 @@ class Method:
     allocation: str | None = None
     frozen: tuple[str, ...] = ()
     given: Literal["no", "allowed", "needed"] = "allowed"
+    magnitudes: tuple[str, ...] = ()
     base_scale: bool = False
     stages: bool = False
     estimator: Literal["none", "rloo"] = "none"

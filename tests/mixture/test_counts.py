@@ -8,7 +8,8 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from qd2mora.base import SHAPES
-from qd2mora.mixture import MixtureConfig, mixture_layers
+from qd2mora.memory.shapes import read_shapes
+from qd2mora.mixture import MixtureConfig, add_adapter, mixture_layers
 from qd2mora.mixture.counts import llama_linears, trainable_parameters
 from qd2mora.mixture.presets import METHODS
 
@@ -48,6 +49,19 @@ def test_a_7b_has_as_many_trainable_parameters_as_the_paper_says(
         target_modules=["q_proj", "k_proj", "v_proj"],
     )
     assert trained_on_a_7b(config)[0] == count
+
+
+def test_dora_on_a_7b_trains_magnitudes_on_all_seven_linears_as_in_the_papers_table() -> None:
+    config = MixtureConfig(method="dora", target_modules=["q_proj", "k_proj", "v_proj"])
+    shape = SHAPES["llama-7b"].config()
+    shape.num_hidden_layers = FEW
+    with torch.device("meta"):
+        model = add_adapter(AutoModelForCausalLM.from_config(shape), config, 0)
+    trained = {name: tensor.numel() for name, tensor in model.named_parameters() if tensor.requires_grad}
+    assert 8 * sum(trained.values()) == 51_691_520 == counted_from_sizes(config)
+    alone = [name for name in trained if name.split(".")[6] in ("o_proj", "gate_proj", "up_proj", "down_proj")]
+    assert len(alone) == 4 * FEW and all("magnitude" in name for name in alone)
+    assert sum(trained.values()) == sum(read_shapes(shape, config).trainable)
 
 
 D, F = 4096, 11008

@@ -88,26 +88,41 @@ def test_lora_is_pefts_own_in_output_and_gradients() -> None:
         torch.testing.assert_close(one.view_as(other), other)
 
 
-def test_dora_is_its_formula_in_output_and_gradients() -> None:
-    """The norm has no gradient, as in section 4.3 of the paper and in PEFT."""
+@pytest.mark.parametrize("targets", [["q_proj"], "q_pro."], ids=["a list", "a pattern"])
+def test_dora_is_its_formula_in_output_and_gradients(targets: list[str] | str) -> None:
+    """The norm has no gradient, as in section 4.3 of the paper and in PEFT; beside the targets a magnitude alone."""
     torch.manual_seed(0)
-    base = nn.Linear(5, 3).double()
-    W, bias = base.weight.detach().clone(), base.bias.detach().clone()
-    config = MixtureConfig(method="dora", rank=2, alpha=3.0, target_modules=["q_proj"])
-    model = add_adapter(nn.ModuleDict({"q_proj": base}), config, 0).double()
-    layer = model.base_model.model["q_proj"]
-    own = {name.split(".")[0]: tensor for name, tensor in layer.named_parameters() if tensor.requires_grad}
-    own["lora_B"].data.normal_()
-    m, A, B = (own[name].detach().clone().requires_grad_() for name in ("lora_magnitude_vector", "lora_A", "lora_B"))
-    torch.testing.assert_close(m.detach(), W.norm(dim=1))
+    base = nn.ModuleDict({"q_proj": nn.Linear(5, 3), "o_proj": nn.Linear(3, 4), "other": nn.Linear(2, 2)}).double()
+    weights = {name: (linear.weight.detach().clone(), linear.bias.detach()) for name, linear in base.items()}
+    config = MixtureConfig(method="dora", rank=2, alpha=3.0, target_modules=targets)
+    adapted = add_adapter(base, config, 0).double()
+    model = adapted.base_model.model
+    own = {name: tensor for name, tensor in adapted.named_parameters() if tensor.requires_grad}
+    own = {".".join(name.split(".")[2:4]): tensor for name, tensor in own.items() if "lora" in name}
+    assert set(own) == {
+        "q_proj.lora_A",
+        "q_proj.lora_B",
+        "q_proj.lora_magnitude_vector",
+        "o_proj.lora_magnitude_vector",
+    }
+    own["q_proj.lora_B"].data.normal_()
     x = torch.randn(4, 5, dtype=torch.float64)
+    own["o_proj.lora_magnitude_vector"].data.mul_(1.5)
+    m, A, B, alone = (
+        own[name].detach().clone().requires_grad_()
+        for name in ("q_proj.lora_magnitude_vector", "q_proj.lora_A", "q_proj.lora_B", "o_proj.lora_magnitude_vector")
+    )
+    (W, bias), (W_o, bias_o) = weights["q_proj"], weights["o_proj"]
+    torch.testing.assert_close(m.detach(), W.norm(dim=1))
     V = W + 1.5 * B @ A
-    wanted = x @ (m / V.norm(dim=1).detach()).unsqueeze(1).mul(V).T + bias
-    ours = layer(x)
+    hidden = x @ (m / V.norm(dim=1).detach()).unsqueeze(1).mul(V).T + bias
+    wanted = hidden @ (alone / W_o.norm(dim=1)).unsqueeze(1).mul(W_o).T + bias_o
+    ours = model["o_proj"](model["q_proj"](x))
     torch.testing.assert_close(ours, wanted)
-    theirs = torch.autograd.grad(wanted.square().sum(), [m, A, B])
-    for name, gradient in zip(("lora_magnitude_vector", "lora_A", "lora_B"), theirs, strict=True):
-        torch.testing.assert_close(torch.autograd.grad(layer(x).square().sum(), own[name])[0], gradient)
+    theirs = torch.autograd.grad(wanted.square().sum(), [alone, m, A, B])
+    mine = ("o_proj.lora_magnitude_vector", "q_proj.lora_magnitude_vector", "q_proj.lora_A", "q_proj.lora_B")
+    for one, other in zip(torch.autograd.grad(ours.square().sum(), [own[name] for name in mine]), theirs, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 WIDTH = 400
