@@ -196,10 +196,6 @@ def sketchassist(t: Tensors, row: Row, place: int) -> Tensor:
     return paired(softmax(t["mixture_router_down"] @ row.x[place] + of_task), t, row.x[place])
 
 
-def lora_mixer_gate(logits: Tensor) -> Tensor:
-    return gates.straight_through(logits, gates.largest(logits, 2), 0.5)
-
-
 _TOKEN: dict[str, Callable[[Tensors, Row, int], Tensor]] = {
     "d2mora": d2mora,
     "lora": lora,
@@ -218,7 +214,8 @@ _TOKEN: dict[str, Callable[[Tensors, Row, int], Tensor]] = {
     "dynmole": by_router(lambda logits: gates.by_entropy(logits, 1.1, 0.9, 0.75, 2)),
     "llava_mole": llava_mole,
     "noisy_top_k": noisy_top_k,
-    "lora_mixer": by_router(lora_mixer_gate),
+    # After training.
+    "lora_mixer": by_router(lambda logits: gates.renormalised(logits, 3)),
     # Not sampling, as at inference.
     "remix": by_router(lambda logits: 0.5 * gates.mask(gates.largest(logits, 2), len(logits))),
     "meteora": by_router(lambda logits: gates.softmax_of_chosen(logits, 2)),

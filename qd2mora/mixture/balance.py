@@ -14,6 +14,7 @@ leaves the last token of each row out, here it counts.
 Shapes: G groups, n tokens of a group, E experts.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -159,6 +160,16 @@ def _soft(routed: View, penalty: Penalty) -> Tensor:
     return routed.probs.shape[-1] * (routed.mean(routed.probs * routed.used) * routed.mean(routed.probs)).sum(-1)
 
 
+def _share(routed: View, penalty: Penalty) -> Tensor:
+    """sum_e f_e mean(p_e) with f the share of all choices, without a factor (LoRA-Mixer, reconstruction)."""
+    return _mola(routed, penalty) / routed.probs.shape[-1]
+
+
+def _negative_entropy(routed: View, penalty: Penalty) -> Tensor:
+    """- mean H(p), Shannon's in nats: less the more even gates are (LoRA-Mixer, as its loss is printed)."""
+    return -math.log(routed.probs.shape[-1]) * routed.mean(tsallis_entropy(routed.probs, 1.0))
+
+
 def _z_loss(routed: View, penalty: Penalty) -> Tensor:
     """mean (logsumexp l)^2 (ST-MoE)."""
     return routed.mean(routed.logits.logsumexp(-1).square())
@@ -200,8 +211,10 @@ PENALTIES: dict[str, Callable[[View, Penalty], Tensor]] = {
     "lb_mola": _mola,
     "lb_llava": _llava,
     "lb_soft": _soft,
+    "lb_share": _share,
     "z_loss": _z_loss,
     "entropy": _entropy,
+    "negative_entropy": _negative_entropy,
     "localized_balance": _localized,
     "router_ce": _cross_entropy,
 }

@@ -123,18 +123,21 @@ PAIRS = (
     ),
     Method(
         name="lora_mixer",
-        title="LoRA-Mixer: hard choice forward, soft gradient back, over paired or given experts",
-        equation="g = (1 / k on the top k) + p - stop(p), p = softmax(R x); y += s sum_e g_e B_e A_e x",
+        title="LoRA-Mixer: all experts in training, the top 3 at inference, over paired or given experts",
+        equation="p = softmax(R x); y += s sum_e g_e B_e A_e x, g = p in training, top_3 p, renormalised, after it; "
+        "loss += alpha sum_e f_e mean(p_e) - lambda mean H(p)",
         source="arXiv 2507.00029",
         mark="reconstruction",
-        note="code not released: the hard weights in training, k, and the sign of the entropy in its loss are guesses; "
-        "a term that preserves given experts, and soft training with a top-3 at inference, are left out",
+        note="code not released; alpha, lambda, what f counts (choices of the top 3), the renormalising are inferred. "
+        "The entropy's sign is as printed, which evens gates out where the text wants them decided: "
+        "penalties {negative_entropy: 0, entropy: 1e-3} is the other. Its term that preserves given experts is left "
+        "out; train_experts: false keeps them whole",
         pairing="tied",
-        gate_down=Gate(select="top_k", weight="straight_through", top_k=2, omega=0.5),
+        gate_down=Gate(select="top_k", weight="soft", top_k=3),
         rank=16,
         down=4,
         up=4,
-        penalties=(Penalty("lb_mola", 1e-2), Penalty("entropy", 1e-3, order=1.0)),
+        penalties=(Penalty("lb_share", 1e-2), Penalty("negative_entropy", 1e-3)),
         targets=ATTENTION,
     ),
     Method(

@@ -72,7 +72,8 @@ class LinearSpec:
 
     def step_in(self, phase: Phase) -> RankStep:
         """Return the step as it is in a phase of training."""
-        return self.step if phase == PLAIN else step_in(self.step, phase, tuple(self.counts.items()))
+        is_plain = phase == PLAIN and all(gate.weight != "soft" for _, gate in self.step.gates)
+        return self.step if is_plain else step_in(self.step, phase, tuple(self.counts.items()))
 
 
 def linear_spec(config: MixtureConfig, place: Place) -> LinearSpec:

@@ -159,14 +159,14 @@ def _likeliest(probs: Tensor, limit: float, least: int) -> Tensor:
 def _weigh(gate: Gate, logits: Tensor, probs: Tensor, chosen: Tensor | None) -> Tensor:
     if gate.weight == "bounded":
         return 1 + 0.2 * logits.tanh()  # within 0.8 and 1.2 (ScaleZero)
+    if gate.weight == "dense" or (chosen is None and gate.weight in ("softmax", "renorm", "soft")):
+        return probs  # they sum to one already
     if chosen is None:
-        if gate.weight in ("softmax", "renorm"):
-            return probs  # they sum to one already
         chosen = torch.ones_like(probs)
     match gate.weight:
         case "softmax":
             return probs * chosen
-        case "renorm":
+        case "renorm" | "soft":
             masked = probs * chosen
             total = masked.sum(-1, keepdim=True)
             # Chosen probabilities may all underflow to 0, which must not bring 0 / 0 into the backward pass.

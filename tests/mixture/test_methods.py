@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qd2mora.mixture import MixtureLinear
 from qd2mora.mixture.draws import Draws
+from qd2mora.mixture.phases import PLAIN
 from qd2mora.routed.routers import noisy
 
 Twin = Callable[[dict[str, Tensor], twin.Row], Tensor]
@@ -117,6 +118,9 @@ TOP = {"select": "top_k", "top_k": 2}
 FIELDS: dict[str, tuple[dict[str, object], Twin]] = {
     "top-k softmax": (TOP, masked(two, softmax)),
     "top-k renorm": (TOP | {"weight": "renorm"}, by_gate(lambda logits: gates.softmax_of_chosen(logits, 2))),
+    "top-k dense": (TOP | {"weight": "dense"}, by_gate(softmax)),
+    "top-k soft": (TOP | {"weight": "soft"}, by_gate(lambda logits: gates.renormalised(logits, 2))),
+    "soft of all": ({"weight": "soft"}, by_gate(softmax)),
     "top-k sigmoid": (TOP | {"weight": "sigmoid"}, masked(two, lambda logits: 1 / (1 + torch.exp(-logits)))),
     "top-k uniform": (TOP | {"weight": "uniform", "omega": 0.3}, masked(two, lambda logits: 0.3 + 0 * logits)),
     "top-k one": (TOP | {"weight": "one"}, masked(two, torch.ones_like)),
@@ -260,9 +264,17 @@ def test_experts_are_left_out_in_training_alone_and_the_others_take_their_place(
     check_against(layer, x, update, made.SCALING["loramoe"])
 
 
+def test_lora_mixer_uses_all_experts_in_training_and_counts_its_choice_alone() -> None:
+    layer, x = made.layer_of("lora_mixer").train(), made.input_for("lora_mixer")
+    check_against(layer, x, by_gate(softmax), made.SCALING["lora_mixer"])
+    step = layer.mixture_spec["default"].step_in(PLAIN)
+    _, gatings = step.route(*layer._features(x, "default"))
+    assert (gatings["down"].used.sum(-1) == 3).all() and (gatings["down"].weight > 0).all()
+
+
 ANY = {"top_k": 2, "select": "top_k"}
 DIFFERENTIABLE: list[tuple[str, dict[str, dict[str, object]]]] = [
-    *((name, {}) for name in made.NAMES if name != "lora_mixer"),
+    *((name, {}) for name in made.NAMES),
     *(("loramoe", {"down": changes}) for name, (changes, _) in FIELDS.items() if "straight" not in name),
     ("d2mora", {"down": ANY, "up": ANY | {"weight": "renorm"}}),
     ("d2mora", {"up": {"score": "noisy"}, "down": {"score": "mlp", "width": 4}}),

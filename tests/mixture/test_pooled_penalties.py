@@ -1,4 +1,4 @@
-"""Penalties that are one mean over all routers, written anew from the published code, and their gradients."""
+"""Penalties of whole models, pooled over routers or added up, written anew from code and papers; their gradients."""
 
 from collections.abc import Callable
 
@@ -107,6 +107,17 @@ def llava(logits: dict[str, Tensor]) -> Tensor:
     return 1e-2 * total
 
 
+def lora_mixer(logits: dict[str, Tensor]) -> Tensor:
+    """Of each router alpha sum_e f_e mean(p_e) - lambda mean H(p), f the shares of the top 3's choices; added up."""
+    total = torch.zeros(())
+    for each in logits.values():
+        probs = each.softmax(-1)
+        used = torch.stack([gates.mask(gates.largest(token, 3), probs.shape[-1]) for token in probs]).sum(0)
+        entropy = -(probs * (probs + 1e-5).log()).sum(-1).mean()
+        total = total + 1e-2 * (used / used.sum() * probs.mean(0)).sum() - 1e-3 * entropy
+    return total
+
+
 def meteora(logits: dict[str, Tensor]) -> Tensor:
     """Cross entropy of all gates' logits against the number of the row's task, 50 times their mean."""
     owners = TASKS.repeat_interleave(MASK.sum(1))
@@ -123,6 +134,7 @@ PUBLISHED: dict[str, tuple[dict[str, object], Callable[[dict[str, Tensor]], Tens
     "mola": ({"allocation": "3-4"}, by_layer),
     "llava_mole": ({}, llava),
     "meteora": ({}, meteora),
+    "lora_mixer": ({}, lora_mixer),
     # Routers among as many experts are one mean each: the published rule knows of one number alone.
     "mixlora of two sizes": (
         {"allocation": "3-4"},
