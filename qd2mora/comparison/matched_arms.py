@@ -171,6 +171,8 @@ class _Matching:
         if self.wish.shared_part is not None:
             changes["shared"] = self._shared(adapter, scale)
         unit = adapter.model_copy(update=changes | {"alpha": 1.0, "rank_stabilized": False})
+        if self.row.has_fixed_alpha and self.wish.scale is None:
+            return adapter.model_copy(update=changes | {"alpha": self.row.alpha, "rank_stabilized": False})
         # With alpha 1 the scale is one over what alpha is divided by.
         return adapter.model_copy(update=changes | {"alpha": scale / self.count.config(unit).scaling})
 

@@ -143,15 +143,16 @@ PAIRS = (
     Method(
         name="remix",
         title="ReMix: k sampled experts of equal weight, router trained by leave-one-out REINFORCE",
-        equation="S ~ k without replacement from softmax(R x); y += s omega sum_{e in S} B_e A_e x",
+        equation="S ~ k without replacement from softmax(R x); y += 2 / (k r) sum_{e in S} B_e A_e x",
         source="arXiv 2603.10160",
         mark="reconstruction",
-        note="each of the k drawn weighs 2 / (k r); k, the number of draws and the log-probability (Plackett-Luce) are "
-        "inferred",
+        note="at inference the k likeliest; k and the log-probability (Plackett-Luce) are inferred. Its "
+        "router learns leave-one-out over train.routing.draws draws of each row",
         pairing="tied",
-        gate_down=Gate(select="sample", weight="uniform", top_k=2, omega=0.5),
+        gate_down=Gate(select="sample", weight="equal", top_k=2),
         rank=8,
         alpha=2.0,
+        has_fixed_alpha=True,
         down=4,
         up=4,
         estimator="rloo",

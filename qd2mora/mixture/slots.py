@@ -81,7 +81,7 @@ class MLPGate:
     @property
     def _is_mean(self) -> bool:
         match self.gate.weight:
-            case "renorm" | "dense" | "soft":
+            case "renorm" | "dense" | "soft" | "equal":
                 return True
             case "straight_through":  # omega on each of the k chosen
                 return self.gate.omega * (self.gate.top_k or 1) == 1

@@ -180,9 +180,14 @@ def _weigh(gate: Gate, logits: Tensor, probs: Tensor, chosen: Tensor | None) -> 
             masked = probs * chosen
             # k times, so that ranks that all count alike count one each.
             return chosen.detach().sum(-1, keepdim=True) * masked / masked.sum(-1, keepdim=True)
-        case "uniform":
-            return gate.omega * chosen
-    return chosen  # weight `one`
+    return _alike(gate, chosen)
+
+
+def _alike(gate: Gate, chosen: Tensor) -> Tensor:
+    """Return what those chosen count where they all count the same: omega, equal parts of one, or one."""
+    if gate.weight == "equal":
+        return chosen / chosen.sum(-1, keepdim=True)
+    return gate.omega * chosen if gate.weight == "uniform" else chosen
 
 
 def _soft(scores: Tensor, temperature: float) -> Tensor:

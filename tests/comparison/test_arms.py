@@ -55,6 +55,12 @@ def test_moelora_scales_its_update_as_its_repository(base: tuple[str, ...], made
     assert config_of(arm_of(recipe_of(made, *base), "moelora")).scaling == pytest.approx(2.0)
 
 
+def test_remix_weighs_by_two_over_k_times_the_rank_that_is_found(made: Path) -> None:
+    config = config_of(arm_of(recipe_of(made, *ON_7B), "remix"))
+    assert config.rank is not None and config.rank != 8
+    assert config.scaling == pytest.approx(2 / config.rank)
+
+
 @pytest.mark.parametrize(("method", "part"), [("flylora", 8 / 32), ("mora", 8 / 32), ("smora", 8 / 64)])
 @pytest.mark.parametrize("base", [(), ON_7B])
 def test_a_choice_among_ranks_keeps_its_part_of_them(

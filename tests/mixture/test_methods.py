@@ -122,6 +122,7 @@ FIELDS: dict[str, tuple[dict[str, object], Twin]] = {
     "top-k soft": (TOP | {"weight": "soft"}, by_gate(lambda logits: gates.renormalised(logits, 2))),
     "soft of all": ({"weight": "soft"}, by_gate(softmax)),
     "top-k sigmoid": (TOP | {"weight": "sigmoid"}, masked(two, lambda logits: 1 / (1 + torch.exp(-logits)))),
+    "top-k equal": (TOP | {"weight": "equal"}, masked(two, lambda logits: 0.5 + 0 * logits)),
     "top-k uniform": (TOP | {"weight": "uniform", "omega": 0.3}, masked(two, lambda logits: 0.3 + 0 * logits)),
     "top-k one": (TOP | {"weight": "one"}, masked(two, torch.ones_like)),
     "top-k straight-through": (

@@ -27,6 +27,7 @@ from qd2mora.routed.gate import Gate, numbers_of_gates
         ("loramoe", "down", {"select": "fixed"}, "select", "fixed"),
         ("loramoe", "down", {"temperature": 0.0}, "temperature", "0.0"),
         ("loramoe", "down", {"scope": "block", "score": "noisy"}, "scope", "noisy"),
+        ("remix", "down", {"omega": 0.25}, "omega", "0.25"),
         ("d2mora", "up", {"granularity": "sequence"}, "granularity", "sequence"),
         ("d2mora", "core", {"top_k": 1}, "core", "d2mora"),
     ],
