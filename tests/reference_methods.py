@@ -164,13 +164,14 @@ def reclora(t: Tensors, row: Row, place: int) -> Tensor:
 
 
 def ept(t: Tensors, row: Row, place: int) -> Tensor:
-    """DeltaW_e = (B A)[:o / s, :d / s] (x) K_e, scales 1, 2, 4, 8."""
-    g = softmax(t["mixture_router_task"] @ t["mixture_task_embedding"][row.task])
+    """DeltaW_e = (B A)[:o / s, :d / s] (x) K_e, parts of the seed rounded up and what comes out cut to o x d."""
+    g = gates.softmax_of_chosen(t["mixture_router_task"] @ t["mixture_task_embedding"][row.task], 2, 0.05)
     seed, total, start = t["mixture_B"][0] @ t["mixture_A"][0], 0, 0
-    for weight, s in zip(g, (1, 2, 4, 8), strict=True):
+    for weight, s in zip(g, (2, 2, 4, 4, 6, 6, 8, 8), strict=True):
         kernel = t["mixture_core"][start : start + s * s].view(s, s)
-        small = seed[: seed.shape[0] // s, : seed.shape[1] // s]
-        total = total + weight * (torch.kron(small.contiguous(), kernel.contiguous()) @ row.x[place])
+        small = seed[: (seed.shape[0] + s - 1) // s, : (seed.shape[1] + s - 1) // s]
+        whole = torch.kron(small.contiguous(), kernel.contiguous())[: seed.shape[0], : seed.shape[1]]
+        total = total + weight * (whole @ row.x[place])
         start += s * s
     return total
 

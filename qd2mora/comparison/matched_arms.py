@@ -192,7 +192,7 @@ class _Matching:
     def _refuse_unmatched(self) -> None:
         if self.row.given == "needed":
             raise InputRefused(f"--methods: {self.name} starts from trained LoRAs; it cannot be matched by rank")
-        if self.row.ranks is not None or self.row.scales or "ranks" in self.wish.given:
+        if self.row.ranks is not None or "ranks" in self.wish.given:
             raise InputRefused(f"--methods: {self.name} has a rank for each expert; it cannot be matched by one")
 
 
@@ -216,9 +216,9 @@ def _numbers_of_experts(row: Method, wish: Wish, num_layers: int) -> Iterator[di
         yield from ({"allocation": each} for each in _allocations(row, num_layers))
         return
     yield {}
-    # Pairs share one number of experts on both sides; a single pair stays one.
+    # Pairs share one number of experts on both sides; a single pair stays one, and an expert of each scale stays so.
     tied = row.pairing == "tied"
-    if tied and row.down == 1:
+    if (tied and row.down == 1) or row.scales:
         return
     for step in range(1, 9):
         for change in (-step, step):

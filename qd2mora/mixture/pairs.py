@@ -247,20 +247,25 @@ PAIRS = (
     Method(
         name="ept",
         title="EPT: one low-rank seed unfolded at several scales, gated by the task",
-        equation="y += s sum_e g_e(task) ((B A)[:o/s_e, :d/s_e] (x) K_e) x",
+        equation="g = top_k softmax(W e_task / 0.05), renormalised; "
+        "y += s sum_e g_e ((B A)[:o/s_e, :d/s_e] (x) K_e) x, K_e = 0 at the start",
         source="arXiv 2603.12577",
         mark="reconstruction",
-        note="deconvolution whose stride is its kernel (Kronecker product); the learned pruner is left out",
+        note="only summaries are public: deconvolution whose stride is its kernel (Kronecker product), k, the size of "
+        "the Gaussian A and B (1 / r) and the contrast's temperature (0.1) are inferred, the learned pruner is left "
+        "out. Where a scale does not divide a linear's width, the seed's part is rounded up and the result cut to size",
         pairing="tied",
         core="kron",
-        gate_down=Gate("task", "task"),
+        gate_down=Gate("task", "task", select="top_k", weight="renorm", top_k=2, temperature=0.05),
         rank=8,
         alpha=16.0,
-        down=4,
-        up=4,
-        scales=(1, 2, 4, 8),
+        down=8,
+        up=8,
+        scales=(2, 2, 4, 4, 6, 6, 8, 8),
+        init_down="gaussian",
+        init_std=None,
         task_embedding=32,
-        penalties=(Penalty("task_contrast", 1e-3),),
+        penalties=(Penalty("task_contrast", 0.1),),
         given="no",
     ),
     Method(

@@ -21,7 +21,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "peam": {"num_tasks": TASKS},
     "moelora": {"num_tasks": TASKS},
     "sketchassist": {"num_tasks": TASKS},
-    "ept": {"num_tasks": TASKS},
+    "ept": {"num_tasks": TASKS, "down": {"experts": 8}, "up": {"experts": 8}},
     "reclora": {"external_width": WIDTH},
 }
 SCALING = dict.fromkeys(NAMES, ALPHA / RANK)
@@ -33,8 +33,8 @@ SCALING |= dict.fromkeys(("mora", "flylora"), ALPHA / 5) | {
 
 
 def size_of(method: str) -> tuple[int, int]:
-    """Return d_in, d_out: odd, but what the scales of EPT divide, and one width around a block."""
-    return {"ept": (24, 16), "noisy_top_k": (D_IN, D_IN)}.get(method, (D_IN, D_OUT))
+    """Return d_in, d_out: odd, and one width around a block."""
+    return {"noisy_top_k": (D_IN, D_IN)}.get(method, (D_IN, D_OUT))
 
 
 def config_of(method: str, **changes: object) -> MixtureConfig:

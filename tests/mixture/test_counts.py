@@ -135,8 +135,8 @@ FORMULAS: dict[str, tuple[tuple[str, ...], int]] = {
     # ranks 4 + 8 + 16 + 32
     "flexmore": (MLP, over(MLP, lambda d, o: 60 * (d + o) + 4 * d)),
     "reclora": (QKV, over(QKV, paired(8, 4, lambda d, o: 4 * 64))),
-    # one seed; kernels 1 + 4 + 16 + 64; an embedding of 32 for 8 + 1 tasks and its router
-    "ept": (QKV, over(QKV, lambda d, o: 8 * (d + o) + 85 + 9 * 32 + 4 * 32)),
+    # one seed; two kernels each of 4, 16, 36, 64; an embedding of 32 for 8 + 1 tasks and its router
+    "ept": (QKV, over(QKV, lambda d, o: 8 * (d + o) + 2 * 120 + 9 * 32 + 8 * 32)),
     # four factors and the base's own
     "scalezero": (QKV, over(QKV, paired(16, 4, lambda d, o: 4 + 1))),
     "base_gate": (QKV, over(QKV, paired(16, 1, lambda d, o: d + 1))),

@@ -28,7 +28,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "reclora": {"external_width": 3},
     "moelora": {"num_tasks": 3},
     "sketchassist": {"num_tasks": 3},
-    "ept": {"num_tasks": 3, "target_modules": ["q_proj", "o_proj"]},
+    "ept": {"num_tasks": 3, "down": {"experts": 8}, "up": {"experts": 8}},
     "peam": {"num_tasks": 3},
 }
 # Routers that average over tokens, beside the rows of the table.

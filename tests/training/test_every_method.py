@@ -28,7 +28,6 @@ SETTINGS: dict[str, list[str]] = {
     "smora": ["adapter.gates={rank: {top_k: 2}}"],
     "mora": ["adapter.gates={rank: {top_k: 2}}"],
     "flylora": ["adapter.gates={rank: {top_k: 2}}"],
-    "ept": ["adapter.targets=[q_proj, o_proj]"],
 }
 
 
