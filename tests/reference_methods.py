@@ -147,17 +147,6 @@ def cat(t: Tensors, row: Row, place: int) -> Tensor:
     return paired(softmax(t["mixture_logits_down"]), t, row.x[place])
 
 
-def flexmore(t: Tensors, row: Row, place: int) -> Tensor:
-    """Ranks 1, 2, 4 in the tests: expert e owns a run of rows of A and of columns of B."""
-    x, total, start = row.x[place], 0, 0
-    g = softmax(t["mixture_router_down"] @ x)
-    for weight, rank in zip(g, (1, 2, 4), strict=True):
-        own = slice(start, start + rank)
-        total = total + weight * (t["mixture_B"][:, own] @ (t["mixture_A"][own] @ x))
-        start += rank
-    return total
-
-
 def reclora(t: Tensors, row: Row, place: int) -> Tensor:
     assert row.vector is not None
     return paired(softmax(t["mixture_router_down"] @ row.vector), t, row.x[place])
@@ -223,7 +212,6 @@ _TOKEN: dict[str, Callable[[Tensors, Row, int], Tensor]] = {
     "xlora": xlora,
     "cat": cat,
     "rocket": by_router(lambda logits: gates.renormalised(logits, 2)),
-    "flexmore": flexmore,
     "reclora": reclora,
     "ept": ept,
     "scalezero": scalezero,

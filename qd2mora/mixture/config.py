@@ -330,11 +330,18 @@ class MixtureConfig(PeftConfig):
                 raise InputRefused(f"adapter.allocation: {method.name} has one up expert everywhere")
             experts_by_layer(self.allocation, 1 << 16)  # of any depth: the model is not known yet
         if self.ranks is None:
+            if method.has_public:
+                raise InputRefused(f"adapter.ranks: {method.name} needs them, one for each expert: 0 first, the base's")
             return
         if method.pairing != "tied":
             raise InputRefused(f"adapter.ranks: {method.name} pairs any down with any up expert: one rank for all")
-        if len(self.ranks) != self.num_down or min(self.ranks) < 1:
+        new = self.ranks[1:] if method.has_public else self.ranks
+        if len(self.ranks) != self.num_down or min(new, default=0) < 1:
             raise InputRefused(f"adapter.ranks: {self.ranks} will not do: {self.num_down} ranks, each at least 1")
+        if method.has_public and self.ranks[0] != 0:
+            raise InputRefused(
+                f"adapter.ranks: {self.ranks} will not do: the first expert of {method.name} is the base, of rank 0"
+            )
         if self.allocation is not None:
             raise InputRefused("adapter.ranks: give ranks or an allocation, not both")
 

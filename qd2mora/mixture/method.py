@@ -52,6 +52,7 @@ class Method:
     frozen: tensors that are not trained. `given`: experts come from adapters that are named, not from nothing.
     has_fixed_alpha: alpha is part of the formula, so that the scale changes with the rank; else the scale is the
         method's own, which an arm of a comparison keeps at any rank.
+    has_public: the first expert is the base as it is, of rank 0.
     init_std: of Gaussian down experts; 1 / rank where None. magnitudes: linears that get a trained magnitude, without a
         LoRA where they are no target.
     mark: `verified` against the authors' code, `reconstruction` where a formula is inferred, `part` where only the
@@ -73,6 +74,7 @@ class Method:
     gate_rank: Gate | None = None
     rank: int = 16
     ranks: tuple[int, ...] | None = None
+    has_public: bool = False
     alpha: float = 32.0
     has_fixed_alpha: bool = False
     down: int = 1

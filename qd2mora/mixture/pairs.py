@@ -218,16 +218,23 @@ PAIRS = (
     ),
     Method(
         name="flexmore",
-        title="FlexMoRE: paired experts whose ranks differ",
-        equation="g = softmax(R x); y += s sum_e g_e B_e A_e x, rank r_e",
-        source="arXiv 2602.08818",
+        title="FlexMoRE: whole MLP experts of low rank beside the base's own, ranks differ",
+        equation="g = softmax(R x); y = g_0 MLP(x) + sum_e g_e W2_e (silu(W1_e x) * W3_e x), W_e = W + s B_e A_e, rank "
+        "r_e",
+        source="arXiv 2602.08818; github schneiderkamplab/FlexMoRE; FlexOlmo in huggingface/transformers",
         mark="reconstruction",
-        note="the router is inferred; one scale alpha / max(r_e); experts start new, not extracted from checkpoints",
+        note="the layer is FlexOlmo's and `compose extract` its truncated SVD of W_e - W; name what was extracted in "
+        "adapter.adapters, and train_experts: false for the router alone, as its router script (z-loss 1e-3). There a "
+        "router's row is the embedding of its expert's domain or came with the expert, here it starts at random; one "
+        "scale alpha / max(r_e). All experts are used: gates: {down: {select: top_k, top_k: K}} uses K, unscaled",
         pairing="tied",
-        gate_down=Gate("x"),
-        ranks=(4, 8, 16, 32),
-        down=4,
-        up=4,
+        placement="mlp",
+        gate_down=Gate("x", scope="block"),
+        ranks=(0, 4, 8, 16, 32),
+        has_public=True,
+        down=5,
+        up=5,
+        penalties=(Penalty("z_loss", 1e-3),),
         targets=MLP,
     ),
     Method(

@@ -226,7 +226,8 @@ def load_experts(layers: dict[str, MixtureLinear], loras: list[TrainedLora], ada
     for name, layer in layers.items():
         spec, tensors = layer.mixture_spec[adapter_name], layer.tensors(adapter_name)
         downs, ups = [], []
-        for lora, rank in zip(loras, spec.step.ranks_down, strict=True):
+        ranks = [rank for rank in spec.step.ranks_down if rank]  # an expert of rank 0 is the base
+        for lora, rank in zip(loras, ranks, strict=True):
             nothing = (torch.zeros(rank, layer.in_features), torch.zeros(layer.out_features, rank))
             down, up = lora.pairs.get(name, nothing)
             if down.shape != (rank, layer.in_features) or up.shape != (layer.out_features, rank):

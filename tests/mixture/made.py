@@ -17,7 +17,6 @@ CHANGES: dict[str, dict[str, object]] = {
     "smora": {"rank": 5, "gates": {"rank": {"top_k": 2}}},
     "mora": {"rank": 5, "gates": {"rank": {"top_k": 2}}},
     "flylora": {"rank": 5, "gates": {"rank": {"top_k": 2}}},
-    "flexmore": {"rank": None, "ranks": [1, 2, 4]},
     "peam": {"num_tasks": TASKS},
     "moelora": {"num_tasks": TASKS},
     "sketchassist": {"num_tasks": TASKS},
@@ -28,7 +27,6 @@ SCALING = dict.fromkeys(NAMES, ALPHA / RANK)
 SCALING |= dict.fromkeys(("mora", "flylora"), ALPHA / 5) | {
     "smora": ALPHA / 2,
     "moelora": ALPHA / (4 * RANK),
-    "flexmore": ALPHA / 4,
 }
 
 
@@ -41,7 +39,7 @@ def config_of(method: str, **changes: object) -> MixtureConfig:
     """The method without penalties, which add to gradients in training and have tests of their own."""
     quiet = {penalty.kind: 0.0 for penalty in METHODS[method].penalties}
     settings: dict[str, object] = {"method": method, "rank": RANK, "alpha": ALPHA, "penalties": quiet}
-    if METHODS[method].pairing == "tied" and METHODS[method].down > 1 and method != "flexmore":
+    if METHODS[method].pairing == "tied" and METHODS[method].down > 1:
         settings |= {"down": FOUR, "up": FOUR}
     return MixtureConfig(**(settings | CHANGES.get(method, {}) | changes))
 

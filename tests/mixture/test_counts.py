@@ -132,8 +132,6 @@ FORMULAS: dict[str, tuple[tuple[str, ...], int]] = {
     "xlora": (QKV, over(QKV, lambda d, o: 2 * D + 2)),
     "cat": (QKV, over(QKV, lambda d, o: 2)),
     "rocket": (QKV, over(QKV, paired(16, 4, token_router(4)))),
-    # ranks 4 + 8 + 16 + 32
-    "flexmore": (MLP, over(MLP, lambda d, o: 60 * (d + o) + 4 * d)),
     "reclora": (QKV, over(QKV, paired(8, 4, lambda d, o: 4 * 64))),
     # one seed; two kernels each of 4, 16, 36, 64; an embedding of 32 for 8 + 1 tasks and its router
     "ept": (QKV, over(QKV, lambda d, o: 8 * (d + o) + 2 * 120 + 9 * 32 + 8 * 32)),
@@ -168,9 +166,18 @@ def counted_from_sizes(config: MixtureConfig) -> int:
     return trainable_parameters(config, llama_linears(D, F, D, D), 32, D)
 
 
-def test_counting_from_sizes_alone_knows_experts_that_are_whole_mlps() -> None:
-    config = MixtureConfig(method="mixlora", target_modules=list(METHODS["mixlora"].targets))
-    assert 8 * trained_on_a_7b(config, FEW)[0] == counted_from_sizes(config)
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [
+        # attention of rank 16 once, eight experts of rank 16 in the MLP, one router an MLP
+        ("mixlora", over(ATTENTION, lambda d, o: 16 * (d + o)) + over(MLP, paired(16, 8, lambda d, o: 0)) + 32 * 8 * D),
+        # ranks 0 + 4 + 8 + 16 + 32; one router among five an MLP
+        ("flexmore", over(MLP, lambda d, o: 60 * (d + o)) + 32 * 5 * D),
+    ],
+)
+def test_counting_from_sizes_alone_knows_experts_that_are_whole_mlps(method: str, count: int) -> None:
+    config = MixtureConfig(method=method, target_modules=list(METHODS[method].targets))
+    assert 8 * trained_on_a_7b(config, FEW)[0] == count == counted_from_sizes(config)
 
 
 @pytest.mark.parametrize(

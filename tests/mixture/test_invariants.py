@@ -37,7 +37,7 @@ def first(layer: MixtureLinear) -> tuple[Tensor, Tensor]:
 
 
 ONE = {"experts": 1}
-TO_ONE = [name for name in made.NAMES if METHODS[name].pairing == "tied" and name not in ("flexmore", "ept")]
+TO_ONE = [name for name in made.NAMES if METHODS[name].pairing == "tied" and name != "ept"]
 
 
 @pytest.mark.parametrize("method", [*TO_ONE, "d2mora", "hydralora"])

@@ -23,7 +23,6 @@ CHANGES: dict[str, dict[str, object]] = {
     "smora": {"gates": {"rank": {"top_k": 2}}},
     "mora": {"gates": {"rank": {"top_k": 2}}},
     "flylora": {"gates": {"rank": {"top_k": 2}}},
-    "flexmore": {"rank": None, "ranks": [1, 2, 4]},
     "noisy_top_k": {"target_modules": ["mlp"]},
     "reclora": {"external_width": 3},
     "moelora": {"num_tasks": 3},
@@ -57,8 +56,6 @@ def config_of(name: str, **changes: object) -> MixtureConfig:
     settings["task_type"] = "CAUSAL_LM"
     if METHODS[method].pairing == "tied" and METHODS[method].down > 1:
         settings |= {"down": FOUR, "up": FOUR}
-    if method == "flexmore":
-        settings |= {"down": None, "up": None}
     return MixtureConfig(**(settings | more | changes))
 
 
