@@ -63,6 +63,13 @@ def test_ept_is_matched_by_the_rank_of_its_seed_and_keeps_an_expert_of_each_scal
     assert config.scaling == pytest.approx(METHODS["ept"].scaling)
 
 
+def test_flexmore_is_matched_by_its_largest_rank_and_the_others_keep_their_part_of_it(made: Path) -> None:
+    config = config_of(arm_of(recipe_of(made, *ON_7B), "flexmore"))
+    assert config.ranks is not None and config.ranks[0] == 0 and config.rank == max(config.ranks)
+    assert config.ranks[1:] == [max(1, round(config.rank * part)) for part in (1 / 8, 1 / 4, 1 / 2, 1)]
+    assert config.scaling == pytest.approx(METHODS["flexmore"].scaling)
+
+
 def test_remix_weighs_by_two_over_k_times_the_rank_that_is_found(made: Path) -> None:
     config = config_of(arm_of(recipe_of(made, *ON_7B), "remix"))
     assert config.rank is not None and config.rank != 8
