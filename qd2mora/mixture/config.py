@@ -13,7 +13,7 @@ from qd2mora.mixture.method import Method, Penalty, check_counts, check_gate, ex
 from qd2mora.mixture.penalties import WEIGHT_PENALTIES
 from qd2mora.mixture.presets import find_method
 from qd2mora.mixture.registration import QD2MORA
-from qd2mora.mixture.sections import check_core, check_shared
+from qd2mora.mixture.sections import check_core, check_ranks, check_shared
 from qd2mora.mixture.start_folder import KEY as START
 from qd2mora.mixture.start_folder import OF_A_RUN, alike, start_settings
 from qd2mora.mixture.trained_experts import experts_given
@@ -329,20 +329,8 @@ class MixtureConfig(PeftConfig):
             if method.pairing == "chain" and method.gate_up is None:
                 raise InputRefused(f"adapter.allocation: {method.name} has one up expert everywhere")
             experts_by_layer(self.allocation, 1 << 16)  # of any depth: the model is not known yet
-        if self.ranks is None:
-            if method.has_public:
-                raise InputRefused(f"adapter.ranks: {method.name} needs them, one for each expert: 0 first, the base's")
-            return
-        if method.pairing != "tied":
-            raise InputRefused(f"adapter.ranks: {method.name} pairs any down with any up expert: one rank for all")
-        new = self.ranks[1:] if method.has_public else self.ranks
-        if len(self.ranks) != self.num_down or min(new, default=0) < 1:
-            raise InputRefused(f"adapter.ranks: {self.ranks} will not do: {self.num_down} ranks, each at least 1")
-        if method.has_public and self.ranks[0] != 0:
-            raise InputRefused(
-                f"adapter.ranks: {self.ranks} will not do: the first expert of {method.name} is the base, of rank 0"
-            )
-        if self.allocation is not None:
+        check_ranks(self.ranks, self.num_down, method)
+        if self.ranks is not None and self.allocation is not None:
             raise InputRefused("adapter.ranks: give ranks or an allocation, not both")
 
     def _check_gates(self, method: Method) -> None:
