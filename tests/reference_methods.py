@@ -147,30 +147,20 @@ def cat(t: Tensors, row: Row, place: int) -> Tensor:
     return paired(softmax(t["mixture_logits_down"]), t, row.x[place])
 
 
-def flexmore(t: Tensors, row: Row, place: int) -> Tensor:
-    """Ranks 1, 2, 4 in the tests: expert e owns a run of rows of A and of columns of B."""
-    x, total, start = row.x[place], 0, 0
-    g = softmax(t["mixture_router_down"] @ x)
-    for weight, rank in zip(g, (1, 2, 4), strict=True):
-        own = slice(start, start + rank)
-        total = total + weight * (t["mixture_B"][:, own] @ (t["mixture_A"][own] @ x))
-        start += rank
-    return total
-
-
 def reclora(t: Tensors, row: Row, place: int) -> Tensor:
     assert row.vector is not None
     return paired(softmax(t["mixture_router_down"] @ row.vector), t, row.x[place])
 
 
 def ept(t: Tensors, row: Row, place: int) -> Tensor:
-    """DeltaW_e = (B A)[:o / s, :d / s] (x) K_e, scales 1, 2, 4, 8."""
-    g = softmax(t["mixture_router_task"] @ t["mixture_task_embedding"][row.task])
+    """DeltaW_e = (B A)[:o / s, :d / s] (x) K_e, parts of the seed rounded up and what comes out cut to o x d."""
+    g = gates.softmax_of_chosen(t["mixture_router_task"] @ t["mixture_task_embedding"][row.task], 2, 0.05)
     seed, total, start = t["mixture_B"][0] @ t["mixture_A"][0], 0, 0
-    for weight, s in zip(g, (1, 2, 4, 8), strict=True):
+    for weight, s in zip(g, (2, 2, 4, 4, 6, 6, 8, 8), strict=True):
         kernel = t["mixture_core"][start : start + s * s].view(s, s)
-        small = seed[: seed.shape[0] // s, : seed.shape[1] // s]
-        total = total + weight * (torch.kron(small.contiguous(), kernel.contiguous()) @ row.x[place])
+        small = seed[: (seed.shape[0] + s - 1) // s, : (seed.shape[1] + s - 1) // s]
+        whole = torch.kron(small.contiguous(), kernel.contiguous())[: seed.shape[0], : seed.shape[1]]
+        total = total + weight * (whole @ row.x[place])
         start += s * s
     return total
 
@@ -196,10 +186,6 @@ def sketchassist(t: Tensors, row: Row, place: int) -> Tensor:
     return paired(softmax(t["mixture_router_down"] @ row.x[place] + of_task), t, row.x[place])
 
 
-def lora_mixer_gate(logits: Tensor) -> Tensor:
-    return gates.straight_through(logits, gates.largest(logits, 2), 0.5)
-
-
 _TOKEN: dict[str, Callable[[Tensors, Row, int], Tensor]] = {
     "d2mora": d2mora,
     "lora": lora,
@@ -218,14 +204,14 @@ _TOKEN: dict[str, Callable[[Tensors, Row, int], Tensor]] = {
     "dynmole": by_router(lambda logits: gates.by_entropy(logits, 1.1, 0.9, 0.75, 2)),
     "llava_mole": llava_mole,
     "noisy_top_k": noisy_top_k,
-    "lora_mixer": by_router(lora_mixer_gate),
+    # After training.
+    "lora_mixer": by_router(lambda logits: gates.renormalised(logits, 3)),
     # Not sampling, as at inference.
     "remix": by_router(lambda logits: 0.5 * gates.mask(gates.largest(logits, 2), len(logits))),
     "meteora": by_router(lambda logits: gates.softmax_of_chosen(logits, 2)),
     "xlora": xlora,
     "cat": cat,
     "rocket": by_router(lambda logits: gates.renormalised(logits, 2)),
-    "flexmore": flexmore,
     "reclora": reclora,
     "ept": ept,
     "scalezero": scalezero,

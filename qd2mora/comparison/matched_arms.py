@@ -167,10 +167,14 @@ class _Matching:
     def _at(self, adapter: Adapter, rank: int) -> Adapter:
         """Return the adapter at a rank, with its method's part of ranks in use, and the scale that it is to have."""
         changes: dict[str, Any] = {"rank": rank, "gates": _gates_at(self.row, adapter, rank)}
+        if self.row.ranks is not None:
+            changes["ranks"] = _ranks_at(self.row.ranks, rank)
         scale = self.wish.scale or self.row.scaling
         if self.wish.shared_part is not None:
             changes["shared"] = self._shared(adapter, scale)
         unit = adapter.model_copy(update=changes | {"alpha": 1.0, "rank_stabilized": False})
+        if self.row.has_fixed_alpha and self.wish.scale is None:
+            return adapter.model_copy(update=changes | {"alpha": self.row.alpha, "rank_stabilized": False})
         # With alpha 1 the scale is one over what alpha is divided by.
         return adapter.model_copy(update=changes | {"alpha": scale / self.count.config(unit).scaling})
 
@@ -190,8 +194,13 @@ class _Matching:
     def _refuse_unmatched(self) -> None:
         if self.row.given == "needed":
             raise InputRefused(f"--methods: {self.name} starts from trained LoRAs; it cannot be matched by rank")
-        if self.row.ranks is not None or self.row.scales or "ranks" in self.wish.given:
+        if "ranks" in self.wish.given:
             raise InputRefused(f"--methods: {self.name} has a rank for each expert; it cannot be matched by one")
+
+
+def _ranks_at(ranks: tuple[int, ...], largest: int) -> list[int]:
+    """Return ranks in the proportions that a method has them, the largest being what is said; 0 stays 0."""
+    return [max(1, round(rank * largest / max(ranks))) if rank else 0 for rank in ranks]
 
 
 def _gates_at(row: Method, adapter: Adapter, rank: int) -> Mapping[Role, Any] | None:
@@ -214,9 +223,9 @@ def _numbers_of_experts(row: Method, wish: Wish, num_layers: int) -> Iterator[di
         yield from ({"allocation": each} for each in _allocations(row, num_layers))
         return
     yield {}
-    # Pairs share one number of experts on both sides; a single pair stays one.
+    # Pairs share one number of experts on both sides; a single pair stays one, experts of a scale or rank each stay so.
     tied = row.pairing == "tied"
-    if tied and row.down == 1:
+    if (tied and row.down == 1) or row.scales or row.ranks:
         return
     for step in range(1, 9):
         for change in (-step, step):

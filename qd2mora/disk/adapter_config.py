@@ -70,6 +70,10 @@ def _values(mapping: object) -> list[object]:
     return list(mapping.values()) if isinstance(mapping, dict) else []
 
 
+def _is_rank(value: object) -> bool:
+    return _is_count(value) or (value == 0 and type(value) is int)  # 0: an expert that is the base (FlexMoRE)
+
+
 def _is_count(value: object) -> bool:
     return type(value) is int and 1 <= value <= 1 << 20
 
@@ -172,8 +176,8 @@ _MIXTURE: dict[str, _Rule] = {
     "method": (_is_name, "a plain name is needed"),
     "rank": _COUNT,
     "ranks": (
-        lambda value: isinstance(value, list) and len(value) <= MOST_NAMES and all(map(_is_count, value)),
-        "ranks",
+        lambda value: isinstance(value, list) and len(value) <= MOST_NAMES and all(map(_is_rank, value)),
+        f"at most {MOST_NAMES} ranks are needed",
     ),
     "alpha": _NUMBER,
     "rank_stabilized": _FLAG,

@@ -120,6 +120,8 @@ def project(experts: Sequence[Tensor]) -> tuple[list[tuple[float, float] | None]
 
 def _whitening(block: Tensor) -> Tensor:
     """Return W with W G W^T the identity on the directions that an expert has, (directions, ranks)."""
+    if not len(block):
+        return block  # the base as an expert, of rank 0
     values, vectors = torch.linalg.eigh(block)
     # A direction within rounding of zero would be blown up by 1 / sqrt to unit length.
     is_there = values > SMALLEST * values.max().clamp_min(torch.finfo(values.dtype).tiny)

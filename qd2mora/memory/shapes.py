@@ -16,6 +16,7 @@ from qd2mora.memory.activations import LayerShapes
 from qd2mora.memory.checkpointing import decoder_layers
 from qd2mora.memory.lean import is_lean
 from qd2mora.mixture import MixtureConfig, MixtureLinear, add_adapter, mixture_layers
+from qd2mora.mixture.dora import dora_config, magnitudes_alone
 from qd2mora.mixture.penalties import groups_of
 from qd2mora.mixture.slots import num_slots
 
@@ -77,7 +78,8 @@ def read_shapes(config: PretrainedConfig, adapter: MixtureConfig) -> Shapes:
 
     Raises InputRefused where a target matches no linear.
     """
-    by_peft = adapter.row.backend == "peft"  # DoRA: a LoRA, and a magnitude for each output
+    has_magnitudes = bool(adapter.row.magnitudes)
+    kinds: list[str] = []  # DoRA: linears that have a magnitude, and no LoRA
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings().weight
@@ -90,9 +92,12 @@ def read_shapes(config: PretrainedConfig, adapter: MixtureConfig) -> Shapes:
             if isinstance(module, nn.Linear) and module is not head
         )
         num_frozen = sum(tensor.numel() for tensor in model.parameters())
-        # PEFT's DoRA is no mixture; a LoRA of ours has the same tensors, all but the magnitudes, which are added below.
-        layers = mixture_layers(add_adapter(model, replace(adapter, method="lora") if by_peft else adapter, seed=0))
-    tensors = [pair for layer in layers.values() for pair in layer.tensors("default").items() if pair[1].requires_grad]
+        if adapter.row.magnitudes:
+            # PEFT's DoRA is no mixture; a LoRA of ours on all its linears keeps as much, and its tensors are DoRA's.
+            adapter, kinds = _as_lora(model, adapter)
+        layers = mixture_layers(add_adapter(model, adapter, seed=0))
+    trained = [layer for name, layer in layers.items() if name.rpartition(".")[2] not in kinds]
+    tensors = [pair for layer in trained for pair in layer.tensors("default").items() if pair[1].requires_grad]
     banks = [tensor for name, tensor in tensors if name in ("mixture_A", "mixture_B")]
     return Shapes(
         linears=linears,
@@ -103,11 +108,18 @@ def read_shapes(config: PretrainedConfig, adapter: MixtureConfig) -> Shapes:
         head_entries=head_entries,
         other_entries=num_frozen - embedding.numel() - head_entries - sum(linear.entries for linear in linears),
         trainable=tuple(tensor.numel() for _, tensor in tensors)
-        + tuple(layer.out_features for layer in layers.values() if by_peft),
-        normed=max(layer.in_features * layer.out_features for layer in layers.values()) if by_peft else 0,
+        + tuple(layer.out_features for layer in layers.values() if has_magnitudes),
+        normed=max(layer.in_features * layer.out_features for layer in layers.values()) if has_magnitudes else 0,
         penalty_weight=sum(part.weight for part in adapter.weight_penalties if part.kind.startswith("diversity")),
         penalised=max((sum(bank.numel() for bank in group) for group in groups_of(banks)), default=0),
     )
+
+
+def _as_lora(model: PreTrainedModel, adapter: MixtureConfig) -> tuple[MixtureConfig, list[str]]:
+    """Return a LoRA on all linears that have a magnitude, and the kinds of those that have nothing else."""
+    kinds, targets = magnitudes_alone(model, adapter), dora_config(model, adapter).target_modules
+    named = sorted(targets) if isinstance(targets, set) else targets
+    return replace(adapter, method="lora", target_modules=named), kinds
 
 
 def _layer_shapes(model: PreTrainedModel, linears: tuple[Linear, ...], layers: dict[str, MixtureLinear]) -> LayerShapes:

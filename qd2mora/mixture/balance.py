@@ -8,11 +8,13 @@ Where a penalty pools routers (`Penalty.pool`), its means are those of all of th
 pass (`Pooled`) stands for the others, so that each adds its own part of the value, and exactly its own gradient. So
 pooled, a skewed layer can hide behind another, as in Mixtral's rule; MoLA pools the linears of a layer.
 
-Deviation: padding never counts, where MoLA's, LoRAMoE's and LLaVA-MoLE's code, and DynMoLE's entropy, let it count.
+Deviations: padding never counts, where MoLA's and LoRAMoE's code, and DynMoLE's entropy, let it count; MeteoRA's code
+leaves the last token of each row out, here it counts.
 
 Shapes: G groups, n tokens of a group, E experts.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -114,6 +116,8 @@ def pooled_value(kind: str, routed: View, penalty: Penalty, pool: Pooled) -> Ten
     num_experts = routed.probs.shape[-1]
     if kind == "lb_mixtral":
         return num_experts * (pool.used * routed.mean(routed.probs)).sum(-1) / pool.number
+    if kind == "lb_llava":
+        return (pool.used * routed.mean(routed.probs)).sum(-1) / pool.number
     if kind == "lb_mola":
         return (
             num_experts
@@ -129,7 +133,7 @@ def pooled_value(kind: str, routed: View, penalty: Penalty, pool: Pooled) -> Ten
     return PENALTIES[kind](routed, penalty) / pool.number
 
 
-POOLABLE = frozenset({"lb_mixtral", "lb_mola", "lb_soft", "entropy", "z_loss", "router_ce"})
+POOLABLE = frozenset({"lb_mixtral", "lb_mola", "lb_llava", "lb_soft", "entropy", "z_loss", "router_ce"})
 
 
 def _mixtral(routed: View, penalty: Penalty) -> Tensor:
@@ -154,6 +158,16 @@ def _llava(routed: View, penalty: Penalty) -> Tensor:
 def _soft(routed: View, penalty: Penalty) -> Tensor:
     """E sum_e mean(p_e used_e) mean(p_e) (mikecovlee/DynMoLE)."""
     return routed.probs.shape[-1] * (routed.mean(routed.probs * routed.used) * routed.mean(routed.probs)).sum(-1)
+
+
+def _share(routed: View, penalty: Penalty) -> Tensor:
+    """sum_e f_e mean(p_e) with f the share of all choices, without a factor (LoRA-Mixer, reconstruction)."""
+    return _mola(routed, penalty) / routed.probs.shape[-1]
+
+
+def _negative_entropy(routed: View, penalty: Penalty) -> Tensor:
+    """- mean H(p), Shannon's in nats: less the more even gates are (LoRA-Mixer, as its loss is printed)."""
+    return -math.log(routed.probs.shape[-1]) * routed.mean(tsallis_entropy(routed.probs, 1.0))
 
 
 def _z_loss(routed: View, penalty: Penalty) -> Tensor:
@@ -197,8 +211,10 @@ PENALTIES: dict[str, Callable[[View, Penalty], Tensor]] = {
     "lb_mola": _mola,
     "lb_llava": _llava,
     "lb_soft": _soft,
+    "lb_share": _share,
     "z_loss": _z_loss,
     "entropy": _entropy,
+    "negative_entropy": _negative_entropy,
     "localized_balance": _localized,
     "router_ce": _cross_entropy,
 }

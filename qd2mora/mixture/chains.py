@@ -31,11 +31,12 @@ CHAINS = (
         title="DoRA: LoRA with the weight's magnitude trained apart (PEFT's own)",
         equation="W' = m (W + s B A) / |W + s B A|_row",
         source="arXiv 2402.09353; github huggingface/peft",
-        note="runs on PEFT's implementation, which dequantises a 4-bit weight in every pass; magnitudes where the LoRA "
-        "is, the paper's Table 1 has them on all seven linears",
+        note="runs on PEFT's implementation, which dequantises a 4-bit weight in every pass; magnitudes on all seven "
+        "linears, as in D2MoRA's Table 1 and DoRA's own code (o, gate, up, down: magnitudes alone)",
         rank=64,
         alpha=128.0,
         backend="peft",
+        magnitudes=ALL,
         given="no",
     ),
     Method(

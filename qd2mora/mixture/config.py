@@ -13,7 +13,7 @@ from qd2mora.mixture.method import Method, Penalty, check_counts, check_gate, ex
 from qd2mora.mixture.penalties import WEIGHT_PENALTIES
 from qd2mora.mixture.presets import find_method
 from qd2mora.mixture.registration import QD2MORA
-from qd2mora.mixture.sections import check_core, check_shared
+from qd2mora.mixture.sections import check_core, check_ranks, check_shared
 from qd2mora.mixture.start_folder import KEY as START
 from qd2mora.mixture.start_folder import OF_A_RUN, alike, start_settings
 from qd2mora.mixture.trained_experts import experts_given
@@ -329,13 +329,8 @@ class MixtureConfig(PeftConfig):
             if method.pairing == "chain" and method.gate_up is None:
                 raise InputRefused(f"adapter.allocation: {method.name} has one up expert everywhere")
             experts_by_layer(self.allocation, 1 << 16)  # of any depth: the model is not known yet
-        if self.ranks is None:
-            return
-        if method.pairing != "tied":
-            raise InputRefused(f"adapter.ranks: {method.name} pairs any down with any up expert: one rank for all")
-        if len(self.ranks) != self.num_down or min(self.ranks) < 1:
-            raise InputRefused(f"adapter.ranks: {self.ranks} will not do: {self.num_down} ranks, each at least 1")
-        if self.allocation is not None:
+        check_ranks(self.ranks, self.num_down, method)
+        if self.ranks is not None and self.allocation is not None:
             raise InputRefused("adapter.ranks: give ranks or an allocation, not both")
 
     def _check_gates(self, method: Method) -> None:

@@ -18,8 +18,8 @@ def trainable_parameters(
     total = 0
     for spec in _specs(config, linears, num_layers, hidden):
         total += sum(math.prod(shape) for key, shape in spec.shapes.items() if key not in spec.frozen)
-        total += spec.place.d_out if config.row.backend == "peft" else 0  # DoRA's magnitudes
-    return total
+    kinds = {*_targets(config, linears), *config.row.magnitudes} if config.row.magnitudes else set()
+    return total + num_layers * sum(d_out for name, (d_out, _) in linears.items() if name.rpartition(".")[2] in kinds)
 
 
 def routed_linears(config: MixtureConfig, linears: Mapping[str, tuple[int, int]], num_layers: int, hidden: int) -> int:

@@ -1,4 +1,5 @@
-"""How tensors start. At step 0 the adapted model is the base for any router, because routed up experts are zero.
+"""How tensors start. At step 0 the adapted model is the base for any router, because routed up experts are zero (or,
+where one seed is unfolded by kernels, the kernels).
 
 Initialisers that make B A differ from zero go to the shared expert alone, and its start is subtracted again (`start`),
 so that even there nothing changes at step 0, on any base, 4-bit included: y += s (B A - B_0 A_0) x. That differs from
@@ -24,6 +25,8 @@ from qd2mora.recipe.adapter import DownInit
 def initial_tensor(name: str, shape: tuple[int, ...], config: MixtureConfig, spec: LinearSpec) -> Tensor:
     """Return the start of one tensor, from torch's generator; B zero, the rest as each method's code does."""
     row, tensor = config.row, torch.empty(shape)
+    if name == "mixture_B" and row.core == "kron":
+        return nn.init.normal_(tensor, std=row.init_std or 1 / shape[-1])  # the kernels are what is zero (EPT)
     if name in ("mixture_B", "mixture_shared_B", "mixture_start_A", "mixture_start_B", "mixture_base_scale"):
         return tensor.zero_()
     if name.startswith(("mixture_select_bias", "mixture_bias")):
@@ -31,7 +34,7 @@ def initial_tensor(name: str, shape: tuple[int, ...], config: MixtureConfig, spe
     if name == "mixture_A":
         return initial_down(tensor, config.init or "kaiming", row.init_std or 1 / shape[-2], spec)
     if name == "mixture_core":
-        return _initial_core(tensor, row.core, row.scales)
+        return _initial_core(tensor, row.core)
     if name == "mixture_task_embedding":
         # As nn.Embedding starts.
         return nn.init.normal_(tensor)
@@ -88,16 +91,12 @@ def _active_share(spec: LinearSpec) -> float:
     return gate.top_k / spec.step.width_down
 
 
-def _initial_core(tensor: Tensor, kind: str, scales: tuple[int, ...]) -> Tensor:
-    if kind in ("residual", "residual_diagonal"):
-        return tensor.zero_()  # plain LoRA at the start: routing adds to it what it learns
+def _initial_core(tensor: Tensor, kind: str) -> Tensor:
+    if kind in ("residual", "residual_diagonal", "kron"):
+        return tensor.zero_()  # plain LoRA, or for kernels the base, at the start: routing adds to it what it learns
     if kind == "diagonal":
         # Near one, so that a bank of modulations starts near plain LoRA and its experts differ.
         return nn.init.normal_(tensor, mean=1.0, std=0.1)
-    if kind == "kron":
-        # s^2 entries of deviation 1 / s: kernels of all scales are of one size, |K_e|_F^2 about 1.
-        kernels = [nn.init.normal_(torch.empty(scale, scale, device=tensor.device), std=1 / scale) for scale in scales]
-        return torch.cat([kernel.flatten() for kernel in kernels])
     return kaiming(tensor)
 
 

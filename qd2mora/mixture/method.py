@@ -50,7 +50,11 @@ class Method:
     scaling_rank: what alpha is divided by, an expert's rank, that of all together, or the ranks that a token uses.
     one_expert: linears that get a single, ungated expert. allocation: experts by depth, "2-4-6-8" for four quarters.
     frozen: tensors that are not trained. `given`: experts come from adapters that are named, not from nothing.
-    init_std: of Gaussian down experts; 1 / rank where None.
+    has_fixed_alpha: alpha is part of the formula, so that the scale changes with the rank; else the scale is the
+        method's own, which an arm of a comparison keeps at any rank.
+    has_public: the first expert is the base as it is, of rank 0.
+    init_std: of Gaussian down experts; 1 / rank where None. magnitudes: linears that get a trained magnitude, without a
+        LoRA where they are no target.
     mark: `verified` against the authors' code, `reconstruction` where a formula is inferred, `part` where only the
         part of another domain's method that carries over is offered, `ours` where nobody else's method it is; `note`
         says what was inferred or left out.
@@ -70,7 +74,9 @@ class Method:
     gate_rank: Gate | None = None
     rank: int = 16
     ranks: tuple[int, ...] | None = None
+    has_public: bool = False
     alpha: float = 32.0
+    has_fixed_alpha: bool = False
     down: int = 1
     up: int = 1
     cores: int = 0
@@ -86,6 +92,7 @@ class Method:
     allocation: str | None = None
     frozen: tuple[str, ...] = ()
     given: Literal["no", "allowed", "needed"] = "allowed"
+    magnitudes: tuple[str, ...] = ()
     base_scale: bool = False
     stages: bool = False
     estimator: Literal["none", "rloo"] = "none"
@@ -170,6 +177,8 @@ def _choosing_problems(gate: Gate, num_experts: int) -> Iterator[str]:
         yield f"width: {gate.width} will not do: score: mlp needs the width of its hidden layer"
     if gate.dropout and (gate.select == "fixed" or gate.score == "activation"):
         yield f"dropout: {gate.dropout} will not do: nothing stands in for a fixed expert, or a rank that chose itself"
+    if gate.omega != 1.0 and gate.weight not in ("uniform", "straight_through"):
+        yield f"omega: {gate.omega} will not do: weight: {gate.weight} has none; it goes with uniform, straight_through"
     if gate.weight == "bounded" and gate.select != "all":
         yield f"weight: bounded weighs every expert; select: {gate.select} does not"
 

@@ -90,7 +90,8 @@ PAIRS = (
         title="LLaVA-MoLE's text form: one top-1 router a block, plain LoRA on attention",
         equation="e = argmax(R x + b) once a block; y += s B_e A_e x_linear",
         source="arXiv 2401.16160; github forwchen/LLaVA-MoLE",
-        note="its balance loss has no published weight, 1e-2 here; with weight `one` that loss alone trains the router",
+        note="its balance loss is one mean over a row's tokens in all layers, as in the code, and has no published "
+        "weight, 1e-2 here; with weight `one` that loss alone trains the router",
         pairing="tied",
         gate_down=Gate("x", scope="block", score="bias", select="top_k", weight="one", top_k=1),
         rank=32,
@@ -98,7 +99,7 @@ PAIRS = (
         down=3,
         up=3,
         one_expert=ATTENTION,
-        penalties=(Penalty("lb_llava", 1e-2, over="row"),),
+        penalties=(Penalty("lb_llava", 1e-2, over="row", pool="model"),),
         targets=ALL,
     ),
     Method(
@@ -122,32 +123,36 @@ PAIRS = (
     ),
     Method(
         name="lora_mixer",
-        title="LoRA-Mixer: hard choice forward, soft gradient back, over paired or given experts",
-        equation="g = (1 / k on the top k) + p - stop(p), p = softmax(R x); y += s sum_e g_e B_e A_e x",
+        title="LoRA-Mixer: all experts in training, the top 3 at inference, over paired or given experts",
+        equation="p = softmax(R x); y += s sum_e g_e B_e A_e x, g = p in training, top_3 p, renormalised, after it; "
+        "loss += alpha sum_e f_e mean(p_e) - lambda mean H(p)",
         source="arXiv 2507.00029",
         mark="reconstruction",
-        note="code not released: the hard weights in training, k, and the sign of the entropy in its loss are guesses; "
-        "a term that preserves given experts, and soft training with a top-3 at inference, are left out",
+        note="code not released; alpha, lambda, what f counts (choices of the top 3), the renormalising are inferred. "
+        "The entropy's sign is as printed, which evens gates out where the text wants them decided: "
+        "penalties {negative_entropy: 0, entropy: 1e-3} is the other. Its term that preserves given experts is left "
+        "out; train_experts: false keeps them whole",
         pairing="tied",
-        gate_down=Gate(select="top_k", weight="straight_through", top_k=2, omega=0.5),
+        gate_down=Gate(select="top_k", weight="soft", top_k=3),
         rank=16,
         down=4,
         up=4,
-        penalties=(Penalty("lb_mola", 1e-2), Penalty("entropy", 1e-3, order=1.0)),
+        penalties=(Penalty("lb_share", 1e-2), Penalty("negative_entropy", 1e-3)),
         targets=ATTENTION,
     ),
     Method(
         name="remix",
         title="ReMix: k sampled experts of equal weight, router trained by leave-one-out REINFORCE",
-        equation="S ~ k without replacement from softmax(R x); y += s omega sum_{e in S} B_e A_e x",
+        equation="S ~ k without replacement from softmax(R x); y += 2 / (k r) sum_{e in S} B_e A_e x",
         source="arXiv 2603.10160",
         mark="reconstruction",
-        note="each of the k drawn weighs 2 / (k r); k, the number of draws and the log-probability (Plackett-Luce) are "
-        "inferred",
+        note="at inference the k likeliest; k and the log-probability (Plackett-Luce) are inferred. Its "
+        "router learns leave-one-out over train.routing.draws draws of each row",
         pairing="tied",
-        gate_down=Gate(select="sample", weight="uniform", top_k=2, omega=0.5),
+        gate_down=Gate(select="sample", weight="equal", top_k=2),
         rank=8,
         alpha=2.0,
+        has_fixed_alpha=True,
         down=4,
         up=4,
         estimator="rloo",
@@ -157,7 +162,8 @@ PAIRS = (
         title="MeteoRA: a gate in every linear over many given LoRAs, taught which task is which",
         equation="g = softmax(top_2(R x)); y += s sum_e g_e B_e A_e x; loss += w CE(R x, task)",
         source="arXiv 2405.13053; github NJUDeepEngine/meteora",
-        note="its weight of 50 is of one mean over all gates, of which a 7B has 224",
+        note="its weight of 50 is of one mean over all gates, of which a 7B has 224; the code leaves each row's last "
+        "token out of that mean, here it counts",
         pairing="tied",
         gate_down=TOP_2,
         rank=64,
@@ -212,16 +218,23 @@ PAIRS = (
     ),
     Method(
         name="flexmore",
-        title="FlexMoRE: paired experts whose ranks differ",
-        equation="g = softmax(R x); y += s sum_e g_e B_e A_e x, rank r_e",
-        source="arXiv 2602.08818",
+        title="FlexMoRE: whole MLP experts of low rank beside the base's own, ranks differ",
+        equation="g = softmax(R x); y = g_0 MLP(x) + sum_e g_e W2_e (silu(W1_e x) * W3_e x), W_e = W + s B_e A_e, rank "
+        "r_e",
+        source="arXiv 2602.08818; github schneiderkamplab/FlexMoRE; FlexOlmo in huggingface/transformers",
         mark="reconstruction",
-        note="the router is inferred; one scale alpha / max(r_e); experts start new, not extracted from checkpoints",
+        note="the layer is FlexOlmo's and `compose extract` its truncated SVD of W_e - W; name what was extracted in "
+        "adapter.adapters, and train_experts: false for the router alone, as its router script (z-loss 1e-3). There a "
+        "router's row is the embedding of its expert's domain or came with the expert, here it starts at random; one "
+        "scale alpha / max(r_e). All experts are used: gates: {down: {select: top_k, top_k: K}} uses K, unscaled",
         pairing="tied",
-        gate_down=Gate("x"),
-        ranks=(4, 8, 16, 32),
-        down=4,
-        up=4,
+        placement="mlp",
+        gate_down=Gate("x", scope="block"),
+        ranks=(0, 4, 8, 16, 32),
+        has_public=True,
+        down=5,
+        up=5,
+        penalties=(Penalty("z_loss", 1e-3),),
         targets=MLP,
     ),
     Method(
@@ -241,20 +254,25 @@ PAIRS = (
     Method(
         name="ept",
         title="EPT: one low-rank seed unfolded at several scales, gated by the task",
-        equation="y += s sum_e g_e(task) ((B A)[:o/s_e, :d/s_e] (x) K_e) x",
+        equation="g = top_k softmax(W e_task / 0.05), renormalised; "
+        "y += s sum_e g_e ((B A)[:o/s_e, :d/s_e] (x) K_e) x, K_e = 0 at the start",
         source="arXiv 2603.12577",
         mark="reconstruction",
-        note="deconvolution whose stride is its kernel (Kronecker product); the learned pruner is left out",
+        note="only summaries are public: deconvolution whose stride is its kernel (Kronecker product), k, the size of "
+        "the Gaussian A and B (1 / r) and the contrast's temperature (0.1) are inferred, the learned pruner is left "
+        "out. Where a scale does not divide a linear's width, the seed's part is rounded up and the result cut to size",
         pairing="tied",
         core="kron",
-        gate_down=Gate("task", "task"),
+        gate_down=Gate("task", "task", select="top_k", weight="renorm", top_k=2, temperature=0.05),
         rank=8,
         alpha=16.0,
-        down=4,
-        up=4,
-        scales=(1, 2, 4, 8),
+        down=8,
+        up=8,
+        scales=(2, 2, 4, 4, 6, 6, 8, 8),
+        init_down="gaussian",
+        init_std=None,
         task_embedding=32,
-        penalties=(Penalty("task_contrast", 1e-3),),
+        penalties=(Penalty("task_contrast", 0.1),),
         given="no",
     ),
     Method(

@@ -24,7 +24,12 @@ PLAIN = Phase()
 
 
 def gate_in(gate: Gate, phase: Phase, num_experts: int) -> Gate:
-    """Return a gate as it is in a phase; a uniform one gives each of E experts its part of what all count together."""
+    """Return a gate as it is in a phase of training; a uniform one gives each of E experts its part of what all count.
+
+    One that is soft in training alone is dense there, in every phase.
+    """
+    if gate.weight == "soft":
+        gate = replace(gate, weight="dense")
     if phase.is_uniform and gate.select != "fixed":
         weight = _together(gate, num_experts) / num_experts
         return replace(gate, select="all", weight="uniform", omega=weight, top_k=None, bias_rate=0.0, dropout=0.0)

@@ -1,6 +1,6 @@
-"""What is wrong with the small sections of a configuration: the routed cores, the expert that no gate touches."""
+"""What is wrong with the small sections of a configuration: routed cores, ranks, the expert that no gate touches."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
 from qd2mora.errors import InputRefused, nearest
@@ -18,6 +18,23 @@ def check_core(core: Mapping[str, int] | None, method: Method) -> None:
         raise InputRefused(f'adapter.core: {core} will not do: write {{"experts": 4}}')
 
 
+def check_ranks(ranks: Sequence[int] | None, num_experts: int, method: Method) -> None:
+    """Refuse ranks that are not one for each pair, or lack the base as an expert. Raises InputRefused."""
+    if ranks is None:
+        if method.has_public:
+            raise InputRefused(f"adapter.ranks: {method.name} needs them, one for each expert: 0 first, the base's")
+        return
+    if method.pairing != "tied":
+        raise InputRefused(f"adapter.ranks: {method.name} pairs any down with any up expert: one rank for all")
+    new = ranks[1:] if method.has_public else ranks
+    if len(ranks) != num_experts or min(new, default=0) < 1:
+        raise InputRefused(f"adapter.ranks: {ranks} will not do: {num_experts} ranks, each at least 1")
+    if method.has_public and ranks[0] != 0:
+        raise InputRefused(
+            f"adapter.ranks: {ranks} will not do: the first expert of {method.name} is the base, of rank 0"
+        )
+
+
 def check_shared(shared: Mapping[str, float | str] | None) -> None:
     """Refuse a shared expert of no rank, or of an unknown start. Raises InputRefused."""
     if shared is None:
@@ -29,4 +46,4 @@ def check_shared(shared: Mapping[str, float | str] | None) -> None:
         raise InputRefused(f"adapter.shared.init: unknown '{init}'; {nearest(init, get_args(SharedInit))}")
 
 
-__all__ = ["check_core", "check_shared"]
+__all__ = ["check_core", "check_ranks", "check_shared"]

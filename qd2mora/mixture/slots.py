@@ -81,7 +81,7 @@ class MLPGate:
     @property
     def _is_mean(self) -> bool:
         match self.gate.weight:
-            case "renorm":
+            case "renorm" | "dense" | "soft" | "equal":
                 return True
             case "straight_through":  # omega on each of the k chosen
                 return self.gate.omega * (self.gate.top_k or 1) == 1
@@ -91,8 +91,8 @@ class MLPGate:
 
 
 def num_slots(gate: Gate, num_experts: int) -> int:
-    """Return the experts that can get a weight, or its gradient: straight_through's reaches those not chosen too."""
-    if gate.weight in ("straight_through", "bounded"):
+    """Return the experts that can get a weight, or its gradient: some weights reach those not chosen too."""
+    if gate.weight in ("straight_through", "bounded", "dense", "soft"):
         return num_experts
     limits = {"top_k": gate.top_k or num_experts, "fixed": 1}
     return min(limits.get(gate.select, num_experts), num_experts)

@@ -7,9 +7,8 @@ and whether it owns the router that its block or the model shares.
 import re
 from dataclasses import dataclass
 
-from qd2mora.errors import InputRefused
 from qd2mora.mixture.config import MixtureConfig
-from qd2mora.mixture.method import Method, Penalty, experts_by_layer
+from qd2mora.mixture.method import Penalty, experts_by_layer
 from qd2mora.mixture.phases import PLAIN, Phase, step_in
 from qd2mora.routed.gate import Gate
 from qd2mora.routed.ops import RankStep
@@ -72,7 +71,8 @@ class LinearSpec:
 
     def step_in(self, phase: Phase) -> RankStep:
         """Return the step as it is in a phase of training."""
-        return self.step if phase == PLAIN else step_in(self.step, phase, tuple(self.counts.items()))
+        is_plain = phase == PLAIN and all(gate.weight != "soft" for _, gate in self.step.gates)
+        return self.step if is_plain else step_in(self.step, phase, tuple(self.counts.items()))
 
 
 def linear_spec(config: MixtureConfig, place: Place) -> LinearSpec:
@@ -148,7 +148,6 @@ def _bank_shapes(config: MixtureConfig, place: Place, experts: _Experts) -> dict
     assert rank is not None
     shapes: dict[str, tuple[int, ...]]
     if row.core == "kron":
-        _check_kron(row, place)
         # One seed for all scales, unfolded anew in each pass (`ops.kron_banks`); the kernels K_e lie flat, one after
         # another.
         shapes = {"mixture_A": (1, rank, place.d_in), "mixture_B": (1, place.d_out, rank)}
@@ -203,15 +202,6 @@ def _router_shapes(config: MixtureConfig, place: Place, role: str, gate: Gate, n
     if gate.score == "mlp":
         shapes[f"mixture_out_{role}"] = (num, rows)
     return shapes
-
-
-def _check_kron(row: Method, place: Place) -> None:
-    for scale in row.scales:
-        if place.d_in % scale or place.d_out % scale:
-            raise InputRefused(
-                f"adapter.targets: {place.key} is {place.d_out} x {place.d_in}, which the scale {scale} of {row.name} "
-                "does not divide"
-            )
 
 
 __all__ = ["LinearSpec", "Place", "linear_spec"]

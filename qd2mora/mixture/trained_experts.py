@@ -22,8 +22,8 @@ def experts_given(adapter: Adapter, row: Method) -> dict[str, Any]:
         if getattr(adapter, key) is not None:
             raise InputRefused(f"adapter.{key}: the LoRAs of adapter.adapters decide it; leave it out")
     loras = read_trained_loras(list(adapter.adapters))
-    ranks = [lora.rank for lora in loras]
-    experts = {"experts": len(loras)}
+    ranks = [0] * row.has_public + [lora.rank for lora in loras]
+    experts = {"experts": len(ranks)}
     targets = sorted(set().union(*(lora.targets for lora in loras)))
     return {"ranks": ranks, "rank": max(ranks), "down": experts, "up": experts, "targets": targets}
 

@@ -1,19 +1,19 @@
 """MixtureModel: puts mixtures into a model for PEFT and runs it; and what others ask of an adapted model."""
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qd2mora.errors import InputRefused
 from qd2mora.mixture.config import MixtureConfig
+from qd2mora.mixture.dora import dora_config, freeze_beside_magnitudes, magnitudes_alone
 from qd2mora.mixture.layer import MixtureLinear, mixture_layers
 from qd2mora.mixture.method import MLP
 from qd2mora.mixture.mlp_layer import MixtureMLPLinear, refuse_open_blocks, refuse_unfit
@@ -21,6 +21,7 @@ from qd2mora.mixture.penalties import groups_of, pairwise_overlap, subspace_over
 from qd2mora.mixture.registration import PREFIX
 from qd2mora.mixture.routing import Routing
 from qd2mora.mixture.spec import Place, linear_spec
+from qd2mora.mixture.targets import refuse_unmatched
 from qd2mora.mixture.trained_loras import TrainedLora
 from qd2mora.routed import ops
 from qd2mora.routed.gate import STATIC
@@ -196,51 +197,19 @@ def add_adapter(model: nn.Module, config: MixtureConfig, seed: int) -> PeftModel
 
     Raises InputRefused where a target matches no linear.
     """
-    _refuse_unmatched(model, config)
+    refuse_unmatched(model, config)
     # Initial values come from torch's global generator (PEFT hands none on), which is put back afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapted = get_peft_model(model, _on_backend(config))
+        if config.row.backend == "ours":
+            adapted = get_peft_model(model, config)
+        else:
+            alone = magnitudes_alone(model, config)
+            adapted = get_peft_model(model, dora_config(model, config))
+            freeze_beside_magnitudes(adapted, alone)
     if getattr(model, "is_gradient_checkpointing", False) and isinstance(model, PreTrainedModel):
         model.disable_input_require_grads()  # PEFT asks for them as transformers does: see enable_checkpointing
     return adapted
-
-
-def _refuse_unmatched(model: nn.Module, config: MixtureConfig) -> None:
-    """Raise InputRefused where a target matches no linear, or no module where the method stands beside any."""
-    is_beside_blocks = config.row.placement == "block"
-    names = [name for name, module in model.named_modules() if is_beside_blocks or isinstance(module, nn.Linear)]
-    for target, pattern in _patterns(config.target_modules).items():
-        # PEFT complains only where no target at all is found; one mistyped name would go unadapted.
-        if not any(re.fullmatch(pattern, name) for name in names):
-            there = sorted({name.rpartition(".")[2] for name in names})
-            raise InputRefused(f"adapter.targets: '{target}' matches no linear; there are {', '.join(there)}")
-
-
-def _patterns(targets: list[str] | str | None) -> dict[str, str]:
-    """Return what each target matches: a list names the last parts of modules, a text is itself a pattern."""
-    if targets == "all-linear":
-        return {}
-    if isinstance(targets, str):
-        return {targets: targets}
-    return {target: rf"(.*\.)?{re.escape(target)}" for target in targets or ()}
-
-
-def _on_backend(config: MixtureConfig) -> PeftConfig:
-    """Return the configuration itself, or PEFT's own where the method runs on PEFT's implementation (DoRA)."""
-    if config.row.backend == "ours":
-        return config
-    assert config.rank is not None and config.alpha is not None
-    return LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides by the rank alone
-        lora_dropout=config.dropout,
-        use_rslora=config.rank_stabilized,
-        use_dora=True,
-        target_modules=config.target_modules,
-        exclude_modules=config.exclude_modules,
-        task_type=config.task_type,
-    )
 
 
 def load_experts(layers: dict[str, MixtureLinear], loras: list[TrainedLora], adapter_name: str = "default") -> None:
@@ -257,7 +226,8 @@ def load_experts(layers: dict[str, MixtureLinear], loras: list[TrainedLora], ada
     for name, layer in layers.items():
         spec, tensors = layer.mixture_spec[adapter_name], layer.tensors(adapter_name)
         downs, ups = [], []
-        for lora, rank in zip(loras, spec.step.ranks_down, strict=True):
+        ranks = [rank for rank in spec.step.ranks_down if rank]  # an expert of rank 0 is the base
+        for lora, rank in zip(loras, ranks, strict=True):
             nothing = (torch.zeros(rank, layer.in_features), torch.zeros(layer.out_features, rank))
             down, up = lora.pairs.get(name, nothing)
             if down.shape != (rank, layer.in_features) or up.shape != (layer.out_features, rank):

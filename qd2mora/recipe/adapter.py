@@ -107,8 +107,8 @@ class Adapter(Section):
     """Which of the mixtures; `qd2mora methods` lists them."""
     rank: Size | None = None
     """Inner width of one expert."""
-    ranks: Annotated[list[Size], Field(min_length=1)] | None = None
-    """A rank for each paired expert, where they differ."""
+    ranks: Annotated[list[Annotated[int, Field(ge=0, le=2**20)]], Field(min_length=1)] | None = None
+    """A rank for each paired expert, where they differ; 0 first where the base is one (`flexmore`)."""
     alpha: Positive | None = None
     """The update is scaled by alpha / rank."""
     rank_stabilized: bool = False

@@ -38,6 +38,8 @@ class LearnedRouting(Section):
     """What the gates' temperatures are multiplied with at first; above 1 routing begins soft."""
     anneal_steps: Whole = 0
     """Steps in which that falls to 1, in equal ratios."""
+    draws: Annotated[int, Field(ge=2, le=1024)] = 4
+    """Draws of each row's experts for the gradient of a router that samples (`remix`); each runs the model anew."""
     penalty_steps: Whole = 0
     """Steps in which weights of penalties on routing rise from zero: with `entropy`, gates become decided slowly."""
 

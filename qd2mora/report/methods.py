@@ -65,7 +65,7 @@ def method_text(method: Method) -> str:
         "core": core,
         **{f"router {role}": _gate_text(gate) for role, gate in method.gates.items()},
         "penalties": ", ".join(f"{each.kind} {each.weight:g}" for each in method.penalties) or "none",
-        "init": f"down experts {method.init_down}, up experts zero",
+        "init": f"down experts {method.init_down}, up experts " + _up_init(method),
         "targets": ", ".join(method.targets),
         "parameters": f"{parameters_on_7b(method):,} on LLaMA-7B with these defaults",
         "given LoRAs": GIVEN[method.given],
@@ -84,6 +84,10 @@ def parameters_on_7b(method: Method) -> int:
         target_modules=list(method.targets),
     )
     return trainable_parameters(config, linears, shape.layers, shape.hidden)
+
+
+def _up_init(method: Method) -> str:
+    return f"{method.init_down}, kernels zero" if method.core == "kron" else "zero"
 
 
 def _export_word(method: Method) -> str:

@@ -15,12 +15,13 @@ Granularity = Literal["token", "sequence", "task"]
 Scope = Literal["module", "block"]
 Score = Literal["linear", "bias", "mlp", "noisy", "prototype", "static", "activation"]
 Select = Literal["all", "top_k", "entropy", "fixed", "sample"]
-Weight = Literal["softmax", "renorm", "sigmoid", "sigmoid_renorm", "uniform", "one", "straight_through", "bounded"]
+_Learned = Literal["softmax", "renorm", "dense", "soft", "sigmoid", "sigmoid_renorm", "straight_through", "bounded"]
+Weight = Literal[_Learned, "uniform", "equal", "one"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
 
 # Weights that sum to one over the experts: over a single expert such a gate is the constant 1 and has no router.
-_SUM_TO_ONE = ("softmax", "renorm", "straight_through", "one")
+_SUM_TO_ONE = ("softmax", "renorm", "dense", "soft", "equal", "straight_through", "one")
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,10 @@ class Gate:
         batch does not exist: it would let rows see each other.
     scope: one router for each `module`, or one for each `block` (attention or MLP), read where its first adapted linear
         stands.
-    score, select, weight: see `routers`. Weight `one` gives the router no gradient of its own; `straight_through` is
-        omega on what is chosen, with the gradient of the softmax; `sigmoid_renorm` is k times an expert's part of the
-        k chosen sigmoids.
+    score, select, weight: see `routers`. Weights `one` and `equal` (an equal part of one) give the router none of the
+        loss's gradient; `straight_through` is omega on what is chosen, with the gradient of the softmax; `dense` is
+        the softmax over all experts, whatever is chosen for penalties and counts; `soft` is that in training and
+        `renorm` after it; `sigmoid_renorm` is k times an expert's part of the k chosen sigmoids.
     dropout: the chance that an expert is left out for a token, in training; gates that sum to one still do.
     """
 

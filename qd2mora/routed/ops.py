@@ -350,13 +350,15 @@ def _across(gating: Gating) -> Gating:
 def kron_banks(seed_RD: Tensor, seed_OR: Tensor, scales: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return A_e = A[:, :D/s] (x) I_s one below the other, and B_e = B[:O/s] (x) I_s side by side, for every scale s.
 
-    With a core I_r (x) K_e between them, B_e C_e A_e = (B A)[:O/s, :D/s] (x) K_e (EPT, reconstruction).
+    With a core I_r (x) K_e between them, B_e C_e A_e = (B A)[:O/s, :D/s] (x) K_e (EPT, reconstruction). Where s does
+    not divide a width, the seed's part is rounded up and what is unfolded is cut to the linear's size.
     """
+    d_in, d_out = seed_RD.shape[1], seed_OR.shape[0]
     rows, columns = [], []
     for scale in scales:
         unit = torch.eye(scale, dtype=seed_RD.dtype, device=seed_RD.device)
-        rows.append(torch.kron(seed_RD[:, : seed_RD.shape[1] // scale].contiguous(), unit))
-        columns.append(torch.kron(seed_OR[: seed_OR.shape[0] // scale].contiguous(), unit))
+        rows.append(torch.kron(seed_RD[:, : -(-d_in // scale)].contiguous(), unit)[:, :d_in])
+        columns.append(torch.kron(seed_OR[: -(-d_out // scale)].contiguous(), unit)[:d_out])
     return torch.cat(rows), torch.cat(columns, -1)
 
 

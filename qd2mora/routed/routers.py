@@ -159,14 +159,14 @@ def _likeliest(probs: Tensor, limit: float, least: int) -> Tensor:
 def _weigh(gate: Gate, logits: Tensor, probs: Tensor, chosen: Tensor | None) -> Tensor:
     if gate.weight == "bounded":
         return 1 + 0.2 * logits.tanh()  # within 0.8 and 1.2 (ScaleZero)
+    if gate.weight == "dense" or (chosen is None and gate.weight in ("softmax", "renorm", "soft")):
+        return probs  # they sum to one already
     if chosen is None:
-        if gate.weight in ("softmax", "renorm"):
-            return probs  # they sum to one already
         chosen = torch.ones_like(probs)
     match gate.weight:
         case "softmax":
             return probs * chosen
-        case "renorm":
+        case "renorm" | "soft":
             masked = probs * chosen
             total = masked.sum(-1, keepdim=True)
             # Chosen probabilities may all underflow to 0, which must not bring 0 / 0 into the backward pass.
@@ -180,9 +180,14 @@ def _weigh(gate: Gate, logits: Tensor, probs: Tensor, chosen: Tensor | None) -> 
             masked = probs * chosen
             # k times, so that ranks that all count alike count one each.
             return chosen.detach().sum(-1, keepdim=True) * masked / masked.sum(-1, keepdim=True)
-        case "uniform":
-            return gate.omega * chosen
-    return chosen  # weight `one`
+    return _alike(gate, chosen)
+
+
+def _alike(gate: Gate, chosen: Tensor) -> Tensor:
+    """Return what those chosen count where they all count the same: omega, equal parts of one, or one."""
+    if gate.weight == "equal":
+        return chosen / chosen.sum(-1, keepdim=True)
+    return gate.omega * chosen if gate.weight == "uniform" else chosen
 
 
 def _soft(scores: Tensor, temperature: float) -> Tensor:

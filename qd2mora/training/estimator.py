@@ -14,8 +14,6 @@ from torch import Tensor
 from qd2mora.mixture import Routing
 from qd2mora.mixture.draws import mixed
 
-NUM_DRAWS = 4
-
 
 def leave_one_out(losses_NB: Tensor) -> Tensor:
     """Return L_m - mean of the others, (N, B), which is n / (n - 1) times L_m - mean; sums to zero over draws."""
@@ -24,22 +22,26 @@ def leave_one_out(losses_NB: Tensor) -> Tensor:
 
 
 def backward_over_draws(
-    row_losses: Callable[[], Tensor], backward: Callable[[Tensor], None], routing: Routing, share: float
+    row_losses: Callable[[], Tensor],
+    backward: Callable[[Tensor], None],
+    routing: Routing,
+    share: float,
+    num_draws: int,
 ) -> Tensor:
-    """Add the gradients of experts and routers over NUM_DRAWS draws; return the mean loss, summed over rows.
+    """Add the gradients of experts and routers over several draws; return the mean loss, summed over rows.
 
     `row_losses` runs the model and returns (B,); `share` is what a row's loss counts in the step (one over its labels).
     """
     keys = routing.rows
     assert keys is not None, "sampled routing needs a key for each row"
-    drawn = [tuple(mixed(key, number) for key in keys) for number in range(NUM_DRAWS)]
+    drawn = [tuple(mixed(key, number) for key in keys) for number in range(num_draws)]
     with torch.no_grad():
         losses = torch.stack([_run(row_losses, routing, rows) for rows in drawn])
     # `observer` adds the router's gradient straight to the loss's: scaled here as the loss is scaled there.
-    advantages = leave_one_out(losses) * (share * routing.loss_scale / NUM_DRAWS)
+    advantages = leave_one_out(losses) * (share * routing.loss_scale / num_draws)
     for rows, advantage in zip(drawn, advantages, strict=True):
         routing.advantage = advantage
-        backward(_run(row_losses, routing, rows).sum() * (share / NUM_DRAWS))
+        backward(_run(row_losses, routing, rows).sum() * (share / num_draws))
     routing.advantage, routing.rows = None, keys
     return losses.mean(0).sum()
 
@@ -49,4 +51,4 @@ def _run(row_losses: Callable[[], Tensor], routing: Routing, rows: tuple[int, ..
     return row_losses()
 
 
-__all__ = ["NUM_DRAWS", "backward_over_draws", "leave_one_out"]
+__all__ = ["backward_over_draws", "leave_one_out"]

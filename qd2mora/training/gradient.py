@@ -9,6 +9,7 @@ the step is counted.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,8 @@ class StepGradient:
     course: Course
     config: MixtureConfig
     max_norm: float | None
+    draws: int
+    """Of a router that samples."""
 
     def accumulate(self, rows: list[Row], beat: Callable[[], None]) -> Tensor:
         """Add the gradients of this process's rows; return their part of the loss per labelled token of the step.
@@ -82,7 +85,8 @@ class StepGradient:
 
         if self.config.row.estimator == "rloo":
             assert batches.routing is not None
-            return backward_over_draws(lambda: batches.row_losses(part), backward, batches.routing, share) * share
+            row_losses = partial(batches.row_losses, part)
+            return backward_over_draws(row_losses, backward, batches.routing, share, self.draws) * share
         loss = batches.row_losses(part).sum() * share
         backward(loss)
         return loss.detach()

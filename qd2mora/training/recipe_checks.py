@@ -13,6 +13,7 @@ from qd2mora.evaluation.rouge import rouge_l
 from qd2mora.mixture import MixtureConfig
 from qd2mora.recipe import Recipe, Train
 from qd2mora.recipe.optimizers import may_be_blockwise
+from qd2mora.recipe.train import LearnedRouting
 
 
 def check_stages(config: MixtureConfig, train: Train) -> None:
@@ -41,6 +42,8 @@ def check_routing(config: MixtureConfig, train: Train) -> None:
             f"train.routing.penalty_steps: {config.method} has no penalty on routing; name one in adapter.penalties"
         )
     draws = any(gate.select == "sample" for gate in config.routers.values())
+    if told.draws != LearnedRouting().draws and not draws:
+        raise InputRefused(f"train.routing.draws: {told.draws}, but {config.method} draws no experts; leave it out")
     if told.uniform_steps and (draws or config.row.stages or config.row.placement == "mlp"):
         raise InputRefused(
             f"train.routing.uniform_steps: {config.method} cannot weigh all its experts alike: it draws few of them, "

@@ -59,7 +59,7 @@ from qd2mora.training.recipe_checks import (
 )
 from qd2mora.training.rehearsal import Rehearsal, is_worthwhile
 from qd2mora.training.result import save_result
-from qd2mora.training.updates import PlainUpdater, Updater, build_optimizer, by_rate
+from qd2mora.training.updates import PlainUpdater, Updater, build_optimizer, by_rate, num_draws
 from qd2mora.training.zero import ZeroUpdater
 
 FIRST_LOSS_SCALE = 2.0**16
@@ -351,7 +351,7 @@ def _training(
         train=settings,
         course=course,
         progress=progress,
-        gradient=StepGradient(batches, course, inputs.config, settings.max_grad_norm),
+        gradient=StepGradient(batches, course, inputs.config, settings.max_grad_norm, num_draws(settings)),
         held_out=HeldOut(batches, inputs.tasks, live, score, watchdog, journal.pace),
         saver=Saver(folder.checkpoints, settings.keep_checkpoints, batches.updater, processes.is_main),
         best=best,

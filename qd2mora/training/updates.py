@@ -19,6 +19,7 @@ from qd2mora.mixture.parts import part_of
 from qd2mora.mixture.phases import PLAIN, Phase
 from qd2mora.recipe import Train
 from qd2mora.recipe.optimizers import OPTIMIZERS, OptimizerName
+from qd2mora.recipe.train import LearnedRouting
 from qd2mora.training.progress import State, StateSource
 
 
@@ -217,6 +218,11 @@ def phase_of(train: Train, update: int) -> Phase:
     return Phase(update < told.uniform_steps, temperature, penalty)
 
 
+def num_draws(train: Train) -> int:
+    """Return how often each row's experts are drawn for the gradient of a router that samples."""
+    return (train.routing or LearnedRouting()).draws
+
+
 def enter_phase(model: nn.Module, train: Train, update: int) -> None:
     """Tell the layers what routing is like in this update."""
     routing = routing_of(model)
@@ -301,6 +307,7 @@ __all__ = [
     "enter_phase",
     "enter_stage",
     "learning_rate",
+    "num_draws",
     "phase_of",
     "rate_factor",
     "stage_of",

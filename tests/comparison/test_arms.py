@@ -12,6 +12,7 @@ from qd2mora.errors import InputRefused
 from qd2mora.memory import plan
 from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.counts import llama_linears, routed_linears
+from qd2mora.mixture.presets import METHODS
 from qd2mora.recipe import Recipe, load_recipe
 
 QKV = "adapter.targets=[q_proj, k_proj, v_proj]"
@@ -53,6 +54,26 @@ def test_a_mixture_in_mlps_is_no_lora_because_the_recipe_adapts_attention(method
 @pytest.mark.parametrize("base", [(QKV,), ON_7B])
 def test_moelora_scales_its_update_as_its_repository(base: tuple[str, ...], made: Path) -> None:
     assert config_of(arm_of(recipe_of(made, *base), "moelora")).scaling == pytest.approx(2.0)
+
+
+def test_ept_is_matched_by_the_rank_of_its_seed_and_keeps_an_expert_of_each_scale(made: Path) -> None:
+    arm = arm_of(recipe_of(made, *ON_7B), "ept")
+    config = config_of(arm)
+    assert config.num_down == config.num_up == len(METHODS["ept"].scales) == 8
+    assert config.scaling == pytest.approx(METHODS["ept"].scaling)
+
+
+def test_flexmore_is_matched_by_its_largest_rank_and_the_others_keep_their_part_of_it(made: Path) -> None:
+    config = config_of(arm_of(recipe_of(made, *ON_7B), "flexmore"))
+    assert config.ranks is not None and config.ranks[0] == 0 and config.rank == max(config.ranks)
+    assert config.ranks[1:] == [max(1, round(config.rank * part)) for part in (1 / 8, 1 / 4, 1 / 2, 1)]
+    assert config.scaling == pytest.approx(METHODS["flexmore"].scaling)
+
+
+def test_remix_weighs_by_two_over_k_times_the_rank_that_is_found(made: Path) -> None:
+    config = config_of(arm_of(recipe_of(made, *ON_7B), "remix"))
+    assert config.rank is not None and config.rank != 8
+    assert config.scaling == pytest.approx(2 / config.rank)
 
 
 @pytest.mark.parametrize(("method", "part"), [("flylora", 8 / 32), ("mora", 8 / 32), ("smora", 8 / 64)])

@@ -61,7 +61,7 @@ def test_every_arm_trains_as_many_parameters_and_the_planner_counts_the_same(bas
 
 
 @pytest.mark.parametrize(
-    ("method", "words"), [("flexmore", "a rank for each expert"), ("meteora", "starts from trained LoRAs")]
+    ("method", "words"), [("cat", "starts from trained LoRAs"), ("meteora", "starts from trained LoRAs")]
 )
 def test_a_method_that_no_rank_can_match_is_refused(method: str, words: str, made: Path) -> None:
     with pytest.raises(InputRefused, match=words):

@@ -22,7 +22,7 @@ from qd2mora.mixture.presets import METHODS
 from qd2mora.recipe import Base
 from qd2mora.routed import modeling_mixture
 
-GROWN = {"flexmore": {"rank": None, "ranks": [2, 4, 3, 5]}, "mola": {"allocation": "2-3"}, "smora": {"rank": 20}}
+GROWN = {"flexmore": {"rank": None, "ranks": [0, 4, 3, 5]}, "mola": {"allocation": "2-3"}, "smora": {"rank": 20}}
 GROWN |= {"flylora": {"rank": 20}, "mora": {"rank": 20}, "hydralora": {"shared": {"rank": 3, "init": "kaiming"}}}
 GROWN |= {"noisy_top_k": {"target_modules": ["mlp"]}}
 SMALL = {"dynmole": {"down": {"experts": 3}, "up": {"experts": 3}}}

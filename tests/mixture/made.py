@@ -17,31 +17,29 @@ CHANGES: dict[str, dict[str, object]] = {
     "smora": {"rank": 5, "gates": {"rank": {"top_k": 2}}},
     "mora": {"rank": 5, "gates": {"rank": {"top_k": 2}}},
     "flylora": {"rank": 5, "gates": {"rank": {"top_k": 2}}},
-    "flexmore": {"rank": None, "ranks": [1, 2, 4]},
     "peam": {"num_tasks": TASKS},
     "moelora": {"num_tasks": TASKS},
     "sketchassist": {"num_tasks": TASKS},
-    "ept": {"num_tasks": TASKS},
+    "ept": {"num_tasks": TASKS, "down": {"experts": 8}, "up": {"experts": 8}},
     "reclora": {"external_width": WIDTH},
 }
 SCALING = dict.fromkeys(NAMES, ALPHA / RANK)
 SCALING |= dict.fromkeys(("mora", "flylora"), ALPHA / 5) | {
     "smora": ALPHA / 2,
     "moelora": ALPHA / (4 * RANK),
-    "flexmore": ALPHA / 4,
 }
 
 
 def size_of(method: str) -> tuple[int, int]:
-    """Return d_in, d_out: odd, but what the scales of EPT divide, and one width around a block."""
-    return {"ept": (24, 16), "noisy_top_k": (D_IN, D_IN)}.get(method, (D_IN, D_OUT))
+    """Return d_in, d_out: odd, and one width around a block."""
+    return {"noisy_top_k": (D_IN, D_IN)}.get(method, (D_IN, D_OUT))
 
 
 def config_of(method: str, **changes: object) -> MixtureConfig:
     """The method without penalties, which add to gradients in training and have tests of their own."""
     quiet = {penalty.kind: 0.0 for penalty in METHODS[method].penalties}
     settings: dict[str, object] = {"method": method, "rank": RANK, "alpha": ALPHA, "penalties": quiet}
-    if METHODS[method].pairing == "tied" and METHODS[method].down > 1 and method != "flexmore":
+    if METHODS[method].pairing == "tied" and METHODS[method].down > 1:
         settings |= {"down": FOUR, "up": FOUR}
     return MixtureConfig(**(settings | CHANGES.get(method, {}) | changes))
 

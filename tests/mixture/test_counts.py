@@ -8,7 +8,8 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from qd2mora.base import SHAPES
-from qd2mora.mixture import MixtureConfig, mixture_layers
+from qd2mora.memory.shapes import read_shapes
+from qd2mora.mixture import MixtureConfig, add_adapter, mixture_layers
 from qd2mora.mixture.counts import llama_linears, trainable_parameters
 from qd2mora.mixture.presets import METHODS
 
@@ -48,6 +49,19 @@ def test_a_7b_has_as_many_trainable_parameters_as_the_paper_says(
         target_modules=["q_proj", "k_proj", "v_proj"],
     )
     assert trained_on_a_7b(config)[0] == count
+
+
+def test_dora_on_a_7b_trains_magnitudes_on_all_seven_linears_as_in_the_papers_table() -> None:
+    config = MixtureConfig(method="dora", target_modules=["q_proj", "k_proj", "v_proj"])
+    shape = SHAPES["llama-7b"].config()
+    shape.num_hidden_layers = FEW
+    with torch.device("meta"):
+        model = add_adapter(AutoModelForCausalLM.from_config(shape), config, 0)
+    trained = {name: tensor.numel() for name, tensor in model.named_parameters() if tensor.requires_grad}
+    assert 8 * sum(trained.values()) == 51_691_520 == counted_from_sizes(config)
+    alone = [name for name in trained if name.split(".")[6] in ("o_proj", "gate_proj", "up_proj", "down_proj")]
+    assert len(alone) == 4 * FEW and all("magnitude" in name for name in alone)
+    assert sum(trained.values()) == sum(read_shapes(shape, config).trainable)
 
 
 D, F = 4096, 11008
@@ -118,11 +132,9 @@ FORMULAS: dict[str, tuple[tuple[str, ...], int]] = {
     "xlora": (QKV, over(QKV, lambda d, o: 2 * D + 2)),
     "cat": (QKV, over(QKV, lambda d, o: 2)),
     "rocket": (QKV, over(QKV, paired(16, 4, token_router(4)))),
-    # ranks 4 + 8 + 16 + 32
-    "flexmore": (MLP, over(MLP, lambda d, o: 60 * (d + o) + 4 * d)),
     "reclora": (QKV, over(QKV, paired(8, 4, lambda d, o: 4 * 64))),
-    # one seed; kernels 1 + 4 + 16 + 64; an embedding of 32 for 8 + 1 tasks and its router
-    "ept": (QKV, over(QKV, lambda d, o: 8 * (d + o) + 85 + 9 * 32 + 4 * 32)),
+    # one seed; two kernels each of 4, 16, 36, 64; an embedding of 32 for 8 + 1 tasks and its router
+    "ept": (QKV, over(QKV, lambda d, o: 8 * (d + o) + 2 * 120 + 9 * 32 + 8 * 32)),
     # four factors and the base's own
     "scalezero": (QKV, over(QKV, paired(16, 4, lambda d, o: 4 + 1))),
     "base_gate": (QKV, over(QKV, paired(16, 1, lambda d, o: d + 1))),
@@ -154,9 +166,18 @@ def counted_from_sizes(config: MixtureConfig) -> int:
     return trainable_parameters(config, llama_linears(D, F, D, D), 32, D)
 
 
-def test_counting_from_sizes_alone_knows_experts_that_are_whole_mlps() -> None:
-    config = MixtureConfig(method="mixlora", target_modules=list(METHODS["mixlora"].targets))
-    assert 8 * trained_on_a_7b(config, FEW)[0] == counted_from_sizes(config)
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [
+        # attention of rank 16 once, eight experts of rank 16 in the MLP, one router an MLP
+        ("mixlora", over(ATTENTION, lambda d, o: 16 * (d + o)) + over(MLP, paired(16, 8, lambda d, o: 0)) + 32 * 8 * D),
+        # ranks 0 + 4 + 8 + 16 + 32; one router among five an MLP
+        ("flexmore", over(MLP, lambda d, o: 60 * (d + o)) + 32 * 5 * D),
+    ],
+)
+def test_counting_from_sizes_alone_knows_experts_that_are_whole_mlps(method: str, count: int) -> None:
+    config = MixtureConfig(method=method, target_modules=list(METHODS[method].targets))
+    assert 8 * trained_on_a_7b(config, FEW)[0] == count == counted_from_sizes(config)
 
 
 @pytest.mark.parametrize(

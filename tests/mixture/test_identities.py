@@ -53,6 +53,7 @@ def test_balance_losses_are_least_at_balance_and_know_no_balance_once_gates_are_
     torch.testing.assert_close(value("lb_mixtral", equal), torch.tensor([float(k)], dtype=torch.float64), **CLOSE)
 
 
+BY_HAND = ("lb_mixtral", "lb_mola", "lb_llava", "lb_soft", "lb_share", "z_loss", "entropy", "negative_entropy")
 PADDED = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
 
 
@@ -65,6 +66,10 @@ def by_hand(kind: str, probs: Tensor, used: Tensor, logits: Tensor) -> float:
         return E * sum(a * b for a, b in zip(f, p, strict=True))
     if kind == "lb_mola":
         return E * sum(a / sum(f) * b for a, b in zip(f, p, strict=True))
+    if kind == "lb_share":
+        return sum(a / sum(f) * b for a, b in zip(f, p, strict=True))
+    if kind == "negative_entropy":
+        return sum(each * math.log(each + 1e-5) for row in probs.tolist() for each in row) / num
     if kind == "lb_llava":
         return sum(a * b for a, b in zip(f, p, strict=True))
     if kind == "lb_soft":
@@ -76,7 +81,7 @@ def by_hand(kind: str, probs: Tensor, used: Tensor, logits: Tensor) -> float:
 
 
 @pytest.mark.parametrize("by_row", [False, True])
-@pytest.mark.parametrize("kind", ["lb_mixtral", "lb_mola", "lb_llava", "lb_soft", "z_loss", "entropy"])
+@pytest.mark.parametrize("kind", BY_HAND)
 def test_a_penalty_equals_its_formula_over_the_tokens_that_are_there(kind: str, by_row: bool) -> None:
     logits = random_logits(3, 5, 4)
     gate = Gate(select="top_k", top_k=2)

@@ -8,6 +8,8 @@ from torch import Tensor
 from qd2mora.mixture import MixtureLinear
 from qd2mora.mixture.initialisers import initial_tensor
 from qd2mora.mixture.presets import METHODS
+from qd2mora.mixture.spec import Place, linear_spec
+from qd2mora.routed.ops import kron_banks
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}  # float64 sums in another order
 
@@ -35,7 +37,7 @@ def first(layer: MixtureLinear) -> tuple[Tensor, Tensor]:
 
 
 ONE = {"experts": 1}
-TO_ONE = [name for name in made.NAMES if METHODS[name].pairing == "tied" and name not in ("flexmore", "ept")]
+TO_ONE = [name for name in made.NAMES if METHODS[name].pairing == "tied" and name != "ept"]
 
 
 @pytest.mark.parametrize("method", [*TO_ONE, "d2mora", "hydralora"])
@@ -52,8 +54,6 @@ def test_one_expert_is_plain_lora(method: str) -> None:
         wanted = wanted * (1 + 0.2 * tensors["mixture_logits_down"].tanh())
     elif method == "base_gate":
         tensors["mixture_bias_down"].data.fill_(60.0)  # a sigmoid of one
-    elif method == "remix":
-        wanted = wanted * 0.5
     torch.testing.assert_close(update_of(layer, x), wanted, **CLOSE)
 
 
@@ -167,12 +167,22 @@ def test_comol_is_hydralora_with_up_experts_that_carry_the_transposed_cores() ->
     torch.testing.assert_close(update_of(comol, x), update_of(hydra, x), **CLOSE)
 
 
-def test_ept_at_scale_one_is_plain_lora_and_its_kernels_are_kronecker_products() -> None:
-    layer, x = made.layer_of("ept"), made.input_for("ept")
-    tensors = layer.tensors("default")
-    tensors["mixture_core"].data.zero_()[0] = 1
-    gate = layer.mixing(x, "default").diagonal(dim1=-2, dim2=-1)[..., :1]
-    torch.testing.assert_close(update_of(layer, x), gate * plain(*first(layer), x), **CLOSE)
+def test_ept_starts_at_its_base_because_its_kernels_are_zero_and_its_seed_is_not() -> None:
+    place, config = Place("model.layers.0.mlp.gate_proj", 50, 70), made.config_of("ept", rank=8)
+    spec = linear_spec(config, place)
+    starts = {name: initial_tensor(name, shape, config, spec) for name, shape in spec.shapes.items()}
+    assert not starts["mixture_core"].any()
+    for bank in ("mixture_A", "mixture_B"):
+        assert abs(starts[bank].std() * 8 - 1) < 5 / (2 * starts[bank].numel()) ** 0.5
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4, 6])
+def test_epts_banks_unfold_to_the_kronecker_product_cut_to_the_linears_size(scale: int) -> None:
+    A, B, kernel = torch.randn(3, 13).double(), torch.randn(8, 3).double(), torch.randn(scale, scale).double()
+    rows, columns = kron_banks(A, B, (scale,))
+    ours = columns @ torch.kron(torch.eye(3).double(), kernel) @ rows
+    seed = (B @ A)[: -(-8 // scale), : -(-13 // scale)]
+    torch.testing.assert_close(ours, torch.kron(seed, kernel)[:8, :13], **CLOSE)
 
 
 @pytest.mark.parametrize("method", ["moelora", "ept", "peam", "reclora"])

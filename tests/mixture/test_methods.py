@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qd2mora.mixture import MixtureLinear
 from qd2mora.mixture.draws import Draws
+from qd2mora.mixture.phases import PLAIN
 from qd2mora.routed.routers import noisy
 
 Twin = Callable[[dict[str, Tensor], twin.Row], Tensor]
@@ -117,7 +118,11 @@ TOP = {"select": "top_k", "top_k": 2}
 FIELDS: dict[str, tuple[dict[str, object], Twin]] = {
     "top-k softmax": (TOP, masked(two, softmax)),
     "top-k renorm": (TOP | {"weight": "renorm"}, by_gate(lambda logits: gates.softmax_of_chosen(logits, 2))),
+    "top-k dense": (TOP | {"weight": "dense"}, by_gate(softmax)),
+    "top-k soft": (TOP | {"weight": "soft"}, by_gate(lambda logits: gates.renormalised(logits, 2))),
+    "soft of all": ({"weight": "soft"}, by_gate(softmax)),
     "top-k sigmoid": (TOP | {"weight": "sigmoid"}, masked(two, lambda logits: 1 / (1 + torch.exp(-logits)))),
+    "top-k equal": (TOP | {"weight": "equal"}, masked(two, lambda logits: 0.5 + 0 * logits)),
     "top-k uniform": (TOP | {"weight": "uniform", "omega": 0.3}, masked(two, lambda logits: 0.3 + 0 * logits)),
     "top-k one": (TOP | {"weight": "one"}, masked(two, torch.ones_like)),
     "top-k straight-through": (
@@ -162,6 +167,24 @@ def test_entropy_routing_uses_few_experts_and_all_of_them_in_the_twin_too() -> N
     t, x = made.layer_of("loramoe").tensors("default"), made.input_for("loramoe").flatten(0, 1)
     counts = {int((gates.by_entropy(linear(t, token), 1.7, 0.8, 0.5, 1) > 0).sum()) for token in x}
     assert 4 in counts and len(counts) > 1
+
+
+def differing(t: dict[str, Tensor], row: twin.Row) -> Tensor:
+    """Ranks 1, 2, 4: expert e owns a run of rows of A and of columns of B."""
+    outputs = []
+    for x in row.x:
+        parts, start = [], 0
+        for weight, rank in zip(softmax(linear(t, x)), (1, 2, 4), strict=True):
+            own = slice(start, start + rank)
+            parts.append(weight * (t["mixture_B"][:, own] @ (t["mixture_A"][own] @ x)))
+            start += rank
+        outputs.append(sum(parts))
+    return torch.stack(outputs)
+
+
+def test_ranks_of_paired_experts_may_differ() -> None:
+    layer = made.layer_of("loramoe", rank=None, ranks=[1, 2, 4], down=None, up=None)
+    check_against(layer, made.input_for("loramoe"), differing, made.ALPHA / 4)
 
 
 @pytest.mark.parametrize("gate", [{"granularity": "sequence"}, {"score": "mlp", "width": 6}])
@@ -260,9 +283,17 @@ def test_experts_are_left_out_in_training_alone_and_the_others_take_their_place(
     check_against(layer, x, update, made.SCALING["loramoe"])
 
 
+def test_lora_mixer_uses_all_experts_in_training_and_counts_its_choice_alone() -> None:
+    layer, x = made.layer_of("lora_mixer").train(), made.input_for("lora_mixer")
+    check_against(layer, x, by_gate(softmax), made.SCALING["lora_mixer"])
+    step = layer.mixture_spec["default"].step_in(PLAIN)
+    _, gatings = step.route(*layer._features(x, "default"))
+    assert (gatings["down"].used.sum(-1) == 3).all() and (gatings["down"].weight > 0).all()
+
+
 ANY = {"top_k": 2, "select": "top_k"}
 DIFFERENTIABLE: list[tuple[str, dict[str, dict[str, object]]]] = [
-    *((name, {}) for name in made.NAMES if name != "lora_mixer"),
+    *((name, {}) for name in made.NAMES),
     *(("loramoe", {"down": changes}) for name, (changes, _) in FIELDS.items() if "straight" not in name),
     ("d2mora", {"down": ANY, "up": ANY | {"weight": "renorm"}}),
     ("d2mora", {"up": {"score": "noisy"}, "down": {"score": "mlp", "width": 4}}),
@@ -277,7 +308,6 @@ DIFFERENTIABLE: list[tuple[str, dict[str, dict[str, object]]]] = [
     ("smora", {"rank": {"weight": "sigmoid", "input": "external"}}),
     ("reclora", {"down": {"score": "mlp", "width": 3}}),
     ("sketchassist", {"down": {"score": "mlp", "width": 3, **ANY, "weight": "renorm"}}),
-    ("flexmore", {"down": ANY | {"top_k": 1}}),
     ("ept", {"down": ANY | {"weight": "renorm"}}),
 ]
 

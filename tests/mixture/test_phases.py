@@ -26,12 +26,13 @@ def phased(method: str, phase: Phase, **changes: object) -> tuple[Tensor, Tensor
     return inside, plain
 
 
+HARD = {"select": "top_k", "top_k": 2, "weight": "straight_through", "omega": 0.5}
 FIRST = [
     ("d2mora", {}, lambda t, x: sum(t["mixture_B"]) / 5 @ (sum(t["mixture_A"]) / 3 @ x)),
     ("loramoe", {}, lambda t, x: twin.paired(torch.full((4,), 0.25), t, x)),
     ("mola", {}, lambda t, x: twin.paired(torch.full((4,), 0.25), t, x)),
     ("mola", {"gates": {"down": {"weight": "softmax"}}}, lambda t, x: twin.paired(torch.full((4,), 0.125), t, x)),
-    ("lora_mixer", {}, lambda t, x: twin.paired(torch.full((4,), 0.25), t, x)),
+    ("loramoe", {"gates": {"down": HARD}}, lambda t, x: twin.paired(torch.full((4,), 0.25), t, x)),
     ("llava_mole", {}, lambda t, x: twin.paired(torch.full((4,), 0.25), t, x)),
     ("smora", {}, lambda t, x: t["mixture_B"][0] @ (t["mixture_A"][0] @ x) * (2 / 5)),
     (

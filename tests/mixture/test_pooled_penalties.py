@@ -1,4 +1,4 @@
-"""Penalties that are one mean over all routers, written anew from the published code, and their gradients."""
+"""Penalties of whole models, pooled over routers or added up, written anew from code and papers; their gradients."""
 
 from collections.abc import Callable
 
@@ -26,6 +26,7 @@ SHAPE = LlamaConfig(
 )
 MASK = torch.ones_like(IDS)
 MASK[1, 4:] = 0
+TASKS = torch.tensor([2, 0])
 
 
 def adapted(method: str, **changes: object) -> nn.Module:
@@ -46,17 +47,18 @@ def logits_of(model: nn.Module) -> dict[str, Tensor]:
     """Return each router's logits at the tokens that count, (n, E), with their graph."""
     found: dict[str, Tensor] = {}
 
-    def read(name: str, router: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def read(name: str, router: Tensor, bias: Tensor | None) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[name] = (inputs[0].detach() @ router.T)[MASK.bool()]
+            found[name] = (inputs[0].detach() @ router.T + (0.0 if bias is None else bias))[MASK.bool()]
 
         return hook
 
     handles = []
     for name, layer in mixture_layers(model).items():
-        router = layer.tensors("default").get("mixture_router_down")
+        tensors = layer.tensors("default")
+        router = tensors.get("mixture_router_down")
         if router is not None:
-            handles.append(layer.register_forward_pre_hook(read(name, router)))
+            handles.append(layer.register_forward_pre_hook(read(name, router, tensors.get("mixture_bias_down"))))
     model(input_ids=IDS, attention_mask=MASK)
     for handle in handles:
         handle.remove()
@@ -93,10 +95,46 @@ def by_layer(logits: dict[str, Tensor]) -> Tensor:
     return 1e-3 * sum((mola_of_a_layer(torch.cat(each)) for each in layers), torch.zeros(()))
 
 
+def llava(logits: dict[str, Tensor]) -> Tensor:
+    """Of each row, over its tokens in all layers, without a factor; rows' mean, 1e-2."""
+    layers, rows = torch.stack(list(logits.values())), MASK.sum(1).tolist()
+    total, start = torch.zeros(()), 0
+    for length in rows:
+        probs = layers[:, start : start + length].flatten(0, 1).softmax(-1)
+        used = torch.stack([gates.mask(gates.largest(token, 1), probs.shape[-1]) for token in probs])
+        total = total + (probs.mean(0) * used.mean(0)).sum() / len(rows)
+        start += length
+    return 1e-2 * total
+
+
+def lora_mixer(logits: dict[str, Tensor]) -> Tensor:
+    """Of each router alpha sum_e f_e mean(p_e) - lambda mean H(p), f the shares of the top 3's choices; added up."""
+    total = torch.zeros(())
+    for each in logits.values():
+        probs = each.softmax(-1)
+        used = torch.stack([gates.mask(gates.largest(token, 3), probs.shape[-1]) for token in probs]).sum(0)
+        entropy = -(probs * (probs + 1e-5).log()).sum(-1).mean()
+        total = total + 1e-2 * (used / used.sum() * probs.mean(0)).sum() - 1e-3 * entropy
+    return total
+
+
+def meteora(logits: dict[str, Tensor]) -> Tensor:
+    """Cross entropy of all gates' logits against the number of the row's task, 50 times their mean."""
+    owners = TASKS.repeat_interleave(MASK.sum(1))
+    losses = [
+        torch.stack([-row.log_softmax(-1)[owner] for row, owner in zip(each, owners, strict=True)])
+        for each in logits.values()
+    ]
+    return 50 * torch.cat(losses).mean()
+
+
 PUBLISHED: dict[str, tuple[dict[str, object], Callable[[dict[str, Tensor]], Tensor]]] = {
     "mixlora": ({}, lambda logits: 1e-3 * mixtral(torch.cat(list(logits.values())), 2)),
     "dynmole": ({}, lambda logits: dynmole(torch.cat(list(logits.values())))),
     "mola": ({"allocation": "3-4"}, by_layer),
+    "llava_mole": ({}, llava),
+    "meteora": ({}, meteora),
+    "lora_mixer": ({}, lora_mixer),
     # Routers among as many experts are one mean each: the published rule knows of one number alone.
     "mixlora of two sizes": (
         {"allocation": "3-4"},
@@ -110,12 +148,13 @@ def test_a_loss_over_all_routers_is_the_published_one_in_value_and_gradient(meth
     changes, published = PUBLISHED[method]
     model = adapted(method.partition(" ")[0], **changes)
     wanted = published(logits_of(model))
-    routers = {name: tensor for name, tensor in model.named_parameters() if "mixture_router" in name}
+    parts = ("mixture_router", "mixture_bias")
+    routers = {name: tensor for name, tensor in model.named_parameters() if any(part in name for part in parts)}
     theirs = torch.autograd.grad(wanted, list(routers.values()))
     routing = model.base_model.routing
     routing.forget()
     # Up experts are zero, so that the penalty's gradient is all that routers get.
-    (0 * model(input_ids=IDS, attention_mask=MASK).logits).sum().backward()
+    (0 * model(input_ids=IDS, attention_mask=MASK, task_index=TASKS).logits).sum().backward()
     assert sum(routing.take_values().values()) == pytest.approx(float(wanted.detach()), rel=1e-9)
     for (name, router), gradient in zip(routers.items(), theirs, strict=True):
         assert gradient.abs().max() > 0

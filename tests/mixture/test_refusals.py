@@ -1,5 +1,6 @@
 """Values that a method forbids end in one line that names the key and the value."""
 
+import re
 from dataclasses import fields
 
 import pytest
@@ -27,6 +28,7 @@ from qd2mora.routed.gate import Gate, numbers_of_gates
         ("loramoe", "down", {"select": "fixed"}, "select", "fixed"),
         ("loramoe", "down", {"temperature": 0.0}, "temperature", "0.0"),
         ("loramoe", "down", {"scope": "block", "score": "noisy"}, "scope", "noisy"),
+        ("remix", "down", {"omega": 0.25}, "omega", "0.25"),
         ("d2mora", "up", {"granularity": "sequence"}, "granularity", "sequence"),
         ("d2mora", "core", {"top_k": 1}, "core", "d2mora"),
     ],
@@ -38,6 +40,19 @@ def test_a_gate_that_cannot_be_is_refused_in_one_line(
         MixtureConfig(method=method, gates={role: fields})
     line = str(refused.value)
     assert line.startswith(f"adapter.gates.{role}") and key in line and value in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"rank": 4}, "flexmore needs them, one for each expert: 0 first, the base's"),
+        ({"ranks": [2, 4]}, "[2, 4] will not do: the first expert of flexmore is the base, of rank 0"),
+        ({"ranks": [0, 3, 0]}, "[0, 3, 0] will not do: 3 ranks, each at least 1"),
+    ],
+)
+def test_the_first_expert_of_flexmore_is_the_base(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(InputRefused, match=re.escape(f"adapter.ranks: {words}")):
+        MixtureConfig(method="flexmore", **settings)
 
 
 @pytest.mark.parametrize("name", numbers_of_gates())

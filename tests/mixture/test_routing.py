@@ -23,12 +23,11 @@ CHANGES: dict[str, dict[str, object]] = {
     "smora": {"gates": {"rank": {"top_k": 2}}},
     "mora": {"gates": {"rank": {"top_k": 2}}},
     "flylora": {"gates": {"rank": {"top_k": 2}}},
-    "flexmore": {"rank": None, "ranks": [1, 2, 4]},
     "noisy_top_k": {"target_modules": ["mlp"]},
     "reclora": {"external_width": 3},
     "moelora": {"num_tasks": 3},
     "sketchassist": {"num_tasks": 3},
-    "ept": {"num_tasks": 3, "target_modules": ["q_proj", "o_proj"]},
+    "ept": {"num_tasks": 3, "down": {"experts": 8}, "up": {"experts": 8}},
     "peam": {"num_tasks": 3},
 }
 # Routers that average over tokens, beside the rows of the table.
@@ -57,8 +56,6 @@ def config_of(name: str, **changes: object) -> MixtureConfig:
     settings["task_type"] = "CAUSAL_LM"
     if METHODS[method].pairing == "tied" and METHODS[method].down > 1:
         settings |= {"down": FOUR, "up": FOUR}
-    if method == "flexmore":
-        settings |= {"down": None, "up": None}
     return MixtureConfig(**(settings | more | changes))
 
 
@@ -264,26 +261,27 @@ def test_the_split_into_micro_batches_changes_no_gradient_and_no_count(name: str
         assert all(torch.equal(counts[key], counted[key]) for key in counts)
 
 
-def test_selection_biases_move_once_a_step_against_the_load_of_real_tokens_and_never_in_evaluation() -> None:
-    model = adapted("flylora")
+@pytest.mark.parametrize("name", ["flylora", "smora"])
+def test_selection_biases_move_once_a_step_against_the_load_of_real_tokens_and_never_in_evaluation(name: str) -> None:
+    model, rate = adapted(name), METHODS[name].gates["rank"].bias_rate
     layers = mixture_layers(model)
-    before = {name: layer.tensors("default")["mixture_select_bias_rank"].clone() for name, layer in layers.items()}
-    logits(model, batch_of("flylora", [0, 1, 2]))
+    before = {key: layer.tensors("default")["mixture_select_bias_rank"].clone() for key, layer in layers.items()}
+    logits(model, batch_of(name, [0, 1, 2]))
     model.base_model.after_step()
     assert all(
-        torch.equal(layers[name].tensors("default")["mixture_select_bias_rank"], old) for name, old in before.items()
+        torch.equal(layers[key].tensors("default")["mixture_select_bias_rank"], old) for key, old in before.items()
     )
     for _ in range(2):
-        training_gradients(model, batch_of("flylora", [0, 1, 2]))
+        training_gradients(model, batch_of(name, [0, 1, 2]))
     counts = dict(routing_of(model).counts)
     # Two ranks for each of 22 real tokens, twice.
     assert len(counts) == len(layers) and all(int(used.sum()) == 2 * 2 * sum(LENGTHS) for used in counts.values())
     model.base_model.after_step()
     assert not routing_of(model).counts
-    for name, old in before.items():
-        used = counts["default", f"{name}:rank"]
-        moved = layers[name].tensors("default")["mixture_select_bias_rank"] - old
-        torch.testing.assert_close(moved, 1e-3 * (used.mean() - used).sign(), rtol=1e-3, atol=1e-7)
+    for key, old in before.items():
+        used = counts["default", f"{key}:rank"]
+        moved = layers[key].tensors("default")["mixture_select_bias_rank"] - old
+        torch.testing.assert_close(moved, rate * (used.mean() - used).sign(), rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)

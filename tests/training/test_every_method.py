@@ -24,11 +24,10 @@ SETTINGS: dict[str, list[str]] = {
     "mola": ["adapter.allocation=2-4"],
     "noisy_top_k": ["adapter.targets=[mlp]"],
     "reclora": ["adapter.external_width=3"],
-    "flexmore": ["adapter.rank=null", "adapter.ranks=[1,2,3]"],
+    "flexmore": ["adapter.rank=null", "adapter.ranks=[0,1,2,3]", "adapter.targets=null"],
     "smora": ["adapter.gates={rank: {top_k: 2}}"],
     "mora": ["adapter.gates={rank: {top_k: 2}}"],
     "flylora": ["adapter.gates={rank: {top_k: 2}}"],
-    "ept": ["adapter.targets=[q_proj, o_proj]"],
 }
 
 

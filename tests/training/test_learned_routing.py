@@ -66,6 +66,7 @@ def test_routers_that_nothing_trains_at_first_have_moments_from_the_first_checkp
         ("lora", "{uniform_steps: 2}", "lora has no routers"),
         ("hydralora", "{penalty_steps: 2}", "hydralora has no penalty on routing"),
         ("remix", "{uniform_steps: 2}", "remix cannot weigh all its experts alike"),
+        ("hydralora", "{draws: 3}", "draws: 3, but hydralora draws no experts"),
         ("mixlora", "{uniform_steps: 2}", "mixlora cannot weigh all its experts alike"),
     ],
 )
