@@ -52,16 +52,14 @@ def generate(
         raise InputRefused("--prompt: name a prompt, or with --file and --out a file of them")
     if (file is None) != (out is None):
         raise InputRefused("--out: goes with --file, as --file does with it: prompts in one, answers in the other")
-    from qd2mora.evaluation import TalkOptions
+    from qd2mora.evaluation import ManyOptions, TalkOptions, generate_file
     from qd2mora.evaluation import generate as run_generation
 
     options = TalkOptions(task, numbers(vector), template, max_new_tokens, temperature, top_p, seed)
     if file is not None and out is not None:
-        from qd2mora.evaluation.many_prompts import ManyOptions, generate_file
-
-        how, changed = ManyOptions(options, raw, rows_at_once), allow_changed or ()
+        how = ManyOptions(options, raw, rows_at_once)
         with listening(KEPT):
-            number = generate_file(model, file, out, how, say=_say, allow_changed=changed)
+            number = generate_file(model, file, out, how, say=_say, allow_changed=allow_changed or ())
         typer.echo(f"{number} answers in {out}")
         return
     assert prompt is not None

@@ -1,6 +1,7 @@
 """Evaluation: asking a run, an export or a base, and scoring the answers."""
 
 from qd2mora.evaluation.evaluate import evaluate, score_all
+from qd2mora.evaluation.many_prompts import ManyOptions, generate_file
 from qd2mora.evaluation.questions import AskedTask, Exam, ask, ask_held_out, ask_suite, check_exam
 from qd2mora.evaluation.score import Record, Score, bootstrap
 from qd2mora.evaluation.scoring import score_task
@@ -12,6 +13,7 @@ __all__ = [
     "SUITES",
     "AskedTask",
     "Exam",
+    "ManyOptions",
     "Record",
     "Score",
     "Subject",
@@ -24,6 +26,7 @@ __all__ = [
     "check_exam",
     "evaluate",
     "generate",
+    "generate_file",
     "open_subject",
     "score_all",
     "score_task",

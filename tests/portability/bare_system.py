@@ -30,6 +30,7 @@ NAMES: dict[ModuleType, set[str]] = {
 }
 """What Linux has and Windows has not; SIGKILL too, which the standard library needs here."""
 OPTIONAL = {"triton", "lm_eval", "deepspeed", "gguf", "resvg_py", "tensorboard", "rouge_score", "llama_cpp"}
+OPTIONAL |= {"fastapi", "starlette", "uvicorn"}
 _real_import, _real_open, _real_unlink, _real_rename = builtins.__import__, os.open, os.unlink, os.rename
 
 

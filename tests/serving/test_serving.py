@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -327,6 +328,9 @@ def test_with_a_key_nobody_without_it_is_answered(server: Server) -> None:
             assert other.send(path, body, Authorization=f"Bearer {KEY}")[0] == 200
         status, page = other.send("/")
         assert status == 200 and page.startswith("<!doctype html>")
+        # One file: nothing comes from elsewhere, and what models write is shown as text.
+        assert not re.search(r"https?:|src=|href=|innerHTML|eval\(", page)
+        assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
 
 
 def test_a_server_open_to_others_wants_a_key() -> None:
