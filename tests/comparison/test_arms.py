@@ -90,6 +90,7 @@ def test_a_choice_among_ranks_keeps_its_part_of_them(
     assert config.scaling == pytest.approx(2.0)  # SMoRA's alpha is over what is used
 
 
+@pytest.mark.long
 def test_mola_keeps_its_shape_and_shrinks_where_the_base_is_small(made: Path) -> None:
     on_7b = config_of(arm_of(recipe_of(made, *ON_7B), "mola"))
     assert on_7b.allocation is not None

@@ -344,6 +344,7 @@ def test_a_server_open_to_others_wants_a_key() -> None:
         ServerOptions(key="short").check()
 
 
+@pytest.mark.long
 def test_a_signal_lets_what_runs_end_and_the_log_tells_nothing_of_it(folder: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
