@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -51,6 +52,10 @@ class RunFolder:
     def name(self) -> str:
         """What the run is called: the folder's own name, wherever it is named from."""
         return self.path.resolve().name
+
+    def metric_lines(self) -> list[dict[str, Any]]:
+        """Return what a finished run's `metrics.jsonl` says, a line each."""
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
 
     def base(self, recipe: Recipe) -> Base:
         """Return a run's base; its 4-bit weights are kept beside the run where the recipe leaves that open."""

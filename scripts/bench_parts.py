@@ -157,9 +157,16 @@ def context(device: torch.device, options: Mapping[str, Any]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "bitsandbytes": bnb.__version__, "peft": peft.__version__},
         "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
-        "options": dict(options),
+        "command": shlex.join(["python", *map(_placeless, sys.argv)]),
+        "options": {key: _placeless(value) for key, value in options.items()},
     }
+
+
+def _placeless(value: Any) -> Any:
+    """Return the name of what lies at a place of this machine; all else as it is."""
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name
+    return value
 
 
 def _processor() -> str:

@@ -39,8 +39,9 @@ from pathlib import Path
 import torch
 
 file, log, commit, code, seconds, command = sys.argv[1:]
-lines = Path(log).read_text(errors="replace").splitlines()
-last = next((line for line in reversed(lines) if line.startswith("{")), None)
+text = Path(log).read_text(errors="replace")
+lines = text.splitlines()
+last = text if text.startswith("[") else next((line for line in reversed(lines) if line.startswith("{")), None)
 told = {
     "commit": commit,
     "exit": int(code),

@@ -5,6 +5,9 @@ import signal
 
 import pytest
 
+from qd2mora.errors import SignalStop
+from qd2mora.recipe import Recipe
+from qd2mora.training import train
 from qd2mora.training.journal import StepDisplay
 
 
@@ -20,4 +23,12 @@ def stop_after(last: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StepDisplay, "step", interrupt)
 
 
-__all__ = ["stop_after"]
+def train_in_two(recipe: Recipe, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train, broken off at the step of that number and resumed."""
+    with monkeypatch.context() as patched, pytest.raises(SignalStop):
+        stop_after(last, patched)
+        train(recipe)
+    train(recipe, resume=True)
+
+
+__all__ = ["stop_after", "train_in_two"]

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from interrupted import stop_after
+from interrupted import train_in_two
 from safetensors.torch import load_file
 
 from qd2mora.adapter_folder import WEIGHTS
 from qd2mora.base import dense_weight, is_nf4, load_base
-from qd2mora.errors import SignalStop
 from qd2mora.mixture import MixtureConfig, MixtureLinear, Routing
 from qd2mora.recipe import Base, Recipe, load_recipe
 
@@ -90,10 +89,7 @@ def test_a_run_that_was_broken_off_ends_with_the_bytes_of_an_unbroken_one(
 
     whole, broken = (small_run(name, f"train.optimizer={optimizer}") for name in ("whole", "broken"))
     train(whole)
-    with monkeypatch.context() as patched, pytest.raises(SignalStop):
-        stop_after(3, patched)
-        train(broken)
-    train(broken, resume=True)
+    train_in_two(broken, 3, monkeypatch)
     wanted, found = (load_file(Path(each.output) / "adapter" / WEIGHTS) for each in (whole, broken))
     assert wanted.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())

@@ -131,6 +131,11 @@ def label_places(batch: Mapping[str, Tensor]) -> Tensor:
     return F.pad(labelled(batch), (0, 1)).flatten().nonzero()[:, 0]
 
 
+def label_states(model: Model, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the final hidden states that predict a label, (labelled, hidden), in the order of `label_places`."""
+    return last_states(model, batch).flatten(0, 1).index_select(0, label_places(batch))
+
+
 def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
     """Return the tokens that are learned, row by row, (labelled,) int64: targets of the states at `label_places`."""
     return batch["labels"].flatten().index_select(0, label_places(batch) + 1)
@@ -245,6 +250,7 @@ __all__ = [
     "OutputHead",
     "device_of",
     "label_places",
+    "label_states",
     "labelled",
     "labels_of",
     "last_states",

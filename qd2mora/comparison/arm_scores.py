@@ -1,6 +1,5 @@
 """One trained arm: its scores row by row on the test rows, as trained and as its best static export."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,7 +74,7 @@ def score_best_export(folder: Path, exam: Exam, strategies: Sequence[str]) -> Ex
 
 def last_losses(folder: Path) -> dict[str, float]:
     """Return the last held-out losses of a finished run, by task."""
-    lines = [json.loads(line) for line in RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()]
+    lines = RunFolder(folder).metric_lines()
     losses: dict[str, float] = [line["eval_loss"] for line in lines if "eval_loss" in line][-1]
     return losses
 

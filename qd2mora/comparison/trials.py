@@ -1,6 +1,5 @@
 """A comparison under way, and one training of it: its recipe, and going on where an earlier start was stopped."""
 
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,20 +95,20 @@ def train_through(recipe: Recipe) -> None:
 
 def seconds_a_step(folder: Path) -> float:
     """Return the median time of a run's steps: of the processor where one trained, by the clock elsewhere."""
-    lines = [json.loads(line) for line in RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()]
+    lines = RunFolder(folder).metric_lines()
     # The median: the first step also compiles, allocates and reads.
     return statistics.median(line["step_s"] for line in lines if "step_s" in line)
 
 
 def seconds_by_the_clock(folder: Path) -> float:
     """Return the median time of a run's steps as it passes."""
-    lines = [json.loads(line) for line in RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()]
+    lines = RunFolder(folder).metric_lines()
     return statistics.median(line["tokens"] / line["tokens_per_s"] for line in lines if "tokens_per_s" in line)
 
 
 def steps_done(folder: Path) -> int:
     """Return the steps of a finished run."""
-    lines = [json.loads(line) for line in RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()]
+    lines = RunFolder(folder).metric_lines()
     return max(int(line["step"]) for line in lines)
 
 

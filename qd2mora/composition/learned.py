@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from qd2mora.base import load_base, load_tokenizer
-from qd2mora.base.passes import device_of, labelled, labels_of, last_states, output_head, token_losses
+from qd2mora.base.passes import device_of, label_states, labels_of, output_head, token_losses
 from qd2mora.composition.inputs import all_linears
 from qd2mora.data import Row, collate, prepare
 from qd2mora.errors import InputRefused
@@ -133,8 +133,7 @@ def _mean_loss(model: Any, batches: list[dict[str, Tensor]]) -> float:
 
 def _losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Return the loss of every labelled token, (tokens,)."""
-    states = last_states(model, batch)[:, :-1][labelled(batch)]
-    return token_losses(states, labels_of(batch), output_head(model))
+    return token_losses(label_states(model, batch), labels_of(batch), output_head(model))
 
 
 __all__ = ["LEARNING_RATE", "Learned", "learn"]

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from qd2mora.base.passes import CachedText, device_of, last_states, output_head, read_on
 from qd2mora.errors import NotFinite
-from qd2mora.evaluation.ends import Ends
+from qd2mora.evaluation.ends import HALF_LETTER, Ends
 from qd2mora.evaluation.subject import Subject
 from qd2mora.mixture import reads_first_pass
-
-HALF_LETTER = "�"
 
 
 @dataclass(frozen=True)

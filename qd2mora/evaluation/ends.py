@@ -17,6 +17,8 @@ from qd2mora.data.chat_template import ChatTemplate
 from qd2mora.data.tokenise import special_tokens
 from qd2mora.errors import InputRefused
 
+HALF_LETTER = "�"
+"""What a text ends with while the rest of its last letter is still to come."""
 _LOOKED_AT = 32  # tokens at the end of a text in which a sign is looked for
 _log = logging.getLogger(__name__)
 
@@ -88,4 +90,4 @@ def _sign_of(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
         return ""
 
 
-__all__ = ["Ends", "ends_of"]
+__all__ = ["HALF_LETTER", "Ends", "ends_of"]

@@ -20,7 +20,7 @@ from qd2mora.data.file_rows import BadRow
 from qd2mora.data.instruction import split
 from qd2mora.data.tokenise import special_tokens
 from qd2mora.errors import InputRefused
-from qd2mora.evaluation.ends import Ends
+from qd2mora.evaluation.ends import HALF_LETTER, Ends
 from qd2mora.evaluation.next_token import RefuseNotFinite
 from qd2mora.evaluation.subject import Subject, open_subject
 from qd2mora.evaluation.wording import Wording, wording_of
@@ -29,7 +29,6 @@ from qd2mora.recipe.data import AS_IT_IS
 
 Write = Callable[[str], None]
 FORGET = "/new"
-_HALF_LETTER = "�"
 
 
 @dataclass(frozen=True)
@@ -243,7 +242,7 @@ class _Streamer(BaseStreamer):
         return text
 
     def _show(self, text: str) -> None:
-        if text.startswith(self.shown) and not text.endswith(_HALF_LETTER):
+        if text.startswith(self.shown) and not text.endswith(HALF_LETTER):
             self.write(text[len(self.shown) :])
             self.shown = text
 

@@ -6,7 +6,7 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 
-from qd2mora.base.passes import CHUNK, label_places, labels_of, last_states, output_head, token_losses
+from qd2mora.base.passes import CHUNK, label_places, label_states, labels_of, output_head, token_losses
 from qd2mora.errors import InputRefused
 from qd2mora.mixture import read_rows
 
@@ -44,7 +44,7 @@ def labelled_states(model: PeftModel, batch: Mapping[str, Tensor]) -> Tensor:
     # Before the pass: which tokens are the prompt, and whose task a row is, cannot be read off hidden states.
     read_rows(model, batch)
     # What a row's last token predicts is not in the row.
-    return last_states(model, batch).flatten(0, 1).index_select(0, label_places(batch))
+    return label_states(model, batch)
 
 
 def check_isolation(model: PeftModel) -> None:

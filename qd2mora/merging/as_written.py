@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qd2mora.base import load_base
-from qd2mora.base.passes import OutputHead, label_places, labels_of, last_states, output_head
+from qd2mora.base.passes import OutputHead, label_states, labels_of, output_head
 from qd2mora.memory.loss import labelled_states
 from qd2mora.merging.fidelity import Fidelity, compare, task_of_token
 from qd2mora.merging.sample import PaddedBatches
@@ -41,7 +41,7 @@ class Witness:
         # Losses of routed and file, KL, agreement, tokens: a row a task.
         sums = torch.zeros(len(self.tasks), 5, dtype=torch.float64)
         for number, batch in enumerate(paced(f"measuring {file.name}, batches", self.batches)):
-            found = last_states(model, batch).flatten(0, 1).index_select(0, label_places(batch))
+            found = label_states(model, batch)
             routed = self.states[number].to(found.device)
             compared = compare((routed, found), (self.head, head), labels_of(batch))
             sums.index_add_(0, task_of_token(batch, len(self.tasks)), compared)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import tiny
 from test_cli import run as run_cli
 
 from qd2mora.comparison.arms_file import read_arms
@@ -17,16 +16,6 @@ from qd2mora.recipe import Recipe, load_recipe
 
 QKV = "adapter.targets=[q_proj, k_proj, v_proj]"
 ON_7B = ("base.model=random:llama-7b", "adapter.rank=16", "adapter.alpha=32", QKV)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("arms")
-    tiny.save_base(folder / "base")
-    tiny.save_tasks(folder / "data")
-    text = tiny.recipe_text(folder / "base", folder / "data", folder / "run")
-    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-    return folder
 
 
 def recipe_of(made: Path, *changes: str) -> Recipe:

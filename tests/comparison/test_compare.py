@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiny
 from test_cli import run as run_cli
 
 from qd2mora.comparison import ComparisonSettings, arm_scores, trials
@@ -23,16 +22,6 @@ from qd2mora.merging import STRATEGIES, ExportOptions
 from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.presets import METHODS as METHODS_BY_NAME
 from qd2mora.recipe import Recipe, load_recipe
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("compared")
-    tiny.save_base(folder / "base")
-    tiny.save_tasks(folder / "data")
-    text = tiny.recipe_text(folder / "base", folder / "data", folder / "run")
-    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-    return folder
 
 
 def settings(made: Path, *changes: str) -> Recipe:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
 
 from qd2mora.comparison import ComparisonSettings, trials
 from qd2mora.comparison.arms_file import Wish
@@ -19,16 +18,6 @@ from qd2mora.recipe import Adapter, Recipe, load_recipe
 from qd2mora.recipe.train import Rates
 
 SPACE = {"rate": (1e-3, 3e-3, 1e-2), "up": (1.0, 4.0, 16.0), "router": (1.0, 4.0), "alpha": (1.0, 0.5, 2.0)}
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tuned")
-    tiny.save_base(folder / "base")
-    tiny.save_tasks(folder / "data")
-    text = tiny.recipe_text(folder / "base", folder / "data", folder / "run")
-    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-    return folder
 
 
 def settings_of(made: Path, *changes: str) -> Recipe:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from interrupted import stop_after
+from interrupted import train_in_two
 from test_training import adapter_of, assert_same_bytes, recipe
 
-from qd2mora.errors import InputRefused, SignalStop
+from qd2mora.errors import InputRefused
 from qd2mora.mixture.initialisers import singular_slices
 from qd2mora.mixture.phases import PLAIN, Phase
 from qd2mora.recipe import Train
@@ -34,12 +34,7 @@ def test_a_run_that_is_broken_off_inside_its_first_steps_ends_with_the_same_byte
         "adapter.gates={down: {dropout: 0.2}}",
     )
     train(recipe(made, tmp_path / "whole", *changes))
-    stop_after(3, monkeypatch)
-    broken = recipe(made, tmp_path / "broken", *changes)
-    with pytest.raises(SignalStop):
-        train(broken)
-    monkeypatch.undo()
-    train(broken, resume=True)
+    train_in_two(recipe(made, tmp_path / "broken", *changes), 3, monkeypatch)
     assert_same_bytes(tmp_path / "whole", tmp_path / "broken")
     train(recipe(made, tmp_path / "plain", *changes[1:]))
     plain, whole = adapter_of(tmp_path / "plain"), adapter_of(tmp_path / "whole")
@@ -51,12 +46,7 @@ def test_routers_that_nothing_trains_at_first_have_moments_from_the_first_checkp
 ) -> None:
     changes = ("train.routing={uniform_steps: 4}",)
     train(recipe(made, tmp_path / "whole", *changes, method="hydralora"))
-    stop_after(3, monkeypatch)
-    broken = recipe(made, tmp_path / "broken", *changes, method="hydralora")
-    with pytest.raises(SignalStop):
-        train(broken)
-    monkeypatch.undo()
-    train(broken, resume=True)
+    train_in_two(recipe(made, tmp_path / "broken", *changes, method="hydralora"), 3, monkeypatch)
     assert_same_bytes(tmp_path / "whole", tmp_path / "broken")
 
 

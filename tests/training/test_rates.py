@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from interrupted import stop_after
+from interrupted import train_in_two
 from test_training import assert_same_bytes, recipe
 from torch import nn
 
-from qd2mora.errors import SignalStop
 from qd2mora.mixture.layer import TENSORS
 from qd2mora.mixture.parts import PARTS, part_of
 from qd2mora.recipe import Train
@@ -77,12 +76,7 @@ def test_a_run_with_rates_of_parts_that_was_broken_off_ends_with_the_same_bytes(
 ) -> None:
     changes = ("train.rates={up: 4, router: 2}", "adapter.dropout=0.2")
     train(recipe(made, tmp_path / "whole", *changes))
-    stop_after(3, monkeypatch)
-    broken = recipe(made, tmp_path / "broken", *changes)
-    with pytest.raises(SignalStop):
-        train(broken)
-    monkeypatch.undo()
-    train(broken, resume=True)
+    train_in_two(recipe(made, tmp_path / "broken", *changes), 3, monkeypatch)
     assert_same_bytes(tmp_path / "whole", tmp_path / "broken")
 
 
