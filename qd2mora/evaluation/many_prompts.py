@@ -141,7 +141,7 @@ def _answer(
     """Answer what is not done yet, rows of similar length together, the longest first: what does not fit shows soon."""
     left = [row for row in rows if row.number not in done]
     left.sort(key=lambda row: -len(wanted[row.number].ids))
-    with showing("answering, rows", len(rows)) as advance:
+    with subject.writing(), showing("answering, rows", len(rows)) as advance:
         advance(len(rows) - len(left))
         for start in range(0, len(left), rows_at_once):
             batch = left[start : start + rows_at_once]

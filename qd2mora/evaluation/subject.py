@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from qd2mora.disk.untrusted import check_adapter, check_config, check_weights
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.ends import Ends, ends_of
 from qd2mora.evaluation.next_token import RefuseNotFinite
-from qd2mora.mixture import MixtureConfig, read_rows, reads_first_pass
+from qd2mora.mixture import MixtureConfig, read_rows, reads_first_pass, shortcuts
 from qd2mora.recipe import Base
 from qd2mora.routed.modeling_mixture import CONFIGS, SUFFIX, MixtureForCausalLM, auto_map, classes_of
 from qd2mora.run_folder import BaseOf, OpenRun, RunFolder, is_run, open_run
@@ -112,6 +112,12 @@ class Subject:
         with self.model.disable_adapter():
             yield
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Have adapters take the shorter way from token to token while the block runs; none may change in it."""
+        with shortcuts(self.model) if self.is_adapted else nullcontext():
+            yield
+
     def continue_texts(self, ids: Tensor, mask: Tensor, max_new_tokens: int, beams: int = 1) -> list[list[int]]:
         """Continue left-padded prompts (rows, length), greedily or with a beam search; return each row's new tokens.
 
@@ -126,7 +132,7 @@ class Subject:
             eos_token_id=list(self.ends.ids),
             use_cache=not (self.is_adapted and reads_first_pass(self.model)),
         )
-        with torch.no_grad():
+        with torch.no_grad(), self.writing():
             out = self.plain.generate(
                 input_ids=ids,
                 attention_mask=mask,

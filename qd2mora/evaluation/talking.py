@@ -180,7 +180,7 @@ class Talk:
         self.subject.route(self._row(device))
         cards = [device] if device.type == "cuda" else []
         streamer = _Streamer(tokenizer, write or (lambda piece: None), self.subject.ends)
-        with torch.no_grad(), torch.random.fork_rng(devices=cards):
+        with torch.no_grad(), self.subject.writing(), torch.random.fork_rng(devices=cards):
             torch.manual_seed(self.options.seed)
             out = plain.generate(
                 input_ids=ids,

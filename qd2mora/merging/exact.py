@@ -186,7 +186,6 @@ def _tensors(layer: MixtureLinear, adapter_name: str) -> dict[str, Tensor]:
             # These scores read no token, so that any x shows them.
             x = torch.zeros(1, 1, layer.in_features, device=own["mixture_A"].device)
             given = given_logits(role, x, own, layer.routing, adapter_name, spec)
-            assert given is not None
             found[f"given_{role}"] = given.reshape(-1, given.shape[-1])[0]
     return {name: tensor.detach().float().cpu().clone() for name, tensor in found.items()}
 

@@ -4,6 +4,7 @@ Importing this part registers the method with PEFT.
 """
 
 from qd2mora.mixture.config import MixtureConfig
+from qd2mora.mixture.inference import shortcuts
 from qd2mora.mixture.layer import MixtureLinear, mixture_layers
 from qd2mora.mixture.registration import register
 from qd2mora.mixture.routing import Routing
@@ -39,4 +40,5 @@ __all__ = [
     "reads_first_pass",
     "routing_of",
     "selection_biases",
+    "shortcuts",
 ]

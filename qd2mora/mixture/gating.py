@@ -15,17 +15,20 @@ from qd2mora.routed.gate import Gate
 from qd2mora.routed.text import Key, Router
 
 
+def is_given(gate: Gate) -> bool:
+    """Tell whether a router is scored before the step, which elsewhere finds all it needs in u."""
+    return not (gate.input in ("z", "self") or (gate.reads_x and gate.input == "x"))
+
+
 def given_logits(
     role: str, x: Tensor, tensors: dict[str, Tensor], routing: Routing, adapter: str, spec: LinearSpec
-) -> Tensor | None:
-    """Return logits that broadcast to (..., E), or None where the step finds all it needs in u.
+) -> Tensor:
+    """Return logits that broadcast to (..., E), of a router that `is_given`.
 
     Raises ValueError where the pass does not say what the gate reads: the task, the vector, the prompt.
     """
     gate, place = spec.gate(role), spec.place
     assert gate is not None
-    if gate.input in ("z", "self") or (gate.reads_x and gate.input == "x"):
-        return None
     if gate.scope == "module":
         return _scores(role, x, tensors, routing, (adapter, f"{place.key}:{role}"), spec)
     # One router for a block: its first adapted linear runs first, scores, and leaves the scores to the others.
@@ -98,4 +101,4 @@ def _one_hot(index: Tensor, num_experts: int, x: Tensor) -> Tensor:
     return logits.view(len(index), *([1] * (x.dim() - 2)), num_experts)
 
 
-__all__ = ["given_logits"]
+__all__ = ["given_logits", "is_given"]

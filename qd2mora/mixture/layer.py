@@ -25,29 +25,16 @@ from qd2mora.mixture import compiled, frozen
 from qd2mora.mixture.config import MixtureConfig
 from qd2mora.mixture.draws import Draws
 from qd2mora.mixture.fused import Dropout, FusedCall, add_mixture, mixed_linear
-from qd2mora.mixture.gating import given_logits
+from qd2mora.mixture.gating import given_logits, is_given
 from qd2mora.mixture.initialisers import initial_tensor
 from qd2mora.mixture.low_rank import LowRank
 from qd2mora.mixture.observer import Observer, Pooling, pooling
+from qd2mora.mixture.parts import TENSORS
 from qd2mora.mixture.routing import Routing
 from qd2mora.mixture.spec import LinearSpec, Place, linear_spec
 from qd2mora.routed import ops
-from qd2mora.routed.gate import ROLES, STATIC
+from qd2mora.routed.gate import STATIC
 from qd2mora.routed.routers import Gating
-
-TENSORS = (
-    "mixture_A",
-    "mixture_B",
-    "mixture_core",
-    "mixture_shared_A",
-    "mixture_shared_B",
-    "mixture_start_A",
-    "mixture_start_B",
-    "mixture_base_scale",
-    "mixture_task_embedding",
-    "mixture_router_task",
-    *(f"mixture_{what}_{role}" for role in ROLES for what in ("router", "bias", "out", "logits", "select_bias")),
-)
 
 
 class Watch(Protocol):
@@ -86,6 +73,8 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         # A static update that stands in for routing, by adapter: what an export will hold, measured or trained.
         self.static_updates: dict[str, LowRank] = {}
         self.watchers: dict[str, Watch] = {}
+        # A shorter way to the same output while text is written (`inference`), which may decline.
+        self.shortcut: Callable[[Tensor], Tensor | None] | None = None
         for name in TENSORS:
             setattr(self, name, nn.ParameterDict())
         self._disable_adapters = False
@@ -122,7 +111,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
 
     def tensors(self, adapter_name: str) -> dict[str, Tensor]:
         """Return the adapter's tensors by name."""
-        return {name: getattr(self, name)[adapter_name] for name in TENSORS if adapter_name in getattr(self, name)}
+        return {name: getattr(self, name)[adapter_name] for name in self.mixture_spec[adapter_name].shapes}
 
     def scaling(self, adapter_name: str) -> float:
         """Return s."""
@@ -190,6 +179,8 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return the base output plus the active adapters' (..., d_out), in the base output's dtype."""
+        if self.shortcut is not None and not (args or kwargs) and (quick := self.shortcut(x)) is not None:
+            return quick
         if self.runs_base_alone:
             # Disabled means the base as it was: what was folded in comes out again, as in PEFT's own layers.
             if self.merged and self.disable_adapters:
@@ -229,12 +220,17 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         return layout
 
     def base_scaled(self, y: Tensor, name: str) -> Tensor:
-        """Return a_0 y where the method scales its base, y itself elsewhere; a_0 is within 0.8 and 1.2."""
+        """Return a_0 y where the method scales its base, y itself elsewhere."""
+        scale = self.base_scale(name, y.dtype)
+        return y if scale is None else y * scale
+
+    def base_scale(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """Return a_0 where the method scales its base; it is within 0.8 and 1.2."""
         scale = self.tensors(name).get("mixture_base_scale")
         if scale is None:
-            return y
+            return None
         # LightZero's bounded scale; the parameter starts at 0 and the scale at 1, so that step 0 is the base.
-        return y * (1 + 0.2 * scale.tanh()).to(y.dtype)
+        return (1 + 0.2 * scale.tanh()).to(dtype)
 
     def _added(self, y: Tensor | None, x: Tensor, name: str, layout: frozen.WeightLayout | None = None) -> Tensor:
         """Return y plus one adapter's output, or with a layout in y's place, the base's output plus it."""
@@ -275,9 +271,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         config, step = self.mixture_config[name], self.mixture_spec[name].step
         if not (self.training and config.dropout):
             return None
-        if config.dropout_per_expert:
-            return Dropout(config.dropout, step.ranks_down)
-        return Dropout(config.dropout, (step.width_down,))
+        return Dropout(config.dropout, step.ranks_down if config.dropout_per_expert else (step.width_down,))
 
     def _draws(self, is_random: bool) -> Callable[[], Draws | None]:
         # Holds no layer: the operators of `compiled` keep it for as long as the layer lives, and no longer.
@@ -318,20 +312,27 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
 
     def _small(self, x: Tensor, name: str) -> dict[str, Tensor]:
         """Return what the step in rank space reads beside u."""
+        return self.own_small(name) | self.given_small(x, name)
+
+    def own_small(self, name: str) -> dict[str, Tensor]:
+        """Return what of it no pass changes."""
         spec, tensors = self.mixture_spec[name], self._staged(name)
-        small = {}
+        own = {}
         if "mixture_core" in tensors:
-            small["core"] = tensors["mixture_core"]
+            own["core"] = tensors["mixture_core"]
         for role, gate in spec.step.gates:
             for what in ("bias", "out", "select_bias"):
                 if f"mixture_{what}_{role}" in tensors:
-                    small[f"{what}_{role}"] = tensors[f"mixture_{what}_{role}"]
+                    own[f"{what}_{role}"] = tensors[f"mixture_{what}_{role}"]
             if gate.input == "z":
-                small[f"router_{role}"] = tensors[f"mixture_router_{role}"]
-            given = given_logits(role, x, tensors, self.routing, name, spec)
-            if given is not None:
-                small[f"logits_{role}"] = given
-        return small
+                own[f"router_{role}"] = tensors[f"mixture_router_{role}"]
+        return own
+
+    def given_small(self, x: Tensor, name: str) -> dict[str, Tensor]:
+        """Return what of it a pass brings: logits of routers that read something else than a token."""
+        spec, tensors = self.mixture_spec[name], self._staged(name)
+        given = (role for role, gate in spec.step.gates if is_given(gate))
+        return {f"logits_{role}": given_logits(role, x, tensors, self.routing, name, spec) for role in given}
 
     def _staged(self, name: str) -> dict[str, Tensor]:
         """Return the tensors; where a method grows in stages, with gradients for what this stage trains alone."""

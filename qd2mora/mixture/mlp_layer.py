@@ -89,7 +89,6 @@ class MixtureMLPLinear(MixtureLinear):
             gate = spec.gate("down")
             assert gate is not None
             logits = given_logits("down", x, tensors, self.routing, name, spec)
-            assert logits is not None
             if self.training:
                 gate = gate_in(gate, self.routing.phase, spec.counts["down"])
             of_mlp = MLPGate(gate, tensors.get("mixture_select_bias_down"))

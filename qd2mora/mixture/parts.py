@@ -1,8 +1,23 @@
-"""Which part of an adapter a tensor belongs to: down experts, up experts, what lies between them, or a router."""
+"""The tensors of an adapter, and which part of it each is: down or up experts, what lies between them, or a router."""
 
 from typing import Literal
 
 from qd2mora.routed.gate import ROLES
+
+TENSORS = (
+    "mixture_A",
+    "mixture_B",
+    "mixture_core",
+    "mixture_shared_A",
+    "mixture_shared_B",
+    "mixture_start_A",
+    "mixture_start_B",
+    "mixture_base_scale",
+    "mixture_task_embedding",
+    "mixture_router_task",
+    *(f"mixture_{what}_{role}" for role in ROLES for what in ("router", "bias", "out", "logits", "select_bias")),
+)
+"""All that an adapter may have at a linear."""
 
 Part = Literal["down", "up", "core", "router"]
 
@@ -34,4 +49,4 @@ def part_of(parameter: str) -> Part | None:
     return next((PARTS[word] for word in parameter.split(".") if word in PARTS), None)
 
 
-__all__ = ["PARTS", "Part", "part_of"]
+__all__ = ["PARTS", "TENSORS", "Part", "part_of"]

@@ -73,8 +73,8 @@ def wide(tensor: Tensor) -> Tensor:
 def unlowered(tensor: Tensor) -> AbstractContextManager[object]:
     """Switch autocast off: it would run the routers' products, and on a CPU their softmax, in 16 bits."""
     kind = tensor.device.type
-    # torch.autocast raises for devices that have none, such as meta.
-    if not torch.amp.is_autocast_available(kind):
+    # torch.autocast raises for devices that have none, such as meta; where it is off, it need not be switched.
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return nullcontext()
     return torch.autocast(kind, enabled=False)
 

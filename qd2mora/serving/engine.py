@@ -125,7 +125,8 @@ class Engine:
     def _run(self, jobs: list[Job]) -> None:
         rows = [(job, number) for job in jobs for number in range(len(job.wanted))]
         try:
-            self._decode(Decoding(jobs[0].subject, [job.wanted[number] for job, number in rows]), rows)
+            with jobs[0].subject.writing():
+                self._decode(Decoding(jobs[0].subject, [job.wanted[number] for job, number in rows]), rows)
         except _FAILURES as error:
             # A message of ours says what is wrong; one of torch's may be long, and no prompt is in either.
             words = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
