@@ -244,6 +244,53 @@ MALFORMED: list[tuple[str, object, int]] = [
     ("/v1/nothing", {"model": RUN}, 404),
     ("/v1/models", {"model": RUN}, 405),
 ]
+for message in (
+    None,
+    1,
+    "a",
+    [],
+    {},
+    {"content": "a"},
+    {"role": "user", "content": None},
+    {"role": "user", "content": 1},
+    {"role": "user", "content": [1]},
+    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]},
+    {"role": "user", "content": [{"type": "text"}]},
+    {"role": "user", "content": {"text": "a"}},
+    {"role": None, "content": "a"},
+    {"role": "", "content": "a"},
+    {"role": ["user"], "content": "a"},
+    {"role": "tool", "content": "a"},
+    {"role": "developer", "content": "a"},
+    {"role": "function", "content": "a", "name": "f"},
+):
+    MALFORMED.append(("/v1/chat/completions", {"model": RUN, "messages": [message]}, 400))
+for prompt in (None, 1, True, {}, [None], [["a"]], [1.5], {"text": "a"}, ["a"] * 100):
+    MALFORMED.append(("/v1/completions", {"model": RUN, "prompt": prompt}, 400))
+for place in (
+    "/v1//models",
+    "/v1/responses",
+    "/metrics",
+    "/v1/chat",
+    "/v1/embeddings",
+    "/v1/files",
+    "/v2/completions",
+    "/docs",
+):
+    MALFORMED.append((place, {"model": RUN, "prompt": "a"}, 404))
+for raw in (
+    b"[]",
+    b"1",
+    b'"a"',
+    b"true",
+    b'{"model": ',
+    b"{'model': 1}",
+    b'{"model": NaN}',
+    b"\x00",
+    b"\xef\xbb\xbf{",
+    b"{}{}",
+):
+    MALFORMED += [("/v1/completions", raw, 400), ("/v1/chat/completions", raw, 400)]
 FIELDS: dict[str, list[object]] = {
     "max_tokens": [0, -1, 1.5, "12", 65, 10**30, [], {}, True],
     "temperature": [-0.1, 2.1, "warm", 1e-9, [], {}, True],
@@ -276,7 +323,7 @@ def test_what_is_malformed_is_told_so_and_never_a_traceback(server: Server) -> N
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
             connection.sendall(raw)
             assert connection.recv(64).startswith(b"HTTP/1.1 400")
-    assert len(MALFORMED) > 100 and server.complete(RUN, "red sun")
+    assert len(MALFORMED) >= 200 and server.complete(RUN, "red sun")
 
 
 def test_a_page_of_elsewhere_cannot_call_it_by_another_name(server: Server) -> None:
