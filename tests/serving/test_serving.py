@@ -276,6 +276,8 @@ for place in (
     "/v1/files",
     "/v2/completions",
     "/docs",
+    "/admin",
+    "/v1",
 ):
     MALFORMED.append((place, {"model": RUN, "prompt": "a"}, 404))
 for raw in (
