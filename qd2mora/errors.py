@@ -8,6 +8,9 @@ from collections.abc import Iterable
 
 from qd2mora.redact import redacted
 
+_LONGEST, _LAST = 1200, 200
+"""Letters of a line, and those of its end that are kept: a value that somebody wrote may be any length."""
+
 
 class StopError(Exception):
     """A command cannot go on; `exit_code` is what the process returns."""
@@ -15,7 +18,7 @@ class StopError(Exception):
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(redacted(message))
+        super().__init__(_cut(redacted(message)))
 
 
 class InputRefused(StopError):  # noqa: N818 - reads as the sentence it is
@@ -58,6 +61,14 @@ class SignalStop(StopError):  # noqa: N818
     """A signal arrived; state is saved and the run can be resumed."""
 
     exit_code = 75
+
+
+def _cut(message: str) -> str:
+    """Return the message with the middle of over-long lines left out, which is said."""
+    return "\n".join(
+        line if len(line) <= _LONGEST else f"{line[: _LONGEST - _LAST - 30]} [...] {line[-_LAST:]}"
+        for line in message.split("\n")
+    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

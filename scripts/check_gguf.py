@@ -26,7 +26,7 @@ from llama_cpp import Llama, __version__
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from qd2mora.base import load_tokenizer
+from qd2mora.base import load_base, load_tokenizer
 from qd2mora.data.chat import TEMPLATES
 from qd2mora.errors import InputRefused
 from qd2mora.merging import make_static
@@ -43,6 +43,7 @@ from qd2mora.run_folder import is_run, open_run
 TEXTS = ("Once upon a time there was a little girl", "zé 日", "two  spaces", " It's 1234.5!", "One day,\nTom", "")
 PROMPTS = 8
 FAMILY = "family:"
+FEW_BITS = "q4_k_m"
 FLOAT32 = 0
 """ggml's number for it."""
 
@@ -77,7 +78,9 @@ def export(subject: str, folder: Path) -> list[str]:
 
     made = make_static(opened, "core_lsq")
     forms = {"hf": export_form("hf"), "lora": export_form("lora"), "gguf_lora": export_form("gguf_lora")}
-    forms |= {dtype: export_form("gguf", dtype=dtype, with_vocabulary=vocabulary) for dtype in ("float16", "q8_0")}
+    forms |= {
+        dtype: export_form("gguf", dtype=dtype, with_vocabulary=vocabulary) for dtype in ("float16", "q8_0", FEW_BITS)
+    }
     for name, form in forms.items():
         (folder / name).mkdir()
         write(form, made.statics, folder / name)
@@ -185,6 +188,10 @@ def check(subject: str, converter: str | None, new: int) -> dict[str, Any]:
         results = {
             dtype: compare(model, tokenizer, only(folder / dtype), prompts, new, None) for dtype in ("float16", "q8_0")
         }
+        if (folder / FEW_BITS).is_dir():
+            # What llama.cpp makes of a file of few bits, against its own weights dequantised.
+            read = load_base(Base(model=str(only(folder / FEW_BITS)), quantization="none", compute_dtype="float32"))
+            results[FEW_BITS] = compare(read, tokenizer, only(folder / FEW_BITS), prompts, new, None)
         if (folder / "gguf_lora").is_dir():
             base = AutoModelForCausalLM.from_pretrained(folder / "base_hf", dtype=torch.float32)
             adapted = PeftModel.from_pretrained(base, str(folder / "lora"))

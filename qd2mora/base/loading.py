@@ -6,6 +6,7 @@ float32, which costs memory and time and buys nothing for a frozen base.
 
 import copy
 import os
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +44,8 @@ StoredWeights = Mapping[str, StoredTensor | StoredBlocks]
 """A base's weights by name, read one by one when they are asked for."""
 
 _MODEL_PATTERNS = ["*config.json", "*.safetensors", "model.safetensors.index.json"]
+
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 def base_config(base: Base) -> PreTrainedConfig:
@@ -92,14 +95,32 @@ def _refuse_8_bit(config: PreTrainedConfig, name: str) -> None:
         )
 
 
-def _build_one_layer(config: PreTrainedConfig) -> None:
+def _build_one_layer(config: PreTrainedConfig) -> PreTrainedModel:
     """Build a layer without memory: names of functions and sizes that do not go together are found before the rest."""
     one = copy.deepcopy(config)
     if getattr(one, "layer_types", None):
         one.layer_types = one.layer_types[:1]
     one.num_hidden_layers = 1
     with torch.device("meta"):
-        MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(one)
+        model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(one)
+    return model
+
+
+def _refuse_other_sizes(config: PreTrainedConfig, stored: StoredWeights, name: str) -> None:
+    """Refuse weights of other sizes than a configuration gives, before memory for the latter is taken.
+
+    Layers are counted, and those of the first compared; the rest is compared as it is loaded. Raises InputRefused.
+    """
+    numbers = [int(found[1]) for key in stored if (found := _LAYER.search(key))]
+    if numbers and max(numbers) + 1 < config.num_hidden_layers:
+        raise InputRefused(
+            f"base.model: '{name}' is not whole: no weights for layer {max(numbers) + 1} of {config.num_hidden_layers}"
+        )
+    for key, tensor in _build_one_layer(config).state_dict().items():
+        there = stored.get(key)
+        # Packed weights do not tell their shape.
+        if there is not None and there.dtype.is_floating_point and tuple(there.shape) != tuple(tensor.shape):
+            raise InputRefused(f"base.model: '{name}': the size of {key} is not the one its config.json gives")
 
 
 def load_base(
@@ -121,6 +142,7 @@ def load_base(
         config = base_config(base)
         verify_where_ours(_folder_of_files(base.model))  # an export may be a base
         read = config, stored_weights(base.model)  # there and plain files: an entry's hash is taken of them
+        _refuse_other_sizes(*read, base.model)
     cached = _cached_weights(base, device, dtype)
     model = None if cached is None else _from_cache(cached, base.model, device, dtype)
     if model is None:

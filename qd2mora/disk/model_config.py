@@ -54,22 +54,28 @@ def check_model_config(content: JsonObject, path: Path) -> None:
     for key, reason in _SET_ASIDE.items():
         if content.get(key):
             raise InputRefused(f"{path}: {key} is {str(content[key])[:80]!r}; {reason}")
+    kinds = content.get("layer_types")
+    if isinstance(kinds, list) and "sliding_attention" in kinds and content.get("sliding_window") is None:
+        raise InputRefused(f"{path}: layer_types has 'sliding_attention', and there is no sliding_window")
     for key, value in _entries(content, path):
         _check_entry(key, value, path)
 
 
-def _entries(node: object, path: Path, key: str = "", depth: int = 0) -> Iterator[tuple[str, object]]:
+def _entries(
+    node: object, path: Path, key: str = "", depth: int = 0, is_inside_list: bool = False
+) -> Iterator[tuple[str, object]]:
     """Yield each value with the key it stands under; of a list that of the list."""
     if isinstance(node, dict | list):
         if depth > MOST_DEPTH or len(node) > MOST_ENTRIES:
             raise InputRefused(f"{path}: {key or 'it'} has {len(node)} entries, {depth} deep; that is no model's")
         pairs = node.items() if isinstance(node, dict) else ((key, each) for each in node)
-        if key in _SIZES and key not in _LISTS_OF_IDS:
+        # Sizes are numbers; of tokens that end a text there may be a list, and no list of lists.
+        if key in _SIZES and (key not in _LISTS_OF_IDS or is_inside_list):
             yield key, node
         for name, each in pairs:
             # A field may be left open, an entry of a list of tokens may not.
             is_open = each is None and isinstance(node, list) and key in _LISTS_OF_IDS
-            yield from _entries("null" if is_open else each, path, name, depth + 1)
+            yield from _entries("null" if is_open else each, path, name, depth + 1, isinstance(node, list))
     else:
         yield key, node
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qd2mora.base import load_base
 from qd2mora.base.passes import OutputHead, label_states, labels_of, output_head
@@ -33,20 +34,24 @@ class Witness:
     tasks: Sequence[str]
     """Names of all the run's tasks, by number."""
 
-    @torch.no_grad()
     def compared_with(self, file: Path) -> Fidelity:
         """Measure a GGUF file on the same rows. Raises InputRefused, DamagedFile."""
         model = load_base(Base(model=str(file), quantization="none"), self.batches.device)
+        return self.compared_with_model(model, file.name)
+
+    @torch.no_grad()
+    def compared_with_model(self, model: PreTrainedModel, name: str) -> Fidelity:
+        """Measure a model on the same rows; `name` is for whoever waits."""
         head = output_head(model)
         # Losses of routed and file, KL, agreement, tokens: a row a task.
         sums = torch.zeros(len(self.tasks), 5, dtype=torch.float64)
-        for number, batch in enumerate(paced(f"measuring {file.name}, batches", self.batches)):
+        for number, batch in enumerate(paced(f"measuring {name}, batches", self.batches)):
             found = label_states(model, batch)
             routed = self.states[number].to(found.device)
             compared = compare((routed, found), (self.head, head), labels_of(batch))
             sums.index_add_(0, task_of_token(batch, len(self.tasks)), compared)
         of_tasks = dict(zip(self.tasks, sums, strict=True))
-        parts = {name: _fidelity(each, of_tasks[name]) for name, each in self.before.tasks.items()}
+        parts = {task: _fidelity(each, of_tasks[task]) for task, each in self.before.tasks.items()}
         return _fidelity(self.before, sums.sum(0), parts)
 
 

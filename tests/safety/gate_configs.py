@@ -201,6 +201,14 @@ TELLING: list[tuple[str, str, dict[str, Any]]] = [
     ("base/tokenizer.json", "preview", {"model": {"type": "BPE"}}),
     ("base/tokenizer_config.json", "preview", {"unk_token": ""}),
     ("base/generation_config.json", "generate base", {"num_beams": 4, "stop_strings": [], "eos_token_id": [None]}),
+    ("base/generation_config.json", "generate base", {"eos_token_id": [[]]}),
+    ("base/generation_config.json", "generate base", {"cache_implementation": "a" * 100_000}),
+    ("base/config.json", "generate lora", {"intermediate_size": 1_000_000}),
+    ("base/config.json", "plan", {"num_hidden_layers": 256}),
+    ("base/config.json", "generate base", {"layer_types": ["sliding_attention"] * 2}),
+    ("base/config.json", "generate base", {"rope_parameters": "a" * 100_000}),
+    ("base/tokenizer.json", "preview", {"padding": "a" * 100_000}),
+    ("base/tokenizer_config.json", "preview", {"padding_side": [0] * 1000}),
 ]
 """What once gave a traceback, an abort or no end, asked in every size."""
 
