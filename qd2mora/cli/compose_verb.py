@@ -10,7 +10,9 @@ from qd2mora.cli.app import MOST, app
 
 @app.command()
 def compose(
-    operation: Annotated[str, typer.Argument(help="cat, linear, lego, sub, upcycle or extract.", show_default=False)],
+    operation: Annotated[
+        str, typer.Argument(help="cat, linear, lego, average, sub, upcycle or extract.", show_default=False)
+    ],
     inputs: Annotated[
         list[str],
         typer.Argument(help="Adapters or runs; for extract a tuned model and its base.", metavar="INPUT..."),
@@ -25,12 +27,13 @@ def compose(
     ] = None,
     learn: Annotated[Path | None, typer.Option(help="Of cat: recipe or run on whose rows weights are learned.")] = None,
     steps: Annotated[int | None, typer.Option(help="Of --learn; else 100.", min=0, max=MOST)] = None,
+    on: Annotated[Path | None, typer.Option(help="Of sub: recipe or run on whose rows use is measured.")] = None,
 ) -> None:
-    """Make one adapter of several (cat, linear, lego), a smaller or a routed one (sub, upcycle), or extract a LoRA."""
+    """Make one adapter of several, a smaller one (sub), a routed one (upcycle), or one of two checkpoints (extract)."""
     from qd2mora.composition import ComposeOptions
     from qd2mora.composition import compose as run_composition
 
-    options = ComposeOptions(weights, rank, experts, learn, steps)
+    options = ComposeOptions(weights, rank, experts, learn, steps, on)
     done = run_composition(operation, inputs, out, options)
     typer.echo(f"{done.folder}: {done.words}")
 

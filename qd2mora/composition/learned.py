@@ -11,23 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from qd2mora.base import load_base, load_tokenizer
 from qd2mora.base.passes import device_of, label_states, labels_of, output_head, token_losses
+from qd2mora.composition.calibration import ROWS, parts_of, sampled
 from qd2mora.composition.inputs import all_linears
-from qd2mora.data import Row, collate, prepare
+from qd2mora.data import Row, collate
 from qd2mora.errors import InputRefused
 from qd2mora.memory.checkpointing import enable_checkpointing
 from qd2mora.mixture.trained_loras import TrainedLora
 from qd2mora.recipe import Recipe
 
-ROWS = 256
-"""Training rows that weights are learned and compared on, evenly over the recipe's tasks."""
-ROWS_AT_ONCE = 8
 LEARNING_RATE = 0.02
 LOOKS = 5
 """How often the loss over all calibration rows is looked at after the start."""
@@ -51,7 +48,7 @@ def learn(loras: Sequence[TrainedLora], given: Sequence[float], base: str, recip
     weights = {name: nn.Parameter(torch.tensor(given, device=device_of(model))) for name in all_linears(loras)}
     with _beside(model, loras, weights):
         batches = [
-            {key: tensor.to(device_of(model)) for key, tensor in collate(part, pad).items()} for part in _parts(rows)
+            {key: tensor.to(device_of(model)) for key, tensor in collate(part, pad).items()} for part in parts_of(rows)
         ]
         # Few rows and many weights: what is returned is the best that was looked at, never what the last step left.
         best = {name: list(given) for name in weights}
@@ -70,18 +67,7 @@ def _prepared(recipe: Recipe) -> tuple[Any, int, list[Row]]:
     """Return the frozen base, its padding token, and calibration rows in random order."""
     model, tokenizer = load_base(recipe.base), load_tokenizer(recipe.base.model)
     enable_checkpointing(model)
-    order = np.random.default_rng(recipe.train.seed)
-    # Evenly over tasks, whatever their sizes: a sum of LoRAs has to serve each of them.
-    rows: list[Row] = []
-    tasks = prepare(recipe.data, tokenizer, recipe.train.seed)
-    for task in tasks:
-        places = order.permutation(len(task.train))[: -(-ROWS // len(tasks))]
-        rows += [task.train[place] for place in places.tolist()]
-    return model, int(tokenizer.pad_token_id), [rows[place] for place in order.permutation(len(rows)).tolist()]
-
-
-def _parts(rows: list[Row]) -> list[list[Row]]:
-    return [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
+    return model, int(tokenizer.pad_token_id), sampled(recipe, tokenizer, ROWS)
 
 
 @contextmanager
