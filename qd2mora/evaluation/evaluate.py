@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from qd2mora.base.files import is_gguf
@@ -39,6 +39,8 @@ def evaluate(
     `allow_changed`), DamagedFile, NotFinite.
     """
     exam = _whole(model, exam or Exam())
+    if beams > 1 and exam.way is not None and not exam.way.is_plain:
+        raise InputRefused("--beams: a beam search is a way of its own; leave it out beside --contrast and --samples")
     place, rows = None, None
     if out is not None:
         place, rows = Path(out), Path(out).with_suffix(".rows.jsonl")
@@ -108,6 +110,8 @@ def _question(model: str | Path, asked: list[AskedTask], beams: int) -> dict[str
     for task in asked:
         rows = hashlib.sha256(b"".join(row.ids.tobytes() + bytes([row.task % 256]) for row in task.rows)).hexdigest()
         question[f"task {task.name}"] = digest([task.metric, rows, task.labels, task.choices, task.max_new_tokens])
+        if task.way is not None:
+            question[f"way of {task.name}"] = digest(asdict(task.way))
     return question
 
 

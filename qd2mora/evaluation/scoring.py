@@ -1,6 +1,7 @@
 """Scoring a task batch by batch: which rows go together, and what a metric makes of what the model did."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 
 import torch
 
@@ -74,15 +75,26 @@ def _score(subject: Subject, task: AskedTask, numbers: list[int], beams: int) ->
         return _weigh(subject, task, numbers, rows)
     losses = answer_losses(subject, rows)
     if task.metric == "loss":
-        texts, values = [""] * len(rows), [loss / row.num_labels for loss, row in zip(losses, rows, strict=True)]
-    else:
-        written = write_answers(subject, rows, task.max_new_tokens, beams)
-        labels = [task.labels[number] for number in numbers]
-        texts, values = _judged(task, labels, written)
+        values = [loss / row.num_labels for loss, row in zip(losses, rows, strict=True)]
+        return [
+            Record(number, value, loss, row.num_labels)
+            for number, value, loss, row in zip(numbers, values, losses, rows, strict=True)
+        ]
+    written, ties = _written(subject, task, rows, beams)
+    texts, values = _judged(task, [task.labels[number] for number in numbers], written)
     return [
-        Record(number, value, loss, row.num_labels, text=text)
-        for number, value, loss, row, text in zip(numbers, values, losses, rows, texts, strict=True)
+        Record(number, value, loss, row.num_labels, text=text, tied=tied)
+        for number, value, loss, row, text, tied in zip(numbers, values, losses, rows, texts, ties, strict=True)
     ]
+
+
+def _written(subject: Subject, task: AskedTask, rows: list[Row], beams: int) -> tuple[list[str], list[bool]]:
+    """Return what is written after each row's prompt, and whether samples of it were tied."""
+    if task.way is None:
+        return write_answers(subject, rows, task.max_new_tokens, beams), [False] * len(rows)
+    answer_of = partial(extracted, task.pattern) if task.metric == "extract" else task.way.answer_of
+    votes = task.way.answers(subject, rows, task.max_new_tokens, answer_of)
+    return [vote.text for vote in votes], [vote.is_tied for vote in votes]
 
 
 def _judged(task: AskedTask, labels: list[str], written: list[str]) -> tuple[list[str], list[float]]:
