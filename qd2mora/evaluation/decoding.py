@@ -16,7 +16,7 @@ from qd2mora.base.passes import CachedText, device_of, last_states, output_head,
 from qd2mora.errors import NotFinite
 from qd2mora.evaluation.ends import HALF_LETTER, Ends
 from qd2mora.evaluation.subject import Subject
-from qd2mora.mixture import reads_first_pass
+from qd2mora.mixture import forgoes_cache
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Decoding:
         self._device, self._head = device_of(subject.plain), output_head(subject.plain)
         # A router that keeps something of each row's prompt would lose count of rows that leave.
         self._may_leave = subject.may_fork
-        self._keeps_cache = not (subject.is_adapted and reads_first_pass(subject.model))
+        self._keeps_cache = not (subject.is_adapted and forgoes_cache(subject.model))
         self._cached: CachedText | None = None
         width = max(len(each.ids) for each in wanted)
         pad = subject.tokenizer.pad_token_id

@@ -27,7 +27,7 @@ from qd2mora.evaluation.subject import Subject, open_subject
 from qd2mora.evaluation.votes import Vote
 from qd2mora.evaluation.ways import Way
 from qd2mora.evaluation.wording import Wording, wording_of
-from qd2mora.mixture import reads_first_pass
+from qd2mora.mixture import forgoes_cache
 from qd2mora.recipe.data import AS_IT_IS
 
 Write = Callable[[str], None]
@@ -233,7 +233,7 @@ class Talk:
             max_new_tokens=min(self.options.max_new_tokens, room),
             pad_token_id=self.subject.tokenizer.pad_token_id,
             eos_token_id=list(self.subject.ends.ids),
-            use_cache=not (self.subject.is_adapted and reads_first_pass(self.subject.model)),
+            use_cache=not (self.subject.is_adapted and forgoes_cache(self.subject.model)),
         )
         if self.options.temperature > 0:
             # transformers would draw among the 50 likeliest; here top_p alone decides.
