@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qd2mora.cli.app import MOST, AllowChanged, AsJson, ModelPath, RunPath, app, numbers, words
-from qd2mora.cli.ways import Alpha, Beta, Extract, Samples, WeakModel
+from qd2mora.cli.ways import Alpha, Beta, Calibrate, Extract, Mix, Others, Samples, Triggers, WeakModel
 from qd2mora.disk.sealed import MANIFEST
 from qd2mora.errors import InputRefused
 from qd2mora.stopping import listening
@@ -130,6 +130,10 @@ def evaluate(
     contrast: WeakModel = None,
     beta: Beta = None,
     alpha: Alpha = None,
+    ensemble: Others = None,
+    calibrate: Calibrate = None,
+    triggers: Triggers = None,
+    mix: Mix = None,
     samples: Samples = 1,
     temperature: SampleTemperature = 0.0,
     extract: Extract = None,
@@ -138,13 +142,16 @@ def evaluate(
     allow_changed: AllowChanged = None,
 ) -> None:
     """Score tasks: held-out rows by their own metric, a published suite, or the harness's tasks."""
-    from qd2mora.evaluation import way_of
+    from qd2mora.evaluation import contrast_of, ensemble_of, way_of
     from qd2mora.report import show_harness, show_scores
 
     changed = allow_changed or ()
-    way = way_of(contrast, beta, alpha, samples=samples, temperature=temperature, extract=extract)
+    others = None if ensemble is None else words(ensemble)
+    together = ensemble_of(others, calibrate, triggers, mix)
+    contrasted = contrast_of(contrast, beta, alpha)
+    way = way_of(contrasted, together, samples=samples, temperature=temperature, extract=extract)
     if harness is not None and way is not None:
-        raise InputRefused("--contrast, --samples, --extract: the harness writes its answers alone and reads them out")
+        raise InputRefused("--contrast, --ensemble, --samples, --extract: the harness writes and reads answers itself")
     if harness is not None:
         from qd2mora.evaluation.harness import run_harness
 

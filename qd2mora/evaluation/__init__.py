@@ -9,7 +9,7 @@ from qd2mora.evaluation.scoring import score_task
 from qd2mora.evaluation.subject import Subject, open_subject
 from qd2mora.evaluation.suites import SUITES, suite_task_names
 from qd2mora.evaluation.talking import TalkOptions, chat, generate
-from qd2mora.evaluation.ways import Way, way_of
+from qd2mora.evaluation.ways import Way, contrast_of, ensemble_of, way_of
 
 __all__ = [
     "SUITES",
@@ -28,6 +28,8 @@ __all__ = [
     "bootstrap",
     "chat",
     "check_exam",
+    "contrast_of",
+    "ensemble_of",
     "evaluate",
     "generate",
     "generate_file",

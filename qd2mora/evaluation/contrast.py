@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qd2mora.errors import InputRefused
-from qd2mora.evaluation.joint import Voice
+from qd2mora.evaluation.joint import BEGIN, Step, Voice
 from qd2mora.evaluation.subject import Subject
 from qd2mora.mixture import MixtureLinear, mixture_layers
 from qd2mora.mixture.spec import LinearSpec
@@ -42,7 +42,7 @@ class Contrast:
         if not 0 < self.alpha <= 1:
             raise InputRefused(f"--alpha: {self.alpha} will not do: above 0, up to 1")
 
-    def blend(self, scores_VW: Tensor, written: int = 0) -> Tensor:
+    def blend(self, scores_VW: Tensor, step: Step = BEGIN) -> Tensor:
         """Return the contrasted scores of the routed model's and the weak one's."""
         strong, weak = scores_VW
         found = (1 + self.beta) * strong - self.beta * weak

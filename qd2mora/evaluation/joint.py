@@ -7,6 +7,7 @@ blend's: all voices are given the same token and read on.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +15,18 @@ from torch import Tensor
 from qd2mora.evaluation.decoding import Decoding, Wanted
 from qd2mora.evaluation.subject import Subject
 
-Blend = Callable[[Tensor, int], Tensor]
-"""Makes scores (vocabulary,) of those of all voices (voices, vocabulary), float32 on the CPU, and the tokens so far."""
+
+class Step(NamedTuple):
+    """Which text goes on, by its number, and how many tokens of it are written."""
+
+    text: int
+    written: int
+
+
+BEGIN = Step(0, 0)
+
+Blend = Callable[[Tensor, Step], Tensor]
+"""Makes scores (vocabulary,) of those of all voices (voices, vocabulary), float32 on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class JointDecoding:
             # By text: a voice whose rows may not leave its batch has more of them than the others.
             scores.append(dict(zip(decoding.live, logits, strict=True)))
         blended = [
-            self._blend(torch.stack([of_voice[number] for of_voice in scores]), len(self.answers[number].chosen))
+            self._blend(torch.stack([each[number] for each in scores]), Step(number, len(self.answers[number].chosen)))
             for number in self._first.live
         ]
         tokens = self._first.chosen(torch.stack(blended))
@@ -60,4 +71,4 @@ class JointDecoding:
         return list(tokens)
 
 
-__all__ = ["Blend", "JointDecoding", "Voice"]
+__all__ = ["BEGIN", "Blend", "JointDecoding", "Step", "Voice"]

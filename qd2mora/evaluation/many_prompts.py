@@ -9,7 +9,7 @@ What is done stands in `OUT.part`, under a line that says what was asked; OUT ap
 import json
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from qd2mora.disk.durable import write_bytes_atomically
@@ -19,9 +19,9 @@ from qd2mora.errors import InputRefused
 from qd2mora.evaluation.answer_lines import AnswerLines
 from qd2mora.evaluation.decoding import Wanted
 from qd2mora.evaluation.prompting import Prompting
-from qd2mora.evaluation.subject import Subject, model_mark, open_subject
+from qd2mora.evaluation.subject import Subject, model_mark
 from qd2mora.evaluation.talking import TalkOptions, Write, check_vector, task_number
-from qd2mora.evaluation.ways import Way
+from qd2mora.evaluation.ways import Way, open_in_way
 from qd2mora.safekeeping.places import check_place
 from qd2mora.terminal.pace import showing
 
@@ -68,14 +68,15 @@ def generate_file(
         raise InputRefused(f"--out: there is no folder '{out.parent}'")
     rows, options, raw = read_prompts(prompts), how.talk, how.raw
     with locked(lock_beside(out), "--out", out), ExitStack() as stack:
-        subject = open_subject(model, allow_changed)
+        subject, way = open_in_way(model, options.way, allow_changed)
         wanted = _worded(_Words(subject, options, raw, stack, say), rows, prompts)
         asked = {"prompts": hash_of_file(prompts), "model": model_mark(model), "raw": raw, **asdict(options)}
-        if options.way is None:
-            del asked["way"]  # as answers from before there were ways have it
+        del asked["way"]  # as answers from before there were ways have it
+        if options.way is not None:
+            asked["way"] = options.way.question
         part = out.with_name(out.name + ".part")
         done = AnswerLines(part, asked)
-        _answer(subject, rows, wanted, done, how)
+        _answer(subject, rows, wanted, done, replace(how, talk=replace(options, way=way)))
         lines = [done.of(row.number) for row in rows]
         write_bytes_atomically(out, b"".join(lines))
         part.unlink()

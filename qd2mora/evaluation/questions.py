@@ -125,7 +125,7 @@ def _in_way(asked: list[AskedTask], way: Way) -> list[AskedTask]:
         asked = [_read_out(task, way.extract) if task.metric == "exact" else task for task in asked]
     if way.is_plain:
         return asked
-    if all(task.metric in ("choice", "loss") for task in asked):
+    if way.ensemble is None and all(task.metric in ("choice", "loss") for task in asked):
         raise InputRefused("--contrast, --samples: no task of these writes an answer: choices and losses are weighed")
     return [replace(task, way=way) for task in asked]
 

@@ -73,7 +73,7 @@ def _score(subject: Subject, task: AskedTask, numbers: list[int], beams: int) ->
     rows = [task.rows[number] for number in numbers]
     if task.metric == "choice":
         return _weigh(subject, task, numbers, rows)
-    losses = answer_losses(subject, rows)
+    losses = answer_losses(subject, rows) if task.way is None else task.way.losses(subject, rows)
     if task.metric == "loss":
         values = [loss / row.num_labels for loss, row in zip(losses, rows, strict=True)]
         return [
@@ -111,7 +111,8 @@ def _judged(task: AskedTask, labels: list[str], written: list[str]) -> tuple[lis
 def _weigh(subject: Subject, task: AskedTask, numbers: list[int], rows: list[Row]) -> list[Record]:
     ids = [_choice_ids(subject, task.choices[number], task.rows[number].pair.starts_word) for number in numbers]
     records = []
-    for number, weighed in zip(numbers, weigh_choices(subject, rows, ids), strict=True):
+    all_weighed = weigh_choices(subject, rows, ids) if task.way is None else task.way.weigh(subject, rows, ids)
+    for number, weighed in zip(numbers, all_weighed, strict=True):
         texts = task.choices[number]
         right = texts.index(task.labels[number])
         by_sum = min(range(len(texts)), key=lambda place: weighed[place].loss)

@@ -23,9 +23,9 @@ from qd2mora.errors import InputRefused
 from qd2mora.evaluation.decoding import Wanted
 from qd2mora.evaluation.ends import HALF_LETTER, Ends
 from qd2mora.evaluation.next_token import RefuseNotFinite
-from qd2mora.evaluation.subject import Subject, open_subject
+from qd2mora.evaluation.subject import Subject
 from qd2mora.evaluation.votes import Vote
-from qd2mora.evaluation.ways import Way
+from qd2mora.evaluation.ways import Way, open_in_way
 from qd2mora.evaluation.wording import Wording, wording_of
 from qd2mora.mixture import forgoes_cache
 from qd2mora.recipe.data import AS_IT_IS
@@ -121,7 +121,8 @@ def chat(
 
 def open_talk(model: str | Path, options: TalkOptions, allow_changed: Collection[str] = ()) -> "Talk":
     """Open a run, an export or a base for talking. Raises InputRefused, DamagedFile."""
-    subject = open_subject(model, allow_changed)
+    subject, way = open_in_way(model, options.way, allow_changed)
+    options = replace(options, way=way)
     number = task_number(subject, options.task)
     check_vector(subject, options.vector)
     return Talk(subject, options, number)
