@@ -21,6 +21,7 @@ from qd2mora.cli import (  # isort: skip  # noqa: F401
     select_verb,
     compare_verbs,
     inspect_verbs,
+    bench_verb,
     list_verbs,
     doctor_verb,
 )
