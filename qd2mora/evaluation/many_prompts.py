@@ -112,7 +112,7 @@ class _Words:
             ids,
             wording.ends,
             min(options.max_new_tokens, room),
-            temperature=options.temperature if options.way is None else options.way.temperature,
+            temperature=(options.way or Way()).temperature or options.temperature,
             top_p=options.top_p,
             seed=options.seed,
             task=number,

@@ -212,7 +212,7 @@ class Talk:
             ids,
             self.subject.ends,
             min(options.max_new_tokens, room),
-            temperature=way.temperature,
+            temperature=way.temperature or options.temperature,
             top_p=options.top_p,
             seed=options.seed,
             task=self.task_number,
