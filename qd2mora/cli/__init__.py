@@ -18,8 +18,10 @@ from qd2mora.cli import (  # isort: skip  # noqa: F401
     serve_verb,
     push_verb,
     compose_verb,
+    select_verb,
     compare_verbs,
     inspect_verbs,
+    bench_verb,
     list_verbs,
     doctor_verb,
 )
@@ -29,7 +31,7 @@ from qd2mora.redact import redacted
 from qd2mora.stopping import AGAIN, listening
 from qd2mora.terminal import lost_output, open_terminal
 
-LEAVES_FILES = ("train", "merge", "compare", "compose")
+LEAVES_FILES = ("train", "merge", "compare", "compose", "select")
 """Verbs whose result lies on disk; others do with --out, and inspect without --json."""
 
 
@@ -66,7 +68,7 @@ def _then(arguments: list[str]) -> str:
     )
     if verb == "compare" or keeps_answers:
         return "what is done is kept, and the same command goes on from there"
-    if verb in ("merge", "compose"):
+    if verb in ("merge", "compose", "select"):
         return "no half of the output is left, run the command again"
     if verb == "eval":
         return "with --out FILE an evaluation goes on where it stopped, without one it begins again"

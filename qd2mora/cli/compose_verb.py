@@ -10,7 +10,9 @@ from qd2mora.cli.app import MOST, app
 
 @app.command()
 def compose(
-    operation: Annotated[str, typer.Argument(help="cat, linear, lego, sub, upcycle or extract.", show_default=False)],
+    operation: Annotated[
+        str, typer.Argument(help="cat, linear, lego, average, sub, fit-router, upcycle or extract.", show_default=False)
+    ],
     inputs: Annotated[
         list[str],
         typer.Argument(help="Adapters or runs; for extract a tuned model and its base.", metavar="INPUT..."),
@@ -25,12 +27,20 @@ def compose(
     ] = None,
     learn: Annotated[Path | None, typer.Option(help="Of cat: recipe or run on whose rows weights are learned.")] = None,
     steps: Annotated[int | None, typer.Option(help="Of --learn; else 100.", min=0, max=MOST)] = None,
+    on: Annotated[
+        Path | None, typer.Option(help="Recipe or run on whose rows use is measured (sub), a router fitted.")
+    ] = None,
+    router: Annotated[str | None, typer.Option(help="Of fit-router: lsq, or prototype, which grows.")] = None,
+    describe: Annotated[Path | None, typer.Option(help="Of fit-router: YAML, a text on each input.")] = None,
+    keep: Annotated[
+        int | None, typer.Option(help="Of --describe: inputs to take, the nearest to the prompts.", min=1, max=MOST)
+    ] = None,
 ) -> None:
-    """Make one adapter of several (cat, linear, lego), a smaller or a routed one (sub, upcycle), or extract a LoRA."""
+    """Make one adapter of several, a smaller one (sub), a routed one (upcycle), or one of two checkpoints (extract)."""
     from qd2mora.composition import ComposeOptions
     from qd2mora.composition import compose as run_composition
 
-    options = ComposeOptions(weights, rank, experts, learn, steps)
+    options = ComposeOptions(weights, rank, experts, learn, steps, on, router, describe, keep)
     done = run_composition(operation, inputs, out, options)
     typer.echo(f"{done.folder}: {done.words}")
 

@@ -12,10 +12,18 @@ from qd2mora.terminal import Screen
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="One method in full.")] = None) -> None:
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method in full.")] = None,
+    taxonomy: Annotated[bool, typer.Option("--taxonomy", help="By the words of the field's survey.")] = False,
+) -> None:
     """List the methods; with a name, its equation, defaults and source."""
-    from qd2mora.report import show_methods
+    from qd2mora.report import show_methods, show_taxonomy
 
+    if taxonomy and name is not None:
+        raise InputRefused(f"--taxonomy: is of all methods; leave out '{name}', or the option")
+    if taxonomy:
+        show_taxonomy(Screen())
+        return
     show_methods(name, Screen())
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qd2mora.cli.app import MOST, AllowChanged, AsJson, ModelPath, RunPath, app, numbers, words
+from qd2mora.cli.ways import Alpha, Beta, Calibrate, Extract, Mix, Others, Samples, Triggers, WeakModel
 from qd2mora.disk.sealed import MANIFEST
 from qd2mora.errors import InputRefused
 from qd2mora.stopping import listening
@@ -23,6 +24,7 @@ Beams = Annotated[int, typer.Option(help="1 is greedy; the commonsense tables us
 HarnessTasks = Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")]
 Limit = Annotated[int | None, typer.Option(help="Rows of each task.", min=1, max=MOST)]
 RowsAtOnce = Annotated[int, typer.Option(help="Rows of a batch; no score depends on it.", min=1, max=MOST)]
+SampleTemperature = Annotated[float, typer.Option(help="Of --samples; else 0.7.")]
 ScoresFile = Annotated[Path | None, typer.Option(help="JSON file for the scores; the same command goes on.")]
 
 
@@ -125,14 +127,31 @@ def evaluate(
     harness: HarnessTasks = None,
     limit: Limit = None,
     rows_at_once: RowsAtOnce = 32,
+    contrast: WeakModel = None,
+    beta: Beta = None,
+    alpha: Alpha = None,
+    ensemble: Others = None,
+    calibrate: Calibrate = None,
+    triggers: Triggers = None,
+    mix: Mix = None,
+    samples: Samples = 1,
+    temperature: SampleTemperature = 0.0,
+    extract: Extract = None,
     out: ScoresFile = None,
     as_json: AsJson = False,
     allow_changed: AllowChanged = None,
 ) -> None:
     """Score tasks: held-out rows by their own metric, a published suite, or the harness's tasks."""
+    from qd2mora.evaluation import contrast_of, ensemble_of, way_of
     from qd2mora.report import show_harness, show_scores
 
     changed = allow_changed or ()
+    others = None if ensemble is None else words(ensemble)
+    together = ensemble_of(others, calibrate, triggers, mix)
+    contrasted = contrast_of(contrast, beta, alpha)
+    way = way_of(contrasted, together, samples=samples, temperature=temperature, extract=extract)
+    if harness is not None and way is not None:
+        raise InputRefused("--contrast, --ensemble, --samples, --extract: the harness writes and reads answers itself")
     if harness is not None:
         from qd2mora.evaluation.harness import run_harness
 
@@ -146,7 +165,7 @@ def evaluate(
         return
     from qd2mora import evaluation
 
-    exam = evaluation.Exam(recipe, suite, data, words(tasks), limit, scoring, prompt)
+    exam = evaluation.Exam(recipe, suite, data, words(tasks), limit, scoring, prompt, way)
     scores = evaluation.evaluate(
         model, exam, beams=beams, rows_at_once=rows_at_once, out=out, allow_changed=changed, is_shown=True
     )

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from qd2mora.cli.app import MOST, AllowChanged, ModelPath, app, numbers, text_of
+from qd2mora.cli.app import MOST, AllowChanged, ModelPath, app, numbers, text_of, words
+from qd2mora.cli.ways import Alpha, Beta, Calibrate, Extract, Mix, Others, Samples, Triggers, WeakModel
 from qd2mora.errors import InputRefused
 from qd2mora.stopping import listening
 
@@ -45,6 +46,15 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    contrast: WeakModel = None,
+    beta: Beta = None,
+    alpha: Alpha = None,
+    ensemble: Others = None,
+    calibrate: Calibrate = None,
+    triggers: Triggers = None,
+    mix: Mix = None,
+    samples: Samples = 1,
+    extract: Extract = None,
     allow_changed: AllowChanged = None,
 ) -> None:
     """Write the answer to a prompt as it comes, or those to a file of prompts; routed adapter included."""
@@ -52,10 +62,14 @@ def generate(
         raise InputRefused("--prompt: name a prompt, or with --file and --out a file of them")
     if (file is None) != (out is None):
         raise InputRefused("--out: goes with --file, as --file does with it: prompts in one, answers in the other")
-    from qd2mora.evaluation import ManyOptions, TalkOptions, generate_file
+    from qd2mora.evaluation import ManyOptions, TalkOptions, contrast_of, ensemble_of, generate_file, way_of
     from qd2mora.evaluation import generate as run_generation
 
-    options = TalkOptions(task, numbers(vector), template, max_new_tokens, temperature, top_p, seed)
+    others = None if ensemble is None else words(ensemble)
+    together = ensemble_of(others, calibrate, triggers, mix)
+    contrasted = contrast_of(contrast, beta, alpha)
+    way = way_of(contrasted, together, samples=samples, temperature=temperature, seed=seed, extract=extract)
+    options = TalkOptions(task, numbers(vector), template, max_new_tokens, temperature, top_p, seed, way)
     if file is not None and out is not None:
         how = ManyOptions(options, raw, rows_at_once)
         with listening(KEPT):

@@ -25,7 +25,7 @@ from qd2mora.recipe.train import Train
 from qd2mora.recipe.yaml_file import read_mapping
 
 NOT_OF_AN_ARM = ("start", "grow", "adapters", "alpha")
-OF_TRAINING = ("rates", "routing", "weight_decay", "warmup_steps", "schedule", "max_grad_norm")
+OF_TRAINING = ("optimizer", "rates", "routing", "weight_decay", "warmup_steps", "schedule", "max_grad_norm")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 
 

@@ -1,8 +1,8 @@
 """Composition: adapters out of adapters. Each operation is a small file; what comes out is written as any adapter is.
 
 LoRAs come out as PEFT's own folders, mixtures as this package's. Operations, see their files: cat, linear, lego
-(several LoRAs to one), sub (a mixture to a smaller one), upcycle (a LoRA to a mixture), extract (two checkpoints to a
-LoRA).
+(several LoRAs to one), average (several FlyLoRAs to one), sub (a mixture to a smaller one), upcycle (a LoRA to a
+mixture), fit_router (several LoRAs to a mixture), extract (two checkpoints to a LoRA).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +11,16 @@ from pathlib import Path
 
 from torch import Tensor
 
+from qd2mora.base import load_tokenizer
 from qd2mora.composition import cat, lego, linear, sub_moe
+from qd2mora.composition.average import average
+from qd2mora.composition.calibration import ROWS, sampled
+from qd2mora.composition.expert_use import ExpertUse, measured_use
 from qd2mora.composition.extract import extract
+from qd2mora.composition.fit_router import fit_router
 from qd2mora.composition.inputs import PREFIX, Settings, base_of, read_loras, read_mixture, read_weights, trained_on
 from qd2mora.composition.learned import learn
+from qd2mora.composition.shortlist import read_descriptions, shortlisted
 from qd2mora.composition.upcycle import upcycle
 from qd2mora.disk.durable import save_pretrained
 from qd2mora.disk.file_hash import SizeAndHash
@@ -26,7 +32,7 @@ from qd2mora.merging.lora import WEIGHTS, write_lora
 from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.low_rank import LowRank
 from qd2mora.mixture.trained_loras import TrainedLora
-from qd2mora.recipe import load_recipe
+from qd2mora.recipe import Recipe, load_recipe
 from qd2mora.run_folder import is_run
 from qd2mora.safekeeping.places import taken
 
@@ -38,7 +44,9 @@ STEPS = 100
 class ComposeOptions:
     """What operations take beside their inputs.
 
-    learn: a recipe, or a run, on whose base and rows the weights of cat are learned, from `weights` on, in `steps`.
+    learn: a recipe, or a run, on whose base and rows the weights of cat are learned, from `weights` on, in `steps`. on:
+    a recipe, or a run, on whose rows sub measures how much each expert is used, and fit-router fits. router: what that
+    fits, lsq or prototype. describe: a file with a text on each adapter, of which the nearest `keep` are taken.
     """
 
     weights: str | None = None
@@ -46,6 +54,10 @@ class ComposeOptions:
     experts: int | None = None
     learn: str | Path | None = None
     steps: int | None = None
+    on: str | Path | None = None
+    router: str | None = None
+    describe: Path | None = None
+    keep: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,14 +98,20 @@ def _cat(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
     loras, given = _weighed(inputs, options)
     if options.learn is None:
         return _write_sum(cat.compose(loras, given), inputs, stage)
-    recipe, steps = Path(options.learn), STEPS
-    if is_run(recipe):
-        recipe /= "recipe.yaml"
-    if options.steps is not None:
-        steps = options.steps
-    found = learn(loras, given, base_of(inputs), load_recipe(recipe), steps)
+    steps = STEPS if options.steps is None else options.steps
+    found = learn(loras, given, base_of(inputs), recipe_of(options.learn), steps)
     words = _write_sum(cat.compose(loras, found.weights), inputs, stage)
     return f"{words}; on {found.rows} calibration rows loss {found.loss_given:.4f} -> {found.loss:.4f}"
+
+
+def _average(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
+    base = base_of(inputs)
+    found = average(inputs, read_weights(options.weights, len(inputs)))
+    write_mixture(found.config, found.tensors, base, stage, trained_on(inputs))
+    words = f"{len(inputs)} adapters of one frozen A"
+    if found.bias_spread:
+        return f"{words}; their selection biases differ by up to {found.bias_spread:.2g}, their mean chooses"
+    return f"{words}, exact"
 
 
 def _linear(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
@@ -142,23 +160,63 @@ def _sub(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
     assert config.rank is not None
     experts, rank = options.experts or config.num_down, options.rank or config.rank
     sub_moe.refuse_unfit(config, experts, rank)
+    use = None if options.on is None else measured_use(folder, recipe_of(options.on))
     try:
         tensors = {
             f"{name}.{kind}": tensor
             for name, each in linears.items()
-            for kind, tensor in sub_moe.compress(each, experts, rank).items()
+            for kind, tensor in sub_moe.compress(each, experts, rank, _shares(use, name)).items()
         }
     except (LookupError, ValueError, RuntimeError) as error:
         raise InputRefused(f"'{folder}' does not hold the tensors that its config asks for: {error}") from error
     write_mixture(sub_moe.compressed_config(config, experts, rank), tensors, base, stage, trained_on(inputs))
-    return f"{config.num_down} experts of rank {config.rank} became {experts} of rank {rank}"
+    words = f"{config.num_down} experts of rank {config.rank} became {experts} of rank {rank}"
+    if use is None:
+        return f"{words}; all weighed alike: --on RECIPE weighs them by their use on its rows"
+    return f"{words}; weighed by their use on {use.rows} rows"
+
+
+def _fit_router(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
+    assert options.on is not None
+    base, recipe, kind = base_of(inputs), recipe_of(options.on), options.router or "lsq"
+    chosen = _shortlisted(inputs, recipe, options)
+    found = fit_router(chosen, base, recipe, kind)
+    write_mixture(found.config, found.tensors, base, stage, recipe.base.model_dump())
+    words = (
+        f"{found.config.num_down} experts, one a prompt; rows of each: {', '.join(map(str, found.rows))}; loss a token "
+        f"{found.routed:.4f}, the best expert alone {found.single:.4f}, each row its own best {found.own:.4f}"
+    )
+    if len(chosen) < len(inputs):
+        return f"{words}; by their descriptions {', '.join(chosen)} of {len(inputs)} adapters"
+    return words
+
+
+def _shortlisted(inputs: Sequence[str], recipe: Recipe, options: ComposeOptions) -> list[str]:
+    if (options.describe is None) != (options.keep is None):
+        raise InputRefused("--describe, --keep: go together: texts on the adapters, and how many are taken")
+    if options.describe is None or options.keep is None:
+        return list(inputs)
+    tokenizer = load_tokenizer(recipe.base.model)
+    descriptions = read_descriptions(options.describe, inputs)
+    return shortlisted(descriptions, sampled(recipe, tokenizer, ROWS), tokenizer, options.keep)
+
+
+def _shares(use: ExpertUse | None, linear: str) -> Tensor | None:
+    return None if use is None else use.shares[linear]
+
+
+def recipe_of(path: str | Path) -> Recipe:
+    """Read a recipe's file, or a run's. Raises InputRefused."""
+    return load_recipe(Path(path) / "recipe.yaml" if is_run(path) else Path(path))
 
 
 OPERATIONS = {
     "cat": Operation(_cat, ("weights", "learn", "steps")),
     "linear": Operation(_linear, ("weights",)),
+    "average": Operation(_average, ("weights",)),
     "lego": Operation(_lego, ("weights", "rank"), needs=("rank",)),
-    "sub": Operation(_sub, ("experts", "rank"), num_inputs=1),
+    "sub": Operation(_sub, ("experts", "rank", "on"), num_inputs=1),
+    "fit-router": Operation(_fit_router, ("on", "router", "describe", "keep"), needs=("on",)),
     "upcycle": Operation(_upcycle, ("experts",), needs=("experts",), num_inputs=1),
     "extract": Operation(_extract, ("rank",), ("rank",), 2, "the tuned model and its base"),
 }
@@ -173,7 +231,7 @@ def _check(name: str, inputs: Sequence[str], options: ComposeOptions) -> None:
         if value is not None and key not in operation.takes:
             raise InputRefused(f"--{key}: {name} takes none; it takes {' and '.join(operation.takes)}")
         if value is None and key in operation.needs:
-            raise InputRefused(f"--{key}: {name} needs it, a whole number")
+            raise InputRefused(f"--{key}: {name} needs it, {'a recipe or a run' if key == 'on' else 'a whole number'}")
     if options.steps is not None and options.learn is None:
         raise InputRefused("--steps: nothing learns; name a recipe with --learn")
     if operation.num_inputs is not None and len(inputs) != operation.num_inputs:

@@ -13,6 +13,7 @@ from qd2mora.disk.untrusted import check_adapter
 from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.trained_loras import TrainedLora, find_adapter, read_trained_loras
+from qd2mora.recipe import Recipe
 from qd2mora.run_folder import is_run, read_recipe
 
 PREFIX = "base_model.model."
@@ -59,6 +60,18 @@ def _trained_on(folder: Path) -> Settings | None:
     if is_run(folder):
         return read_recipe(folder).base.model_dump()
     return (read_manifest(folder) or {}).get("base")
+
+
+def check_base(key: str, recipe: Recipe, base: str) -> None:
+    """Refuse a recipe whose base is not the adapters'. Raises InputRefused."""
+    if Path(base).resolve() != Path(recipe.base.model).resolve() and base != recipe.base.model:
+        raise InputRefused(f"{key}: the recipe's base is {recipe.base.model}, the adapters' {base}")
+
+
+def is_mixture(folder: str) -> bool:
+    """Tell whether a folder holds a mixture of this package's, and no plain LoRA."""
+    content = json.loads((adapter_folder(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    return content.get("peft_type") == "QD2MORA" and content.get("method") != "lora"
 
 
 def read_mixture(folder: str) -> tuple[MixtureConfig, dict[str, dict[str, Tensor]]]:
@@ -109,6 +122,8 @@ __all__ = [
     "adapter_folder",
     "all_linears",
     "base_of",
+    "check_base",
+    "is_mixture",
     "read_loras",
     "read_mixture",
     "read_weights",

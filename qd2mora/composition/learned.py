@@ -5,29 +5,23 @@ LoRAs of a linear is a part of that: it can neither grow the sum nor turn a LoRA
 best on the calibration rows of what was looked at, the given weights among it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from qd2mora.base import load_base, load_tokenizer
 from qd2mora.base.passes import device_of, label_states, labels_of, output_head, token_losses
-from qd2mora.composition.inputs import all_linears
-from qd2mora.data import Row, collate, prepare
-from qd2mora.errors import InputRefused
+from qd2mora.composition.beside import beside
+from qd2mora.composition.calibration import ROWS, parts_of, sampled
+from qd2mora.composition.inputs import all_linears, check_base
+from qd2mora.data import Row, collate
 from qd2mora.memory.checkpointing import enable_checkpointing
 from qd2mora.mixture.trained_loras import TrainedLora
 from qd2mora.recipe import Recipe
 
-ROWS = 256
-"""Training rows that weights are learned and compared on, evenly over the recipe's tasks."""
-ROWS_AT_ONCE = 8
 LEARNING_RATE = 0.02
 LOOKS = 5
 """How often the loss over all calibration rows is looked at after the start."""
@@ -45,13 +39,12 @@ class Learned:
 
 def learn(loras: Sequence[TrainedLora], given: Sequence[float], base: str, recipe: Recipe, steps: int) -> Learned:
     """Learn weights on rows of a recipe, on its base. Raises InputRefused where that is not the LoRAs' `base`."""
-    if Path(base).resolve() != Path(recipe.base.model).resolve() and base != recipe.base.model:
-        raise InputRefused(f"--learn: the recipe's base is {recipe.base.model}, the adapters' {base}")
+    check_base("--learn", recipe, base)
     model, pad, rows = _prepared(recipe)
     weights = {name: nn.Parameter(torch.tensor(given, device=device_of(model))) for name in all_linears(loras)}
-    with _beside(model, loras, weights):
+    with beside(model, loras, weights):
         batches = [
-            {key: tensor.to(device_of(model)) for key, tensor in collate(part, pad).items()} for part in _parts(rows)
+            {key: tensor.to(device_of(model)) for key, tensor in collate(part, pad).items()} for part in parts_of(rows)
         ]
         # Few rows and many weights: what is returned is the best that was looked at, never what the last step left.
         best = {name: list(given) for name in weights}
@@ -70,52 +63,7 @@ def _prepared(recipe: Recipe) -> tuple[Any, int, list[Row]]:
     """Return the frozen base, its padding token, and calibration rows in random order."""
     model, tokenizer = load_base(recipe.base), load_tokenizer(recipe.base.model)
     enable_checkpointing(model)
-    order = np.random.default_rng(recipe.train.seed)
-    # Evenly over tasks, whatever their sizes: a sum of LoRAs has to serve each of them.
-    rows: list[Row] = []
-    tasks = prepare(recipe.data, tokenizer, recipe.train.seed)
-    for task in tasks:
-        places = order.permutation(len(task.train))[: -(-ROWS // len(tasks))]
-        rows += [task.train[place] for place in places.tolist()]
-    return model, int(tokenizer.pad_token_id), [rows[place] for place in order.permutation(len(rows)).tolist()]
-
-
-def _parts(rows: list[Row]) -> list[list[Row]]:
-    return [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
-
-
-@contextmanager
-def _beside(model: Any, loras: Sequence[TrainedLora], weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let every linear give W x + sum_i w_i s_i B_i A_i x while the block runs."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    handles = []
-    for name, weight in weights.items():
-        linear = linears.get(name)
-        parts = [(number, lora) for number, lora in enumerate(loras) if name in lora.pairs]
-        down, up = parts[0][1].pairs[name]
-        if linear is None or (linear.in_features, linear.out_features) != (down.shape[1], up.shape[0]):
-            raise InputRefused(f"--learn: the recipe's base has no {name} of {up.shape[0]} x {down.shape[1]}")
-        handles.append(linear.register_forward_hook(_update(name, parts, weight)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _update(name: str, parts: list[tuple[int, TrainedLora]], weight_N: Tensor) -> Any:
-    """Return a hook that adds the weighted LoRAs of one linear to its output."""
-    device = weight_N.device
-    # One product for all LoRAs of a linear; each rank is weighed by the number of its LoRA.
-    owners = torch.cat([torch.full((lora.pairs[name][0].shape[0],), number) for number, lora in parts]).to(device)
-    down = torch.cat([lora.pairs[name][0] for _, lora in parts]).to(device)
-    up = torch.cat([lora.scaling * lora.pairs[name][1] for _, lora in parts], 1).to(device)
-
-    def add(linear: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        u = F.linear(inputs[0], down.to(y.dtype)) * weight_N[owners].to(y.dtype)
-        return y + F.linear(u, up.to(y.dtype))
-
-    return add
+    return model, int(tokenizer.pad_token_id), sampled(recipe, tokenizer, ROWS)
 
 
 def _step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> None:

@@ -2,11 +2,11 @@
 
 Experts whose updates point the same way are put together (agglomerative, by the cosine of B_e A_e). A group keeps one
 up expert, the leading left singular vectors of [B_1 A_1 ... B_n A_n], and as its down expert the mean of what each had
-in that basis, each of one weight: how often experts are used, which the paper weighs by, an adapter does not tell. All
-through QR of the factors: no matrix is ever d_out x d_in.
+in that basis, weighed by how often each is used (`expert_use`), as in the paper; without rows to measure that on, all
+alike. All through QR of the factors: no matrix is ever d_out x d_in.
 
-Of a softmax router the group's row is the same mean, and log n is added to its logit, so that n copies of one expert
-become one without any loss. The result is a mixture of the same method with `score: bias`.
+Of a softmax router the group's row is the same mean, and log n is added to its logit, so that n copies of one
+expert become one without any loss. The result is a mixture of the same method with `score: bias`.
 """
 
 from dataclasses import replace
@@ -66,14 +66,16 @@ def rank_of_scale(config: MixtureConfig, experts: int, rank: int) -> float:
     return total
 
 
-def compress(tensors: dict[str, Tensor], experts: int, rank: int) -> dict[str, Tensor]:
-    """Return one linear's tensors for fewer experts of a smaller rank."""
+def compress(tensors: dict[str, Tensor], experts: int, rank: int, use_E: Tensor | None = None) -> dict[str, Tensor]:
+    """Return one linear's tensors for fewer experts of a smaller rank; `use_E`: how much each expert is used."""
     # float64: QR and SVD of factors whose norms differ by much.
     A_ERD, B_EOR, router_ED = (tensors[f"mixture_{name}"].double() for name in ("A", "B", "router_down"))
     bias_E = tensors.get("mixture_bias_down", torch.zeros(len(A_ERD))).double()
+    if use_E is None:
+        use_E = torch.full((len(A_ERD),), 1 / len(A_ERD), dtype=torch.float64)
     downs, ups, rows, biases = [], [], [], []
     for group in grouped(A_ERD, B_EOR, experts):
-        share = torch.full((len(group),), 1 / len(group), dtype=torch.float64)
+        share = shares_of(use_E[group])
         down, up = merged(A_ERD[group], B_EOR[group], share, rank)
         downs.append(down)
         ups.append(up)
@@ -83,6 +85,13 @@ def compress(tensors: dict[str, Tensor], experts: int, rank: int) -> dict[str, T
     found = {"A": torch.stack(downs), "B": torch.stack(ups), "router_down": torch.stack(rows)}
     found["bias_down"] = torch.stack(biases)
     return {f"mixture_{name}": tensor.float() for name, tensor in found.items()}
+
+
+def shares_of(use_E: Tensor) -> Tensor:
+    """Return the shares of a group's experts, which sum to one; of experts that nobody uses, all alike."""
+    if float(use_E.sum()) <= 0:
+        return torch.full_like(use_E, 1 / len(use_E))
+    return use_E / use_E.sum()
 
 
 def grouped(A_ERD: Tensor, B_EOR: Tensor, num: int) -> list[list[int]]:
@@ -120,4 +129,4 @@ def merged(A_ERD: Tensor, B_EOR: Tensor, share_E: Tensor, rank: int) -> Bank:
     return down, up
 
 
-__all__ = ["compress", "compressed_config", "grouped", "merged", "refuse_unfit"]
+__all__ = ["compress", "compressed_config", "grouped", "merged", "refuse_unfit", "shares_of"]

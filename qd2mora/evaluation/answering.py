@@ -5,7 +5,9 @@ token, so that a row's result is the same alone and in any batch, up to the orde
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -49,10 +51,12 @@ def answer_losses(subject: Subject, rows: list[Row]) -> list[float]:
 
 def weigh_choices(subject: Subject, rows: list[Row], choices: list[list[list[int]]]) -> list[list[Weighed]]:
     """Weigh each row's `choices` (token ids), equally many for every row of the batch."""
-    if subject.may_fork:
-        losses = _forked(subject, rows, choices)
-    else:
-        losses = _apart(subject, rows, choices)
+    if not subject.may_fork:
+        return weigh_apart(partial(answer_losses, subject), rows, choices)
+    return _weighed(_forked(subject, rows, choices), choices)
+
+
+def _weighed(losses: list[list[float]], choices: list[list[list[int]]]) -> list[list[Weighed]]:
     return [
         [Weighed(loss, len(ids)) for loss, ids in zip(each, offered, strict=True)]
         for each, offered in zip(losses, choices, strict=True)
@@ -87,16 +91,18 @@ def _forked(subject: Subject, rows: list[Row], choices: list[list[list[int]]]) -
     return [losses[start : start + copies] for start in range(0, len(losses), copies)]
 
 
-def _apart(subject: Subject, rows: list[Row], choices: list[list[list[int]]]) -> list[list[float]]:
-    """Read prompt and choice whole for every choice, where routers keep something that cannot be copied."""
+def weigh_apart(
+    losses_of: Callable[[list[Row]], list[float]], rows: list[Row], choices: list[list[list[int]]]
+) -> list[list[Weighed]]:
+    """Read prompt and choice whole for every choice, where what is kept of a prompt cannot be copied."""
     columns = []
     for number in range(len(choices[0])):
         whole = []
         for row, offered in zip(rows, choices, strict=True):
             ids = np.concatenate([row.ids[: row.masked], np.asarray(offered[number], dtype=np.int32)])
             whole.append(Row(row.task, ids, row.masked, row.pair))
-        columns.append(answer_losses(subject, whole))
-    return [list(each) for each in zip(*columns, strict=True)]
+        columns.append(losses_of(whole))
+    return _weighed([list(each) for each in zip(*columns, strict=True)], choices)
 
 
 def _padded(texts: list[list[int]], subject: Subject) -> tuple[Tensor, Tensor]:
@@ -122,4 +128,4 @@ def batch_of(subject: Subject, rows: list[Row], side: str) -> dict[str, Tensor]:
     return {name: tensor.to(device_of(subject.plain)) for name, tensor in batch.items()}
 
 
-__all__ = ["Weighed", "answer_losses", "batch_of", "weigh_choices", "write_answers"]
+__all__ = ["Weighed", "answer_losses", "batch_of", "weigh_apart", "weigh_choices", "write_answers"]

@@ -6,7 +6,7 @@ point sums: in float32 answers are the same alone and in a batch, in 16 bits two
 likely may change places. A text that has ended leaves the batch and its cache, so that a place is free at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from qd2mora.base.passes import CachedText, device_of, last_states, output_head,
 from qd2mora.errors import NotFinite
 from qd2mora.evaluation.ends import HALF_LETTER, Ends
 from qd2mora.evaluation.subject import Subject
-from qd2mora.mixture import reads_first_pass
+from qd2mora.mixture import forgoes_cache
 
 
 @dataclass(frozen=True)
@@ -120,16 +120,20 @@ def drawn(logits: Tensor, temperature: float, top_p: float, generator: torch.Gen
 
 
 class Decoding:
-    """A batch of texts on their way; `step` gives each a token, until none goes on."""
+    """A batch of texts on their way; `step` gives each a token, until none goes on.
 
-    def __init__(self, subject: Subject, wanted: Sequence[Wanted]) -> None:
-        self.subject, self.answers = subject, [Answer(subject, each) for each in wanted]
+    Where several voices read the same texts (`joint`), one has the answers and the others are given them.
+    """
+
+    def __init__(self, subject: Subject, wanted: Sequence[Wanted], answers: list[Answer] | None = None) -> None:
+        self.subject = subject
+        self.answers = [Answer(subject, each) for each in wanted] if answers is None else answers
         self.live = list(range(len(wanted)))
         """Numbers of the answers whose rows stand in the batch, in its order."""
         self._device, self._head = device_of(subject.plain), output_head(subject.plain)
         # A router that keeps something of each row's prompt would lose count of rows that leave.
         self._may_leave = subject.may_fork
-        self._keeps_cache = not (subject.is_adapted and reads_first_pass(subject.model))
+        self._keeps_cache = not (subject.is_adapted and forgoes_cache(subject.model))
         self._cached: CachedText | None = None
         width = max(len(each.ids) for each in wanted)
         pad = subject.tokenizer.pad_token_id
@@ -146,18 +150,24 @@ class Decoding:
     @torch.no_grad()
     def step(self) -> list[int]:
         """Give each text that goes on a token; return their numbers. Raises NotFinite."""
-        logits = self._next_logits().cpu()
-        tokens, stepped = [], []
+        tokens = self.chosen(self.next_logits().cpu())
+        self.go_on(tokens)
+        return list(tokens)
+
+    def chosen(self, logits: Tensor) -> dict[int, int]:
+        """Return the next token of each text that goes on, by its number, of logits (rows, vocabulary) on the CPU."""
+        tokens = {}
         for number, of_row in zip(self.live, logits, strict=True):
             answer = self.answers[number]
             if answer.finish is None:
-                tokens.append(answer.choose(of_row))
-                stepped.append(number)
-            else:  # it has ended, and stays in the batch for its routers' sake
-                tokens.append(self.subject.tokenizer.pad_token_id)
-        self._append(tokens)
+                tokens[number] = answer.choose(of_row)
+        return tokens
+
+    def go_on(self, tokens: Mapping[int, int]) -> None:
+        """Take tokens by the number of their text; one that has ended stays in the batch for its routers' sake."""
+        pad = self.subject.tokenizer.pad_token_id
+        self._append([tokens.get(number, pad) for number in self.live])
         self._let_go()
-        return stepped
 
     def cancel(self, number: int) -> None:
         """End a text that nobody waits for any more."""
@@ -165,8 +175,8 @@ class Decoding:
             self.answers[number].finish = "cancelled"
         self._let_go()
 
-    def _next_logits(self) -> Tensor:
-        """Return the logits of each row's next token, (rows, vocabulary) float32."""
+    def next_logits(self) -> Tensor:
+        """Return the logits of each live row's next token, (rows, vocabulary) float32."""
         positions = (self._mask.cumsum(-1) - 1).clamp_min(0)
         batch = {"input_ids": self._ids, "attention_mask": self._mask, "position_ids": positions}
         if not self._keeps_cache:

@@ -14,7 +14,8 @@ from qd2mora.evaluation.questions import AskedTask, Exam, ask, check_exam
 from qd2mora.evaluation.rouge import rouge_l
 from qd2mora.evaluation.score import Record, Score, refuse_not_finite
 from qd2mora.evaluation.scoring import ROWS_AT_ONCE, score_task
-from qd2mora.evaluation.subject import Subject, model_mark, open_subject
+from qd2mora.evaluation.subject import Subject, model_mark
+from qd2mora.evaluation.ways import Way, open_in_way
 from qd2mora.recipe import load_recipe
 from qd2mora.run_folder import is_run, read_recipe
 from qd2mora.safekeeping.places import writing
@@ -39,16 +40,19 @@ def evaluate(
     `allow_changed`), DamagedFile, NotFinite.
     """
     exam = _whole(model, exam or Exam())
+    if beams > 1 and exam.way is not None and not exam.way.is_plain:
+        raise InputRefused("--beams: a beam search is a way of its own; leave it out beside --contrast and --samples")
     place, rows = None, None
     if out is not None:
         place, rows = Path(out), Path(out).with_suffix(".rows.jsonl")
         check_scores_place(place, rows)
     with writing("--out", place, rows):
-        subject = open_subject(model, allow_changed)
-        asked = ask(exam, subject)
+        told = exam.way
+        subject, way = open_in_way(model, told, allow_changed)
+        asked = ask(replace(exam, way=way), subject)
         answers = AnswerFile()
         if rows is not None:
-            answers = AnswerFile(rows, _question(model, asked, beams))
+            answers = AnswerFile(rows, _question(model, asked, beams, told))
         scores = score_all(subject, asked, answers, beams=beams, rows_at_once=rows_at_once, is_shown=is_shown)
         if place is not None:
             write_json(place, {name: score.to_json() for name, score in scores.items()})
@@ -102,9 +106,11 @@ def _whole(model: str | Path, exam: Exam) -> Exam:
     return replace(exam, recipe=recipe)
 
 
-def _question(model: str | Path, asked: list[AskedTask], beams: int) -> dict[str, object]:
+def _question(model: str | Path, asked: list[AskedTask], beams: int, way: Way | None) -> dict[str, object]:
     """Return what an evaluation's answers depend on, by name."""
     question: dict[str, object] = {"model": model_mark(model), "beams": beams}
+    if way is not None:
+        question["way"] = digest(way.question)
     for task in asked:
         rows = hashlib.sha256(b"".join(row.ids.tobytes() + bytes([row.task % 256]) for row in task.rows)).hexdigest()
         question[f"task {task.name}"] = digest([task.metric, rows, task.labels, task.choices, task.max_new_tokens])

@@ -1,14 +1,15 @@
 """A file of prompts to a file of answers: batched, each row as if it were alone, and gone on with after a kill.
 
 A row of the prompts (JSON lines) has `prompt`, a text, or `messages`, each with `role` and `content`; `task` and
-`vector` where routers read them. A row of the answers is its number, its answer, and why it ended: `stop` or `length`.
+`vector` where routers read them. A row of the answers is its number, its answer, and why it ended: `stop` or `length`;
+of samples that voted it is `vote`, with how many agree and whether another answer had as many.
 What is done stands in `OUT.part`, under a line that says what was asked; OUT appears when all is there.
 """
 
 import json
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from qd2mora.disk.durable import write_bytes_atomically
@@ -16,10 +17,11 @@ from qd2mora.disk.file_hash import hash_of_file
 from qd2mora.disk.lock import lock_beside, locked
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.answer_lines import AnswerLines
-from qd2mora.evaluation.decoding import Decoding, Wanted
+from qd2mora.evaluation.decoding import Wanted
 from qd2mora.evaluation.prompting import Prompting
-from qd2mora.evaluation.subject import Subject, model_mark, open_subject
+from qd2mora.evaluation.subject import Subject, model_mark
 from qd2mora.evaluation.talking import TalkOptions, Write, check_vector, task_number
+from qd2mora.evaluation.ways import Way, open_in_way
 from qd2mora.safekeeping.places import check_place
 from qd2mora.terminal.pace import showing
 
@@ -66,12 +68,15 @@ def generate_file(
         raise InputRefused(f"--out: there is no folder '{out.parent}'")
     rows, options, raw = read_prompts(prompts), how.talk, how.raw
     with locked(lock_beside(out), "--out", out), ExitStack() as stack:
-        subject = open_subject(model, allow_changed)
+        subject, way = open_in_way(model, options.way, allow_changed)
         wanted = _worded(_Words(subject, options, raw, stack, say), rows, prompts)
         asked = {"prompts": hash_of_file(prompts), "model": model_mark(model), "raw": raw, **asdict(options)}
+        del asked["way"]  # as answers from before there were ways have it
+        if options.way is not None:
+            asked["way"] = options.way.question
         part = out.with_name(out.name + ".part")
         done = AnswerLines(part, asked)
-        _answer(subject, rows, wanted, done, how.rows_at_once)
+        _answer(subject, rows, wanted, done, replace(how, talk=replace(options, way=way)))
         lines = [done.of(row.number) for row in rows]
         write_bytes_atomically(out, b"".join(lines))
         part.unlink()
@@ -107,7 +112,7 @@ class _Words:
             ids,
             wording.ends,
             min(options.max_new_tokens, room),
-            temperature=options.temperature,
+            temperature=(options.way or Way()).temperature or options.temperature,
             top_p=options.top_p,
             seed=options.seed,
             task=number,
@@ -136,21 +141,30 @@ def _worded(words: _Words, rows: list[Asked], prompts: Path) -> dict[int, Wanted
 
 
 def _answer(
-    subject: Subject, rows: list[Asked], wanted: Mapping[int, Wanted], done: AnswerLines, rows_at_once: int
+    subject: Subject, rows: list[Asked], wanted: Mapping[int, Wanted], done: AnswerLines, how: ManyOptions
 ) -> None:
     """Answer what is not done yet, rows of similar length together, the longest first: what does not fit shows soon."""
     left = [row for row in rows if row.number not in done]
     left.sort(key=lambda row: -len(wanted[row.number].ids))
     with subject.writing(), showing("answering, rows", len(rows)) as advance:
         advance(len(rows) - len(left))
-        for start in range(0, len(left), rows_at_once):
-            batch = left[start : start + rows_at_once]
-            decoding = Decoding(subject, [wanted[row.number] for row in batch])
-            while not decoding.is_done:
-                decoding.step()
-            ended = zip(batch, decoding.answers, strict=True)
-            done.add([_line(row, answer.text, answer.finish) for row, answer in ended])
+        for start in range(0, len(left), how.rows_at_once):
+            batch = left[start : start + how.rows_at_once]
+            done.add(_answered(subject, batch, [wanted[row.number] for row in batch], how.talk.way or Way()))
             advance(len(batch))
+
+
+def _answered(subject: Subject, batch: list[Asked], wanted: list[Wanted], way: Way) -> list[dict[str, object]]:
+    """Return the lines of a batch; of samples, how many agree and whether they are tied."""
+    if way.samples > 1:
+        votes = way.votes(subject, wanted, way.answer_of)
+        lines = (_line(row, vote.text, "vote") for row, vote in zip(batch, votes, strict=True))
+        told = ({"agree": vote.count, "samples": vote.samples, "tied": vote.is_tied} for vote in votes)
+        return [line | more for line, more in zip(lines, told, strict=True)]
+    decoding = way.decoding(subject, wanted)
+    while not decoding.is_done:
+        decoding.step()
+    return [_line(row, answer.text, answer.finish) for row, answer in zip(batch, decoding.answers, strict=True)]
 
 
 def _line(row: Asked, text: str, finish: str | None) -> dict[str, object]:

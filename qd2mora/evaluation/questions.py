@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from qd2mora.data import Row, TaskRows, encode, prepare
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.subject import Subject
-from qd2mora.evaluation.suites import PROMPTS, find_suite, read_items, suite_task_names
+from qd2mora.evaluation.suites import PROMPTS, extracted, find_suite, read_items, suite_task_names
+from qd2mora.evaluation.ways import Way
 from qd2mora.recipe import Recipe
 
 MOST_CHOICES = 64
@@ -32,6 +33,8 @@ class Exam:
     limit: int | None = None
     scoring: str = "generate"
     prompt: str = "published"
+    way: Way | None = None
+    """How answers are written where not greedily; its `extract` says what counts of answers to held-out rows."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class AskedTask:
     max_new_tokens: int
     choices: list[tuple[str, ...]] = field(default_factory=list)
     pattern: str = ""
+    way: Way | None = None
 
 
 def ask_held_out(tasks: list[TaskRows], limit: int | None = None) -> list[AskedTask]:
@@ -112,7 +116,26 @@ def ask(exam: Exam, subject: Subject) -> list[AskedTask]:
         asked = _numbered(asked, task_numbers(subject, [task.name for task in asked]))
     if not asked:
         raise InputRefused("no task of the recipe holds out rows; set data.tasks.0.validation=200")
-    return asked
+    return asked if exam.way is None else _in_way(asked, exam.way)
+
+
+def _in_way(asked: list[AskedTask], way: Way) -> list[AskedTask]:
+    """Return the tasks as they are written and read out in a way of one's own. Raises InputRefused."""
+    if way.extract is not None:
+        asked = [_read_out(task, way.extract) if task.metric == "exact" else task for task in asked]
+    if way.is_plain:
+        return asked
+    if way.ensemble is None and all(task.metric in ("choice", "loss") for task in asked):
+        raise InputRefused("--contrast, --samples: no task of these writes an answer: choices and losses are weighed")
+    return [replace(task, way=way) for task in asked]
+
+
+def _read_out(task: AskedTask, pattern: str) -> AskedTask:
+    labels = [extracted(pattern, label) for label in task.labels]
+    if not all(labels):
+        row = labels.index("")
+        raise InputRefused(f"--extract: row {row + 1} of task {task.name} has no match: '{task.labels[row][:60]}'")
+    return replace(task, metric="extract", labels=labels, pattern=pattern)
 
 
 def check_exam(exam: Exam) -> None:
@@ -125,6 +148,8 @@ def check_exam(exam: Exam) -> None:
         raise InputRefused(f"--prompt: '{exam.prompt}' will not do: {' or '.join(PROMPTS)}")
     if exam.prompt == "cloze" and exam.scoring != "likelihood":
         raise InputRefused("--prompt: cloze weighs the choices' own words; give --scoring likelihood with it")
+    if exam.way is not None and exam.way.extract is not None and exam.suite is not None:
+        raise InputRefused("--extract: a suite's tasks have patterns of their own; it goes with a recipe's rows")
     if exam.suite is None:
         if exam.scoring != "generate":
             raise InputRefused("--scoring: a recipe's tasks say it themselves: data.tasks.0.metric=choice")

@@ -25,6 +25,8 @@ class Record:
     labels: int
     normalized: float | None = None
     text: str = ""
+    tied: bool = False
+    """Whether samples gave another answer as often as this one."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class Score:
         if self.metric == "loss":
             return self.loss
         return sum(self.values) / self.rows
+
+    @property
+    def tied(self) -> int:
+        """Rows on which samples were tied."""
+        return sum(record.tied for record in self.records)
 
     @property
     def correct(self) -> int:
@@ -90,6 +97,8 @@ class Score:
             content["accuracy_normalized"] = self.accuracy_normalized
         if self.metric == "extract":
             content["without_answer"] = sum(not record.text for record in self.records)
+        if self.tied:
+            content["tied"] = self.tied
         return content
 
 

@@ -1,6 +1,7 @@
 """Scoring a task batch by batch: which rows go together, and what a metric makes of what the model did."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 
 import torch
 
@@ -72,17 +73,28 @@ def _score(subject: Subject, task: AskedTask, numbers: list[int], beams: int) ->
     rows = [task.rows[number] for number in numbers]
     if task.metric == "choice":
         return _weigh(subject, task, numbers, rows)
-    losses = answer_losses(subject, rows)
+    losses = answer_losses(subject, rows) if task.way is None else task.way.losses(subject, rows)
     if task.metric == "loss":
-        texts, values = [""] * len(rows), [loss / row.num_labels for loss, row in zip(losses, rows, strict=True)]
-    else:
-        written = write_answers(subject, rows, task.max_new_tokens, beams)
-        labels = [task.labels[number] for number in numbers]
-        texts, values = _judged(task, labels, written)
+        values = [loss / row.num_labels for loss, row in zip(losses, rows, strict=True)]
+        return [
+            Record(number, value, loss, row.num_labels)
+            for number, value, loss, row in zip(numbers, values, losses, rows, strict=True)
+        ]
+    written, ties = _written(subject, task, rows, beams)
+    texts, values = _judged(task, [task.labels[number] for number in numbers], written)
     return [
-        Record(number, value, loss, row.num_labels, text=text)
-        for number, value, loss, row, text in zip(numbers, values, losses, rows, texts, strict=True)
+        Record(number, value, loss, row.num_labels, text=text, tied=tied)
+        for number, value, loss, row, text, tied in zip(numbers, values, losses, rows, texts, ties, strict=True)
     ]
+
+
+def _written(subject: Subject, task: AskedTask, rows: list[Row], beams: int) -> tuple[list[str], list[bool]]:
+    """Return what is written after each row's prompt, and whether samples of it were tied."""
+    if task.way is None:
+        return write_answers(subject, rows, task.max_new_tokens, beams), [False] * len(rows)
+    answer_of = partial(extracted, task.pattern) if task.metric == "extract" else task.way.answer_of
+    votes = task.way.answers(subject, rows, task.max_new_tokens, answer_of)
+    return [vote.text for vote in votes], [vote.is_tied for vote in votes]
 
 
 def _judged(task: AskedTask, labels: list[str], written: list[str]) -> tuple[list[str], list[float]]:
@@ -99,7 +111,8 @@ def _judged(task: AskedTask, labels: list[str], written: list[str]) -> tuple[lis
 def _weigh(subject: Subject, task: AskedTask, numbers: list[int], rows: list[Row]) -> list[Record]:
     ids = [_choice_ids(subject, task.choices[number], task.rows[number].pair.starts_word) for number in numbers]
     records = []
-    for number, weighed in zip(numbers, weigh_choices(subject, rows, ids), strict=True):
+    all_weighed = weigh_choices(subject, rows, ids) if task.way is None else task.way.weigh(subject, rows, ids)
+    for number, weighed in zip(numbers, all_weighed, strict=True):
         texts = task.choices[number]
         right = texts.index(task.labels[number])
         by_sum = min(range(len(texts)), key=lambda place: weighed[place].loss)

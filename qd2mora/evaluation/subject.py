@@ -26,7 +26,7 @@ from qd2mora.disk.untrusted import check_adapter, check_config, check_weights
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.ends import Ends, ends_of
 from qd2mora.evaluation.next_token import RefuseNotFinite
-from qd2mora.mixture import MixtureConfig, read_rows, reads_first_pass, shortcuts
+from qd2mora.mixture import MixtureConfig, forgoes_cache, read_rows, shortcuts
 from qd2mora.recipe import Base
 from qd2mora.routed.modeling_mixture import CONFIGS, SUFFIX, MixtureForCausalLM, auto_map, classes_of
 from qd2mora.run_folder import BaseOf, OpenRun, RunFolder, is_run, open_run
@@ -87,7 +87,7 @@ class Subject:
     def may_fork(self) -> bool:
         """Whether one cached prompt can be continued in several ways: no router keeps something for each row."""
         if isinstance(self.model, MixtureForCausalLM):
-            return not (self.model.keeps_means or self.model.reads_first_pass)
+            return not (self.model.keeps_means or self.model.first_pass != "nothing")
         if not self.is_adapted:
             return True
         configs = [config for config in self.model.peft_config.values() if isinstance(config, MixtureConfig)]
@@ -130,7 +130,7 @@ class Subject:
             max_new_tokens=max_new_tokens,
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=list(self.ends.ids),
-            use_cache=not (self.is_adapted and reads_first_pass(self.model)),
+            use_cache=not (self.is_adapted and forgoes_cache(self.model)),
         )
         with torch.no_grad(), self.writing():
             out = self.plain.generate(

@@ -122,11 +122,11 @@ def read_items(suite: Suite, task: SuiteTask, folder: Path, prompt: str, limit: 
 
 
 def extracted(pattern: str, text: str) -> str:
-    """Return the first label in a text, or nothing."""
+    """Return the first label in a text, or nothing; of a pattern with a group, what that holds."""
     found = re.search(pattern, text)
     if found is None:
         return ""
-    return found.group()
+    return found.group(1 if found.re.groups else 0) or ""
 
 
 def _file_of(task: SuiteTask, folder: Path) -> str:

@@ -20,11 +20,14 @@ from qd2mora.data.file_rows import BadRow
 from qd2mora.data.instruction import split
 from qd2mora.data.tokenise import special_tokens
 from qd2mora.errors import InputRefused
+from qd2mora.evaluation.decoding import Wanted
 from qd2mora.evaluation.ends import HALF_LETTER, Ends
 from qd2mora.evaluation.next_token import RefuseNotFinite
-from qd2mora.evaluation.subject import Subject, open_subject
+from qd2mora.evaluation.subject import Subject
+from qd2mora.evaluation.votes import Vote
+from qd2mora.evaluation.ways import Way, open_in_way
 from qd2mora.evaluation.wording import Wording, wording_of
-from qd2mora.mixture import reads_first_pass
+from qd2mora.mixture import forgoes_cache
 from qd2mora.recipe.data import AS_IT_IS
 
 Write = Callable[[str], None]
@@ -47,6 +50,8 @@ class TalkOptions:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    way: Way | None = None
+    """How it writes, where not alone and once; drawn as said here."""
 
     def __post_init__(self) -> None:
         # Nearer to 0, logits divided by it are no float32 any more.
@@ -78,9 +83,13 @@ def generate(
     if raw:
         if say is not None:
             say(Wording(AS_IT_IS, None, "--raw").line)
-        return talk.continue_text(prompt, write)
-    with talk.worded(say):
-        return talk.answer(prompt, write)
+        text = talk.continue_text(prompt, write)
+    else:
+        with talk.worded(say):
+            text = talk.answer(prompt, write)
+    if talk.vote is not None and say is not None:
+        say(talk.vote.line)
+    return text
 
 
 def chat(
@@ -112,7 +121,8 @@ def chat(
 
 def open_talk(model: str | Path, options: TalkOptions, allow_changed: Collection[str] = ()) -> "Talk":
     """Open a run, an export or a base for talking. Raises InputRefused, DamagedFile."""
-    subject = open_subject(model, allow_changed)
+    subject, way = open_in_way(model, options.way, allow_changed)
+    options = replace(options, way=way)
     number = task_number(subject, options.task)
     check_vector(subject, options.vector)
     return Talk(subject, options, number)
@@ -126,6 +136,8 @@ class Talk:
     options: TalkOptions
     task_number: int
     messages: list[dict[str, str]] = field(default_factory=list)
+    vote: Vote | None = None
+    """What samples of the last answer said, where several were drawn."""
     _wording: Wording | None = None
     _template: ChatTemplate | None = None
 
@@ -177,6 +189,8 @@ class Talk:
         given, whole = ids.shape[1], int(plain.config.max_position_embeddings)
         if given >= whole:
             raise InputRefused(f"the prompt has {given} tokens, the model is made for {whole} with the answer")
+        if self.options.way is not None:
+            return self._in_way(ids[0].tolist(), self.options.way, whole - given, write or (lambda piece: None))
         self.subject.route(self._row(device))
         cards = [device] if device.type == "cuda" else []
         streamer = _Streamer(tokenizer, write or (lambda piece: None), self.subject.ends)
@@ -192,13 +206,35 @@ class Talk:
             )
         return streamer.finish(self.subject.ends.before(out[0, given:].tolist()))
 
+    def _in_way(self, ids: list[int], way: Way, room: int, write: Write) -> str:
+        options, vector = self.options, self.options.vector
+        wanted = Wanted(
+            ids,
+            self.subject.ends,
+            min(options.max_new_tokens, room),
+            temperature=way.temperature or options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+            task=self.task_number,
+            vector=None if vector is None else tuple(vector),
+        )
+        if way.samples > 1:
+            (self.vote,) = way.votes(self.subject, [wanted], way.answer_of)
+            write(self.vote.text)
+            return self.vote.text
+        decoding = way.decoding(self.subject, [wanted])
+        while not decoding.is_done:
+            decoding.step()
+            write(decoding.answers[0].news())
+        return decoding.answers[0].text
+
     def _settings(self, room: int) -> GenerationConfig:
         settings = GenerationConfig(
             do_sample=False,
             max_new_tokens=min(self.options.max_new_tokens, room),
             pad_token_id=self.subject.tokenizer.pad_token_id,
             eos_token_id=list(self.subject.ends.ids),
-            use_cache=not (self.subject.is_adapted and reads_first_pass(self.subject.model)),
+            use_cache=not (self.subject.is_adapted and forgoes_cache(self.subject.model)),
         )
         if self.options.temperature > 0:
             # transformers would draw among the 50 likeliest; here top_p alone decides.

@@ -53,9 +53,6 @@ def refuse_unfit(model: PeftModel, source: BaseWeights, adapter_name: str = "def
             raise InputRefused(f"{where} has Kronecker cores, which the code file does not run; {_STATIC}")
         if config.routers.reads_vector:
             raise InputRefused(f"{where} reads a vector of the row, which the code file is not told; {_STATIC}")
-        for gate in config.routers.values():
-            if gate.input == "hidden" and gate.is_averaged:
-                raise InputRefused(f"{where} averages a first pass, which has no cache to keep it in; {_STATIC}")
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,9 @@ def _what_is_read(gate: Gate, x: Tensor, routing: Routing) -> Tensor:
         return vector.view(vector.shape[0], *([1] * (x.dim() - 2)), vector.shape[1])
     if gate.input == "hidden":
         # States of another text, left from an earlier call, could broadcast over this one without a word.
-        if routing.hidden is None or routing.hidden.shape[:-1] != x.shape[:-1]:
+        # A mean over the prompt is known while its answer is written, and is what is taken.
+        is_known = gate.is_averaged and routing.is_decoding
+        if routing.hidden is None or (routing.hidden.shape[:-1] != x.shape[:-1] and not is_known):
             raise ValueError("this adapter reads the hidden states of a first pass: run it inside its PEFT model")
         return routing.hidden
     return x

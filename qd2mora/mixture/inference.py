@@ -126,9 +126,13 @@ class _Shortcut:
         adapter = same_input.adapter
         self.base, self.scaling, self.d_out = layer.base_layer, layer.scaling(adapter), layer.out_features
         self.has_base_scale = "mixture_base_scale" in layer.tensors(adapter)
+        self.spec, self.active = layer.mixture_spec[adapter], layer._active_adapter
 
     def __call__(self, x: Tensor) -> Tensor | None:
         layer, same_input = self.layer, self.same_input
+        # Another adapter, or gates that somebody weakens for a while, are not what was prepared.
+        if layer._active_adapter != self.active or layer.mixture_spec.get(same_input.adapter) is not self.spec:
+            return None
         if layer._disable_adapters or layer.merged_adapters or layer.watchers or layer.static_updates:
             return None
         if torch.is_grad_enabled():

@@ -24,7 +24,7 @@ from qd2mora.mixture.spec import Place, linear_spec
 from qd2mora.mixture.targets import refuse_unmatched
 from qd2mora.mixture.trained_loras import TrainedLora
 from qd2mora.routed import ops
-from qd2mora.routed.gate import STATIC
+from qd2mora.routed.gate import STATIC, FirstPass
 from qd2mora.routed.text import watch_passes
 
 
@@ -44,12 +44,13 @@ class MixtureModel(BaseTuner):
         if "routing" not in self.__dict__:
             self.routing = Routing()
             self._router_owners: dict[tuple[str, str], str] = {}
-            watch_passes(model, self.routing, self.reads_first_pass, self._without_adapters)
+            watch_passes(model, self.routing, self.first_pass, self._without_adapters)
 
-    def reads_first_pass(self) -> bool:
-        """Whether a router of an active adapter reads the hidden states of a first pass."""
+    def first_pass(self) -> FirstPass:
+        """Of what routers of active adapters read the hidden states of a first pass."""
         configs = [self.peft_config[name] for name in self.active_adapters if name in self.peft_config]
-        return any(config.routers.reads_first_pass for config in configs)
+        found = {config.routers.first_pass for config in configs}
+        return "tokens" if "tokens" in found else "prompt" if "prompt" in found else "nothing"
 
     @contextmanager
     def _without_adapters(self, decoder: nn.Module) -> Iterator[None]:
@@ -258,10 +259,10 @@ def read_rows(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
         routing.read(batch)
 
 
-def reads_first_pass(model: nn.Module) -> bool:
-    """Whether a router of an active adapter reads a first pass: then there is no cache while decoding."""
+def forgoes_cache(model: nn.Module) -> bool:
+    """Whether a router of an active adapter reads a first pass over new tokens: then there is no cache in decoding."""
     tuner = getattr(model, "base_model", None)
-    return isinstance(tuner, MixtureModel) and tuner.reads_first_pass()
+    return isinstance(tuner, MixtureModel) and tuner.first_pass() == "tokens"
 
 
 def selection_biases(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -316,11 +317,11 @@ __all__ = [
     "adapter_tensors",
     "add_adapter",
     "after_step",
+    "forgoes_cache",
     "load_experts",
     "orthogonality",
     "penalty_terms",
     "read_rows",
-    "reads_first_pass",
     "routing_of",
     "selection_biases",
 ]

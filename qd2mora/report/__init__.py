@@ -11,6 +11,7 @@ from qd2mora.report.run_page import check_page, write_page
 from qd2mora.report.run_summary import show_inspection
 from qd2mora.report.scores import show_harness, show_scores
 from qd2mora.report.suggestion import show_suggestion
+from qd2mora.report.taxonomy import show_taxonomy
 
 __all__ = [
     "check_page",
@@ -27,6 +28,7 @@ __all__ = [
     "show_rows",
     "show_scores",
     "show_suggestion",
+    "show_taxonomy",
     "verdict",
     "write_page",
 ]

@@ -9,6 +9,7 @@ from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.counts import llama_linears, trainable_parameters
 from qd2mora.mixture.method import Method
 from qd2mora.mixture.presets import METHODS, find_method
+from qd2mora.report.taxonomy import NONE, taxon_of
 from qd2mora.routed.gate import Gate
 
 EXPORT = {"static": "exact", "task": "exact per task", "token": "measured"}
@@ -41,6 +42,7 @@ def show_methods(name: str | None, console: Console) -> None:
         table.add_row(method.name, method.title.partition(": ")[2], _export_word(method), method.mark, count)
     console.print(table)
     console.print("On 7B: parameters trained on LLaMA-7B with each method's defaults.")
+    console.print("`qd2mora methods --taxonomy` lists them by the words of the field's survey,")
     console.print("`qd2mora methods NAME` prints a method's equation, routers, defaults and source")
 
 
@@ -69,6 +71,7 @@ def method_text(method: Method) -> str:
         "targets": ", ".join(method.targets),
         "parameters": f"{parameters_on_7b(method):,} on LLaMA-7B with these defaults",
         "given LoRAs": GIVEN[method.given],
+        "taxonomy": _taxonomy(method),
     }
     return method.title + "".join(f"\n  {key:13} {value}" for key, value in rows.items())
 
@@ -84,6 +87,13 @@ def parameters_on_7b(method: Method) -> int:
         target_modules=list(method.targets),
     )
     return trainable_parameters(config, linears, shape.layers, shape.hidden)
+
+
+def _taxonomy(method: Method) -> str:
+    taxon = taxon_of(method)
+    if taxon.gate == NONE:
+        return f"nothing is routed, {taxon.placement}"
+    return f"{taxon.gate} gates by {taxon.granularity}, {taxon.placement}"
 
 
 def _up_init(method: Method) -> str:

@@ -39,6 +39,11 @@ def show_scores(columns: dict[str, dict[str, Score]], console: Console) -> None:
         means = [sum(score.mean for score in scores.values()) / len(scores) for scores in columns.values()]
         table.add_row("mean", *(format(mean, form) for mean in means), style="bold")
     console.print(table)
+    for task, score in first.items():
+        if score.tied:
+            console.print(
+                f"{task}: samples were tied on {score.tied} of {score.rows} rows; there the answer drawn first counts"
+            )
 
 
 def shown(score: Score) -> Text:

@@ -18,6 +18,8 @@ Select = Literal["all", "top_k", "entropy", "fixed", "sample"]
 _Learned = Literal["softmax", "renorm", "dense", "soft", "sigmoid", "sigmoid_renorm", "straight_through", "bounded"]
 Weight = Literal[_Learned, "uniform", "equal", "one"]
 
+FirstPass = Literal["nothing", "prompt", "tokens"]
+
 ROLES: tuple[Role, ...] = get_args(Role)
 
 # Weights that sum to one over the experts: over a single expert such a gate is the constant 1 and has no router.
@@ -111,9 +113,13 @@ class Gates(dict[str, Gate]):
         return any(gate.input == "external" for gate in self.values())
 
     @property
-    def reads_first_pass(self) -> bool:
-        """Whether one needs the last hidden states of a pass without adapters, before the pass itself."""
-        return any(gate.input == "hidden" for gate in self.values())
+    def first_pass(self) -> FirstPass:
+        """Of what the last hidden states of a pass without adapters are needed, before the pass itself."""
+        readers = [gate for gate in self.values() if gate.input == "hidden"]
+        if not readers:
+            return "nothing"
+        # A mean over the prompt is kept while the answer is written, beside a cache; of new tokens there is no cache.
+        return "prompt" if all(gate.is_averaged for gate in readers) else "tokens"
 
 
 def words_of_gates() -> dict[str, tuple[str, ...]]:

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from .gate import Gate, Gates
+from .gate import FirstPass, Gate, Gates
 from .ops import RankStep, features, up_product, wide
 from .routers import Gating, decide
 from .text import Router, Text, watch_passes
@@ -42,7 +42,7 @@ class MixtureForCausalLM(nn.Module):
 
     model: Any
     text: Text
-    reads_first_pass: bool
+    first_pass: FirstPass
     keeps_means: bool
     # Gates are decided in float32, whatever dtype the base is loaded in.
     _keep_in_fp32_modules_strict = ("mixture",)
@@ -60,15 +60,15 @@ class MixtureForCausalLM(nn.Module):
             if any(isinstance(part, RoutedLinear) and part.mixture.is_of_whole_mlp for part in layer.mlp.children()):
                 layer.mlp = RoutedMLP(layer.mlp, self.text)
         gates = [gate for mixture in found.values() for gate in mixture.gates.values()]
-        self.reads_first_pass = any(gate.input == "hidden" for gate in gates)
+        self.first_pass = Gates({str(number): gate for number, gate in enumerate(gates)}).first_pass
         self.keeps_means = any(gate.is_averaged for gate in gates)
         self.register_forward_pre_hook(_read_labels, with_kwargs=True)
-        watch_passes(self, self.text, lambda: self.reads_first_pass)
+        watch_passes(self, self.text, lambda: self.first_pass)
 
     def generate(self, *args: object, **kwargs: object) -> object:
-        """Generate as ever; a first pass has no cache, and means are kept beside one."""
-        if self.reads_first_pass or self.keeps_means:
-            kwargs["use_cache"] = not self.reads_first_pass
+        """Generate as ever; a first pass over new tokens has no cache, and means are kept beside one."""
+        if self.first_pass == "tokens" or self.keeps_means:
+            kwargs["use_cache"] = self.first_pass != "tokens"
         return super().generate(*args, **kwargs)  # type: ignore[misc]  # the family's own class has it
 
     def train(self, mode: bool = True) -> "MixtureForCausalLM":

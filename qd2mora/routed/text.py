@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from .gate import Gate
+from .gate import FirstPass, Gate
 from .ops import finish_scores, prompt_mean, unlowered, wide
 
 IGNORE = -100
@@ -119,8 +119,6 @@ class Text:
 
         Over the prompt alone, so that no answer leaks into its own routing. Raises ValueError where no prompt is known.
         """
-        if self.is_decoding:
-            return self.means[key]  # one token of the answer tells nothing of the prompt
         prompt = self.prompt
         if prompt is None:
             if not (self.keeps_means or self.takes_all):
@@ -149,9 +147,12 @@ class Router:
     def scores(self, gate: Gate, read: Tensor, text: Text, key: Key) -> Tensor:
         """Return scores (..., E) of what is read (..., W), or (B, 1, E) where they are averaged; at least float32."""
         with unlowered(read):
-            scores = F.linear(wide(read), wide(self.rows))
-            if gate.is_averaged:
-                scores = text.averaged(scores, key)
+            if gate.is_averaged and text.is_decoding:
+                scores = text.means[key]  # one token of the answer tells nothing of the prompt
+            else:
+                scores = F.linear(wide(read), wide(self.rows))
+                if gate.is_averaged:
+                    scores = text.averaged(scores, key)
             return finish_scores(gate, scores, self.bias, self.out)
 
 
@@ -169,13 +170,14 @@ def prompt_of(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
 def watch_passes(
     model: nn.Module,
     text: Text,
-    reads_first_pass: Callable[[], bool],
+    first_pass: Callable[[], FirstPass],
     without_adapters: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     """Fill `text` before each pass through a model's decoder, or through the model itself where it has none.
 
-    reads_first_pass: whether a router wants the states of a first pass now. without_adapters: a context in which the
-    decoder is the base, where its linears do not look at `text.is_first_pass` themselves.
+    first_pass: of what routers want the states of a first pass now; of the prompt alone it runs once.
+    without_adapters: a context in which the decoder is the base, where its linears do not look at `text.is_first_pass`
+    themselves.
     """
 
     def before(decoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
@@ -183,7 +185,8 @@ def watch_passes(
         if text.is_first_pass:
             return
         text.read_pass(args, kwargs)
-        if reads_first_pass():
+        wanted = first_pass()
+        if wanted == "tokens" or (wanted == "prompt" and not text.is_decoding):
             text.is_first_pass = True
             try:
                 with without_adapters(decoder):
@@ -200,12 +203,14 @@ def watch_passes(
 def _first_pass(decoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return a decoder's last hidden states, (B, T, H), without gradient (X-LoRA's first pass).
 
-    A cached pass would need a second cache for the plain model; it is refused, and `generate` runs without one.
+    Going on from a cache would need a second one for the plain model; it is refused, and routers that read more than
+    the prompt generate without one.
     """
-    if kwargs.get("past_key_values", kwargs.get("cache")) is not None:
+    names = [name for name in ("past_key_values", "cache") if kwargs.get(name) is not None]
+    if any(kwargs[name].get_seq_length() for name in names):
         raise ValueError("this adapter reads a first pass of the whole text: generate with use_cache=False")
     with torch.no_grad():
-        return decoder(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+        return decoder(*args, **{**kwargs, **dict.fromkeys(names), "use_cache": False}).last_hidden_state
 
 
 __all__ = ["IGNORE", "Key", "Router", "Text", "watch_passes"]

@@ -9,18 +9,13 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedModel
-
-from qd2mora.base import load_base
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.prompting import Messages, Prompting
+from qd2mora.evaluation.shared_bases import SharedBases
 from qd2mora.evaluation.subject import Subject, open_subject
 from qd2mora.evaluation.talking import task_number
-from qd2mora.recipe import Base
 
 BASE = "base"
 
@@ -42,31 +37,6 @@ class Served:
             if isinstance(asked, str):
                 return self.prompting.of_text(asked)
             return self.prompting.of_messages(asked)
-
-
-class SharedBases:
-    """Gives models that share their weights: each is of its own, and may take an adapter of its own."""
-
-    def __init__(self) -> None:
-        self._loaded: dict[str, PreTrainedModel] = {}
-
-    def __call__(self, base: Base, device: torch.device | None = None) -> PreTrainedModel:
-        """Return a model of this base. Raises InputRefused."""
-        key = base.model_dump_json()
-        if key not in self._loaded:
-            self._loaded[key] = load_base(base, device)
-        return sharing_copy(self._loaded[key])
-
-
-def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model of the same modules on the same tensors."""
-    same: dict[int, object] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    for module in model.modules():
-        state = module.__dict__.get("quant_state")  # of bitsandbytes' linears, whose scales lie beside the weight
-        if state is not None:
-            same[id(state)] = state
-    copied: PreTrainedModel = copy.deepcopy(model, same)
-    return copied
 
 
 def open_all(main: Path, adapters: Mapping[str, Path], template: str | None, stack: ExitStack) -> dict[str, Served]:
@@ -107,4 +77,4 @@ def _entry(name: str, subject: Subject, task: str | None, template: str | None, 
     return Served(name, subject, prompting, threading.Lock(), number)
 
 
-__all__ = ["Served", "SharedBases", "open_all", "sharing_copy"]
+__all__ = ["Served", "open_all"]

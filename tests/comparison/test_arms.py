@@ -94,7 +94,7 @@ def test_arms_of_a_file_are_matched_by_rank_with_what_they_say(made: Path, tmp_p
         """
 few: {method: d2mora, down: {experts: 2}, up: {experts: 2}, gates: {down: {temperature: 0.5}}}
 beside: {method: hydralora, up: {experts: 3}, shared: {part: 0.4}, scale: 1.5}
-lora-plus: {method: lora, rank_stabilized: true, train: {rates: {up: 16}, weight_decay: 0.1}}
+lora-plus: {method: lora, rank_stabilized: true, train: {rates: {up: 16}, weight_decay: 0.1, optimizer: adamw_8bit}}
 cores: {method: residual_cores, core: {experts: 2}, dropout: 0.1}
 fixed: {method: lora, rank: 3}
 """,
@@ -113,6 +113,7 @@ fixed: {method: lora, rank: 3}
     assert beside.shared_rank * 3 * 32 * 2 * 4096 == pytest.approx(0.4 * wanted, rel=0.03)
     plus = arms["lora-plus"]
     assert plus.train["rates"].up == 16 and plus.train["weight_decay"] == 0.1
+    assert plus.train["optimizer"] == "adamw_8bit"
     assert config_of(plus).num_up == 1 and plus.adapter.alpha == pytest.approx(2.0 * plus.adapter.rank)
     assert config_of(arms["cores"]).num_cores == 2 and arms["cores"].adapter.dropout == 0.1
     assert arms["fixed"].adapter.rank == 3 and "fewer parameters" in arms["fixed"].notes[0]

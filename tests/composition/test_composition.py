@@ -260,3 +260,27 @@ def test_mixtures_that_do_not_compress_are_refused(
     folder, _ = saved(model, tmp_path / method)
     with pytest.raises(InputRefused, match=words):
         compose("sub", [str(folder)], tmp_path / "out", ComposeOptions(experts=experts))
+
+
+def test_experts_are_merged_by_how_much_rows_use_them(base: Path, tmp_path: Path) -> None:
+    model = routed(base, down={"experts": 4}, up={"experts": 4}, gates={"down": {"score": "bias"}})
+    for name, tensor in model.named_parameters():
+        # Experts 0 and 1 point the same way, of sizes 1 and 3, and so do 2 and 3; the router takes 0 and 2 alone.
+        if "mixture_A" in name:
+            tensor.data = tensor.data[[0, 0, 2, 2]].clone()
+        elif "mixture_B" in name:
+            tensor.data = torch.stack([tensor.data[0], 3 * tensor.data[0], tensor.data[2], 3 * tensor.data[2]])
+        elif "router_down" in name:
+            tensor.data.zero_()
+        elif "bias_down" in name:
+            tensor.data = torch.tensor([0.0, -30.0, 0.0, -30.0])
+    folder, wanted = saved(model, tmp_path / "four")
+    tiny.save_tasks(tmp_path / "data")
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text(tiny.recipe_text(base, tmp_path / "data", tmp_path / "run"), encoding="utf-8")
+    done = compose("sub", [str(folder)], tmp_path / "used", ComposeOptions(experts=2, on=recipe))
+    assert done.words.endswith("weighed by their use on 64 rows")
+    torch.testing.assert_close(logits(base, tmp_path / "used"), wanted, atol=1e-3, rtol=1e-3)
+    blind = compose("sub", [str(folder)], tmp_path / "alike", ComposeOptions(experts=2))
+    assert "all weighed alike" in blind.words
+    assert float((logits(base, tmp_path / "alike") - wanted).abs().max()) > 0.05

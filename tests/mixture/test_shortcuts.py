@@ -1,5 +1,7 @@
 """While text is written, adapted linears take a shorter way to the same output, and only while it is the same."""
 
+from dataclasses import replace
+
 import made
 import pytest
 import torch
@@ -96,6 +98,12 @@ def test_it_is_left_where_it_would_not_be_the_same() -> None:
         outputs(parts, x)
         assert len(seen) == 1
         del layer.watchers["default"]
+        spec = layer.mixture_spec["default"]
+        weak = tuple((role, replace(gate, temperature=9.0)) for role, gate in spec.step.gates)
+        layer.mixture_spec["default"] = replace(spec, step=replace(spec.step, gates=weak))
+        other = outputs(parts, x)[0]
+        layer.mixture_spec["default"] = spec
+        assert not torch.allclose(other, outputs(parts, x)[0])
         trained = layer(x.requires_grad_())  # with gradients the layer's own function runs
         trained.sum().backward()
         assert x.grad is not None and layer.mixture_A["default"].grad is not None
