@@ -18,6 +18,7 @@ from qd2mora.data import FirstRows, Row, row_count
 from qd2mora.memory.plan import Plan
 from qd2mora.memory.techniques import prepare_base
 from qd2mora.mixture import MixtureConfig, add_adapter, selection_biases
+from qd2mora.objectives import objective_of
 from qd2mora.recipe import Recipe
 from qd2mora.recipe.data import HUB
 from qd2mora.terminal.pace import in_words
@@ -99,6 +100,7 @@ def _batches(recipe: Recipe, planned: Plan, pad: int) -> MicroBatches:
         seed=recipe.train.seed,
         pad=pad,
         loss_chunk=planned.layout.loss_chunk,
+        objective=objective_of(recipe.objective),
     )
 
 
