@@ -33,6 +33,11 @@ class Row:
         """The texts of it that run through a model together, itself first."""
         return (self,) if self.against is None else (self, self.against)
 
+    def of_task(self, number: int) -> "Row":
+        """Return this row with another task's number."""
+        against = None if self.against is None else self.against.of_task(number)
+        return replace(self, task=number, against=against)
+
     def with_answer_of(self, other: "Row", longest: int) -> "Row":
         """Return this row's prompt with another row's answer, cut to `longest` tokens."""
         ids = np.concatenate([self.ids[: self.masked], other.ids[other.masked :]])[:longest]

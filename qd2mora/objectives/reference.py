@@ -80,10 +80,10 @@ class Reference:
     @contextmanager
     def _swapped(self) -> Iterator[None]:
         """Let the adapter hold what the run began with."""
-        now = _changing(self.model)
+        now = {name: tensor for name, tensor in self.model.named_parameters() if name in self.start}
         held = {name: tensor.data for name, tensor in now.items()}
         for name, tensor in now.items():
-            tensor.data = self.start[name]
+            tensor.data = self.start[name].view(tensor.shape)
         try:
             yield
         finally:

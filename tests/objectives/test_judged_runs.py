@@ -46,6 +46,7 @@ def test_a_resumed_run_is_the_unbroken_one_and_says_what_it_measured(
     assert [line["step"] for line in evaluations] == [0, 3, 6]
     assert all(0 <= line["eval_measures"]["pick"]["accuracy"] <= 1 for line in evaluations)
     assert evaluations[-1]["eval_loss"]["pick"] < evaluations[0]["eval_loss"]["pick"]
+    assert evaluations[-1]["eval_measures"]["pick"]["accuracy"] >= 0.95  # of pairs that it never saw
     steps = [line for line in lines if "loss" in line]
     assert len(steps) == 6 and all("accuracy" in line for line in steps)
     kept = next((tmp_path / "whole" / "best").glob("step-*"))
