@@ -10,14 +10,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from qd2mora.base import load_base
+from qd2mora.base.passes import last_states
 from qd2mora.data import Row
-from qd2mora.evaluation.answering import answer_losses
+from qd2mora.evaluation.answering import answer_losses, batch_of
 from qd2mora.evaluation.score import Record
 from qd2mora.evaluation.subject import Subject
 from qd2mora.mixture.start_folder import PREFIX, start_tensors
 from qd2mora.objectives import Objective, Said, mismatched, objective_of
+from qd2mora.objectives.head import scores_of, stored_head, width_of
 from qd2mora.objectives.reference import Reference, line_key
 from qd2mora.recipe import Recipe
 
@@ -37,6 +40,7 @@ class Judge:
     reference: dict[int, float] = field(default_factory=dict)
     others: tuple[Row, ...] = ()
     baseline: float = 0.0
+    head: Tensor | None = None
 
     def asking(self, subject: Subject) -> "Judge":
         """Return the judge of one subject, which tells the baseline."""
@@ -64,6 +68,8 @@ class Judge:
         reference = None
         if self.objective.has_reference:
             reference = torch.tensor([self.reference[line_key(line)] for line in lines], dtype=torch.float64)
+        if self.head is not None:
+            return Said(answer_scores(subject, list(lines), self.head), lines)
         losses = torch.tensor(answer_losses(subject, list(lines)), dtype=torch.float64)
         return Said(losses, lines, reference, self.baseline)
 
@@ -74,6 +80,11 @@ def judge_of(recipe: Recipe, subject: Subject, rows: Sequence[Row]) -> Judge | N
     others: tuple[Row, ...] = ()
     if objective.has_baseline and len(rows) > 1:
         others = tuple(mismatched(list(rows), max(row.width for row in rows)))
+    if objective.has_head:
+        if subject.run is None:
+            _log.warning("judged answers are not scored: the head of objective: reward is in the run alone")
+            return None
+        return Judge(objective, head=stored_head(subject.run.folder.adapter, width_of(subject.model)))
     if not objective.has_reference:
         return Judge(objective, others=others)
     if recipe.adapter.grow is not None:
@@ -84,6 +95,14 @@ def judge_of(recipe: Recipe, subject: Subject, rows: Sequence[Row]) -> Judge | N
         for lines in _batches([*(line for row in rows for line in row.lines), *others]):
             known |= zip(map(line_key, lines), answer_losses(asked, lines), strict=True)
     return Judge(objective, known, others)
+
+
+@torch.no_grad()
+def answer_scores(subject: Subject, rows: list[Row], head: Tensor) -> Tensor:
+    """Return what a head scores the answers of rows, (rows,) float64 on the CPU."""
+    batch = batch_of(subject, rows, "right")
+    subject.route(batch)
+    return scores_of(last_states(subject.plain, batch), batch["labels"], head.to(batch["labels"].device)).double().cpu()
 
 
 @contextmanager
@@ -114,4 +133,4 @@ def _batches(lines: Sequence[Row]) -> Iterator[list[Row]]:
     yield from (ordered[start : start + AT_ONCE] for start in range(0, len(ordered), AT_ONCE))
 
 
-__all__ = ["METRICS", "Judge", "judge_of"]
+__all__ = ["METRICS", "Judge", "answer_scores", "judge_of"]

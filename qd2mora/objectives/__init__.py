@@ -7,11 +7,19 @@ from qd2mora.objectives.kto import Kto, mismatched
 from qd2mora.objectives.objective import Measures, Objective, Said, told
 from qd2mora.objectives.orpo import Orpo
 from qd2mora.objectives.reference import Reference
+from qd2mora.objectives.reward import Reward
 from qd2mora.objectives.sft import Sft
 from qd2mora.objectives.simpo import Simpo
 from qd2mora.recipe.objective import Objective as Settings
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"sft": Sft, "dpo": Dpo, "orpo": Orpo, "simpo": Simpo, "kto": Kto}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "sft": Sft,
+    "dpo": Dpo,
+    "orpo": Orpo,
+    "simpo": Simpo,
+    "kto": Kto,
+    "reward": Reward,
+}
 """What makes each kind of its settings."""
 
 

@@ -65,6 +65,10 @@ class Objective(Protocol):
         """What `measures` returns, in its order."""
 
     @property
+    def has_head(self) -> bool:
+        """Whether lines are scored by a head of its own, and not by their likelihood."""
+
+    @property
     def has_reference(self) -> bool:
         """Whether a frozen model says something too."""
 

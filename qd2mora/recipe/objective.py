@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from qd2mora.recipe.section import NotNegative, Positive, Section
 
-Kind = Literal["sft", "dpo", "orpo", "simpo", "kto"]
+Kind = Literal["sft", "dpo", "orpo", "simpo", "kto", "reward"]
 PREFERENCE, RATED = "preference", "rated"
 """Formats of rows whose answers are judged."""
 
@@ -33,6 +33,7 @@ KINDS: dict[str, Needs] = {
     "orpo": Needs({"beta": 0.1}, format=PREFERENCE, lines=2),
     "simpo": Needs({"beta": 2.0, "gamma": 1.0}, format=PREFERENCE, lines=2),
     "kto": Needs({"beta": 0.1, "good_weight": 1.0, "bad_weight": 1.0, "reference": "kept"}, format=RATED),
+    "reward": Needs(format=PREFERENCE, lines=2),
 }
 
 
@@ -40,7 +41,8 @@ class Objective(Section):
     """What is learned; a name alone stands for a section with its defaults. docs/objectives.md has the equations."""
 
     kind: Kind = "sft"
-    """`sft`: the answers. Of `format: preference`: `dpo`, `orpo`, `simpo`. Of `format: rated`: `kto`."""
+    """`sft`: the answers. Of `format: preference`: `dpo`, `orpo`, `simpo`, and `reward`, a model that scores answers.
+    Of `format: rated`: `kto`."""
     beta: Positive | None = None
     """How much a preference counts: of `dpo` and `kto` the factor on log p/reference (0.1), of `orpo` the weight beside
     imitation (0.1), of `simpo` the factor on log p a token (2.0)."""

@@ -57,6 +57,10 @@ class Recipe(Section):
             raise ValueError("train.global_batch: kto reads a row's prompt with another row's answer; 2 or more")
         if self.adapter.start is not None and self.memory.engine != "none" and self.objective.reference is not None:
             raise ValueError(f"memory.engine: {kind} measures against adapter.start, which an engine shares out; none")
+        if kind == "reward" and self.memory.engine != "none":
+            raise ValueError(f"memory.engine: {self.memory.engine} shares out no head of objective: reward; none")
+        if kind == "reward" and self.finish.export:
+            raise ValueError("finish.export: an export has no place for the head of objective: reward; false")
         return self
 
     def dump_yaml(self) -> str:

@@ -26,6 +26,7 @@ from qd2mora.memory.loss import RowLoss
 from qd2mora.memory.pinned import pinned
 from qd2mora.mixture import routing_of
 from qd2mora.objectives import Objective, Reference, Said, mismatched
+from qd2mora.objectives.head import RowScore
 from qd2mora.training.processes import Processes
 from qd2mora.training.progress import Progress
 from qd2mora.training.updates import Updater
@@ -97,7 +98,9 @@ class MicroBatches:
     """The frozen model that the objective measures against."""
 
     def __post_init__(self) -> None:
-        self.row_loss = RowLoss(self.model, self.loss_chunk)
+        self.row_loss: RowLoss | RowScore = RowLoss(self.model, self.loss_chunk)
+        if self.objective.has_head:
+            self.row_loss = RowScore(self.model)
         self.routing = routing_of(self.model)
         """None where the adapter has no routers of ours."""
 
@@ -142,7 +145,7 @@ class MicroBatches:
         return {name: pinned(tensor).to(device, non_blocking=True) for name, tensor in batch.items()}
 
     def row_losses(self, part: MicroBatch) -> Tensor:
-        """Return the summed loss of each row, (rows,) float32, in nats."""
+        """Return the summed loss of each line in nats, or its score where there is a head, (lines,) float32."""
         # Only float16 runs have a scale, and they alone need autocast: bases in other dtypes compute in their own.
         is_scaled = self.progress.loss_scale is not None
         with torch.autocast(self.processes.device.type, torch.float16, enabled=is_scaled):

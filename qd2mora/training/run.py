@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qd2mora.adapter_folder import base_identity, save_adapter
+from qd2mora.adapter_folder import base_identity
 from qd2mora.base import base_config, compute_dtype, fingerprint, load_base, load_tokenizer
 from qd2mora.data import TaskMix, TaskRows, collate, prepare
 from qd2mora.data.chat import named_templates
@@ -26,7 +26,9 @@ from qd2mora.memory.loss import check_isolation
 from qd2mora.memory.plan import Plan
 from qd2mora.memory.techniques import prepare_base
 from qd2mora.mixture import MixtureConfig, adapter_tensors, add_adapter, selection_biases
+from qd2mora.mixture.start_folder import start_folder
 from qd2mora.objectives import objective_of
+from qd2mora.objectives.head import add_head
 from qd2mora.recipe import Recipe, Train
 from qd2mora.run_folder import RunFolder, clock_of
 from qd2mora.safekeeping.inventory import seal_run
@@ -59,7 +61,7 @@ from qd2mora.training.recipe_checks import (
     tasks_to_score,
 )
 from qd2mora.training.rehearsal import Rehearsal, is_worthwhile
-from qd2mora.training.result import save_result
+from qd2mora.training.result import save_result, save_whole
 from qd2mora.training.start_words import say_what_starts
 from qd2mora.training.updates import PlainUpdater, Updater, build_optimizer, by_rate, num_draws
 from qd2mora.training.zero import ZeroUpdater
@@ -250,6 +252,9 @@ def _started_model(start: Start, inputs: Inputs, mixture: TaskMix) -> tuple[Peft
             yield {name: tensor.to(start.processes.device) for name, tensor in batch.items()}
 
     frozen = start_adapter(model, inputs.config, inputs.recipe, first_batches)
+    if objective_of(inputs.recipe.objective).has_head:
+        start_path = inputs.recipe.adapter.start
+        add_head(model, inputs.recipe.train.seed, None if start_path is None else start_folder(start_path))
     model.train()
     return model, frozen
 
@@ -346,9 +351,7 @@ def _training(
     """Put the loop together; `mark` is what an adapter remembers of its base."""
     model, processes, progress = batches.model, batches.processes, batches.progress
     folder, settings = start.folder, inputs.recipe.train
-    best = BestKeeper(
-        folder.best, settings.keep_best, lambda place: save_adapter(model, place, mark), processes.is_main
-    )
+    best = BestKeeper(folder.best, settings.keep_best, lambda place: save_whole(model, place, mark), processes.is_main)
     best.resumed(progress)
     subject = Subject(model, inputs.tokenizer, templates=named_templates(inputs.recipe.data))
     live = LiveRouting(model, inputs.tasks)

@@ -16,6 +16,7 @@ from qd2mora.objectives import Objective, Said, told
 from qd2mora.objectives.dpo import Dpo
 from qd2mora.objectives.kto import Kto
 from qd2mora.objectives.orpo import Orpo, log_of_rest
+from qd2mora.objectives.reward import Reward
 from qd2mora.objectives.simpo import Simpo
 
 LENGTHS = (3, 5, 1, 4, 7, 2)
@@ -47,6 +48,7 @@ PAIRED: dict[str, tuple[Objective, Callable[[int], float]]] = {
     "hinge": (Dpo(0.3, "hinge"), lambda n: slow.hinge(PI[n], PI[n + 1], REF[n], REF[n + 1], 0.3)),
     "ipo": (Dpo(0.3, "ipo"), lambda n: slow.ipo(PI[n], PI[n + 1], REF[n], REF[n + 1], 0.3)),
     "orpo": (Orpo(0.4), lambda n: slow.orpo(PI[n], PI[n + 1], 0.4)),
+    "reward": (Reward(), lambda n: slow.bradley_terry(-math.fsum(PI[n]), -math.fsum(PI[n + 1]))),
     "simpo": (Simpo(2.0, 0.7), lambda n: slow.simpo(PI[n], PI[n + 1], 2.0, 0.7)),
 }
 
@@ -74,6 +76,16 @@ def test_kto_is_its_papers_for_good_and_bad() -> None:
         for pi, ref, worth in zip(PI, REF, worths, strict=True)
     ]
     assert found.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_margin_is_asked_of_the_reward_beside_the_rows_own() -> None:
+    scores, margins = (
+        torch.tensor([2.0, 1.0, 0.0, 3.0, 1.0, 1.0], dtype=torch.float64),
+        (0.5, 0.5, None, None, 2.0, 2.0),
+    )
+    found = Reward().losses(Said(scores, lines_of(margins)))
+    expected = [slow.bradley_terry(*pair) for pair in ((2.0, 1.0, 0.5), (0.0, 3.0, 0.0), (1.0, 1.0, 2.0))]
+    assert found.tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
