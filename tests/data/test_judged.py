@@ -13,7 +13,7 @@ from qd2mora.base import load_tokenizer
 from qd2mora.data import TaskRows, prepare
 from qd2mora.data.first_rows import first_rows
 from qd2mora.errors import InputRefused
-from qd2mora.recipe import Data, Recipe, parse_recipe
+from qd2mora.recipe import Data, Recipe, load_recipe, parse_recipe
 
 TEXT = {"prompt": "Say red: ", "chosen": "red", "rejected": "blue"}
 CHAT = {
@@ -166,6 +166,13 @@ def test_a_name_stands_for_a_section_with_its_defaults(tmp_path: Path) -> None:
     assert recipe_of(tmp_path).objective.beta == 0.1 and recipe_of(tmp_path).objective.gamma is None
     again = recipe_of(tmp_path, objective=recipe_of(tmp_path).objective.model_dump(mode="json"))
     assert again.objective == recipe_of(tmp_path).objective
+
+
+def test_a_setting_may_follow_a_name_on_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_of(tmp_path, objective="simpo").dump_yaml(), encoding="utf-8")
+    found = load_recipe(path, ["objective=dpo", "objective.beta=0.2"])
+    assert found.objective.kind == "dpo" and found.objective.beta == 0.2
 
 
 @pytest.mark.parametrize(

@@ -124,3 +124,13 @@ def test_an_export_of_it_is_refused(made: Path, tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match="no place for the head"):
         merge(made / "run", tmp_path / "export")
     assert not (tmp_path / "export").exists()
+
+
+def test_a_reward_run_that_goes_on_begins_with_the_head_of_its_start(made: Path, tmp_path: Path) -> None:
+    adapter = f"{{start: {made / 'run'}}}"
+    train(runs.recipe_of(made, tmp_path / "next", "reward", "train.steps=1", adapter=adapter))
+    before = [line for line in runs.lines_of(made / "run") if "eval_loss" in line][-1]
+    first = next(line for line in runs.lines_of(tmp_path / "next") if "eval_loss" in line)
+    assert first["eval_loss"]["pick"] == pytest.approx(before["eval_loss"]["pick"], rel=1e-4)
+    identity = json.loads((tmp_path / "next" / "manifest.json").read_text(encoding="utf-8"))["identity"]
+    assert len(identity["adapter.start.head"]) == 64

@@ -127,13 +127,9 @@ def test_what_the_reference_says_is_computed_once_and_a_damaged_entry_anew(
     assert runs.bytes_of(tmp_path / "third") == runs.bytes_of(tmp_path / "first")
 
 
-@pytest.mark.parametrize(
-    ("kind", "reference"),
-    [
-        ("kto", "kept"),
-        *(pytest.param(*case, marks=LONG) for case in (("dpo", "kept"), ("dpo", "live"), ("kto", "live"))),
-    ],
-)
+@LONG
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+@pytest.mark.parametrize("reference", ["kept", "live"])
 def test_where_a_run_goes_on_from_an_adapter_that_is_its_reference(
     kind: str, reference: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
