@@ -19,10 +19,10 @@ from qd2mora.disk.durable import save_pretrained
 from qd2mora.disk.file_hash import short_hash, size_and_hash
 from qd2mora.disk.sealed import open_manifest, read_listed, seal_folder
 from qd2mora.disk.staged import staged_folder
-from qd2mora.disk.tensor_file import stored_tensors
+from qd2mora.disk.tensor_file import stored_tensors, tensor_at_hand, write_tensors
 from qd2mora.errors import DamagedFile, InputRefused, NotFinite
 from qd2mora.recipe import Base
-from qd2mora.safekeeping.inventory import ADAPTER_NAMES
+from qd2mora.safekeeping.inventory import ADAPTER_NAMES, HEAD
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -36,19 +36,24 @@ def base_identity(base: Base, mark: str | None = None) -> dict[str, str]:
     return {"base": mark or fingerprint(base), "base.quantization": quantization}
 
 
-def save_adapter(model: PeftModel, folder: Path, identity: Mapping[str, str]) -> None:
-    """Write the adapter whole or not at all, read back and compared before it takes its name.
+def save_adapter(model: PeftModel, folder: Path, identity: Mapping[str, str], head: Tensor | None = None) -> None:
+    """Write the adapter, and the head that scores answers, whole or not at all, read back before it takes its name.
 
     Raises NotFinite, OSError, and DamagedFile where the disk gave back something else.
     """
     wanted = {name: tensor.detach().cpu() for name, tensor in _tensors_of(model).items()}
-    bad = [name for name, tensor in wanted.items() if not tensor.isfinite().all()]
+    checked = wanted if head is None else {**wanted, HEAD: head}
+    bad = [name for name, tensor in checked.items() if not tensor.isfinite().all()]
     if bad:
         raise NotFinite(f"the adapter is not saved: {bad[0]} is not finite")
     with staged_folder(folder, ADAPTER_NAMES) as stage:
         with _no_search_for_the_base():
             save_pretrained(model, stage)
-        files = {name: size_and_hash(stage / name) for name in (CONFIG, WEIGHTS)}
+        names = [CONFIG, WEIGHTS]
+        if head is not None:
+            write_tensors(stage / HEAD, [tensor_at_hand("weight", head.detach().cpu())])
+            names.append(HEAD)
+        files = {name: size_and_hash(stage / name) for name in names}
         for name in files:
             # safetensors 0.8 makes files that others cannot read; the folder was made with the mask of this process.
             (stage / name).chmod(stage.stat().st_mode & 0o666)
@@ -132,4 +137,4 @@ def _inventory(tensors: Mapping[str, Tensor]) -> dict[str, list[object]]:
     }
 
 
-__all__ = ["base_identity", "load_adapter", "load_foreign_adapter", "refuse_another_base", "save_adapter"]
+__all__ = ["HEAD", "base_identity", "load_adapter", "load_foreign_adapter", "refuse_another_base", "save_adapter"]

@@ -221,9 +221,9 @@ GATES: dict[str, Gate] = {
         (
             instead(
                 "training/gradient.py:StepGradient.accumulate",
-                "num_labels",
+                "count",
                 "rows",
-                by="(row.num_labels for row in rows[: batches.size])",
+                by="(batches.objective.count(row) for row in rows[: batches.size])",
             ),
             instead("training/micro_batches.py:MicroBatches.tell_routers", "keys", by="part.keys[::-1]"),
         ),
@@ -285,7 +285,7 @@ GATES: dict[str, Gate] = {
             without("training/loop.py:Training._whole_gradient", "continue"),
             doing("training/micro_batches.py:MicroBatches.halve", "progress", "2", by="self.size = self.size // 2"),
             never("training/micro_batches.py:MicroBatches.halve", "size", "1"),
-            instead("training/held_out.py:HeldOut.losses", "until_it_fits", "_sums", by="self._sums()"),
+            instead("training/held_out.py:HeldOut.losses", "until_it_fits", "_sums", by="self._sums(baselines)"),
         ),
     ),
     "C1": Gate(
@@ -561,8 +561,8 @@ GATES: dict[str, Gate] = {
         {},
         {},
         (
-            instead("data/prepare.py:TokenRows.in_pieces", "max_length", "1", by="self.max_length"),
-            never("data/prepare.py:TokenRows.where", "starts"),
+            instead("data/token_rows.py:TokenRows.in_pieces", "max_length", "1", by="self.max_length"),
+            never("data/token_rows.py:TokenRows.where", "starts"),
             never("data/notes.py:_open_ends", "TEXT"),
             never("data/formats.py:find_format", "is_document"),
             never("data/file_rows.py:rows_of", "TEXT"),

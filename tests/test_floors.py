@@ -26,6 +26,7 @@ FLOORS = {
     "memory": 5,
     "adapter_folder": 5,
     "run_folder": 6,
+    "objectives": 6,
     "merging": 7,
     "evaluation": 7,
     "inspection": 7,

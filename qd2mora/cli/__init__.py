@@ -15,6 +15,7 @@ from qd2mora.cli import (  # isort: skip  # noqa: F401
     run_verbs,
     model_verbs,
     talk_verbs,
+    reward_verb,
     serve_verb,
     push_verb,
     compose_verb,

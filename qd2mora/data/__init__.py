@@ -5,9 +5,10 @@ from qd2mora.data.first_rows import FirstRows, first_rows, row_count
 from qd2mora.data.formats import FORMATS
 from qd2mora.data.pack import MULTIPLE, MicroBatch, dealt, lines_together, packed
 from qd2mora.data.pair import Pair
-from qd2mora.data.prepare import Row, TaskRows, TokenRows, encode, lengths_of, prepare
+from qd2mora.data.prepare import TaskRows, encode, prepare
 from qd2mora.data.read import Skipped, content_hash, read_pairs
 from qd2mora.data.task_mix import Share, TaskMix, share_lines
+from qd2mora.data.token_rows import Row, TokenRows, lengths_of
 from qd2mora.data.tokenise import tokenizer_text
 
 __all__ = [

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from qd2mora.base.passes import IGNORE
-from qd2mora.data.prepare import Row
+from qd2mora.data.token_rows import Row
 
 
 def collate(rows: list[Row], pad: int, multiple: int = 8, side: str = "right") -> dict[str, Tensor]:

@@ -1,14 +1,16 @@
 """The first rows of each task: that files are there and can be read, and how long rows are, before all is read."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
 from qd2mora.data.file_rows import rows_of
-from qd2mora.data.prepare import Row, encode, worded_by
+from qd2mora.data.formats import find_format
+from qd2mora.data.prepare import encode, worded_by
 from qd2mora.data.read import Skipped, iterate_pairs, selected_rows
+from qd2mora.data.token_rows import Row
 from qd2mora.recipe import Data, Task
 from qd2mora.recipe.data import HUB
 
@@ -27,7 +29,7 @@ class FirstRows:
     @property
     def mean_length(self) -> float:
         """Tokens of a row, as far as they are learned from."""
-        return sum(len(row.ids) for row in self.rows) / max(1, len(self.rows))
+        return sum(row.width for row in self.rows) / max(1, len(self.rows))
 
     def to_json(self) -> dict[str, object]:
         """Return what `plan --json` prints."""
@@ -38,7 +40,7 @@ class FirstRows:
         if self.task.path.startswith(HUB):
             return f"task {self.task.name}: '{self.task.path}' is on the hub and was not read"
         number = f"all {len(self.rows)} rows" if self.is_all else f"the first {len(self.rows)} rows"
-        num_long = sum(len(row.ids) >= max_length for row in self.rows)
+        num_long = sum(row.width >= max_length for row in self.rows)
         lengths = f"{self.mean_length:.0f} tokens on average, {num_long} of data.max_length {max_length} or more"
         return f"task {self.task.name}: {number} of '{self.task.path}' were read: {lengths}"
 
@@ -52,10 +54,13 @@ def first_rows(data: Data, tokenizer: PreTrainedTokenizerBase) -> Iterator[First
         if isinstance(task.validation, str) and not task.validation.startswith(HUB):
             rows_of(task.validation, task)  # refuses what is not there
         skipped = Skipped() if data.on_bad_row == "skip" else None
+        lines = max(1, len(find_format(task).answers))
         with worded_by(task, tokenizer) as template:
-            pairs = list(islice(iterate_pairs(task, task.path, skipped, template), FIRST + 1))
-        rows = encode(pairs[:FIRST], tokenizer, number, data.max_length, data.mask_prompt, task.group or 0)
-        yield FirstRows(task, rows, len(pairs) <= FIRST)
+            pairs = list(islice(iterate_pairs(task, task.path, skipped, template), FIRST * lines + 1))
+        rows = encode(pairs[: FIRST * lines], tokenizer, number, data.max_length, data.mask_prompt, task.group or 0)
+        if lines > 1:
+            rows = [replace(row, against=other) for row, other in zip(rows[::2], rows[1::2], strict=True)]
+        yield FirstRows(task, rows, len(pairs) <= FIRST * lines)
 
 
 def refuse_missing_files(data: Data) -> None:

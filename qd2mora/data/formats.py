@@ -1,6 +1,6 @@
 """The formats of rows by name."""
 
-from qd2mora.data import completion, conversation, instruction, multiple_choice, text
+from qd2mora.data import completion, conversation, instruction, multiple_choice, preference, rated, text
 from qd2mora.data.row_format import RowFormat
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.recipe import Task
@@ -11,6 +11,8 @@ FORMATS: dict[str, RowFormat] = {
     "multiple_choice": multiple_choice.FORMAT,
     "chat": conversation.FORMAT,
     "text": text.FORMAT,
+    "preference": preference.FORMAT,
+    "rated": rated.FORMAT,
 }
 
 
@@ -21,9 +23,10 @@ def find_format(task: Task) -> RowFormat:
         raise InputRefused(f"data.tasks.{task.name}.format: unknown format {task.format!r}; {known}")
     found = FORMATS[task.format]
     # Resolved recipes of old runs name `tokenizer` on every task, where it words nothing.
-    if task.template not in (None, "tokenizer") and task.format not in ("chat", "instruction"):
+    if task.template not in (None, "tokenizer") and not _is_worded(task.format):
         raise InputRefused(
-            f"data.tasks.{task.name}.template: {task.template} words chats and instructions, {task.format} rows are "
+            f"data.tasks.{task.name}.template: {task.template} words chats, instructions and judged answers, "
+            f"{task.format} rows are "
             "joined as they are; leave it out"
         )
     if task.turns is not None and task.format != "chat":
@@ -33,6 +36,11 @@ def find_format(task: Task) -> RowFormat:
             f"data.tasks.{task.name}.metric: {task.metric} judges answers, {task.format} rows have none; loss, or "
             "leave it out"
         )
+    if found.answers and task.metric not in (None, "loss"):
+        raise InputRefused(
+            f"data.tasks.{task.name}.metric: {task.metric} judges answers that are written, those of {task.format} "
+            "rows are there; leave it out"
+        )
     for name in task.fields or {}:
         if name not in found.names:
             raise InputRefused(
@@ -40,6 +48,11 @@ def find_format(task: Task) -> RowFormat:
                 f"{nearest(name, found.names)}"
             )
     return found
+
+
+def _is_worded(name: str) -> bool:
+    """Tell whether a template may word rows of a format."""
+    return name in ("chat", "instruction") or bool(FORMATS[name].answers)
 
 
 __all__ = ["FORMATS", "find_format"]

@@ -5,7 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qd2mora.data.prepare import Row, TaskRows, TokenRows, lengths_of
+from qd2mora.data.prepare import TaskRows
+from qd2mora.data.token_rows import Row, TokenRows, lengths_of
 
 
 def beyond(tasks: Sequence[TaskRows], tokenizer: PreTrainedTokenizerBase, config: Any) -> Iterator[str]:

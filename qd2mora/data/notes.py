@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from qd2mora.data.prepare import Row, TaskRows, TokenRows
+from qd2mora.data.prepare import TaskRows
 from qd2mora.data.row_keys import names_counted
+from qd2mora.data.token_rows import Row, TokenRows
 from qd2mora.recipe.data import AS_IT_IS, INSTRUCTION, TEXT
 
 ROWS_LOOKED_AT = 20_000

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qd2mora.base.passes import IGNORE
 from qd2mora.data.collate import collate
-from qd2mora.data.prepare import Row
+from qd2mora.data.token_rows import Row
 
 MULTIPLE = 8
 ENOUGH = 0.005

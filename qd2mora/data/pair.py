@@ -30,6 +30,10 @@ class Pair:
     """Learned whole, and as several rows where it is longer than one."""
     is_marked: bool = False
     """The template marks what is learned: tokens that reach into it are; a last segment may follow that is given."""
+    worth: float | None = None
+    """What the data says of the answer: 1 good and 0 bad, or by how much it is better than the one it stands beside."""
+    against: str = ""
+    """The answer that this one is compared with."""
     parts: tuple[Part, ...] = ()
     """What a conversation consists of, in letters of its text, where that is not the template's own words."""
 

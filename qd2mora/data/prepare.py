@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +15,10 @@ from qd2mora.data import chat
 from qd2mora.data.chat_template import ChatTemplate, reads_clock
 from qd2mora.data.conversation import UNLEARNED
 from qd2mora.data.formats import find_format
-from qd2mora.data.pair import Pair, Part
+from qd2mora.data.judged import refuse_one_kind, within_limit
+from qd2mora.data.pair import Pair
 from qd2mora.data.read import Skipped, content_hash, iterate_pairs
+from qd2mora.data.token_rows import PairedRows, Row, TokenRows, lengths_of
 from qd2mora.data.token_store import RowsToStore, TokenStore, open_store
 from qd2mora.data.tokenise import Tokeniser, special_tokens, tokenizer_text
 from qd2mora.disk.file_hash import hash_of_bytes
@@ -31,114 +32,6 @@ MANY_CUT = 0.05
 """Share of training rows cut at the end from which on a warning is due."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One example as tokens: `ids` whole, of which the first `masked` are not learned but in the spans of `earlier`."""
-
-    task: int
-    ids: NDArray[np.int32]
-    masked: int
-    pair: Pair
-    group: int = 0
-    earlier: tuple[tuple[int, int], ...] = ()
-    parts: tuple[Part, ...] = ()
-    """What a conversation consists of, in tokens, where that is not the template's own words."""
-
-    @property
-    def num_labels(self) -> int:
-        """Tokens that are predicted and learned: the first token of a row never is."""
-        before = sum(stop - max(start, 1) for start, stop in self.earlier)
-        return len(self.ids) - max(self.masked, 1) + before
-
-
-class TokenRows(Sequence[Row]):
-    """Rows of a store that are ready to learn or to ask, made when they are looked at."""
-
-    def __init__(
-        self, store: TokenStore, places: NDArray[np.int64], task: int, max_length: int, masking: str, group: int = 0
-    ) -> None:
-        """`masking`: `turns`, answers are learned; `last`, the last answer alone; `none`, everything is."""
-        self.store, self.places, self.task = store, places, task
-        self.max_length, self.masking, self.group = max_length, masking, group
-        self.starts: NDArray[np.int64] | None = None
-        """Where each row begins in its document; None where a row is all that is stored at its place."""
-
-    @property
-    def lengths(self) -> NDArray[np.int32]:
-        """Tokens of each row."""
-        return np.minimum(self._left, self.max_length)
-
-    @property
-    def is_cut(self) -> NDArray[np.bool_]:
-        """Whether a row loses its end."""
-        if self.starts is not None:
-            return np.zeros(len(self), dtype=np.bool_)
-        return self._left > self.max_length
-
-    @property
-    def _left(self) -> NDArray[np.int32]:
-        """Tokens from each row's beginning to the end of what is stored."""
-        whole = self.store.lengths[self.places]
-        return whole if self.starts is None else (whole - self.starts).astype(np.int32)
-
-    @property
-    def is_learned(self) -> NDArray[np.bool_]:
-        """Whether anything of a row is learned."""
-        if self.starts is not None:
-            return self.lengths > 1
-        first = {"turns": self.store.first_bounds, "last": self.store.last_bounds}.get(self.masking)
-        return self.lengths > (1 if first is None else np.maximum(first[self.places], 1))
-
-    def where(self, chosen: NDArray[np.bool_]) -> "TokenRows":
-        """Return some of these rows."""
-        rows = TokenRows(self.store, self.places[chosen], self.task, self.max_length, self.masking, self.group)
-        if self.starts is not None:
-            rows.starts = self.starts[chosen]
-        return rows
-
-    def in_pieces(self) -> "TokenRows":
-        """Return whole documents as rows of at most `max_length` tokens that lose none.
-
-        A row that goes on begins with the last token of the row before, which is learned there and given here: so each
-        token of a document but its first is learned once, with what stands before it in its row.
-        """
-        # One token is shared by neighbours, so each row adds one less than it holds.
-        step = self.max_length - 1
-        # A document of n tokens has n - 1 to learn; one of a single token is a row all the same, and dropped as
-        # unlearned.
-        numbers = np.maximum(1, -(-(self.store.lengths[self.places] - 1) // step))
-        before = np.repeat(np.cumsum(numbers) - numbers, numbers)
-        places = np.repeat(self.places, numbers)
-        rows = TokenRows(self.store, places, self.task, self.max_length, self.masking, self.group)
-        rows.starts = (np.arange(len(places)) - before) * step
-        return rows
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    @overload
-    def __getitem__(self, number: int) -> Row: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Row]: ...
-    def __getitem__(self, number: int | slice) -> Row | list[Row]:
-        if isinstance(number, slice):
-            return [self[each] for each in range(*number.indices(len(self)))]
-        place = int(self.places[number])
-        pair = self.store.pair(place)
-        if self.starts is not None:
-            start = int(self.starts[number])
-            ids = self.store.ids(place)[start : start + self.max_length]
-            return Row(self.task, ids, 1, pair, self.group)  # the first token is never learned
-        ids = self.store.ids(place)[: self.max_length]
-        if self.masking == "none":
-            return Row(self.task, ids, 0, pair, self.group)
-        # Bounds of answers that `max_length` cut off fall on the end, where their spans are empty.
-        *before, masked = np.minimum(self.store.bounds(place), len(ids)).tolist()
-        spans = zip(before[::2], before[1::2], strict=True) if self.masking == "turns" else ()
-        earlier = tuple((start, stop) for start, stop in spans if start < stop)
-        return Row(self.task, ids, masked, pair, self.group, earlier, self.store.parts(place))
 
 
 @dataclass
@@ -161,13 +54,6 @@ class TaskRows:
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each training row."""
         return lengths_of(self.train)
-
-
-def lengths_of(rows: Sequence[Row]) -> NDArray[np.int32]:
-    """Return the tokens of each row, without making rows of what is stored."""
-    if isinstance(rows, TokenRows):
-        return rows.lengths
-    return np.array([len(row.ids) for row in rows], dtype=np.int32)
 
 
 def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, clock: str | None = None) -> list[TaskRows]:
@@ -217,6 +103,12 @@ def _prepare_task(
     else:
         places, held = _hold_out(store, task, seed)
         held_out = _rows(data, index, store, held, "last")
+    rows = _rows(data, index, store, places, "turns" if data.mask_prompt else "none")
+    row_format = find_format(task)
+    if row_format.answers:
+        rows, held_out = (within_limit(data, task, each, skipped) for each in (rows, held_out))
+        refuse_one_kind(data, task, row_format, rows)
+        skipped.duplicates //= len(row_format.answers)
     if not data.mask_prompt and UNLEARNED in skipped.remarks:
         raise InputRefused(
             f"data.mask_prompt: false learns every message, and {skipped.remarks[UNLEARNED]} rows of task {task.name} "
@@ -224,7 +116,6 @@ def _prepare_task(
         )
     if skipped.total:
         _log.warning("data.tasks.%s: %s", task.name, skipped.line())
-    rows = _rows(data, index, store, places, "turns" if data.mask_prompt else "none")
     train = rows.where(rows.is_learned)
     result = TaskRows(task, train, held_out.where(held_out.is_learned), skipped=skipped)
     result.reads_clock = reads_clock(_template_text(task, tokenizer) or "")
@@ -242,8 +133,11 @@ def _prepare_task(
 def _rows(data: Data, index: int, store: TokenStore, places: NDArray[np.int64], masking: str) -> TokenRows:
     """Return the rows of a task at some places of a store."""
     task = data.tasks[index]
-    rows = TokenRows(store, places, index, data.max_length, masking, task.group or 0)
-    return rows.in_pieces() if find_format(task).is_document else rows
+    row_format, settings = find_format(task), (index, data.max_length, masking, task.group or 0)
+    if row_format.is_compared:
+        return PairedRows(store, places[:: len(row_format.answers)], *settings)
+    rows = TokenRows(store, places, *settings)
+    return rows.in_pieces() if row_format.is_document else rows
 
 
 def _stored_rows(
@@ -333,4 +227,4 @@ def _hold_out(store: TokenStore, task: Task, seed: int) -> tuple[NDArray[np.int6
     return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
 
-__all__ = ["Row", "TaskRows", "TokenRows", "encode", "prepare", "worded_by"]
+__all__ = ["TaskRows", "encode", "prepare", "worded_by"]

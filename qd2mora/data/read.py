@@ -1,16 +1,17 @@
 """Rows of a task as text, checked: a row that cannot be learned from stops the run, or is left out and counted."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from qd2mora.data.answered import answered
 from qd2mora.data.chat_template import ChatTemplate
 from qd2mora.data.conversation import as_conversation, read_conversation
 from qd2mora.data.file_rows import BadRow, Repeated, rows_of
 from qd2mora.data.formats import find_format
 from qd2mora.data.pair import Pair, Vector
-from qd2mora.data.row_format import Fields, RowFormat
+from qd2mora.data.row_format import Fields, Names, RowFormat
 from qd2mora.data.row_keys import unread_keys
 from qd2mora.data.row_text import check_text, shortened
 from qd2mora.data.turns import Turns
@@ -19,8 +20,6 @@ from qd2mora.errors import InputRefused
 from qd2mora.recipe import Task
 from qd2mora.recipe.data import HUB
 
-Names = Mapping[str, str | list[str]]
-"""What a file calls a format's fields."""
 _SYSTEM = "bring their system message in field 'system'; it is put first"
 
 
@@ -153,7 +152,10 @@ class _Reading:
 
     def __init__(self, task: Task, template: ChatTemplate | None) -> None:
         self.row_format, self.task, self.names = find_format(task), task, task.fields or {}
-        self.turns = None if template is None else Turns(template, task.turns)
+        self.turns = None
+        if template is not None:
+            # Of answers that are judged the last message alone is learned.
+            self.turns = Turns(template, "last" if self.row_format.answers else task.turns)
 
     def made_of(self, row: object) -> _Made:
         """Return what a row becomes. Raises BadRow."""
@@ -163,7 +165,11 @@ class _Reading:
         remarks, unread = [], self._unread(fields)
         if content.get("system"):
             remarks.append(_SYSTEM)
-        if self.row_format.split is None:
+        if self.row_format.answers:
+            pairs, said, of_messages = answered(self.row_format, content, self.names, self.turns)
+            unread += of_messages
+            remarks += said
+        elif self.row_format.split is None:
             pairs, said, of_messages = self._conversation(content)
             place = self.row_format.called("messages", fields, self.names)
             unread += [f"{place}.{key}" for key in of_messages]

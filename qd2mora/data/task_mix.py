@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qd2mora.data.prepare import Row, TaskRows
+from qd2mora.data.prepare import TaskRows
+from qd2mora.data.token_rows import Row, tokens_of
 from qd2mora.recipe import Data
 
 _ORDER = 1  # purpose number of this stream of random numbers
@@ -40,7 +41,7 @@ class TaskMix:
         self.stop = data.stop
         self.weights = [task.task.weight for task in tasks]
         self.seed = seed
-        self._lengths = [task.lengths for task in tasks]
+        self._tokens = [tokens_of(task.train) for task in tasks]
         self._quotas = [max(1, round(task.task.epochs * len(task.train))) for task in tasks]
         self._starts = np.cumsum([0, *self._quotas])
         self._drawn: list[tuple[int, int]] = []
@@ -82,7 +83,7 @@ class TaskMix:
         rows, tokens = np.zeros(len(self.tasks)), np.zeros(len(self.tasks))
         for task, place in self.places(0, count):
             rows[task] += 1
-            tokens[task] += self._lengths[task][place]
+            tokens[task] += self._tokens[task][place]
         return [
             Share(
                 task.task.name,
@@ -121,7 +122,7 @@ class TaskMix:
         epoch, number = divmod(self._count[which], size)
         place = int(self._permutation(which, epoch, size)[number])
         self._count[which] += 1
-        self._cost[which] += int(self._lengths[which][place]) if self.by_tokens else 1
+        self._cost[which] += int(self._tokens[which][place]) if self.by_tokens else 1
         return which, place
 
     def _permutation(self, task: int, epoch: int, size: int) -> NDArray[np.int64]:

@@ -19,17 +19,23 @@ from qd2mora.errors import InputRefused
 
 KEPT_DAYS = 30
 LIMIT_GIB = 20.0
-ROWS = "rows.arrow"
-"""The file of an entry."""
+ROWS, VALUES = "rows.arrow", "values.safetensors"
+"""The file of an entry: tokens, or numbers that a model gave."""
+_NAMES = (ROWS, VALUES, MANIFEST)
 _PARTIAL_BEFORE = re.compile(r"\.partial-[a-z0-9_]{8}")
 """What earlier versions called what is being written, without saying by whom."""
 _ENTRY = re.compile(r"[0-9a-f]{32}")
 _log = logging.getLogger(__name__)
 
 
+def cache_folder(kind: str) -> Path:
+    """Return the folder of what is kept of a kind (`tokens`): in $QD2MORA_CACHE or ~/.cache/qd2mora."""
+    return Path(os.environ.get("QD2MORA_CACHE") or Path.home() / ".cache" / "qd2mora") / kind
+
+
 def tokens_folder() -> Path:
-    """Return the folder of tokens: in $QD2MORA_CACHE or ~/.cache/qd2mora."""
-    return Path(os.environ.get("QD2MORA_CACHE") or Path.home() / ".cache" / "qd2mora") / "tokens"
+    """Return the folder of tokens."""
+    return cache_folder("tokens")
 
 
 def limit_bytes() -> int:
@@ -70,15 +76,15 @@ def prune(cache: Path, keep: Path, limit: int) -> None:
         age = (now - used) / 86400
         left -= _size(entry)
         if age > KEPT_DAYS or left < 0:
-            _log.info("kept tokens removed: %s, last used %.0f days ago", entry, age)
+            _log.info("removed of what was kept: %s, last used %.0f days ago", entry, age)
             remove_entry(entry)
 
 
 def remove_entry(entry: Path) -> None:
     """Remove an entry that is all ours, damaged or not; one that somebody put something into stays."""
-    if foreign_in(entry, (ROWS, MANIFEST)) is None:
+    if foreign_in(entry, _NAMES) is None:
         with suppress(OSError, InputRefused):
-            remove_folder(entry, (ROWS, MANIFEST))
+            remove_folder(entry, _NAMES)
 
 
 def _entries(cache: Path) -> list[tuple[float, Path]]:
@@ -99,4 +105,7 @@ def _size(entry: Path) -> int:
         return 0
 
 
-__all__ = ["KEPT_DAYS", "LIMIT_GIB", "ROWS", "limit_bytes", "mark_used", "prune", "remove_entry", "tokens_folder"]
+__all__ = [
+    *("KEPT_DAYS", "LIMIT_GIB", "ROWS", "VALUES", "cache_folder", "limit_bytes", "mark_used"),
+    *("prune", "remove_entry", "tokens_folder"),
+]

@@ -31,7 +31,7 @@ from qd2mora.disk.sealed import open_manifest, seal_whole_folder, verify_folder
 from qd2mora.errors import DamagedFile
 from qd2mora.terminal import Screen
 
-VERSION = 3
+VERSION = 4
 """Counted up when the same file would be stored otherwise."""
 SMALLEST_KEPT = 4 << 20
 """Bytes of a data file from which on its tokens are kept: smaller ones take a second or two."""
@@ -45,6 +45,7 @@ _SCHEMA = pa.schema(
         "starts_word": pa.bool_(),
         "continues": pa.bool_(),
         "parts": pa.list_(pa.int32()),
+        "worth": pa.float64(),
     }
 )
 _log = logging.getLogger(__name__)
@@ -95,9 +96,9 @@ class TokenStore:
     def pair(self, number: int) -> Pair:
         """Return a row as text; of a document none is kept beside its tokens."""
         batch, place = self._find(number)
-        names = ("prompt", "answer", "vector", "starts_word")
-        prompt, answer, vector, starts_word = (batch.content.column(name)[place].as_py() for name in names)
-        return Pair(prompt, answer, None if vector is None else tuple(vector), starts_word=starts_word)
+        names = ("prompt", "answer", "vector", "starts_word", "worth")
+        prompt, answer, vector, starts_word, worth = (batch.content.column(name)[place].as_py() for name in names)
+        return Pair(prompt, answer, None if vector is None else tuple(vector), starts_word=starts_word, worth=worth)
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
@@ -109,6 +110,12 @@ class TokenStore:
         """The number of the row of the file, of those kept, that each row was made of."""
         parts = [batch.content.column("continues").to_numpy(zero_copy_only=False) for batch in self._batches]
         return np.cumsum(~np.concatenate([np.zeros(0, np.bool_), *parts])) - 1
+
+    @cached_property
+    def worths(self) -> NDArray[np.float64]:
+        """What the data says of each row's answer; NaN where it says nothing."""
+        parts = [batch.content.column("worth").to_numpy(zero_copy_only=False) for batch in self._batches]
+        return np.concatenate([np.zeros(0, np.float64), *parts])
 
     @cached_property
     def largest_id(self) -> int:
@@ -245,6 +252,7 @@ def _batch(pairs: Sequence[Pair], tokens: Sequence[Tokens]) -> Any:
         pa.array([pair.starts_word for pair in pairs], pa.bool_()),
         pa.array([pair.continues for pair in pairs], pa.bool_()),
         _lists([row.spans for row in tokens]),
+        pa.array([pair.worth for pair in pairs], pa.float64()),
     ]
     return pa.record_batch(columns, schema=_SCHEMA)
 

@@ -112,8 +112,12 @@ def _question(model: str | Path, asked: list[AskedTask], beams: int, way: Way | 
     if way is not None:
         question["way"] = digest(way.question)
     for task in asked:
-        rows = hashlib.sha256(b"".join(row.ids.tobytes() + bytes([row.task % 256]) for row in task.rows)).hexdigest()
-        question[f"task {task.name}"] = digest([task.metric, rows, task.labels, task.choices, task.max_new_tokens])
+        lines = [line for row in task.rows for line in row.lines]
+        rows = hashlib.sha256(b"".join(line.ids.tobytes() + bytes([line.task % 256]) for line in lines)).hexdigest()
+        asking: list[object] = [task.metric, rows, task.labels, task.choices, task.max_new_tokens]
+        if task.judge is not None:
+            asking += [sorted(vars(task.judge.objective).items()), sorted(task.judge.reference.items())]
+        question[f"task {task.name}"] = digest(asking)
     return question
 
 

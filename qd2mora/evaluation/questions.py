@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qd2mora.data import Row, TaskRows, encode, prepare
 from qd2mora.errors import InputRefused
+from qd2mora.evaluation.judging import METRICS, Judge, judge_of
 from qd2mora.evaluation.subject import Subject
 from qd2mora.evaluation.suites import PROMPTS, extracted, find_suite, read_items, suite_task_names
 from qd2mora.evaluation.ways import Way
@@ -42,7 +43,8 @@ class AskedTask:
     """A task to ask. `labels`: what is right, a row each; `choices`: the texts to weigh, a row each, where they are.
 
     `metric`: `exact`, the written words are the right ones; `extract`, the first match of `pattern` in what is written
-    is; `choice`, the right choice is the likeliest; `rouge`, ROUGE-L of what is written; `loss`, nothing is written.
+    is; `choice`, the right choice is the likeliest; `rouge`, ROUGE-L of what is written; `loss`, nothing is written;
+    `preferred` and `rated`, answers are compared by the run's objective.
     """
 
     name: str
@@ -53,17 +55,19 @@ class AskedTask:
     choices: list[tuple[str, ...]] = field(default_factory=list)
     pattern: str = ""
     way: Way | None = None
+    judge: Judge | None = None
+    """What judges answers that are there, for the metrics `preferred` and `rated`."""
 
 
 def ask_held_out(tasks: list[TaskRows], limit: int | None = None) -> list[AskedTask]:
-    """Return the held-out rows of every task that has some, the first `limit` of each, by the task's own metric.
+    """Return the held-out rows of every task that is asked for answers, the first `limit` of each, by its own metric.
 
     Raises InputRefused where a task of choices has too many different answers to be one.
     """
     asked = []
     for task in tasks:
         rows, metric = list(task.validation[:limit]), task.task.judged_by
-        if not rows:
+        if not rows or task.task.format in METRICS:
             continue
         choices: tuple[str, ...] = ()
         if metric == "choice":
@@ -72,6 +76,20 @@ def ask_held_out(tasks: list[TaskRows], limit: int | None = None) -> list[AskedT
         longest = max(len(row.ids) - row.masked for row in rows) + 2
         labels = [row.pair.answer for row in rows]
         asked.append(AskedTask(task.task.name, metric, rows, labels, longest, [choices] * len(rows)))
+    return asked
+
+
+def ask_judged(recipe: Recipe, tasks: list[TaskRows], subject: Subject, limit: int | None = None) -> list[AskedTask]:
+    """Return the held-out rows of every task whose answers are judged, by the objective of a recipe."""
+    asked = []
+    for task in tasks:
+        rows, metric = list(task.validation[:limit]), METRICS.get(task.task.format)
+        if not rows or metric is None:
+            continue
+        judge = judge_of(recipe, subject, rows)
+        if judge is not None:
+            labels = [row.pair.answer for row in rows]
+            asked.append(AskedTask(task.task.name, metric, rows, labels, 0, judge=judge))
     return asked
 
 
@@ -112,8 +130,8 @@ def ask(exam: Exam, subject: Subject) -> list[AskedTask]:
         assert isinstance(exam.recipe, Recipe)
         clock = None if subject.run is None else subject.run.clock
         tasks = prepare(exam.recipe.data, subject.tokenizer, exam.recipe.train.seed, clock)
-        asked = ask_held_out(_chosen(tasks, exam.tasks), exam.limit)
-        asked = _numbered(asked, task_numbers(subject, [task.name for task in asked]))
+        tasks = _numbered(_chosen(tasks, exam.tasks), subject)
+        asked = ask_held_out(tasks, exam.limit) + ask_judged(exam.recipe, tasks, subject, exam.limit)
     if not asked:
         raise InputRefused("no task of the recipe holds out rows; set data.tasks.0.validation=200")
     return asked if exam.way is None else _in_way(asked, exam.way)
@@ -181,11 +199,17 @@ def _chosen(tasks: list[TaskRows], names: Collection[str]) -> list[TaskRows]:
     return [task for task in tasks if not names or task.task.name in names]
 
 
-def _numbered(asked: list[AskedTask], numbers: Mapping[str, int]) -> list[AskedTask]:
-    """Give rows the task numbers of the run: another recipe may list its tasks in another order."""
+def _numbered(tasks: list[TaskRows], subject: Subject) -> list[TaskRows]:
+    """Give held-out rows the task numbers of the run: another recipe may list its tasks in another order."""
+    numbers = task_numbers(subject, [task.task.name for task in tasks if task.validation])
     if not numbers:
-        return asked
-    return [replace(task, rows=[replace(row, task=numbers[task.name]) for row in task.rows]) for task in asked]
+        return tasks
+    return [
+        replace(task, validation=[row.of_task(numbers[task.task.name]) for row in task.validation])
+        if task.validation
+        else task
+        for task in tasks
+    ]
 
 
 def _answers_of(task: TaskRows) -> tuple[str, ...]:
@@ -206,6 +230,7 @@ __all__ = [
     "Exam",
     "ask",
     "ask_held_out",
+    "ask_judged",
     "ask_suite",
     "check_exam",
     "task_numbers",

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from qd2mora.data import prepare
 from qd2mora.disk.durable import write_json
 from qd2mora.evaluation.evaluate import score_all
-from qd2mora.evaluation.questions import ask_held_out
+from qd2mora.evaluation.questions import ask_held_out, ask_judged
 from qd2mora.evaluation.samples import answer_samples, sampled_rows
 from qd2mora.evaluation.score import Score
 from qd2mora.evaluation.subject import open_subject
@@ -21,7 +21,8 @@ def score_run(folder: RunFolder, recipe: Recipe) -> dict[str, dict[str, Score]]:
     """
     subject = open_subject(folder.path)
     tasks = prepare(recipe.data, subject.tokenizer, recipe.train.seed, clock_of(folder))
-    asked, rows = ask_held_out(tasks), sampled_rows(tasks)
+    asked = ask_held_out(tasks) + ask_judged(recipe, tasks, subject)
+    rows = sampled_rows(tasks)
     if not asked:
         return {}
     with subject.without_adapter():

@@ -17,6 +17,7 @@ class Record:
     """One row's result. `value` is what the metric gives it, `loss` the nats of its right answer of `labels` tokens.
 
     `normalized`: the value where choices are weighed by nats a token, else None. `text`: what was written or chosen.
+    `margin`: of two answers, how much better the model has the right one. Of judged answers `loss` is the objective's.
     """
 
     row: int
@@ -27,11 +28,12 @@ class Record:
     text: str = ""
     tied: bool = False
     """Whether samples gave another answer as often as this one."""
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
 class Score:
-    """One task's result over its rows, in their order; `metric` is exact, extract, choice, rouge or loss."""
+    """One task's result over its rows, in their order; `metric` is one that `AskedTask` has."""
 
     metric: str
     records: tuple[Record, ...]
@@ -47,7 +49,7 @@ class Score:
     @property
     def is_share(self) -> bool:
         """Whether each row is right or wrong."""
-        return self.metric in ("exact", "extract", "choice")
+        return self.metric in ("exact", "extract", "choice", "preferred", "rated")
 
     @property
     def mean(self) -> float:
@@ -87,6 +89,14 @@ class Score:
             return None
         return sum(normalized) / self.rows
 
+    @property
+    def margin(self) -> float | None:
+        """The mean margin of the right answers; None where none are compared."""
+        margins = [record.margin for record in self.records if record.margin is not None]
+        if not margins:
+            return None
+        return sum(margins) / len(margins)
+
     def to_json(self) -> dict[str, object]:
         """Return the numbers without the rows."""
         content: dict[str, object] = {"metric": self.metric, "rows": self.rows, "loss": self.loss}
@@ -95,6 +105,8 @@ class Score:
             content |= {"correct": self.correct, "accuracy": self.mean}
         if self.accuracy_normalized is not None:
             content["accuracy_normalized"] = self.accuracy_normalized
+        if self.margin is not None:
+            content["margin"] = self.margin
         if self.metric == "extract":
             content["without_answer"] = sum(not record.text for record in self.records)
         if self.tied:

@@ -1,6 +1,7 @@
 """Scoring a task batch by batch: which rows go together, and what a metric makes of what the model did."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -32,6 +33,8 @@ def score_task(
     Rows of like length and as many choices go together; the result does not depend on who shares a batch.
     """
     records = {record.row: record for record in known}
+    if task.judge is not None:
+        task = replace(task, judge=task.judge.asking(subject))
     for numbers in batches_of(task, records.keys(), rows_at_once):
         done = score_batch(subject, task, numbers, beams)
         records |= {record.row: record for record in done}
@@ -71,6 +74,8 @@ def score_batch(subject: Subject, task: AskedTask, numbers: list[int], beams: in
 
 def _score(subject: Subject, task: AskedTask, numbers: list[int], beams: int) -> list[Record]:
     rows = [task.rows[number] for number in numbers]
+    if task.judge is not None:
+        return task.judge.records(subject, rows, numbers)
     if task.metric == "choice":
         return _weigh(subject, task, numbers, rows)
     losses = answer_losses(subject, rows) if task.way is None else task.way.losses(subject, rows)

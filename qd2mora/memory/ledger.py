@@ -53,7 +53,7 @@ class Ledger:
 def ledger(shapes: Shapes, recipe: Recipe, layout: Layout) -> Ledger:
     """Return the bytes of every item of a run on rows of `data.max_length` tokens, all of them labelled."""
     done = Pass(
-        rows=layout.micro_batch,
+        rows=layout.micro_batch * recipe.objective.needs.lines,
         length=recipe.data.max_length,
         item=layout.dtype.itemsize,
         dropout=recipe.adapter.dropout > 0,

@@ -190,7 +190,11 @@ def merge_tasks(run: str | Path, out: str | Path, options: ExportOptions = _PLAI
 
 
 def _refuse_unfit(run: str | Path, form: ExportForm, strategy: str) -> None:
-    """Refuse what a method or a rung cannot do, before anything is loaded. Raises InputRefused."""
+    """Refuse what a run, a method or a rung cannot do, before anything is loaded. Raises InputRefused."""
+    if read_recipe(run).objective.kind == "reward":
+        raise InputRefused(
+            f"'{run}' scores answers, and an export has no place for the head; ask it with qd2mora reward"
+        )
     if form.is_routed:
         if strategy != DEFAULT:
             raise InputRefused(f"--strategy: --to {form.to} keeps the routing, nothing is made static; leave it out")

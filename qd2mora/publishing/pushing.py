@@ -25,6 +25,7 @@ from qd2mora.publishing.card import CardFacts, card
 from qd2mora.recipe import Base, Recipe
 from qd2mora.redact import secret_in
 from qd2mora.run_folder import RunFolder, is_run, read_recipe
+from qd2mora.safekeeping.inventory import HEAD
 from qd2mora.safekeeping.places import taken
 from qd2mora.safekeeping.verification import verified
 
@@ -110,6 +111,8 @@ def _found(source: Path, options: PushOptions) -> _Source:
             if not (opened.adapter / each).is_file():
                 raise InputRefused(f"'{source}' holds no finished adapter; train it to its end first")
             files[each] = opened.adapter / each
+        if (opened.adapter / HEAD).is_file():
+            files[HEAD] = opened.adapter / HEAD
         return _Source("adapter", files, read_recipe(source).base, opened)
     manifest = read_manifest(source) if source.is_dir() else None
     report = _json(source / "export_report.json")

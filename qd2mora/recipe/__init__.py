@@ -9,6 +9,7 @@ from qd2mora.recipe.base import Base
 from qd2mora.recipe.data import Data, Task
 from qd2mora.recipe.loading import load_recipe, parse_recipe
 from qd2mora.recipe.memory import Memory
+from qd2mora.recipe.objective import Objective
 from qd2mora.recipe.schema import Recipe
 from qd2mora.recipe.train import Finish, Train
 
@@ -19,6 +20,7 @@ __all__ = [
     "Experts",
     "Finish",
     "Memory",
+    "Objective",
     "Recipe",
     "Task",
     "Train",

@@ -27,13 +27,15 @@ class Task(Section):
     streaming: bool = False
     """Read a hub data set as it comes over the network, without a copy on disk."""
     format: str = "instruction"
-    """`instruction`, `completion`, `multiple_choice`, `chat` or `text`."""
+    """`instruction`, `completion`, `multiple_choice`, `chat` or `text`; of answers that are judged (see `objective`)
+    `preference` or `rated`."""
     fields: dict[str, str | list[str]] | None = None
     """What the file calls the format's fields, for example {instruction: question, output: answer}; a list of names
     makes one list of several columns."""
     template: Literal["tokenizer", "chatml", "plain"] | None = None
     """What words a chat: `tokenizer`, its own template (where left out), or one of ours for a tokenizer without. On
-    instruction rows, words them as a chat of one turn in place of Alpaca's prompt."""
+    instruction rows, words them as a chat of one turn in place of Alpaca's prompt; on judged answers, in place of
+    joining prompt and answer as they are."""
     turns: Literal["together", "each", "last"] | None = None
     """Answers of a conversation: `together`, in one row; `each`, in a row of its own, worded as when it is asked for;
     `last`, the last alone. Left out: together where the template words earlier turns always alike, else each."""

@@ -24,6 +24,8 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     path = Path(path)
     content = read_mapping(path)
     for override in overrides:
+        if isinstance(content.get("objective"), str):  # a name stands for a section, whose keys may follow
+            content["objective"] = {"kind": content["objective"]}
         apply_override(content, override)
     return _anchored(parse_recipe(content, str(path)), path.parent)
 

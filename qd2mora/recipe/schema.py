@@ -10,6 +10,7 @@ from qd2mora.recipe.adapter import Adapter
 from qd2mora.recipe.base import Base
 from qd2mora.recipe.data import Data
 from qd2mora.recipe.memory import Memory
+from qd2mora.recipe.objective import KINDS, PREFERENCE, RATED, Objective
 from qd2mora.recipe.section import Place, Section
 from qd2mora.recipe.train import HARMLESS, Finish, Train
 from qd2mora.recipe.yaml_file import dump_yaml
@@ -21,6 +22,7 @@ class Recipe(Section):
     base: Base
     adapter: Adapter = Adapter()
     data: Data
+    objective: Objective = Objective()
     train: Train
     memory: Memory = Memory()
     finish: Finish = Finish()
@@ -34,13 +36,46 @@ class Recipe(Section):
             raise ValueError("give one of train.steps, train.epochs and data.stop")
         return self
 
+    @model_validator(mode="after")
+    def _learns_what_it_reads(self) -> "Recipe":
+        kind, wanted = self.objective.kind, self.objective.needs.format
+        for task in self.data.tasks:
+            is_judged = task.format in (PREFERENCE, RATED)
+            if wanted is not None and task.format != wanted:
+                raise ValueError(f"objective: {kind} learns from format: {wanted}; task '{task.name}' is {task.format}")
+            if wanted is None and is_judged:
+                fitting = [name for name, needs in KINDS.items() if needs.format == task.format]
+                raise ValueError(
+                    f"task '{task.name}': {task.format} rows are for objective: {', '.join(fitting)}; {kind} learns "
+                    "answers alone"
+                )
+        if wanted is not None and self.data.packing:
+            raise ValueError(f"data.packing: {kind} judges answers as a whole, which shared lines hide; false")
+        if wanted is not None and not self.data.mask_prompt:
+            raise ValueError(f"data.mask_prompt: {kind} judges answers, and false counts prompts in; true")
+        if kind == "kto" and self.train.global_batch < 2:
+            raise ValueError("train.global_batch: kto reads a row's prompt with another row's answer; 2 or more")
+        if self.adapter.start is not None and self.memory.engine != "none" and self.objective.reference is not None:
+            raise ValueError(f"memory.engine: {kind} measures against adapter.start, which an engine shares out; none")
+        if kind == "reward" and self.memory.engine != "none":
+            raise ValueError(f"memory.engine: {self.memory.engine} shares out no head of objective: reward; none")
+        if kind == "reward" and self.finish.export:
+            raise ValueError("finish.export: an export has no place for the head of objective: reward; false")
+        return self
+
     def dump_yaml(self) -> str:
         """Return the recipe as YAML that loads back equal."""
-        return dump_yaml(self.model_dump(mode="json"))
+        return dump_yaml(self._content())
+
+    def _content(self, *left_out: str) -> dict[str, Any]:
+        content = self.model_dump(mode="json", exclude=set(left_out))
+        if self.objective.is_sft:  # as runs from before there were others have it
+            del content["objective"]
+        return content
 
     def deciding(self) -> dict[str, Any]:
         """Return the sections without the keys that leave the trained weights as they are."""
-        content = self.model_dump(mode="json", exclude={"output": True, "memory": True, "finish": True})
+        content = self._content("output", "memory", "finish")
         del content["base"]["cache"]
         is_judged = self.train.early_stopping is not None or self.train.final == "best"
         for key in HARMLESS:

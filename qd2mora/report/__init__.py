@@ -5,6 +5,7 @@ from qd2mora.report.figure import check_png
 from qd2mora.report.methods import method_text, parameters_on_7b, show_methods
 from qd2mora.report.plan_figure import draw_plan
 from qd2mora.report.preview import show_rows
+from qd2mora.report.rewards import show_rewards
 from qd2mora.report.run_contents import read_run
 from qd2mora.report.run_figure import draw_run
 from qd2mora.report.run_page import check_page, write_page
@@ -25,6 +26,7 @@ __all__ = [
     "show_harness",
     "show_inspection",
     "show_methods",
+    "show_rewards",
     "show_rows",
     "show_scores",
     "show_suggestion",

@@ -12,10 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from qd2mora.base import base_config, load_tokenizer
 from qd2mora.data import Row, TaskMix, TaskRows, prepare
+from qd2mora.data.formats import find_format
 from qd2mora.data.limits import beyond
 from qd2mora.data.notes import ROWS_LOOKED_AT, is_learned, notes
 from qd2mora.data.pair import CALLED, REASONED, SAID, WORDED
+from qd2mora.data.token_rows import tokens_of
 from qd2mora.recipe import Recipe
+from qd2mora.recipe.objective import RATED
 from qd2mora.report.cells import with_columns, written
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -35,8 +38,9 @@ def show_rows(recipe: Recipe, number: int, console: Console) -> None:
     for task in tasks:
         console.rule(task.task.name)
         for row in task.train[:number]:
-            console.print(coloured(row, tokenizer), soft_wrap=True, highlight=False)
-            console.print(f"{len(row.ids)} tokens, {row.num_labels} learned", style="dim")
+            for name, text in _named_lines(task, row):
+                console.print(coloured(text, tokenizer), soft_wrap=True, highlight=False)
+                console.print(f"{name}{len(text.ids)} tokens, {text.num_labels} learned", style="dim")
     console.print(_LEGEND)
     console.print(_lengths(tasks, recipe.data.max_length))
     console.print(_shares(recipe, tasks))
@@ -45,6 +49,14 @@ def show_rows(recipe: Recipe, number: int, console: Console) -> None:
     for task in tasks:
         for line in problems(task, tokenizer, recipe.data.max_length):
             console.print(f"{task.task.name}: {line}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _named_lines(task: TaskRows, row: Row) -> Iterator[tuple[str, Row]]:
+    """Yield the texts of a row, each with what the data says of it."""
+    names = [f"{name}: " for name in find_format(task.task).answers] or [""]
+    if task.task.format == RATED:
+        names = ["rated good: " if row.pair.worth else "rated bad: "]
+    yield from zip(names, row.lines, strict=True)
 
 
 def coloured(row: Row, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -101,8 +113,8 @@ def _lengths(tasks: list[TaskRows], max_length: int) -> Table:
     table = with_columns(Table(title="rows and their lengths in tokens"), headings, words=(reach,))
     for task in tasks:
         lengths = task.lengths
-        learned = sum(row.num_labels for row in itertools.islice(task.train, ROWS_LOOKED_AT))
-        share = f"{learned / lengths[:ROWS_LOOKED_AT].sum():.0%}"
+        learned = sum(line.num_labels for row in itertools.islice(task.train, ROWS_LOOKED_AT) for line in row.lines)
+        share = f"{learned / tokens_of(task.train)[:ROWS_LOOKED_AT].sum():.0%}"
         numbers = (len(task.train), len(task.validation), int(np.median(lengths)), int(lengths.max()))
         table.add_row(task.task.name, *map(str, numbers), share, bars(lengths, max_length))
     return table

@@ -36,12 +36,20 @@ class LoggedStep:
 
 @dataclass(frozen=True)
 class LoggedEvaluation:
-    """An evaluation's line of `metrics.jsonl`, by task; `alarm`: what is wrong with the routing."""
+    """An evaluation's line of `metrics.jsonl`, by task; `alarm`: what is wrong with the routing.
+
+    `eval_measures`: what an objective measures beside its loss, by task and name.
+    """
 
     step: int
     eval_loss: ByTask = field(default_factory=dict)
+    eval_measures: dict[str, ByTask] = field(default_factory=dict)
     eval_score: ByTask = field(default_factory=dict)
     alarm: str | None = None
+
+    def measured(self, name: str) -> ByTask:
+        """Return one of the objective's numbers by task."""
+        return {task: numbers[name] for task, numbers in self.eval_measures.items() if name in numbers}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from qd2mora import __version__
@@ -140,16 +141,28 @@ def _curves(run: RunContents) -> str:
     speeds = _measured_chart("tokens a second", run.curve(lambda line: line.tokens_per_s))
     rates = Series("learning rate", run.curve(lambda line: line.learning_rate))
     scores = line_chart("scores by task", _task_lines(run, lambda line: line.eval_score), low=0.0)
+    unit = NATS if run.recipe.objective.is_sft else f"of {run.recipe.objective.kind}, a row"
+    preferred, margins = (
+        line_chart(f"{name} by task", _task_lines(run, partial(_measured, name=name)), low=0.0)
+        for name in ("accuracy", "margin")
+    )
     charts = [
-        (training_chart(run), f"{NATS}; faint: each step"),
-        (held_out_chart(run), NATS),
+        (training_chart(run), f"{unit}; faint: each step"),
+        (held_out_chart(run), unit),
+        (preferred, "better answers preferred, or ratings agreed with"),
+        (margins, "of the better answers' rewards"),
         (scores, "of the task's own metric"),
         (line_chart("learning rate", [rates], low=0.0), ""),
         (norms, "before clipping; faint: each step"),
         (speeds, "faint: each step"),
     ]
-    # Scores are there only where a task names a metric; the other curves of every run are.
-    return grid(card(chart.title, chart.html(), note) for chart, note in charts if chart.drawing or chart is not scores)
+    # Scores are there only where a task names a metric, and preferences where they are learned; others always are.
+    rare = (preferred, margins, scores)
+    return grid(card(chart.title, chart.html(), note) for chart, note in charts if chart.drawing or chart not in rare)
+
+
+def _measured(line: LoggedEvaluation, name: str) -> ByTask:
+    return line.measured(name)
 
 
 def training_chart(run: RunContents) -> Chart:

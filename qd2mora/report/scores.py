@@ -13,6 +13,8 @@ WORDS = {
     "extract": "right answers",
     "choice": "right choices",
     "rouge": "ROUGE-L",
+    "preferred": "better answers preferred",
+    "rated": "ratings agreed with",
     "loss": "loss a token, lower is better",
 }
 
@@ -54,6 +56,8 @@ def shown(score: Score) -> Text:
     more = ""
     if score.accuracy_normalized is not None:
         more = f", {score.accuracy_normalized:.1%} a token"
+    if score.margin is not None:
+        more = f", margin {score.margin:.3g}"
     return Text.assemble(f"{score.mean:.1%} ", (f"({low:.0%} to {high:.0%}){more}", "dim"))
 
 

@@ -29,8 +29,9 @@ TRAINED = (RECIPE, "metrics.jsonl")
 LATER = ("routing.json", "scores.json", "earlier_tasks.json", "samples.json", "report.html")
 """Files that the end of a run, or a verb after it, writes."""
 FOLDERS = ("adapter", "best", "checkpoints", "export", "static")
-ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_config.json", MANIFEST, "README.md")
-"""What an adapter's folder holds; the last is PEFT's, and not listed."""
+HEAD = "reward_head.safetensors"
+ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_config.json", HEAD, MANIFEST, "README.md")
+"""What an adapter's folder holds; the head where it scores answers; the last is PEFT's, and not listed."""
 CHECKPOINT_NAMES = ("adapter.safetensors", "optimizer.safetensors", MANIFEST)
 """What a checkpoint holds; a damaged one is told by them to be ours."""
 OWN = (*TRAINED, *LATER, MANIFEST, LOCK, *FOLDERS, *TOKENIZER_NAMES)
@@ -314,6 +315,7 @@ def _hash_of(path: Path) -> str:
 __all__ = [
     "ADAPTER_NAMES",
     "CHECKPOINT_NAMES",
+    "HEAD",
     "OWN",
     "check_tokenizer_files",
     "foreign_in_run",

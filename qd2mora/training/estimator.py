@@ -40,7 +40,8 @@ def backward_over_draws(
     # `observer` adds the router's gradient straight to the loss's: scaled here as the loss is scaled there.
     advantages = leave_one_out(losses) * (share * routing.loss_scale / num_draws)
     for rows, advantage in zip(drawn, advantages, strict=True):
-        routing.advantage = advantage
+        # A row of several lines is judged as a whole: its lines were drawn together.
+        routing.advantage = advantage.repeat_interleave(len(keys) // len(advantage))
         backward(_run(row_losses, routing, rows).sum() * (share / num_draws))
     routing.advantage, routing.rows = None, keys
     return losses.mean(0).sum()

@@ -8,8 +8,7 @@ the step is counted.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from qd2mora.data import MicroBatch, Row
 from qd2mora.errors import NotFinite
 from qd2mora.mixture import MixtureConfig, mixture_layers, penalty_terms
 from qd2mora.mixture.parts import part_of
+from qd2mora.objectives import told
 from qd2mora.training.estimator import backward_over_draws
 from qd2mora.training.micro_batches import Course, MicroBatches, key_of
 from qd2mora.training.progress import Progress
@@ -50,26 +50,34 @@ class StepGradient:
     max_norm: float | None
     draws: int
     """Of a router that samples."""
+    _measures: list[Tensor] = field(default_factory=list)
+    """What the objective measured of the step's micro batches, on this process."""
+    _baseline: float = 0.0
+
+    def prepare(self, rows: list[Row]) -> None:
+        """Take what the objective needs of a step as a whole, before its gradient. Raises WillNotFit."""
+        self._baseline = self.batches.baseline(rows)
 
     def accumulate(self, rows: list[Row], beat: Callable[[], None]) -> Tensor:
-        """Add the gradients of this process's rows; return their part of the loss per labelled token of the step.
+        """Add the gradients of this process's rows; return their part of the step's loss.
 
         `beat` is called after each micro batch.
         """
         batches, step = self.batches, self.batches.progress.step
         # Dropout draws from torch's generator: anew for each step, or a resumed run would draw other numbers.
         torch.manual_seed(key_of(batches.seed, "step", step, batches.processes.index))
-        # One over the labels of all processes and micro batches: a mean of their means would weigh short answers up.
-        share, tokens = 1 / sum(row.num_labels for row in rows), sum(len(row.ids) for row in rows)
+        # One over what all rows count, of all processes and micro batches: the split changes no row's weight.
+        share, tokens = 1 / sum(batches.objective.count(row) for row in rows), sum(row.num_tokens for row in rows)
         # A tensor on the device: a Python sum would wait for it after every micro batch.
         total = torch.zeros((), device=batches.processes.device)
+        self._measures = []
         if batches.routing is not None:
             batches.routing.forget()
         for part in batches.of(rows, self.course.first_of(step), self.course.capacity):
             batches.tell_routers(part)
             if batches.routing is not None:
                 # Penalties that read routing are means over tokens or rows; these shares make them the step's.
-                parts = (part.num_tokens / tokens, len(part.rows) / len(rows))
+                parts = (part.num_tokens / tokens, len(part.rows) / (len(rows) * batches.objective.lines))
                 batches.routing.share = (part.weight * parts[0], part.weight * parts[1])
                 batches.routing.loss_scale = batches.progress.loss_scale or 1.0
             total += self.backward(part, share * part.weight)
@@ -77,7 +85,7 @@ class StepGradient:
         return total
 
     def backward(self, part: MicroBatch, share: float) -> Tensor:
-        """Add the gradients of one micro batch; return its part of the step's loss. `share`: one over all labels."""
+        """Add the gradients of one micro batch; return its part of the loss. `share`: one over all that counts."""
         batches = self.batches
 
         def backward(loss: Tensor) -> None:
@@ -85,11 +93,26 @@ class StepGradient:
 
         if self.config.row.estimator == "rloo":
             assert batches.routing is not None
-            row_losses = partial(batches.row_losses, part)
-            return backward_over_draws(row_losses, backward, batches.routing, share, self.draws) * share
-        loss = batches.row_losses(part).sum() * share
+            return backward_over_draws(lambda: self._losses(part), backward, batches.routing, share, self.draws) * share
+        loss = self._losses(part).sum() * share
         backward(loss)
         return loss.detach()
+
+    def _losses(self, part: MicroBatch) -> Tensor:
+        """Return the loss of each row of a micro batch, (rows,), and note what is measured beside it."""
+        said = self.batches.said(part, self._baseline)
+        if self.batches.objective.names:
+            self._measures.append(self.batches.objective.measures(said) * part.weight)
+        return self.batches.objective.losses(said)
+
+    def measures(self) -> dict[str, float]:
+        """Return what the objective measured of the whole step, on all processes."""
+        if not self.batches.objective.names:
+            return {}
+        sums = torch.zeros(len(self.batches.objective.names), 2, device=self.batches.processes.device)
+        for measured in self._measures:  # none, where a process had no micro batch
+            sums += measured
+        return told(self.batches.objective.names, self.batches.processes.sum_numbers(list(sums.flatten())))
 
     def finish(self) -> tuple[float, Penalties]:
         """Make the step's gradient of what all processes added: whole, proven and clipped; return its norm before.

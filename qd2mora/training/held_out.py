@@ -18,6 +18,7 @@ from qd2mora.inspection import RoutingReport, RoutingWatch, collapse_line, routi
 from qd2mora.inspection.finished_run import TRAINING_ROWS, rows_seen, rows_to_watch
 from qd2mora.inspection.routing_summary import measured
 from qd2mora.memory.loss import labelled_states
+from qd2mora.objectives import Measures, told
 from qd2mora.terminal.pace import Pace
 from qd2mora.training.clock import Watchdog
 from qd2mora.training.micro_batches import MicroBatches
@@ -26,9 +27,13 @@ from qd2mora.training.processes import Processes
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What held-out rows say of a step: losses and scores by task, what routers did, and what is wrong with that."""
+    """What held-out rows say of a step: losses and scores by task, what routers did, and what is wrong with that.
+
+    `measures`: what the objective measures beside its loss, by task.
+    """
 
     losses: dict[str, float]
+    measures: Mapping[str, Measures]
     scores: dict[str, Score]
     routing: Mapping[str, float | None] | None
     alarm: str | None
@@ -95,19 +100,24 @@ class HeldOut:
 
     def evaluate(self) -> Evaluation:
         """Evaluate the model as it is. Raises WillNotFit."""
-        losses, scores = self.losses(), self._scores()
+        (losses, measures), scores = self.losses(), self._scores()
         routing, alarm = self.live.take(self.batches.progress.step, self.batches.processes)
-        return Evaluation(losses, scores, routing, alarm)
+        return Evaluation(losses, measures, scores, routing, alarm)
 
-    def losses(self) -> dict[str, float]:
-        """Return the loss per labelled token of each task that holds rows out, in nats. Raises WillNotFit."""
+    def losses(self) -> tuple[dict[str, float], dict[str, Measures]]:
+        """Return the objective's loss of each task that holds rows out, and what it measures. Raises WillNotFit."""
         batches = self.batches
         batches.model.eval()
-        sums = batches.until_it_fits(self._sums, f"the evaluation after step {batches.progress.step}")
+        doing = f"the evaluation after step {batches.progress.step}"
+        baselines = {task.task.name: batches.baseline(task.validation, doing) for task in self.tasks}
+        sums = batches.until_it_fits(lambda: self._sums(baselines), doing)
         batches.model.train()
         names = [task.task.name for task in self.tasks if task.validation]
-        summed = batches.processes.sum_numbers(sums)
-        return {name: total / labels for name, total, labels in zip(names, summed[::2], summed[1::2], strict=True)}
+        summed, measured = batches.processes.sum_numbers(sums), batches.objective.names
+        width = 2 + 2 * len(measured)
+        by_task = {name: summed[place * width : (place + 1) * width] for place, name in enumerate(names)}
+        losses = {name: total / counted for name, (total, counted, *_) in by_task.items()}
+        return losses, {name: told(measured, rest) for name, (_, _, *rest) in by_task.items() if measured}
 
     def _scores(self) -> dict[str, Score]:
         # A prompt that is answered has no row of the run, and must not draw by the last one's key.
@@ -119,8 +129,8 @@ class HeldOut:
         self.batches.model.train()
         return scores
 
-    def _sums(self) -> list[float]:
-        """Return this process's summed loss and number of labels of each task that holds rows out, one by one."""
+    def _sums(self, baselines: Mapping[str, float]) -> list[float]:
+        """Return this process's summed loss, what it is divided by and measures of each task that holds rows out."""
         sums = []
         # Without held-out rows routers watch others once a step has shown that micro batches of this size fit.
         watched = {
@@ -131,19 +141,25 @@ class HeldOut:
         with self.live.watching():
             for task in self.tasks:
                 if task.validation:
-                    sums += self._loss_of(task.validation, pace)
+                    sums += self._loss_of(task.validation, baselines[task.task.name], pace)
                 else:
                     self._run_through(watched[task.task.name], pace)
         return sums
 
-    def _loss_of(self, rows: Sequence[Row], pace: Pace) -> list[float]:
-        """Return the summed loss of this process's rows, and the number of their labels."""
+    def _loss_of(self, rows: Sequence[Row], baseline: float, pace: Pace) -> list[float]:
+        """Return the summed loss of this process's rows, what it is divided by, and the sums that were measured."""
         # Thousands of rows add up: float32 would lose digits that comparing evaluations needs.
-        sums = torch.zeros(2, dtype=torch.float64)
+        objective = self.batches.objective
+        sums = torch.zeros(2 + 2 * len(objective.names), dtype=torch.float64)
 
         def add(part: MicroBatch) -> None:
-            loss = self.batches.row_losses(part).sum().double().cpu()
-            sums.add_(torch.stack([loss, torch.tensor(float(part.num_labels))]) * part.weight)
+            said = self.batches.said(part, baseline)
+            loss = objective.losses(said).sum().double().cpu()
+            counted = torch.tensor(
+                float(sum(objective.count(row) for row in part.rows[:: objective.lines])), dtype=torch.float64
+            )
+            measured = objective.measures(said).double().cpu().flatten()
+            sums.add_(torch.cat([torch.stack([loss, counted]), measured]) * part.weight)
 
         self._each(rows, add, pace)
         return [float(number) for number in sums]
@@ -163,7 +179,7 @@ class HeldOut:
             with torch.no_grad():
                 act(part)
             self.watchdog.alive()
-            pace.advance(len(part.rows))
+            pace.advance(len(part.rows) / self.batches.objective.lines)
 
 
 def score_together(

@@ -10,7 +10,7 @@ from typing import TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
-from qd2mora.adapter_folder import WEIGHTS, base_identity
+from qd2mora.adapter_folder import HEAD, WEIGHTS, base_identity
 from qd2mora.data import TaskRows, content_hash, tokenizer_text
 from qd2mora.disk.file_hash import hash_of_file
 from qd2mora.disk.sealed import read_manifest as read_manifest_of
@@ -102,7 +102,10 @@ def identity_of_start(recipe: Recipe) -> Identity:
                     f"adapter.start: '{recipe.adapter.start}' was trained on another {name} "
                     f"({_short(before[name])}, here {_short(value)})"
                 )
-    return {"adapter.start.weights": hash_of_file(folder / WEIGHTS)}
+    found: Identity = {"adapter.start.weights": hash_of_file(folder / WEIGHTS)}
+    if recipe.objective.kind == "reward" and (folder / HEAD).is_file():
+        found["adapter.start.head"] = hash_of_file(folder / HEAD)
+    return found
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -19,11 +19,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from qd2mora.disk.durable import write_atomically
+from qd2mora.objectives import Measures
 from qd2mora.terminal import Screen
 from qd2mora.terminal.pace import EVERY_S, Pace
 from qd2mora.training.held_out import Evaluation
 
 GIB = 1 << 30
+SHOWN = ("accuracy", "margin")
+"""What of an objective's measures the screen shows; all of them are written."""
 WIDE = 110
 """Columns of a terminal from which on the line has room for a bar and the penalty."""
 
@@ -78,9 +81,13 @@ class StepDisplay:
         done = step - self.start
         return _clock_time((self.clock() - self.began) / done * (self.total - step)) if done > 0 else "?"
 
-    def evaluation(self, step: int, losses: dict[str, float], scores: Mapping[str, float]) -> None:
-        """Show held-out losses per task, and the scores there are."""
-        for what, numbers in (("loss", losses), ("score", scores)):
+    def evaluation(
+        self, step: int, losses: Mapping[str, float], measures: Mapping[str, Measures], scores: Mapping[str, float]
+    ) -> None:
+        """Show held-out losses per task, what is measured beside them, and the scores there are."""
+        names = [name for name in SHOWN if any(name in numbers for numbers in measures.values())]
+        measured = [(name, {task: each[name] for task, each in measures.items() if name in each}) for name in names]
+        for what, numbers in (("loss", losses), *measured, ("score", scores)):
             if numbers:
                 each = "  ".join(f"{task} {number:.4f}" for task, number in numbers.items())
                 mean = f"mean {sum(numbers.values()) / len(numbers):.4f}  " if len(numbers) > 1 else ""
@@ -124,17 +131,24 @@ class Journal:
             return
         scores = {task: score.mean for task, score in found.scores.items()}
         routing = dict(found.routing or {})
-        said = {"eval_loss": _finite(found.losses), "eval_score": _finite(scores), "routing": routing}
+        measures = {task: _finite(numbers) for task, numbers in found.measures.items()}
+        said = {"eval_loss": _finite(found.losses), "eval_measures": measures, "eval_score": _finite(scores)}
+        said["routing"] = routing
         line: dict[str, object] = {"step": step} | {key: numbers for key, numbers in said.items() if numbers}
         if found.alarm:
             line["alarm"] = found.alarm
         self._try(lambda: self._append(line))
         named = {f"eval_loss/{task}": loss for task, loss in found.losses.items()}
+        named |= {
+            f"eval_{name}/{task}": number
+            for task, numbers in found.measures.items()
+            for name, number in numbers.items()
+        }
         named |= {f"eval_score/{task}": score for task, score in scores.items()}
         named |= {f"routing/{name}": number for name, number in routing.items() if number is not None}
         self._try(lambda: self.accelerator.log(named, step=step))
         if found.losses:
-            self._try(lambda: self.display.evaluation(step, found.losses, scores))
+            self._try(lambda: self.display.evaluation(step, found.losses, found.measures, scores))
 
     def pace(self, what: str, total: float) -> Pace:
         """Return what tells of work between steps: where a line is live, each second."""

@@ -85,6 +85,7 @@ class Training:
         # Before the pass, which hands gradients to this stage's expert alone.
         enter_stage(self.batches.model, self.updater, self.gradient.config, update, total)
         enter_phase(self.batches.model, self.train, update)
+        self.gradient.prepare(rows)
         loss, norm, penalties = self._whole_gradient(rows)
         # By applied updates: steps that are passed over take nothing off the schedule's length.
         rate = learning_rate(self.train, self.progress.applied, total)
@@ -96,16 +97,17 @@ class Training:
             self._count_bad(rows, loss, norm)
         self.updater.forget_gradients()
         self.watchdog.alive()
-        tokens = sum(len(row.ids) for row in rows)
+        tokens, measures = sum(row.num_tokens for row in rows), self.gradient.measures()
         return {
             "loss": loss,
+            **measures,
             "penalty": penalties.total,
             "penalty_down": penalties.down,
             "penalty_up": penalties.up,
             "grad_norm": norm,
             "learning_rate": rate,
             "tokens": tokens,
-            "labels": sum(row.num_labels for row in rows),
+            "labels": sum(line.num_labels for row in rows for line in row.lines),
             "bad_steps": self.progress.bad_steps,
             "tokens_per_s": tokens / (time.perf_counter() - began),
             "step_s": self._computed_s() - computing,

@@ -25,6 +25,8 @@ from qd2mora.memory.faults import tried
 from qd2mora.memory.loss import RowLoss
 from qd2mora.memory.pinned import pinned
 from qd2mora.mixture import routing_of
+from qd2mora.objectives import Objective, Reference, Said, mismatched
+from qd2mora.objectives.head import RowScore
 from qd2mora.training.processes import Processes
 from qd2mora.training.progress import Progress
 from qd2mora.training.updates import Updater
@@ -67,6 +69,12 @@ class Course:
         places = self.mixture.places(self.first_of(step), self.rows_a_step)
         return [int(self._lengths[task][place]) for task, place in places]
 
+    @property
+    def num_lines(self) -> int:
+        """At most how many different lines the run meets."""
+        rows = min(self.total_steps * self.rows_a_step, sum(len(task.train) for task in self.tasks))
+        return 2 * (rows + sum(len(task.validation) for task in self.tasks))
+
     @cached_property
     def _lengths(self) -> list[NDArray[np.int32]]:
         return [task.lengths for task in self.tasks]
@@ -85,9 +93,14 @@ class MicroBatches:
     seed: int
     pad: int
     loss_chunk: int
+    objective: Objective
+    reference: Reference | None = None
+    """The frozen model that the objective measures against."""
 
     def __post_init__(self) -> None:
-        self.row_loss = RowLoss(self.model, self.loss_chunk)
+        self.row_loss: RowLoss | RowScore = RowLoss(self.model, self.loss_chunk)
+        if self.objective.has_head:
+            self.row_loss = RowScore(self.model)
         self.routing = routing_of(self.model)
         """None where the adapter has no routers of ours."""
 
@@ -102,7 +115,7 @@ class MicroBatches:
 
         A line is a row, or with `capacity` what fits that many tokens. Whole ones are dealt out: routers see the same.
         """
-        whole = lines_together([len(row.ids) for row in rows], self.size, capacity)
+        whole = lines_together([row.width for row in rows], self.size, capacity)
         for (numbers, packs), weight in dealt(
             whole, self.processes.index, self.processes.count, self.updater.shares_weights
         ):
@@ -132,12 +145,43 @@ class MicroBatches:
         return {name: pinned(tensor).to(device, non_blocking=True) for name, tensor in batch.items()}
 
     def row_losses(self, part: MicroBatch) -> Tensor:
-        """Return the summed loss of each row, (rows,) float32, in nats."""
+        """Return the summed loss of each line in nats, or its score where there is a head, (lines,) float32."""
         # Only float16 runs have a scale, and they alone need autocast: bases in other dtypes compute in their own.
         is_scaled = self.progress.loss_scale is not None
         with torch.autocast(self.processes.device.type, torch.float16, enabled=is_scaled):
             losses: Tensor = self.row_loss(self.collated(part))
         return losses
+
+    def said(self, part: MicroBatch, baseline: float = 0.0) -> Said:
+        """Return what the objective judges of a micro batch; `baseline` is its step's."""
+        reference = None
+        if self.objective.has_reference:
+            # First: what the pass that is learned from leaves for its way back is not to be touched.
+            assert self.reference is not None
+            reference = self.reference.losses(part.rows, lambda: self.row_losses(part))
+        return Said(self.row_losses(part), part.rows, reference, baseline)
+
+    def baseline(self, rows: Sequence[Row], doing: str = "") -> float:
+        """Return what the objective takes of all rows of a step, or of an evaluation. Raises WillNotFit."""
+        if not self.objective.has_baseline or len(rows) < 2:
+            return 0.0
+        others = mismatched(list(rows), max(row.width for row in rows))
+        is_training = self.model.training
+        self.model.eval()
+        sums = self.until_it_fits(lambda: self._log_ratios(others), doing)
+        self.model.train(is_training)
+        total, number = self.processes.sum_numbers(sums)
+        return max(0.0, total / number)
+
+    @torch.no_grad()
+    def _log_ratios(self, rows: list[Row]) -> list[float]:
+        """Return the summed log-ratios of this process's rows, and how many they are."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        for part in self.of(rows, 0):
+            self.tell_routers(part)
+            ratios = self.said(part).log_ratios.double().cpu()
+            sums += part.weight * torch.stack([ratios.sum(), torch.tensor(float(len(ratios)), dtype=torch.float64)])
+        return sums.tolist()
 
     def attempt(self, act: Callable[[], T]) -> T | None:
         """Return what `act` does, None where memory ran out on the way, of which nothing is left then.
@@ -182,9 +226,11 @@ class MicroBatches:
 def micro_batch(
     rows: Sequence[Row], numbers: list[int], packs: tuple[int, ...], seed: int, first: int, weight: float = 1.0
 ) -> MicroBatch:
-    """Return those `numbers` of the rows that run together, with their keys; `first` numbers the first of all rows."""
-    keys = tuple(key_of(seed, "row", first + number) for number in numbers)
-    return MicroBatch([rows[number] for number in numbers], keys, packs, weight)
+    """Return those `numbers` of the rows that run together, a key for each line; `first` numbers the first of all."""
+    lines = [(line, number, place) for number in numbers for place, line in enumerate(rows[number].lines)]
+    # A row of one line has the key that it had before there were others.
+    keys = tuple(key_of(seed, "row", first + number, *([place] if place else [])) for _, number, place in lines)
+    return MicroBatch([line for line, _, _ in lines], keys, packs, weight)
 
 
 __all__ = ["Course", "MicroBatches", "Purpose", "key_of", "micro_batch"]

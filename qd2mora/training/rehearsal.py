@@ -118,7 +118,7 @@ class Rehearsal:
                     parameter.grad = torch.zeros_like(parameter)
             try:
                 batches.tell_routers(step)
-                self.gradient.backward(step, 1 / step.num_labels)
+                self.gradient.backward(step, 1 / step.num_labels)  # any number: nothing is kept of it
                 if evaluation is not None:
                     batches.model.eval()
                     batches.tell_routers(evaluation)

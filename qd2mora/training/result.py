@@ -1,10 +1,15 @@
 """What a run leaves when it is over: the adapter, the tokenizer, what its routers did."""
 
+from pathlib import Path
+
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from qd2mora.adapter_folder import save_adapter
 from qd2mora.base.tokenizer import save_tokenizer
 from qd2mora.inspection import write_routing
+from qd2mora.objectives.head import NAME as HEAD_NAME
+from qd2mora.objectives.head import head_of
 from qd2mora.run_folder import RunFolder
 from qd2mora.training.disk_space import as_trouble
 from qd2mora.training.held_out import LiveRouting
@@ -16,12 +21,18 @@ def save_result(
 ) -> None:
     """Write what is left of a run; `mark` is what the adapter remembers of its base. Raises DiskTrouble."""
     with as_trouble("the adapter", folder.path):
-        save_adapter(training.batches.model, folder.adapter, mark)
+        save_whole(training.batches.model, folder.adapter, mark)
         save_tokenizer(tokenizer, folder.path)
     if training.train.final == "best":
         _take_best(folder, training)
     else:
         _save_routing(folder, training.held_out.live)
+
+
+def save_whole(model: PeftModel, folder: Path, mark: dict[str, str]) -> None:
+    """Write all that was trained: the adapter, and the head where there is one. Raises OSError."""
+    head = dict(model.named_children()).get(HEAD_NAME)
+    save_adapter(model, folder, mark, None if head is None else head_of(model).weight)
 
 
 def _take_best(folder: RunFolder, training: Training) -> None:
@@ -42,4 +53,4 @@ def _save_routing(folder: RunFolder, live: LiveRouting) -> None:
             write_routing(folder, live.report())
 
 
-__all__ = ["save_result"]
+__all__ = ["save_result", "save_whole"]

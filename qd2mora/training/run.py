@@ -14,11 +14,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qd2mora.adapter_folder import base_identity, save_adapter
+from qd2mora.adapter_folder import base_identity
 from qd2mora.base import base_config, compute_dtype, fingerprint, load_base, load_tokenizer
-from qd2mora.data import TaskMix, TaskRows, collate, prepare, share_lines
+from qd2mora.data import TaskMix, TaskRows, collate, prepare
 from qd2mora.data.chat import named_templates
-from qd2mora.data.notes import notes
 from qd2mora.disk.lock import locked
 from qd2mora.evaluation import AskedTask, Score, Subject
 from qd2mora.memory.engine import check_engine, refuse_storage
@@ -27,6 +26,9 @@ from qd2mora.memory.loss import check_isolation
 from qd2mora.memory.plan import Plan
 from qd2mora.memory.techniques import prepare_base
 from qd2mora.mixture import MixtureConfig, adapter_tensors, add_adapter, selection_biases
+from qd2mora.mixture.start_folder import start_folder
+from qd2mora.objectives import objective_of
+from qd2mora.objectives.head import add_head
 from qd2mora.recipe import Recipe, Train
 from qd2mora.run_folder import RunFolder, clock_of
 from qd2mora.safekeeping.inventory import seal_run
@@ -41,6 +43,7 @@ from qd2mora.training.gradient import StepGradient
 from qd2mora.training.held_out import HeldOut, LiveRouting, score_together
 from qd2mora.training.identity import Ancestry, Manifest, identity_of_inputs, identity_of_start
 from qd2mora.training.journal import Journal, StepDisplay
+from qd2mora.training.kept_reference import keep_reference, made_of, reference_of
 from qd2mora.training.launch import launched
 from qd2mora.training.loop import Training
 from qd2mora.training.machine import device_name, repeatable, take_machine
@@ -58,15 +61,14 @@ from qd2mora.training.recipe_checks import (
     tasks_to_score,
 )
 from qd2mora.training.rehearsal import Rehearsal, is_worthwhile
-from qd2mora.training.result import save_result
+from qd2mora.training.result import save_result, save_whole
+from qd2mora.training.start_words import say_what_starts
 from qd2mora.training.updates import PlainUpdater, Updater, build_optimizer, by_rate, num_draws
 from qd2mora.training.zero import ZeroUpdater
 
 FIRST_LOSS_SCALE = 2.0**16
 WORTH_KEEPING = 512 << 20
 """Bytes of 4-bit weights from which on they are kept where the recipe leaves that open: fewer are made in seconds."""
-MOST_ROWS_COUNTED = 200_000
-"""Rows that the shares of tasks are told of; in longer runs they stay what they are."""
 
 
 @dataclass(frozen=True)
@@ -164,16 +166,19 @@ def _train_locked(start: Start) -> Trained:
     ancestry.add(identity_of_start(inputs.recipe))
     # What is computed of weights or rows may differ in a last bit on another GPU.
     processes.copy_from_main(adapter_tensors(model))
+    reference = reference_of(inputs.recipe, model)
     updater = _updater(start, inputs, model, frozen)
     progress, problems = _restored(start, updater)
     _open(start, inputs, ancestry, progress)
     mark = base_identity(inputs.recipe.base, str(ancestry.identity["base"]))
     journal = Journal(folder.metrics, start.accelerator, StepDisplay(course.total_steps, progress.step))
     batches = _micro_batches(inputs, model, updater, processes, progress, journal)
+    batches.reference = reference
     training = _training(start, inputs, course, batches, journal, mark)
     for line in (*(f"passed over: {problem}" for problem in problems), *of_machine):
         journal.say(line)
-    _say_what_starts(training, inputs.planned, inputs.tokenizer)
+    say_what_starts(training, inputs.planned, inputs.tokenizer)
+    _keep_reference(inputs, ancestry, training)
     with start.stop.deferred(), journal.display:
         if is_rehearsed and progress.step < course.total_steps:
             Rehearsal(training.gradient, inputs.planned, folder.checkpoints).run()
@@ -247,6 +252,9 @@ def _started_model(start: Start, inputs: Inputs, mixture: TaskMix) -> tuple[Peft
             yield {name: tensor.to(start.processes.device) for name, tensor in batch.items()}
 
     frozen = start_adapter(model, inputs.config, inputs.recipe, first_batches)
+    if objective_of(inputs.recipe.objective).has_head:
+        start_path = inputs.recipe.adapter.start
+        add_head(model, inputs.recipe.train.seed, None if start_path is None else start_folder(start_path))
     model.train()
     return model, frozen
 
@@ -323,7 +331,18 @@ def _micro_batches(
         seed=settings.seed,
         pad=inputs.tokenizer.pad_token_id,
         loss_chunk=inputs.planned.layout.loss_chunk,
+        objective=objective_of(inputs.recipe.objective),
     )
+
+
+def _keep_reference(inputs: Inputs, ancestry: Ancestry, training: Training) -> None:
+    """Compute what the reference says of the run's rows, where the recipe wants it kept."""
+    batches = training.batches
+    if batches.reference is None or inputs.recipe.objective.reference != "kept":
+        return
+    of = made_of(ancestry.identity, batches.reference, inputs.planned.micro_batch)
+    pace = training.journal.pace("lines that the reference reads", training.course.num_lines)
+    keep_reference(batches, training.course, of, pace)
 
 
 def _training(
@@ -332,9 +351,7 @@ def _training(
     """Put the loop together; `mark` is what an adapter remembers of its base."""
     model, processes, progress = batches.model, batches.processes, batches.progress
     folder, settings = start.folder, inputs.recipe.train
-    best = BestKeeper(
-        folder.best, settings.keep_best, lambda place: save_adapter(model, place, mark), processes.is_main
-    )
+    best = BestKeeper(folder.best, settings.keep_best, lambda place: save_whole(model, place, mark), processes.is_main)
     best.resumed(progress)
     subject = Subject(model, inputs.tokenizer, templates=named_templates(inputs.recipe.data))
     live = LiveRouting(model, inputs.tasks)
@@ -358,33 +375,6 @@ def _training(
         journal=journal,
         stop=start.stop,
         time_limit=start.time_limit,
-    )
-
-
-def _say_what_starts(training: Training, planned: Plan, tokenizer: PreTrainedTokenizerBase) -> None:
-    say, course = training.journal.say, training.course
-    for task in course.tasks:
-        counts = [f"{len(task.train)} rows", f"{len(task.validation)} held out"]
-        if task.num_cut:
-            counts.append(f"{task.num_cut} cut at the end")
-        if task.num_dropped:
-            counts.append(f"{task.num_dropped} dropped (no room for the answer)")
-        say(f"task {task.task.name}: {', '.join(counts)}")
-        for line in notes(task, tokenizer):
-            say(f"task {task.task.name}: {line}")
-    count = min(course.total_steps * course.rows_a_step, MOST_ROWS_COUNTED)
-    for line in share_lines(course.mixture.shares(count), course.mixture.by_tokens):
-        say(line)
-    rates = training.train.rates
-    if rates is not None:
-        say("rates: " + ", ".join(f"{part} {factor:g} times" for part, factor in rates.model_dump().items()))
-    layers = "kept"
-    if planned.checkpointing:
-        layers = f"recomputed in {planned.layout.recomputed} layers"
-    say(
-        f"training {planned.trainable_parameters:,} parameters on {planned.device}, micro batch {training.batches.size}"
-        f", activations {layers}, planned peak {planned.peak_bytes / 2**30:.2f} GiB; steps {training.progress.step} "
-        f"to {course.total_steps}"
     )
 
 

@@ -18,6 +18,8 @@ from qd2mora.data import FirstRows, Row, row_count
 from qd2mora.memory.plan import Plan
 from qd2mora.memory.techniques import prepare_base
 from qd2mora.mixture import MixtureConfig, add_adapter, selection_biases
+from qd2mora.objectives import objective_of
+from qd2mora.objectives.head import add_head
 from qd2mora.recipe import Recipe
 from qd2mora.recipe.data import HUB
 from qd2mora.terminal.pace import in_words
@@ -87,6 +89,9 @@ def _batches(recipe: Recipe, planned: Plan, pad: int) -> MicroBatches:
     prepare_base(base, planned.layout, device)
     config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
     model = add_adapter(base, config, recipe.train.seed).train()
+    objective = objective_of(recipe.objective)
+    if objective.has_head:
+        add_head(model, recipe.train.seed)
     parameters = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     optimizer = build_optimizer(recipe.train, planned.layout.optimizer, parameters)
     return MicroBatches(
@@ -99,6 +104,7 @@ def _batches(recipe: Recipe, planned: Plan, pad: int) -> MicroBatches:
         seed=recipe.train.seed,
         pad=pad,
         loss_chunk=planned.layout.loss_chunk,
+        objective=objective,
     )
 
 

@@ -21,6 +21,7 @@ from qd2mora.report import read_run, show_inspection
 from qd2mora.report.chart import short
 from qd2mora.report.curves import Series, line_chart, smoothed, thinned
 from qd2mora.report.page import escape
+from qd2mora.report.run_contents import LoggedEvaluation
 from qd2mora.report.run_page import run_page
 from qd2mora.report.scales import ticks
 from qd2mora.training import train
@@ -260,3 +261,8 @@ def test_a_page_tells_how_long_the_steps_took_and_that_experts_are_alike(run: Pa
     assert "note: routers are near uniform" in output.getvalue() and f" steps in {hours}:" in output.getvalue()
     other = replace(contents, routing=replace(contents.routing, summary=summary | {"entropy": 0.5}))
     assert "one LoRA" not in check_harmless(run_page(other)).text
+
+
+def test_what_an_objective_measures_is_told_by_task() -> None:
+    line = LoggedEvaluation(3, {"a": 0.5}, {"a": {"accuracy": 0.9, "margin": 1.5}, "b": {"accuracy": 0.8}})
+    assert line.measured("accuracy") == {"a": 0.9, "b": 0.8} and line.measured("margin") == {"a": 1.5}

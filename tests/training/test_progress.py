@@ -58,7 +58,7 @@ def test_brackets_of_a_message_are_shown() -> None:
 
 def test_held_out_losses_of_several_tasks_have_a_mean() -> None:
     out = io.StringIO()
-    StepDisplay(4, 0, Console(file=out, width=200)).evaluation(2, {"a": 1.0, "b": 2.0}, {"a": 0.5})
+    StepDisplay(4, 0, Console(file=out, width=200)).evaluation(2, {"a": 1.0, "b": 2.0}, {}, {"a": 0.5})
     assert out.getvalue().splitlines() == [
         "step 2/4  held-out loss  mean 1.5000  a 1.0000  b 2.0000",
         "step 2/4  held-out score  a 0.5000",

@@ -1,0 +1,101 @@
+"""The recipe's objective: what is learned of the rows, and the settings that it has."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from qd2mora.recipe.section import NotNegative, Positive, Section
+
+Kind = Literal["sft", "dpo", "orpo", "simpo", "kto", "reward"]
+PREFERENCE, RATED = "preference", "rated"
+"""Formats of rows whose answers are judged."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a kind of objective asks of the rest of a recipe.
+
+    `settings`: its keys with their defaults. `format`: of rows that it alone learns from, None: it learns answers.
+    `lines`: texts of a row that run through the model together.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    format: str | None = None
+    lines: int = 1
+
+
+KINDS: dict[str, Needs] = {
+    "sft": Needs(),
+    "dpo": Needs(
+        {"beta": 0.1, "loss": "sigmoid", "label_smoothing": 0.0, "reference": "kept"}, format=PREFERENCE, lines=2
+    ),
+    "orpo": Needs({"beta": 0.1}, format=PREFERENCE, lines=2),
+    "simpo": Needs({"beta": 2.0, "gamma": 1.0}, format=PREFERENCE, lines=2),
+    "kto": Needs({"beta": 0.1, "good_weight": 1.0, "bad_weight": 1.0, "reference": "kept"}, format=RATED),
+    "reward": Needs(format=PREFERENCE, lines=2),
+}
+
+
+class Objective(Section):
+    """What is learned; a name alone stands for a section with its defaults. docs/objectives.md has the equations."""
+
+    kind: Kind = "sft"
+    """`sft`: the answers. Of `format: preference`: `dpo`, `orpo`, `simpo`, and `reward`, a model that scores answers.
+    Of `format: rated`: `kto`."""
+    beta: Positive | None = None
+    """How much a preference counts: of `dpo` and `kto` the factor on log p/reference (0.1), of `orpo` the weight beside
+    imitation (0.1), of `simpo` the factor on log p a token (2.0)."""
+    loss: Literal["sigmoid", "hinge", "ipo"] | None = None
+    """Of `dpo`: `sigmoid`, the paper's (where left out); `hinge`, SLiC's; `ipo`, a square."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
+    """Of `dpo` with `loss: sigmoid`: the share of preferences that may be the wrong way round (0)."""
+    gamma: NotNegative | None = None
+    """Of `simpo`: the margin that rewards are to reach (1.0)."""
+    good_weight: Positive | None = None
+    """Of `kto`: what a good answer counts (1.0)."""
+    bad_weight: Positive | None = None
+    """Of `kto`: what a bad answer counts (1.0)."""
+    reference: Literal["kept", "live"] | None = None
+    """Of `dpo` and `kto`: what the reference says of the rows is computed once and `kept` on disk (where left out), or
+    `live` in every step. The reference is the base alone, or the adapter that `adapter.start` names, as it was."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, given: object) -> object:
+        """Take a name for a section, and fill in what the kind takes where it is left out."""
+        if isinstance(given, str):
+            given = {"kind": given}
+        if not isinstance(given, dict) or given.get("kind", "sft") not in KINDS:
+            return given  # the fields say what is wrong
+        kind = given.get("kind", "sft")
+        settings = KINDS[kind].settings
+        told = {name: value for name, value in given.items() if value is not None}
+        foreign = [name for name in told if name in cls.model_fields and name not in ("kind", *settings)]
+        if foreign:
+            raise ValueError(f"{foreign[0]} is no setting of {kind}; it has {', '.join(settings) or 'none'}")
+        return settings | told
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Objective":
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(f"label_smoothing is of loss: sigmoid, and has no meaning in {self.loss}; 0")
+        return self
+
+    @property
+    def needs(self) -> Needs:
+        """What it asks of the rest of a recipe."""
+        return KINDS[self.kind]
+
+    @property
+    def is_sft(self) -> bool:
+        """Whether answers are learned, as runs from before there were others do."""
+        return self.kind == "sft"
+
+    @property
+    def of_the_loss(self) -> dict[str, Any]:
+        """The settings that the loss is made of."""
+        return {name: getattr(self, name) for name in self.needs.settings if name != "reference"}
+
+
+__all__ = ["KINDS", "PREFERENCE", "RATED", "Needs", "Objective"]
