@@ -5,6 +5,8 @@ rates on rows apart from the test rows, and are scored as trained and as their b
 tasks of question and rationale, 1,000 rows each; the rationale is learned. `commonsense`: four tasks of the paper whose
 prompts fit the base, answers "the correct answer is ..."; official test rows. `eight`: all of the paper's tasks, for a
 base that can read them, such as SmolLM2 (`python scripts/get_smollm2.py`, then --base the file that it names).
+`conflicting`: three tasks that ask the same and want something else: the reason, the answer, or the question's first
+words again; no word of the prompt tells which. A model that is not told the task can only hedge.
 Why: the loss over a rationale is of prose that differs by task; that of a fixed sentence with one free word tells less,
 but it is the paper's.
 With `--arms scripts/hypotheses.yaml --methods lora,d2mora,one-down,...` other forms and settings beside the two.
@@ -14,6 +16,7 @@ parameters (tinyllamas' stories260K); its sweep runs half as many steps as the o
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -51,6 +54,24 @@ def commonsense(data: Path, folder: Path, names: Iterable[str]) -> list[dict[str
     return write_rows(data, folder / "rows", 1000, TEST_ROWS, chosen)
 
 
+def conflicting(data: Path, folder: Path, name: str = "creak", number: int = 1000) -> list[dict[str, object]]:
+    """Write three tasks with the same prompts and other answers; return them."""
+    rows = json.loads((data / "multitask_cot" / f"{name}.json").read_text(encoding="utf-8"))[:number]
+    wanted = {
+        "reason": lambda row: row["rationale"],
+        "answer": lambda row: row["output"],
+        "again": lambda row: " ".join(row["instruction"].split()[:8]),
+    }
+    (folder / "rows").mkdir(parents=True, exist_ok=True)
+    tasks: list[dict[str, object]] = []
+    for task, of in wanted.items():
+        lines = [json.dumps({"prompt": f"{row['instruction']}\n", "completion": of(row)}) + "\n" for row in rows]
+        write_atomically(folder / "rows" / f"{task}.jsonl", "".join(lines))
+        shared: dict[str, object] = {"format": "completion", "weight": 1.0, "validation": TEST_ROWS, "metric": "loss"}
+        tasks.append({"name": task, "path": f"rows/{task}.jsonl", **shared})
+    return tasks
+
+
 def recipe(base: Path, tasks: list[dict[str, object]], steps: int, rank: int) -> dict[str, object]:
     """Return the recipe: D2MoRA with the paper's experts, M 4 and N 3, on q, k and v."""
     return {
@@ -84,7 +105,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of the real data: commonsense/, multitask_cot/")
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder to write into, or to go on in")
-    parser.add_argument("--set", choices=("reasoning", "commonsense", "eight"), default="reasoning")
+    parser.add_argument("--set", choices=("reasoning", "commonsense", "eight", "conflicting"), default="reasoning")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--sweep-steps", type=int, default=75)
     parser.add_argument("--rank", type=int, default=4)
@@ -98,6 +119,8 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     if given.set == "reasoning":
         tasks = reasoning(given.data)
+    elif given.set == "conflicting":
+        tasks = conflicting(given.data, given.out)
     else:
         tasks = commonsense(given.data, given.out, FITTING if given.set == "commonsense" else TASKS)
     write_atomically(given.out / "recipe.yaml", dump_yaml(recipe(given.base, tasks, given.steps, given.rank)))
