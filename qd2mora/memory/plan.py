@@ -178,15 +178,16 @@ def _shapes(recipe: Recipe) -> Shapes:
         config.to_json_string(use_diff=False),
         recipe.adapter.model_dump_json(exclude_unset=True),
         len(recipe.data.tasks),
+        recipe.train.routing.top_k if recipe.train.routing is not None else None,
     )
 
 
 @lru_cache(maxsize=16)
-def _built(config: str, adapter: str, num_tasks: int) -> Shapes:
+def _built(config: str, adapter: str, num_tasks: int, first_top_k: int | None) -> Shapes:
     """Take a second or so for a 7B; a plan, its ways out and training ask for the same."""
     mixture = MixtureConfig.from_recipe(Adapter.model_validate_json(adapter), num_tasks)
     content = json.loads(config)
-    return read_shapes(AutoConfig.for_model(content.pop("model_type"), **content), mixture)
+    return read_shapes(AutoConfig.for_model(content.pop("model_type"), **content), mixture, first_top_k)
 
 
 def _search(recipe: Recipe, place: Place) -> Search:

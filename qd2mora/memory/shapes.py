@@ -73,8 +73,8 @@ class Shapes:
         return max(linear.entries for linear in self.linears)
 
 
-def read_shapes(config: PretrainedConfig, adapter: MixtureConfig) -> Shapes:
-    """Build the adapted model on the meta device and take its shapes.
+def read_shapes(config: PretrainedConfig, adapter: MixtureConfig, first_top_k: int | None = None) -> Shapes:
+    """Build the adapted model on the meta device and take its shapes; `first_top_k`: experts that a top-k begins with.
 
     Raises InputRefused where a target matches no linear.
     """
@@ -101,7 +101,7 @@ def read_shapes(config: PretrainedConfig, adapter: MixtureConfig) -> Shapes:
     banks = [tensor for name, tensor in tensors if name in ("mixture_A", "mixture_B")]
     return Shapes(
         linears=linears,
-        layer=_layer_shapes(model, linears, layers),
+        layer=_layer_shapes(model, linears, layers, first_top_k or 1),
         num_layers=config.num_hidden_layers,
         vocab=config.vocab_size,
         embedding_entries=embedding.numel(),
@@ -122,9 +122,12 @@ def _as_lora(model: PreTrainedModel, adapter: MixtureConfig) -> tuple[MixtureCon
     return replace(adapter, method="lora", target_modules=named), kinds
 
 
-def _layer_shapes(model: PreTrainedModel, linears: tuple[Linear, ...], layers: dict[str, MixtureLinear]) -> LayerShapes:
+def _layer_shapes(
+    model: PreTrainedModel, linears: tuple[Linear, ...], layers: dict[str, MixtureLinear], first: int
+) -> LayerShapes:
     """Take one decoder layer's widths; what adapters read is averaged over the layers."""
-    config, adapted = model.config, _inputs(layers)
+    slots = {name: _slots(layer, first) for name, layer in layers.items()}
+    config, adapted = model.config, _inputs(layers, slots)
     steps = [layer.mixture_spec["default"].step for layer in layers.values()]
     kinds = {linear.name.rpartition(".")[2]: linear for linear in linears}
     # o_proj reads what attention keeps anyway.
@@ -142,7 +145,7 @@ def _layer_shapes(model: PreTrainedModel, linears: tuple[Linear, ...], layers: d
         rank_space=max(3 * step.features + 2 * step.width_up for step in steps),
         adapts_down=any(name.endswith(".down_proj") for name in adapted),
         is_lean=is_lean(model),
-        slots=max(map(_slots, layers.values())),
+        slots=max(slots.values()),
     )
     return replace(shapes, **_of_family(model, kinds))
 
@@ -173,21 +176,25 @@ def _of_family(model: PreTrainedModel, kinds: dict[str, Linear]) -> dict[str, An
     }
 
 
-def _inputs(layers: dict[str, MixtureLinear]) -> dict[str, int]:
+def _inputs(layers: dict[str, MixtureLinear], slots: dict[str, int]) -> dict[str, int]:
     """Return the entries that each adapter reads of a token, in every slot."""
     return {
-        name: layer.in_features * (_slots(layer) if name.endswith(".down_proj") else 1)
-        for name, layer in layers.items()
+        name: layer.in_features * (slots[name] if name.endswith(".down_proj") else 1) for name, layer in layers.items()
     }
 
 
-def _slots(layer: MixtureLinear) -> int:
-    """Return the copies of a token that this linear sees or makes: one but where whole MLPs are mixed."""
+def _slots(layer: MixtureLinear, first: int) -> int:
+    """Return the copies of a token that this linear sees or makes: one but where whole MLPs are mixed.
+
+    `first`: the experts that a top-k begins with, in training.
+    """
     if not layer.mixes_whole_mlps("default"):
         return 1
     spec = layer.mixture_spec["default"]
     gate = spec.gate("down")
     assert gate is not None
+    if gate.select == "top_k":
+        gate = replace(gate, top_k=max(first, gate.top_k or 1))
     return num_slots(gate, len(spec.step.ranks_down))
 
 

@@ -90,7 +90,7 @@ class MixtureMLPLinear(MixtureLinear):
             assert gate is not None
             logits = given_logits("down", x, tensors, self.routing, name, spec)
             if self.training:
-                gate = gate_in(gate, self.routing.phase, spec.counts["down"])
+                gate = gate_in(gate, self.routing.phase, spec.counts["down"], spec.place.height)
             of_mlp = MLPGate(gate, tensors.get("mixture_select_bias_down"))
             self.routing.slots[_key(spec.place, name)] = of_mlp.slots(logits, x.shape[:-1])
             if self.training and spec.pools and x.dim() == 3:

@@ -33,6 +33,11 @@ class Place:
         return int(found[1]) if found else 0
 
     @property
+    def height(self) -> float:
+        """How high the layer stands among all, from 0 to 1; 1 where there is one."""
+        return self.layer / (self.num_layers - 1) if self.num_layers > 1 else 1.0
+
+    @property
     def kind(self) -> str:
         """The last part of the name, such as q_proj."""
         return self.key.rpartition(".")[2]
@@ -72,7 +77,7 @@ class LinearSpec:
     def step_in(self, phase: Phase) -> RankStep:
         """Return the step as it is in a phase of training."""
         is_plain = phase == PLAIN and all(gate.weight != "soft" for _, gate in self.step.gates)
-        return self.step if is_plain else step_in(self.step, phase, tuple(self.counts.items()))
+        return self.step if is_plain else step_in(self.step, phase, tuple(self.counts.items()), self.place.height)
 
 
 def linear_spec(config: MixtureConfig, place: Place) -> LinearSpec:

@@ -85,9 +85,7 @@ class Recipe(Section):
         for section, key in (("train", "rates"), ("train", "routing"), ("adapter", "core")):
             if content[section][key] is None:
                 del content[section][key]
-        for gate in (content["adapter"]["gates"] or {}).values():
-            if gate["dropout"] is None:
-                del gate["dropout"]
+        _drop_what_gates_leave_open(content)
         for task in content["data"]["tasks"]:
             if not is_judged:
                 del task["metric"]
@@ -98,6 +96,17 @@ class Recipe(Section):
     def fingerprint(self) -> str:
         """Return a hash of everything that decides the trained weights."""
         return hash_of_bytes(json.dumps(self.deciding(), sort_keys=True).encode())
+
+
+def _drop_what_gates_leave_open(content: dict[str, Any]) -> None:
+    """Take out keys of gates and their course that say nothing, which runs from before them do not have."""
+    routing = content["train"].get("routing", {})
+    if routing.get("top_k") is None:
+        for key in ("top_k", "top_k_steps", "low_layers_later"):
+            routing.pop(key, None)
+    for gate in (content["adapter"]["gates"] or {}).values():
+        if gate["dropout"] is None:
+            del gate["dropout"]
 
 
 __all__ = ["Recipe"]

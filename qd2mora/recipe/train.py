@@ -43,8 +43,20 @@ class LearnedRouting(Section):
     penalty_steps: Whole = 0
     """Steps in which weights of penalties on routing rise from zero: with `entropy`, gates become decided slowly."""
 
+    top_k: Size | None = None
+    """Experts that gates with `select: top_k` use at first: more than their own number, to which it falls (8, where
+    they end at 2)."""
+    top_k_steps: Whole = 0
+    """Steps in which it falls, in equal parts; `max_load` in `metrics.jsonl` is the load of the worst router."""
+    low_layers_later: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """How much later it falls in the lowest layer, in multiples of `top_k_steps`; in layers between in proportion."""
+
     @model_validator(mode="after")
     def _falls(self) -> "LearnedRouting":
+        if (self.top_k is not None) != (self.top_k_steps > 0):
+            raise ValueError("top_k and top_k_steps go together: how many experts are used at first, and for how long")
+        if self.low_layers_later and self.top_k is None:
+            raise ValueError("low_layers_later goes with top_k and top_k_steps: it says where that falls later")
         if (self.temperature != 1.0) != (self.anneal_steps > 0):
             raise ValueError("temperature and anneal_steps go together: how soft routing begins, and for how long")
         return self

@@ -24,6 +24,7 @@ from qd2mora.training.disk_space import as_trouble
 from qd2mora.training.gradient import Penalties, StepGradient, is_too_bad, lower_scale, raise_scale
 from qd2mora.training.held_out import Evaluation, HeldOut
 from qd2mora.training.journal import Journal
+from qd2mora.training.load import max_load
 from qd2mora.training.micro_batches import Course
 from qd2mora.training.progress import Best, Progress, best_of_json
 from qd2mora.training.updates import enter_phase, enter_stage, learning_rate
@@ -87,6 +88,7 @@ class Training:
         enter_phase(self.batches.model, self.train, update)
         self.gradient.prepare(rows)
         loss, norm, penalties = self._whole_gradient(rows)
+        load = max_load(self.batches.model, self.processes)
         # By applied updates: steps that are passed over take nothing off the schedule's length.
         rate = learning_rate(self.train, self.progress.applied, total)
         # The data moves on whatever comes of the step, so that a bad one is never met twice.
@@ -112,6 +114,7 @@ class Training:
             "tokens_per_s": tokens / (time.perf_counter() - began),
             "step_s": self._computed_s() - computing,
             "memory": self.processes.peak_bytes(),
+            **({} if load is None else {"max_load": load}),
         }
 
     def _computed_s(self) -> float:

@@ -41,6 +41,11 @@ def check_routing(config: MixtureConfig, train: Train) -> None:
         raise InputRefused(
             f"train.routing.penalty_steps: {config.method} has no penalty on routing; name one in adapter.penalties"
         )
+    if told.top_k is not None:
+        own = [gate.top_k for gate in config.routers.values() if gate.select == "top_k" and gate.top_k is not None]
+        if not own or told.top_k <= max(own):
+            uses = f"uses {max(own)} already" if own else "chooses no top k"
+            raise InputRefused(f"train.routing.top_k: {told.top_k}, but {config.method} {uses}; it falls to the gates'")
     draws = any(gate.select == "sample" for gate in config.routers.values())
     if told.draws != LearnedRouting().draws and not draws:
         raise InputRefused(f"train.routing.draws: {told.draws}, but {config.method} draws no experts; leave it out")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qd2mora.disk.tensor_file import Inventory, inventory_of
 from qd2mora.mixture import MixtureConfig, mixture_layers, routing_of
 from qd2mora.mixture.parts import part_of
-from qd2mora.mixture.phases import PLAIN, Phase
+from qd2mora.mixture.phases import PLAIN, Phase, Sparsity
 from qd2mora.recipe import Train
 from qd2mora.recipe.optimizers import OPTIMIZERS, OptimizerName
 from qd2mora.recipe.train import LearnedRouting
@@ -215,7 +215,11 @@ def phase_of(train: Train, update: int) -> Phase:
         temperature = told.temperature ** (1 - update / told.anneal_steps)
     if update < told.penalty_steps:
         penalty = update / told.penalty_steps
-    return Phase(update < told.uniform_steps, temperature, penalty)
+    sparsity = None
+    if told.top_k is not None:
+        # To the end of the run, when it changes nothing any more: the load is told of those steps too.
+        sparsity = Sparsity(told.top_k, update / told.top_k_steps, told.low_layers_later)
+    return Phase(update < told.uniform_steps, temperature, penalty, sparsity)
 
 
 def num_draws(train: Train) -> int:

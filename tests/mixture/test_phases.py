@@ -1,5 +1,7 @@
 """Routing while it is learned, in a layer: uniform gates and soft ones at first, penalties that rise."""
 
+from dataclasses import replace
+
 import made as layers
 import pytest
 import reference_methods as twin
@@ -7,7 +9,8 @@ import torch
 from reference import softmax
 from torch import Tensor
 
-from qd2mora.mixture.phases import PLAIN, Phase
+from qd2mora.mixture.phases import PLAIN, Phase, Sparsity, gate_in
+from qd2mora.routed.gate import Gate
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -80,3 +83,33 @@ def test_penalties_count_by_the_phase() -> None:
         gradients.append(torch.autograd.grad(layer(x).sum(), router)[0])
     torch.testing.assert_close(gradients[1] - gradients[2], 0.25 * (gradients[0] - gradients[2]), **EXACT)
     assert (gradients[0] - gradients[2]).norm() > 1e-4
+
+
+def test_a_top_k_falls_from_many_experts_to_its_own_and_later_in_low_layers() -> None:
+    gate = Gate(select="top_k", weight="renorm", top_k=2)
+    used = [gate_in(gate, Phase(sparsity=Sparsity(8, step / 6)), 8).top_k for step in range(9)]
+    assert used == [8, 7, 6, 5, 4, 3, 2, 2, 2]
+    by_height = [gate_in(gate, Phase(sparsity=Sparsity(8, 1.0, 1.0)), 8, height).top_k for height in (0, 0.5, 1)]
+    assert by_height == [8, 5, 2]
+    # No more than there are, and what chooses by no top k stays as it is.
+    assert gate_in(gate, Phase(sparsity=Sparsity(8, 0.0)), 4).top_k == 4
+    assert gate_in(Gate(), Phase(sparsity=Sparsity(8, 0.0)), 4) == Gate()
+
+
+@pytest.mark.parametrize(("layer_number", "experts"), [(0, 4), (1, 3), (2, 2)])
+def test_a_layer_begins_with_as_many_experts_as_its_height_says(layer_number: int, experts: int) -> None:
+    layer, x = layers.layer_of("mola"), layers.input_for("mola")
+    spec = layer.mixture_spec["default"]
+    place = replace(spec.place, key=f"model.layers.{layer_number}.mlp.gate_proj", num_layers=3)
+    layer.mixture_spec["default"] = replace(spec, place=place)
+    layer.train()
+    layer.routing.phase = Phase(sparsity=Sparsity(4, 1.0, 1.0))
+    t = {name: tensor.detach() for name, tensor in layer.tensors("default").items()}
+
+    def update(token: Tensor) -> Tensor:
+        gates = softmax(t["mixture_router_down"] @ token)
+        gates[gates < gates.topk(experts).values[-1]] = 0
+        return twin.paired(gates / gates.sum(), t, token)
+
+    wanted = layers.SCALING["mola"] * torch.stack([torch.stack([update(token) for token in row]) for row in x])
+    torch.testing.assert_close(layer(x) - layer.base_layer(x), wanted, **EXACT)

@@ -1,18 +1,28 @@
 """Routing while it is learned: uniform gates and soft ones at first, penalties that rise, starts that differ."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from interrupted import train_in_two
 from test_training import adapter_of, assert_same_bytes, recipe
+from transformers import AutoConfig
 
 from qd2mora.errors import InputRefused
+from qd2mora.memory.shapes import read_shapes
+from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.initialisers import singular_slices
 from qd2mora.mixture.phases import PLAIN, Phase
 from qd2mora.recipe import Train
 from qd2mora.training import train
 from qd2mora.training.updates import phase_of
+
+FALLS = (
+    "adapter.down={experts: 4}",
+    "adapter.up={experts: 4}",
+    "train.routing={top_k: 4, top_k_steps: 2, low_layers_later: 1}",
+)
 
 
 def test_a_phase_is_a_function_of_the_step_and_ends() -> None:
@@ -41,6 +51,30 @@ def test_a_run_that_is_broken_off_inside_its_first_steps_ends_with_the_same_byte
     assert any(not torch.equal(plain[name], whole[name]) for name in plain)
 
 
+def test_experts_fall_to_the_gates_own_number_and_the_load_of_each_step_is_told(made: Path, tmp_path: Path) -> None:
+    train(recipe(made, tmp_path / "whole", *FALLS, method="mola"))
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    loads = [line["max_load"] for line in lines if "loss" in line]
+    # At the first step all experts are used by every token, later by some alone.
+    assert loads[0] == 1.0 and all(1.0 < load <= 2.0 for load in loads[2:])
+
+
+@pytest.mark.long
+def test_a_run_that_is_broken_off_while_experts_fall_ends_with_the_same_bytes(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(recipe(made, tmp_path / "whole", *FALLS, method="mola"))
+    train_in_two(recipe(made, tmp_path / "broken", *FALLS, method="mola"), 3, monkeypatch)
+    assert_same_bytes(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_plan_counts_the_experts_that_a_run_begins_with(made: Path) -> None:
+    config = AutoConfig.from_pretrained(made / "base")
+    adapter = MixtureConfig(method="mixlora", target_modules=["gate_proj", "up_proj", "down_proj"])
+    slots = [read_shapes(config, adapter, first).layer.slots for first in (None, 4)]
+    assert slots == [2, 4]
+
+
 def test_routers_that_nothing_trains_at_first_have_moments_from_the_first_checkpoint_on(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,6 +92,8 @@ def test_routers_that_nothing_trains_at_first_have_moments_from_the_first_checkp
         ("remix", "{uniform_steps: 2}", "remix cannot weigh all its experts alike"),
         ("hydralora", "{draws: 3}", "draws: 3, but hydralora draws no experts"),
         ("mixlora", "{uniform_steps: 2}", "mixlora cannot weigh all its experts alike"),
+        ("hydralora", "{top_k: 4, top_k_steps: 2}", "top_k: 4, but hydralora chooses no top k"),
+        ("mola", "{top_k: 2, top_k_steps: 2}", "top_k: 2, but mola uses 2 already"),
     ],
 )
 def test_what_a_method_cannot_do_at_first_is_refused(
