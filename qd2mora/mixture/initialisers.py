@@ -69,6 +69,18 @@ def singular_slices(W_OD: Tensor, number: int, generator: torch.Generator) -> Te
     return top_singular(W_OD, number, generator)[2] / math.sqrt(3)
 
 
+def neuron_slices(W_OD: Tensor, number: int, *, reads_neurons: bool) -> list[Tensor]:
+    """Return W cut into `number` parts by a block's inner neurons, each (O, D) and zero at the others'.
+
+    Inner neurons are the outputs of what makes them (q, k, v, gate, up), and the inputs of what reads them (o, down):
+    so that expert e is the same part of an MLP in all of its linears (after Dynamic-DINO's split of a trained MLP,
+    arXiv 2507.17436, which makes its experts of the parts themselves).
+    """
+    axis = int(reads_neurons)
+    owner = torch.arange(W_OD.shape[axis], device=W_OD.device) * number // W_OD.shape[axis]
+    return [W_OD * (owner == part).unsqueeze(1 - axis) for part in range(number)]
+
+
 def kaiming(tensor: Tensor) -> Tensor:
     """Kaiming uniform with a = sqrt(5) over the last axis: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     bound = 1 / math.sqrt(tensor.shape[-1])
@@ -161,4 +173,14 @@ class Activations:
         return torch.cat([found, found.new_zeros(self.rank - len(found), found.shape[1])])
 
 
-__all__ = ["Activations", "initial_tensor", "kaiming", "olora", "pissa", "residual", "singular_slices", "sparse"]
+__all__ = [
+    "Activations",
+    "initial_tensor",
+    "kaiming",
+    "neuron_slices",
+    "olora",
+    "pissa",
+    "residual",
+    "singular_slices",
+    "sparse",
+]

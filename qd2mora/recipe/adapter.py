@@ -20,8 +20,9 @@ from qd2mora.routed.gate import Limits, Role, numbers_of_gates, words_of_gates
 
 SharedInit = Literal["kaiming", "orthogonal", "pissa", "olora", "eva", "loftq"]
 """How a shared expert starts: `pissa`, `olora`, `loftq` from the weight, `eva` from the data."""
-DownInit = Literal["kaiming", "gaussian", "orthogonal", "sparse", "svd"]
-"""How down experts start; up experts start at zero. `svd`: each a slice of the weight's right singular vectors."""
+DownInit = Literal["kaiming", "gaussian", "orthogonal", "sparse", "svd", "split"]
+"""How down experts start; up experts start at zero. `svd`: each a slice of the weight's right singular
+vectors; `split`: each the strongest of those of its own part of the weight."""
 
 
 class Experts(Section):
@@ -135,7 +136,8 @@ class Adapter(Section):
     """One expert more that no gate touches."""
     init: DownInit | None = None
     """How down experts start; up experts start at zero. `svd`: at slices of the weight's right singular vectors, the
-    first expert at the strongest, so that experts differ from the start."""
+    first expert at the strongest, so that experts differ from the start; `split`: each at the strongest of its own part
+    of the pretrained weight, cut by the neurons inside a block as if its MLP had been split into experts."""
     start: Place | None = None
     """Folder of an adapter to go on from: a run, an adapter, a PEFT LoRA, or what `compose` made. It says the method
     and all sizes; keys given beside it must agree, but for dropout and penalties, which are this run's own."""

@@ -18,13 +18,15 @@ from qd2mora.base.passes import last_states
 from qd2mora.disk.tensor_file import stored_tensors
 from qd2mora.errors import InputRefused
 from qd2mora.mixture import MixtureConfig, MixtureLinear, load_experts, mixture_layers, read_rows
-from qd2mora.mixture.initialisers import Activations, olora, pissa, residual, singular_slices
+from qd2mora.mixture.initialisers import Activations, neuron_slices, olora, pissa, residual, singular_slices
 from qd2mora.mixture.start_folder import KEY as START
 from qd2mora.mixture.start_folder import PREFIX, start_tensors
 from qd2mora.mixture.trained_loras import read_trained_loras
 from qd2mora.recipe import Recipe
 
 EVA_BATCHES = 8
+READS_NEURONS = ("down_proj", "o_proj")
+"""Linears whose inputs are what a block makes inside; the others make it."""
 
 
 def start_adapter(
@@ -42,9 +44,10 @@ def start_adapter(
         return _take_over(model, recipe.adapter.start, recipe.adapter.grow)
     if recipe.adapter.adapters:
         load_experts(layers, read_trained_loras(list(recipe.adapter.adapters)))
-    if config.init == "svd":
+    if config.init in ("svd", "split"):
         for number, (name, layer) in enumerate(layers.items()):
-            _start_at_slices(name, layer, torch.Generator().manual_seed(recipe.train.seed * 1_000_003 + number))
+            generator = torch.Generator().manual_seed(recipe.train.seed * 1_000_003 + number)
+            _start_at_slices(name, layer, config.init, generator)
     if config.shared is None:
         return {}
     kind = config.shared_init
@@ -138,21 +141,28 @@ def _start_from_weight(
             tensors["mixture_start_B"].copy_(-up)
 
 
-def _start_at_slices(name: str, layer: MixtureLinear, generator: torch.Generator) -> None:
-    """Set the down experts to slices of the weight's right singular vectors, expert after expert."""
+def _start_at_slices(name: str, layer: MixtureLinear, init: str, generator: torch.Generator) -> None:
+    """Set the down experts to right singular vectors of the weight, expert after expert; `split`: each of its part."""
     linear: Any = layer.get_base_layer()
     bank = layer.tensors("default")["mixture_A"]
-    number = bank.numel() // bank.shape[-1]
     if not isinstance(linear, nn.Linear):
-        raise InputRefused(f"adapter.init: svd starts at slices of a weight, and {name} is a whole block")
+        raise InputRefused(f"adapter.init: {init} starts at slices of a weight, and {name} is a whole block")
     weight = dense_weight(linear)
-    if min(weight.shape) < number:
-        raise InputRefused(
-            f"adapter.init: svd has {min(weight.shape)} directions in {name} for {number} ranks; fewer experts, or a "
-            "lower adapter.rank"
-        )
+    ranks, parts = [bank.numel() // bank.shape[-1]], [weight]
+    if init == "split":
+        ranks = [bank.shape[1]] * len(bank) if bank.dim() == 3 else [*layer.mixture_spec["default"].step.ranks_down]
+        parts = neuron_slices(weight, len(ranks), reads_neurons=name.endswith(READS_NEURONS))
+    for part, number in zip(parts, ranks, strict=True):
+        # What a part leaves out of the weight is zero there, and no direction of its own.
+        directions = int(min((part != 0).any(axis).sum() for axis in (0, 1)))
+        if directions < number:
+            raise InputRefused(
+                f"adapter.init: {init} has {directions} directions in {name} for {number} ranks; fewer experts, or a "
+                "lower adapter.rank"
+            )
+    rows = [singular_slices(part, number, generator) for part, number in zip(parts, ranks, strict=True) if number]
     with torch.no_grad():
-        bank.copy_(singular_slices(weight, number, generator).view(bank.shape))
+        bank.copy_(torch.cat(rows).view(bank.shape))
 
 
 def _start_from_data(

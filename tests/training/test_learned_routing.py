@@ -9,19 +9,27 @@ from interrupted import train_in_two
 from test_training import adapter_of, assert_same_bytes, recipe
 from transformers import AutoConfig
 
+from qd2mora.base import dense_weight, load_base
 from qd2mora.errors import InputRefused
 from qd2mora.memory.shapes import read_shapes
-from qd2mora.mixture import MixtureConfig
-from qd2mora.mixture.initialisers import singular_slices
+from qd2mora.mixture import MixtureConfig, add_adapter, mixture_layers
+from qd2mora.mixture.initialisers import neuron_slices, singular_slices
 from qd2mora.mixture.phases import PLAIN, Phase
 from qd2mora.recipe import Train
 from qd2mora.training import train
+from qd2mora.training.adapter_start import start_adapter
 from qd2mora.training.updates import phase_of
 
 FALLS = (
     "adapter.down={experts: 4}",
     "adapter.up={experts: 4}",
     "train.routing={top_k: 4, top_k_steps: 2, low_layers_later: 1}",
+)
+SPLIT = (
+    "adapter.init=split",
+    "adapter.targets=[up_proj, down_proj]",
+    "adapter.down={experts: 4}",
+    "adapter.up={experts: 4}",
 )
 
 
@@ -110,6 +118,35 @@ def test_slices_are_the_weights_right_singular_vectors_at_kaimings_size() -> Non
     wanted = torch.linalg.svd(weight.double())[2][:6] / 3**0.5
     torch.testing.assert_close(rows.double().abs(), wanted.abs(), rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(rows @ rows.T, torch.eye(6) / 3, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reads_neurons", [False, True])
+def test_parts_of_a_weight_are_its_neurons_and_add_up_to_it(reads_neurons: bool) -> None:
+    weight = torch.randn(10, 7, generator=torch.Generator().manual_seed(0))
+    parts = neuron_slices(weight, 3, reads_neurons=reads_neurons)
+    assert torch.equal(sum(parts), weight)
+    used = [part.abs().sum(1 - int(reads_neurons)) > 0 for part in parts]
+    assert [int(each.sum()) for each in used] == ([3, 2, 2] if reads_neurons else [4, 3, 3])
+    # A run of neighbours each, the first expert's first.
+    assert torch.cat([each.nonzero() for each in used]).flatten().tolist() == list(range(weight.shape[reads_neurons]))
+
+
+def test_experts_start_at_the_directions_of_their_own_part_of_the_pretrained_mlp(made: Path, tmp_path: Path) -> None:
+    settings = recipe(made, tmp_path / "run", *SPLIT, method="mola")
+    config = MixtureConfig.from_recipe(settings.adapter, num_tasks=2)
+    model = add_adapter(load_base(settings.base), config, seed=0)
+    start_adapter(model, config, settings, lambda: ())
+    for name, layer in mixture_layers(model).items():
+        weight, bank = dense_weight(layer.get_base_layer()).double(), layer.tensors("default")["mixture_A"].double()
+        axis = int(name.endswith("down_proj"))
+        for number, (expert, part) in enumerate(zip(bank, weight.split(172 // len(bank), axis), strict=True)):
+            wanted = torch.zeros(4, weight.shape[1]).double()
+            own = slice(number * len(part[0]), (number + 1) * len(part[0])) if axis else slice(None)
+            wanted[:, own] = torch.linalg.svd(part, full_matrices=False)[2][:4]
+            # One space: the rows of one are those of the other, turned; a third for Kaiming's size.
+            turned = expert @ wanted.T
+            torch.testing.assert_close(turned @ turned.T, torch.eye(4).double() / 3, rtol=1e-2, atol=2e-3)
+        assert not layer.tensors("default")["mixture_B"].any()
 
 
 def test_experts_that_start_at_slices_differ_and_the_adapted_model_starts_at_its_base(
