@@ -7,12 +7,12 @@ import typer
 
 from qd2mora.cli.app import MOST, app
 
+OPERATIONS = "cat, linear, lego, average, sub, fit-router, add-expert, drop-expert, pick-ranks, upcycle or extract."
+
 
 @app.command()
 def compose(
-    operation: Annotated[
-        str, typer.Argument(help="cat, linear, lego, average, sub, fit-router, upcycle or extract.", show_default=False)
-    ],
+    operation: Annotated[str, typer.Argument(help=OPERATIONS, show_default=False)],
     inputs: Annotated[
         list[str],
         typer.Argument(help="Adapters or runs; for extract a tuned model and its base.", metavar="INPUT..."),
@@ -20,7 +20,8 @@ def compose(
     out: Annotated[Path, typer.Option(help="New folder for the adapter.", show_default=False)],
     weights: Annotated[str | None, typer.Option(help="One for each input, with commas; else all 1 / n.")] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Rank of what comes out: lego, sub, extract.", min=1, max=MOST)
+        int | None,
+        typer.Option(help="Rank of what comes out: lego, sub, extract; the most of pick-ranks.", min=1, max=MOST),
     ] = None,
     experts: Annotated[
         int | None, typer.Option(help="Experts of what comes out: sub, upcycle.", min=1, max=MOST)
@@ -35,12 +36,14 @@ def compose(
     keep: Annotated[
         int | None, typer.Option(help="Of --describe: inputs to take, the nearest to the prompts.", min=1, max=MOST)
     ] = None,
+    expert: Annotated[str | None, typer.Option(help="Of drop-expert: numbers from 0, with commas.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Of pick-ranks: share of an expert to keep, to 1.")] = None,
 ) -> None:
     """Make one adapter of several, a smaller one (sub), a routed one (upcycle), or one of two checkpoints (extract)."""
     from qd2mora.composition import ComposeOptions
     from qd2mora.composition import compose as run_composition
 
-    options = ComposeOptions(weights, rank, experts, learn, steps, on, router, describe, keep)
+    options = ComposeOptions(weights, rank, experts, learn, steps, on, router, describe, keep, expert, energy)
     done = run_composition(operation, inputs, out, options)
     typer.echo(f"{done.folder}: {done.words}")
 

@@ -2,7 +2,8 @@
 
 LoRAs come out as PEFT's own folders, mixtures as this package's. Operations, see their files: cat, linear, lego
 (several LoRAs to one), average (several FlyLoRAs to one), sub (a mixture to a smaller one), upcycle (a LoRA to a
-mixture), fit_router (several LoRAs to a mixture), extract (two checkpoints to a LoRA).
+mixture), fit_router (several LoRAs to a mixture), experts (a mixture with others, fewer, or smaller ones), extract (two
+checkpoints to a LoRA).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +13,22 @@ from pathlib import Path
 from torch import Tensor
 
 from qd2mora.base import load_tokenizer
-from qd2mora.composition import cat, lego, linear, sub_moe
+from qd2mora.composition import cat, experts, lego, linear, sub_moe
 from qd2mora.composition.average import average
 from qd2mora.composition.calibration import ROWS, sampled
 from qd2mora.composition.expert_use import ExpertUse, measured_use
 from qd2mora.composition.extract import extract
 from qd2mora.composition.fit_router import fit_router
-from qd2mora.composition.inputs import PREFIX, Settings, base_of, read_loras, read_mixture, read_weights, trained_on
+from qd2mora.composition.inputs import (
+    PREFIX,
+    Settings,
+    base_of,
+    is_mixture,
+    read_loras,
+    read_mixture,
+    read_weights,
+    trained_on,
+)
 from qd2mora.composition.learned import learn
 from qd2mora.composition.shortlist import read_descriptions, shortlisted
 from qd2mora.composition.upcycle import upcycle
@@ -46,7 +56,8 @@ class ComposeOptions:
 
     learn: a recipe, or a run, on whose base and rows the weights of cat are learned, from `weights` on, in `steps`. on:
     a recipe, or a run, on whose rows sub measures how much each expert is used, and fit-router fits. router: what that
-    fits, lsq or prototype. describe: a file with a text on each adapter, of which the nearest `keep` are taken.
+    fits, lsq or prototype. describe: a file with a text on each adapter, of which the nearest `keep` are taken. expert:
+    numbers of experts to leave out, with commas. energy: the share of each expert's update that its rank must keep.
     """
 
     weights: str | None = None
@@ -58,6 +69,8 @@ class ComposeOptions:
     router: str | None = None
     describe: Path | None = None
     keep: int | None = None
+    expert: str | None = None
+    energy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -158,22 +171,63 @@ def _sub(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
     base, (folder,) = base_of(inputs), inputs
     config, linears = read_mixture(folder)
     assert config.rank is not None
-    experts, rank = options.experts or config.num_down, options.rank or config.rank
-    sub_moe.refuse_unfit(config, experts, rank)
+    number, rank = options.experts or config.num_down, options.rank or config.rank
+    sub_moe.refuse_unfit(config, number, rank)
     use = None if options.on is None else measured_use(folder, recipe_of(options.on))
     try:
         tensors = {
             f"{name}.{kind}": tensor
             for name, each in linears.items()
-            for kind, tensor in sub_moe.compress(each, experts, rank, _shares(use, name)).items()
+            for kind, tensor in sub_moe.compress(each, number, rank, _shares(use, name)).items()
         }
     except (LookupError, ValueError, RuntimeError) as error:
         raise InputRefused(f"'{folder}' does not hold the tensors that its config asks for: {error}") from error
-    write_mixture(sub_moe.compressed_config(config, experts, rank), tensors, base, stage, trained_on(inputs))
-    words = f"{config.num_down} experts of rank {config.rank} became {experts} of rank {rank}"
+    write_mixture(sub_moe.compressed_config(config, number, rank), tensors, base, stage, trained_on(inputs))
+    words = f"{config.num_down} experts of rank {config.rank} became {number} of rank {rank}"
     if use is None:
         return f"{words}; all weighed alike: --on RECIPE weighs them by their use on its rows"
     return f"{words}; weighed by their use on {use.rows} rows"
+
+
+def _add_expert(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
+    base, (folder, *others) = base_of(inputs), inputs
+    if not others:
+        raise InputRefused("compose add-expert takes a mixture and what is added to it, one given")
+    mixture = experts.cut("add-expert", *read_mixture(folder))
+    found = [
+        experts.cut("add-expert", *read_mixture(each)) if is_mixture(each) else read_loras([each])[0] for each in others
+    ]
+    words = _write_experts(*experts.added(mixture, found), base, inputs, stage)
+    if any(not is_mixture(each) for each in others):
+        return f"{words}; LoRAs have no router's row: theirs are zero until they are trained (adapter.start)"
+    return f"{words}, each with its router's row"
+
+
+def _drop_expert(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
+    assert options.expert is not None
+    try:
+        numbers = [int(part) for part in options.expert.split(",")]
+    except ValueError:
+        raise InputRefused(f"--expert: '{options.expert}' will not do: numbers of experts, such as 1,3") from None
+    mixture = experts.cut("drop-expert", *read_mixture(inputs[0]))
+    return _write_experts(*experts.dropped(mixture, numbers), base_of(inputs), inputs, stage)
+
+
+def _pick_ranks(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
+    assert options.energy is not None
+    mixture = experts.cut("pick-ranks", *read_mixture(inputs[0]))
+    config, linears, kept = experts.picked(mixture, options.energy, options.rank)
+    words = _write_experts(config, linears, base_of(inputs), inputs, stage)
+    return f"{words}; {kept:.2%} of the updates' energy is kept"
+
+
+def _write_experts(
+    config: MixtureConfig, linears: experts.Linears, base: str, inputs: Sequence[str], stage: Path
+) -> str:
+    tensors = {f"{name}.{kind}": tensor for name, each in linears.items() for kind, tensor in each.items()}
+    write_mixture(config, tensors, base, stage, trained_on(inputs))
+    ranks = config.ranks or [config.rank] * config.num_down
+    return f"{config.method}: {len(ranks)} experts of ranks {', '.join(map(str, ranks))}"
 
 
 def _fit_router(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
@@ -217,9 +271,15 @@ OPERATIONS = {
     "lego": Operation(_lego, ("weights", "rank"), needs=("rank",)),
     "sub": Operation(_sub, ("experts", "rank", "on"), num_inputs=1),
     "fit-router": Operation(_fit_router, ("on", "router", "describe", "keep"), needs=("on",)),
+    "add-expert": Operation(_add_expert, ()),
+    "drop-expert": Operation(_drop_expert, ("expert",), needs=("expert",), num_inputs=1),
+    "pick-ranks": Operation(_pick_ranks, ("energy", "rank"), needs=("energy",), num_inputs=1),
     "upcycle": Operation(_upcycle, ("experts",), needs=("experts",), num_inputs=1),
     "extract": Operation(_extract, ("rank",), ("rank",), 2, "the tuned model and its base"),
 }
+
+
+_KINDS = {"on": "a recipe or a run", "expert": "numbers of experts, such as 1,3", "energy": "a share from 0 to 1"}
 
 
 def _check(name: str, inputs: Sequence[str], options: ComposeOptions) -> None:
@@ -231,7 +291,7 @@ def _check(name: str, inputs: Sequence[str], options: ComposeOptions) -> None:
         if value is not None and key not in operation.takes:
             raise InputRefused(f"--{key}: {name} takes none; it takes {' and '.join(operation.takes)}")
         if value is None and key in operation.needs:
-            raise InputRefused(f"--{key}: {name} needs it, {'a recipe or a run' if key == 'on' else 'a whole number'}")
+            raise InputRefused(f"--{key}: {name} needs it, {_KINDS.get(key, 'a whole number')}")
     if options.steps is not None and options.learn is None:
         raise InputRefused("--steps: nothing learns; name a recipe with --learn")
     if operation.num_inputs is not None and len(inputs) != operation.num_inputs:

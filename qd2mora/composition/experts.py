@@ -1,0 +1,203 @@
+"""Experts of a trained mixture put in, taken out and made smaller, as FlexMoRE's are (arXiv 2602.08818).
+
+An expert e is A_e, B_e and its row of the router: experts that were trained apart stand side by side, each with its own
+row, and one whose row is gone is as if its logit were -inf. How small an expert may be is its spectrum: the ranks that
+keep a share of sum over linears of |B_e A_e|_F^2. All through QR of the factors: no matrix is ever d_out x d_in.
+
+Deviations: FlexMoRE picks ranks by the scores of models of many ranks, here by the share that is kept; a plain LoRA
+comes without a row and gets one of zeros, which training has to teach.
+
+Shapes: R rank of one expert, D d_in, O d_out, E experts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qd2mora.errors import InputRefused
+from qd2mora.mixture import MixtureConfig
+from qd2mora.mixture.trained_loras import TrainedLora
+
+Linears = dict[str, dict[str, Tensor]]
+"""Tensors by linear and name."""
+ROWS = ("mixture_router_down", "mixture_bias_down", "mixture_logits_down", "mixture_select_bias_down")
+"""Tensors with an entry for each expert, beside its pair."""
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A pair of one linear, A (R, D) and B (O, R), and its entries of the router's tensors, where they stand there."""
+
+    down: Tensor
+    up: Tensor
+    rows: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture's configuration; experts by linear, one after the other; and its tensors that belong to no expert."""
+
+    config: MixtureConfig
+    experts: dict[str, list[Expert]]
+    rest: Linears
+
+    @property
+    def ranks(self) -> list[int]:
+        return self.config.ranks or [self.config.rank or 0] * self.config.num_down
+
+
+def cut(operation: str, config: MixtureConfig, linears: Linears) -> Mixture:
+    """Return a mixture expert by expert. Raises InputRefused where its experts cannot be told apart."""
+    gate, row = config.routers.get("down"), config.row
+    is_pairs = row.pairing == "tied" and row.core == "none" and gate is not None and not row.stages
+    if not is_pairs or gate is None or config.allocation is not None:
+        raise InputRefused(f"{operation}: {config.method} has no pairs of one number in every layer; mola, flexmore do")
+    if gate.score not in ("linear", "bias", "static", "prototype") or gate.input in ("task", "task+x"):
+        raise InputRefused(f"{operation}: the router of {config.method} has no row for each expert that stands alone")
+    ranks = config.ranks or [config.rank or 0] * config.num_down
+    experts, rest = {}, {}
+    for name, tensors in linears.items():
+        down, up = tensors["mixture_A"], tensors["mixture_B"]
+        if down.dim() == 3 and len(down) != len(ranks):  # one ungated pair, as attention has in MixLoRA
+            experts[name], rest[name] = [], dict(tensors)
+            continue
+        downs = down.flatten(0, 1).split(ranks) if down.dim() == 3 else down.split(ranks)
+        ups = up.unbind() if up.dim() == 3 else up.split(ranks, -1)
+        entries = {key: tensors[key] for key in ROWS if key in tensors}
+        experts[name] = [
+            Expert(downs[number], ups[number], {key: rows[number] for key, rows in entries.items()})
+            for number in range(len(ranks))
+        ]
+        rest[name] = {key: each for key, each in tensors.items() if key not in ("mixture_A", "mixture_B", *ROWS)}
+    return Mixture(config, experts, rest)
+
+
+def joined(
+    mixture: Mixture, ranks: Sequence[int], experts: Mapping[str, Sequence[Expert]]
+) -> tuple[MixtureConfig, Linears]:
+    """Return the configuration and the tensors of other experts in a mixture's place, at its scale s."""
+    counts = {"experts": len(ranks)}
+    told = list(ranks) if len(set(ranks)) > 1 or mixture.config.row.has_public else None
+    plain = replace(mixture.config, rank=max(ranks), ranks=told, down=counts, up=counts, alpha=1.0)
+    config = replace(plain, alpha=mixture.config.scaling / plain.scaling)
+    linears: Linears = {}
+    for name, found in experts.items():
+        tensors = dict(mixture.rest[name])
+        if found:
+            downs, ups = [each.down for each in found], [each.up for each in found]
+            alike = len(set(ranks)) == 1
+            tensors["mixture_A"] = torch.stack(downs) if alike else torch.cat(downs)
+            tensors["mixture_B"] = torch.stack(ups) if alike else torch.cat(ups, -1)
+            tensors |= {key: torch.stack([each.rows[key] for each in found]) for key in found[0].rows}
+        linears[name] = tensors
+    return config, linears
+
+
+def dropped(mixture: Mixture, numbers: Sequence[int]) -> tuple[MixtureConfig, Linears]:
+    """Return the mixture without experts of these numbers, as if their logits were -inf. Raises InputRefused."""
+    first, ranks = int(mixture.config.row.has_public), mixture.ranks
+    for number in numbers:
+        if not first <= number < len(ranks):
+            raise InputRefused(f"--expert: {number} will not do: from {first} to {len(ranks) - 1}")
+    kept = [number for number in range(len(ranks)) if number not in numbers]
+    if len(kept) < 2:
+        raise InputRefused(f"--expert: {len(kept)} of {len(ranks)} experts would be left; a router chooses among 2")
+    experts = {name: [each[number] for number in kept] if each else [] for name, each in mixture.experts.items()}
+    return joined(mixture, [ranks[number] for number in kept], experts)
+
+
+def added(mixture: Mixture, others: Sequence[Mixture | TrainedLora]) -> tuple[MixtureConfig, Linears]:
+    """Return the mixture with the experts of others after its own, those of mixtures with their routers' rows.
+
+    Raises InputRefused where they do not fit.
+    """
+    alone = next((name for name, each in mixture.experts.items() if not each), None)
+    if alone is not None:
+        raise InputRefused(f"add-expert: {alone} has one expert without a router, beside which none can stand")
+    ranks, experts = list(mixture.ranks), {name: list(each) for name, each in mixture.experts.items()}
+    for other in others:
+        if isinstance(other, TrainedLora):
+            ranks.append(other.rank)
+            _add_lora(experts, other, mixture.config.scaling)
+            continue
+        if other.config.routers != mixture.config.routers or other.experts.keys() != mixture.experts.keys():
+            raise InputRefused(f"add-expert: a {other.config.method} with other gates or linears; they must be alike")
+        first = int(other.config.row.has_public)  # the base is there once
+        ranks += other.ranks[first:]
+        scale = other.config.scaling / mixture.config.scaling
+        for name, found in other.experts.items():
+            experts[name] += [replace(each, up=each.up * scale) for each in found[first:]]
+    return joined(mixture, ranks, experts)
+
+
+def _add_lora(experts: dict[str, list[Expert]], lora: TrainedLora, scaling: float) -> None:
+    unknown = sorted(set(lora.pairs) - set(experts))
+    if unknown:
+        raise InputRefused(f"add-expert: {lora.folder} adapts {unknown[0]}, which the mixture does not")
+    for name, found in experts.items():
+        d_in, d_out = found[-1].down.shape[1], found[-1].up.shape[0]
+        down, up = lora.pairs.get(name, (torch.zeros(lora.rank, d_in), torch.zeros(d_out, lora.rank)))
+        if down.shape[1] != d_in or up.shape[0] != d_out:
+            raise InputRefused(f"add-expert: {lora.folder}: {name} has another size there: another base")
+        rows = {key: torch.zeros_like(row) for key, row in found[-1].rows.items()}
+        found.append(Expert(down, up * (lora.scaling / scaling), rows))
+
+
+def picked(mixture: Mixture, energy: float, most: int | None) -> tuple[MixtureConfig, Linears, float]:
+    """Return the mixture with the least rank of each expert that keeps so much of its update, and what is kept of all.
+
+    energy: the share of sum over linears of |B_e A_e|_F^2, above 0 to 1; `most`: no rank above it.
+    """
+    if not 0 < energy <= 1:
+        raise InputRefused(f"--energy: {energy} will not do: a share above 0, up to 1")
+    spectra = {name: [_spectrum(each) for each in found] for name, found in mixture.experts.items()}
+    ranks, kept, whole = [], 0.0, 0.0
+    for number, rank in enumerate(mixture.ranks):
+        squares = torch.zeros(rank, dtype=torch.float64)
+        for found in spectra.values():
+            if found:
+                values = found[number][1].square()
+                squares[: len(values)] += values
+        total = float(squares.sum())
+        # Rounding of the last places must not ask for a rank that holds nothing.
+        enough = int((squares.cumsum(0) < energy * total * (1 - 1e-9)).sum()) + 1
+        chosen = min(enough, rank, most or rank)
+        ranks.append(chosen)
+        kept, whole = kept + float(squares[:chosen].sum()), whole + total
+    experts = {
+        name: [
+            _truncated(*pair, rank)
+            for pair, rank in zip(zip(mixture.experts[name], found, strict=True), ranks, strict=True)
+        ]
+        for name, found in spectra.items()
+        if found
+    }
+    experts |= {name: [] for name, found in spectra.items() if not found}
+    config, linears = joined(mixture, ranks, {name: experts[name] for name in mixture.experts})
+    return config, linears, kept / whole if whole else 1.0
+
+
+Spectrum = tuple[Tensor, Tensor, Tensor]
+
+
+def _spectrum(expert: Expert) -> Spectrum:
+    """Return U (O, R), S (R) and V^T (R, D) of B A in float64, through the factors' QR."""
+    left, upper = torch.linalg.qr(expert.up.double())
+    right, lower = torch.linalg.qr(expert.down.double().T)
+    u, values, vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+    return left @ u, values, vh @ right.T
+
+
+def _truncated(expert: Expert, spectrum: Spectrum, rank: int) -> Expert:
+    if rank == expert.down.shape[0]:
+        return expert
+    u, values, vh = spectrum
+    # Half of each singular value on either side, so that both factors learn at one pace.
+    root = values[:rank].sqrt()
+    down, up = root.unsqueeze(-1) * vh[:rank], u[:, :rank] * root
+    return replace(expert, down=down.float(), up=up.float())
+
+
+__all__ = ["Mixture", "added", "cut", "dropped", "joined", "picked"]

@@ -1,0 +1,140 @@
+"""Experts of a mixture put in, taken out and made smaller: what stays the same, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from exported import adapted
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from qd2mora.composition import ComposeOptions, compose
+from qd2mora.composition.inputs import read_mixture
+from qd2mora.errors import InputRefused
+from qd2mora.recipe import Base
+
+IDS = torch.arange(4, 24).view(2, 10)
+FIVE = {"down": {"experts": 5}, "up": {"experts": 5}, "gates": {"down": {"score": "bias"}}}
+CLOSE = {"atol": 1e-5, "rtol": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_base(tmp_path_factory.mktemp("experts") / "base", tied=False)
+
+
+@pytest.fixture(scope="module")
+def five(base: Path) -> Path:
+    """A mixture of five experts, every tensor random."""
+    model = adapted(Base(model=str(base), quantization="none"), "loramoe", **FIVE)
+    model.save_pretrained(base.parent / "five")
+    return base.parent / "five"
+
+
+def logits(base: Path, folder: Path, without: tuple[int, ...] = ()) -> Tensor:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "mixture_bias_down" in name:
+                tensor[list(without)] = -1e9  # a weight of exactly zero
+        return model(input_ids=IDS).logits
+
+
+def test_a_mixture_without_an_expert_is_the_one_whose_logit_is_masked(base: Path, five: Path, tmp_path: Path) -> None:
+    compose("drop-expert", [str(five)], tmp_path / "three", ComposeOptions(expert="1,3"))
+    torch.testing.assert_close(logits(base, tmp_path / "three"), logits(base, five, (1, 3)), **CLOSE)
+    assert (logits(base, five) - logits(base, five, (1, 3))).abs().max() > 1e-3
+
+
+def test_experts_of_two_mixtures_stand_side_by_side_with_their_routers_rows(
+    base: Path, five: Path, tmp_path: Path
+) -> None:
+    compose("drop-expert", [str(five)], tmp_path / "first", ComposeOptions(expert="3,4"))
+    compose("drop-expert", [str(five)], tmp_path / "last", ComposeOptions(expert="0,1,2"))
+    compose("add-expert", [str(tmp_path / "first"), str(tmp_path / "last")], tmp_path / "all")
+    wanted, found = (read_mixture(str(each))[1] for each in (five, tmp_path / "all"))
+    for name, tensors in wanted.items():
+        for kind, tensor in tensors.items():
+            torch.testing.assert_close(found[name][kind], tensor, **CLOSE)
+    torch.testing.assert_close(logits(base, tmp_path / "all"), logits(base, five), **CLOSE)
+
+
+def test_a_lora_becomes_an_expert_with_its_own_scale_and_can_be_dropped_again(
+    base: Path, five: Path, tmp_path: Path
+) -> None:
+    config = LoraConfig(r=6, lora_alpha=3, target_modules=["gate_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, tensor in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(tensor, std=0.2)
+    model.save_pretrained(tmp_path / "lora")
+    done = compose("add-expert", [str(five), str(tmp_path / "lora")], tmp_path / "six")
+    assert "theirs are zero until they are trained" in done.words
+    settings, linears = read_mixture(str(tmp_path / "six"))
+    assert settings.ranks is not None and settings.ranks[-1] == 6 and settings.num_down == 6
+    for name, tensors in linears.items():
+        update = settings.scaling * tensors["mixture_B"][:, -6:] @ tensors["mixture_A"][-6:]
+        if name.endswith("gate_proj"):
+            layer = model.base_model.model.get_submodule(name)
+            torch.testing.assert_close(update, layer.get_delta_weight("default"), **CLOSE)
+        else:
+            assert not update.any()
+        assert not tensors["mixture_router_down"][-1].any()
+    compose("drop-expert", [str(tmp_path / "six")], tmp_path / "back", ComposeOptions(expert="5"))
+    torch.testing.assert_close(logits(base, tmp_path / "back"), logits(base, five), **CLOSE)
+
+
+def test_an_expert_gets_the_least_rank_that_keeps_its_update(base: Path, tmp_path: Path) -> None:
+    model = adapted(Base(model=str(base), quantization="none"), "loramoe", down={"experts": 3}, up={"experts": 3})
+    planted = (1, 4, 2)
+    for name, tensor in model.named_parameters():
+        if "mixture_B" in name:
+            for expert, rank in zip(tensor.data, planted, strict=True):
+                # Columns that repeat others: the product has that rank, the bank does not show it.
+                expert.copy_(expert[:, [column % rank for column in range(4)]])
+        if "mixture_A" in name:
+            for expert, rank in zip(tensor.data, planted, strict=True):
+                expert.copy_(expert[[row % rank for row in range(4)]])
+    model.save_pretrained(tmp_path / "three")
+    done = compose("pick-ranks", [str(tmp_path / "three")], tmp_path / "picked", ComposeOptions(energy=0.99999))
+    assert read_mixture(str(tmp_path / "picked"))[0].ranks == [1, 4, 2]
+    assert done.words == "loramoe: 3 experts of ranks 1, 4, 2; 100.00% of the updates' energy is kept"
+    torch.testing.assert_close(logits(base, tmp_path / "picked"), logits(base, tmp_path / "three"), **CLOSE)
+    compose("pick-ranks", [str(tmp_path / "three")], tmp_path / "two", ComposeOptions(energy=1.0, rank=2))
+    assert read_mixture(str(tmp_path / "two"))[0].ranks == [1, 2, 2]
+
+
+def test_the_base_stays_the_first_expert_of_flexmore_whatever_is_done(base: Path, tmp_path: Path) -> None:
+    targets = ["gate_proj", "up_proj", "down_proj"]
+    changes = {"ranks": [0, 2, 3], "rank": None, "target_modules": targets}
+    model = adapted(Base(model=str(base), quantization="none"), "flexmore", **changes)
+    model.save_pretrained(tmp_path / "three")
+    compose("pick-ranks", [str(tmp_path / "three")], tmp_path / "picked", ComposeOptions(energy=1.0))
+    torch.testing.assert_close(logits(base, tmp_path / "picked"), logits(base, tmp_path / "three"), **CLOSE)
+    compose("drop-expert", [str(tmp_path / "three")], tmp_path / "two", ComposeOptions(expert="1"))
+    compose("add-expert", [str(tmp_path / "two"), str(tmp_path / "two")], tmp_path / "twice")
+    assert read_mixture(str(tmp_path / "two"))[0].ranks == [0, 3]
+    assert read_mixture(str(tmp_path / "twice"))[0].ranks == [0, 3, 3]
+    with pytest.raises(InputRefused, match="--expert: 0 will not do: from 1 to 2"):
+        compose("drop-expert", [str(tmp_path / "three")], tmp_path / "none", ComposeOptions(expert="0"))
+
+
+@pytest.mark.parametrize(
+    ("operation", "options", "words"),
+    [
+        ("drop-expert", {"expert": "5"}, "--expert: 5 will not do: from 0 to 4"),
+        ("drop-expert", {"expert": "a"}, "--expert: 'a' will not do: numbers of experts"),
+        ("drop-expert", {"expert": "0,1,2,3"}, "1 of 5 experts would be left"),
+        ("drop-expert", {}, "--expert: drop-expert needs it, numbers of experts"),
+        ("pick-ranks", {"energy": 1.5}, "--energy: 1.5 will not do"),
+        ("add-expert", {}, "takes a mixture and what is added to it"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(
+    operation: str, options: dict[str, object], words: str, five: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputRefused, match=words):
+        compose(operation, [str(five)], tmp_path / "out", ComposeOptions(**options))
+    assert not (tmp_path / "out").exists()
