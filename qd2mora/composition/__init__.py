@@ -226,7 +226,7 @@ def _write_experts(
 ) -> str:
     tensors = {f"{name}.{kind}": tensor for name, each in linears.items() for kind, tensor in each.items()}
     write_mixture(config, tensors, base, stage, trained_on(inputs))
-    ranks = config.ranks or [config.rank] * config.num_down
+    ranks = config.ranks or [config.rank or 0] * config.num_down
     return f"{config.method}: {len(ranks)} experts of ranks {', '.join(map(str, ranks))}"
 
 

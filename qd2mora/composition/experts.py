@@ -57,7 +57,8 @@ def cut(operation: str, config: MixtureConfig, linears: Linears) -> Mixture:
     if gate.score not in ("linear", "bias", "static", "prototype") or gate.input in ("task", "task+x"):
         raise InputRefused(f"{operation}: the router of {config.method} has no row for each expert that stands alone")
     ranks = config.ranks or [config.rank or 0] * config.num_down
-    experts, rest = {}, {}
+    experts: dict[str, list[Expert]] = {}
+    rest: Linears = {}
     for name, tensors in linears.items():
         down, up = tensors["mixture_A"], tensors["mixture_B"]
         if down.dim() == 3 and len(down) != len(ranks):  # one ungated pair, as attention has in MixLoRA
@@ -80,12 +81,18 @@ def joined(
     """Return the configuration and the tensors of other experts in a mixture's place, at its scale s."""
     counts = {"experts": len(ranks)}
     told = list(ranks) if len(set(ranks)) > 1 or mixture.config.row.has_public else None
-    plain = replace(mixture.config, rank=max(ranks), ranks=told, down=counts, up=counts, alpha=1.0)
-    config = replace(plain, alpha=mixture.config.scaling / plain.scaling)
+    before = mixture.config
+    # A linear with one expert keeps its rank; where alpha changes, its factor makes up for it.
+    of_one = before.attention_rank or (before.rank if not all(experts.values()) else None)
+    plain = replace(before, rank=max(ranks), ranks=told, down=counts, up=counts, attention_rank=of_one, alpha=1.0)
+    config = replace(plain, alpha=before.scaling / plain.scaling)
+    assert before.alpha is not None and config.alpha is not None
     linears: Linears = {}
     for name, found in experts.items():
         tensors = dict(mixture.rest[name])
-        if found:
+        if not found:
+            tensors["mixture_B"] = tensors["mixture_B"] * (before.alpha / config.alpha)
+        else:
             downs, ups = [each.down for each in found], [each.up for each in found]
             alike = len(set(ranks)) == 1
             tensors["mixture_A"] = torch.stack(downs) if alike else torch.cat(downs)

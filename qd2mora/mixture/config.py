@@ -13,7 +13,7 @@ from qd2mora.mixture.method import Method, Penalty, check_counts, check_gate, ex
 from qd2mora.mixture.penalties import WEIGHT_PENALTIES
 from qd2mora.mixture.presets import find_method
 from qd2mora.mixture.registration import QD2MORA
-from qd2mora.mixture.sections import check_core, check_ranks, check_shared
+from qd2mora.mixture.sections import check_attention_rank, check_core, check_ranks, check_shared
 from qd2mora.mixture.start_folder import KEY as START
 from qd2mora.mixture.start_folder import OF_A_RUN, alike, start_settings
 from qd2mora.mixture.trained_experts import experts_given
@@ -38,6 +38,7 @@ class MixtureConfig(PeftConfig):
     method: str = field(default="d2mora", metadata={"help": "a row of `qd2mora methods`"})
     rank: int | None = field(default=None, metadata={"help": "inner width of one expert"})
     ranks: list[int] | None = field(default=None, metadata={"help": "a rank for each paired expert"})
+    attention_rank: int | None = field(default=None, metadata={"help": "rank of linears with one expert"})
     alpha: float | None = field(default=None, metadata={"help": "the update is scaled by alpha / rank"})
     rank_stabilized: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(rank)"})
     dropout: float = field(default=0.0, metadata={"help": "dropout on the input of the down experts"})
@@ -126,11 +127,11 @@ class MixtureConfig(PeftConfig):
         assert self.rank is not None
         return self.scaling_of(self.ranks or [self.rank] * self.num_down)
 
-    def scaling_of(self, ranks: Sequence[int]) -> float:
-        """Return the scale of a linear whose experts have these ranks."""
+    def scaling_of(self, ranks: Sequence[int], rank_of_one: int | None = None) -> float:
+        """Return the scale of a linear whose experts have these ranks, or one expert that has a rank of its own."""
         assert self.rank is not None and self.alpha is not None
         # The largest of several ranks (`_take_experts`): one scale for all experts, alpha / max(r_e).
-        rank: float = self.rank
+        rank: float = rank_of_one or self.rank
         if self.row.scaling_rank == "total":
             rank = sum(ranks)
         elif self.row.scaling_rank == "active":
@@ -209,8 +210,9 @@ class MixtureConfig(PeftConfig):
     def to_dict(self) -> dict[str, object]:
         """Return plain values; sets become sorted lists so that files compare equal."""
         content = super().to_dict()
-        if self.core is None:  # as adapters from before it have it
-            del content["core"]
+        for key in ("core", "attention_rank"):
+            if content[key] is None:  # as adapters from before it have it
+                del content[key]
         return {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
 
     @classmethod
@@ -309,6 +311,7 @@ class MixtureConfig(PeftConfig):
             if not isinstance(bank, dict) or set(bank) != {"experts"} or bank["experts"] < 1:
                 raise InputRefused(f'adapter.{name}: {bank} will not do: write {{"experts": 4}}')
         check_core(self.core, method)
+        check_attention_rank(self.attention_rank, method)
         check_counts(method, self.num_down, self.num_up)
         self._check_ranks(method)
         self._check_gates(method)

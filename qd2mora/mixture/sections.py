@@ -18,6 +18,16 @@ def check_core(core: Mapping[str, int] | None, method: Method) -> None:
         raise InputRefused(f'adapter.core: {core} will not do: write {{"experts": 4}}')
 
 
+def check_attention_rank(rank: int | None, method: Method) -> None:
+    """Refuse a rank for linears with one expert where a method has none of those. Raises InputRefused."""
+    if rank is None:
+        return
+    if not method.one_expert:
+        raise InputRefused(f"adapter.attention_rank: {method.name} has experts in every linear; mixlora has not")
+    if rank < 1:
+        raise InputRefused(f"adapter.attention_rank: {rank} will not do: at least 1")
+
+
 def check_ranks(ranks: Sequence[int] | None, num_experts: int, method: Method) -> None:
     """Refuse ranks that are not one for each pair, or lack the base as an expert. Raises InputRefused."""
     if ranks is None:
@@ -46,4 +56,4 @@ def check_shared(shared: Mapping[str, float | str] | None) -> None:
         raise InputRefused(f"adapter.shared.init: unknown '{init}'; {nearest(init, get_args(SharedInit))}")
 
 
-__all__ = ["check_core", "check_ranks", "check_shared"]
+__all__ = ["check_attention_rank", "check_core", "check_ranks", "check_shared"]

@@ -95,7 +95,7 @@ def linear_spec(config: MixtureConfig, place: Place) -> LinearSpec:
         # order.
         if gate.reads_x:
             rows.append((role, found[f"mixture_router_{role}"][0]))
-    scaling = config.scaling_of(experts.ranks)
+    scaling = config.scaling_of(experts.ranks, _rank_of_one(config, place))
     step = RankStep(
         ranks_down=experts.ranks,
         ranks_up=experts.ranks_up,
@@ -130,6 +130,7 @@ def _experts(config: MixtureConfig, place: Place) -> _Experts:
     # MixLoRA and LLaVA-MoLE route MLPs alone: attention gets one ungated pair, which is a plain LoRA.
     if place.kind in row.one_expert:
         down = up = 1
+        rank = _rank_of_one(config, place) or rank
     elif config.allocation is not None:
         # A model that does not tell its depth has at least the layer that this linear stands in.
         up = experts_by_layer(config.allocation, max(place.num_layers, place.layer + 1))[place.layer]
@@ -146,6 +147,11 @@ def _experts(config: MixtureConfig, place: Place) -> _Experts:
         # The seed of rank r unfolded at scale s has r s ranks: B_e C_e A_e with A_e = A[:, :D/s] (x) I_s.
         ranks = tuple(rank * scale for scale in row.scales)
     return _Experts(down, up, ranks, ranks)
+
+
+def _rank_of_one(config: MixtureConfig, place: Place) -> int | None:
+    """Return the rank of a linear with one expert, where that has one of its own (MixLoRA's attention)."""
+    return config.attention_rank if place.kind in config.row.one_expert else None
 
 
 def _bank_shapes(config: MixtureConfig, place: Place, experts: _Experts) -> dict[str, tuple[int, ...]]:

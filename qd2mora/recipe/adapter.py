@@ -110,6 +110,9 @@ class Adapter(Section):
     """Inner width of one expert."""
     ranks: Annotated[list[Annotated[int, Field(ge=0, le=2**20)]], Field(min_length=1)] | None = None
     """A rank for each paired expert, where they differ; 0 first where the base is one (`flexmore`)."""
+    attention_rank: Size | None = None
+    """Inner width where a method has one expert alone: attention's of `mixlora`; else `rank`. Its update is scaled by
+    alpha over it."""
     alpha: Positive | None = None
     """The update is scaled by alpha / rank."""
     rank_stabilized: bool = False

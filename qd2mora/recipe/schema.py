@@ -82,7 +82,12 @@ class Recipe(Section):
             if not (is_judged and key == "eval_every"):
                 del content["train"][key]
         # What is left open stays as runs from before it have it.
-        for section, key in (("train", "rates"), ("train", "routing"), ("adapter", "core")):
+        for section, key in (
+            ("train", "rates"),
+            ("train", "routing"),
+            ("adapter", "core"),
+            ("adapter", "attention_rank"),
+        ):
             if content[section][key] is None:
                 del content[section][key]
         _drop_what_gates_leave_open(content)

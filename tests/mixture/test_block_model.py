@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qd2mora.base import SHAPES, load_base
+from qd2mora.errors import InputRefused
 from qd2mora.memory.checkpointing import enable_checkpointing
 from qd2mora.merging import core_lsq, mean_gate
 from qd2mora.merging.fidelity import measure, unexplained
@@ -59,6 +60,23 @@ def test_an_adapted_model_starts_as_its_base_and_does_not_stay_so() -> None:
     with model.disable_adapter():
         assert torch.equal(logits(model), before)
     assert torch.equal(logits(model.unload()), before)
+
+
+def test_attention_may_have_a_rank_of_its_own_with_alpha_over_it(tmp_path: Path) -> None:
+    model = woken(attention_rank=6)
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
+    for name, layer in mixture_layers(model).items():
+        A, B = layer.tensors("default")["mixture_A"], layer.tensors("default")["mixture_B"]
+        assert A.shape[1] == (6 if "self_attn" in name else 4), name
+        if name.endswith("q_proj"):
+            wanted = layer.base_layer(x) + 8 / 6 * x @ A[0].T @ B[0].T
+            torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-5)
+    before = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base(), tmp_path).eval()), before)
+    assert "attention_rank" not in config().to_dict()
+    with pytest.raises(InputRefused, match="attention_rank: mola has experts in every linear"):
+        MixtureConfig(method="mola", attention_rank=6)
 
 
 def test_saving_and_loading_is_bitwise_under_the_promised_names(tmp_path: Path) -> None:
