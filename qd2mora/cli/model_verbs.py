@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qd2mora.cli.app import MOST, AllowChanged, AsJson, ModelPath, RunPath, app, numbers, words
-from qd2mora.cli.ways import Alpha, Beta, Calibrate, Extract, Mix, Others, Samples, Triggers, WeakModel
+from qd2mora.cli.ways import Alpha, Beta, Calibrate, Extract, GatesEvery, Mix, Others, Samples, Triggers, WeakModel
 from qd2mora.disk.sealed import MANIFEST
 from qd2mora.errors import InputRefused
 from qd2mora.stopping import listening
@@ -137,6 +137,7 @@ def evaluate(
     samples: Samples = 1,
     temperature: SampleTemperature = 0.0,
     extract: Extract = None,
+    gates_every: GatesEvery = 1,
     out: ScoresFile = None,
     as_json: AsJson = False,
     allow_changed: AllowChanged = None,
@@ -149,9 +150,12 @@ def evaluate(
     others = None if ensemble is None else words(ensemble)
     together = ensemble_of(others, calibrate, triggers, mix)
     contrasted = contrast_of(contrast, beta, alpha)
-    way = way_of(contrasted, together, samples=samples, temperature=temperature, extract=extract)
+    kept = {"samples": samples, "gates_every": gates_every}
+    way = way_of(contrasted, together, temperature=temperature, extract=extract, **kept)
     if harness is not None and way is not None:
-        raise InputRefused("--contrast, --ensemble, --samples, --extract: the harness writes and reads answers itself")
+        raise InputRefused(
+            "--contrast, --ensemble, --samples, --extract, --gates-every: the harness writes and reads by itself"
+        )
     if harness is not None:
         from qd2mora.evaluation.harness import run_harness
 

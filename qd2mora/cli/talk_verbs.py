@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qd2mora.cli.app import MOST, AllowChanged, ModelPath, app, numbers, text_of, words
-from qd2mora.cli.ways import Alpha, Beta, Calibrate, Extract, Mix, Others, Samples, Triggers, WeakModel
+from qd2mora.cli.ways import Alpha, Beta, Calibrate, Extract, GatesEvery, Mix, Others, Samples, Triggers, WeakModel
 from qd2mora.errors import InputRefused
 from qd2mora.stopping import listening
 
@@ -55,6 +55,7 @@ def generate(
     mix: Mix = None,
     samples: Samples = 1,
     extract: Extract = None,
+    gates_every: GatesEvery = 1,
     allow_changed: AllowChanged = None,
 ) -> None:
     """Write the answer to a prompt as it comes, or those to a file of prompts; routed adapter included."""
@@ -68,7 +69,8 @@ def generate(
     others = None if ensemble is None else words(ensemble)
     together = ensemble_of(others, calibrate, triggers, mix)
     contrasted = contrast_of(contrast, beta, alpha)
-    way = way_of(contrasted, together, samples=samples, temperature=temperature, seed=seed, extract=extract)
+    kept = {"samples": samples, "seed": seed, "gates_every": gates_every}
+    way = way_of(contrasted, together, temperature=temperature, extract=extract, **kept)
     options = TalkOptions(task, numbers(vector), template, max_new_tokens, temperature, top_p, seed, way)
     if file is not None and out is not None:
         how = ManyOptions(options, raw, rows_at_once)

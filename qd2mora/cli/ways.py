@@ -22,5 +22,9 @@ Mix = Annotated[str | None, typer.Option(help="Of --ensemble: composite, or swit
 Samples = Annotated[int, typer.Option(help="Answers to draw; what most of them say counts.", min=1, max=1024)]
 Extract = Annotated[str | None, typer.Option(help="Pattern of what counts of an answer, such as '#### (.*)'.")]
 
+GatesEvery = Annotated[
+    int, typer.Option(help="Tokens of an answer that gates are decided for at once; 1 is exact.", min=1, max=1 << 20)
+]
 
-__all__ = ["Alpha", "Beta", "Calibrate", "Extract", "Mix", "Others", "Samples", "Triggers", "WeakModel"]
+
+__all__ = ["Alpha", "Beta", "Calibrate", "Extract", "GatesEvery", "Mix", "Others", "Samples", "Triggers", "WeakModel"]

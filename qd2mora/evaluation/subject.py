@@ -3,7 +3,7 @@
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from qd2mora.evaluation.ends import Ends, ends_of
 from qd2mora.evaluation.next_token import RefuseNotFinite
 from qd2mora.mixture import MixtureConfig, forgoes_cache, read_rows, shortcuts
 from qd2mora.recipe import Base
+from qd2mora.routed.gate import TOKEN
 from qd2mora.routed.modeling_mixture import CONFIGS, SUFFIX, MixtureForCausalLM, auto_map, classes_of
 from qd2mora.run_folder import BaseOf, OpenRun, RunFolder, is_run, open_run
 
@@ -43,6 +44,8 @@ class Subject:
     run: OpenRun | None = None
     templates: tuple[str, ...] = ()
     """Chat templates that word what it was trained on, beside the tokenizer's own."""
+    gates_every: int = 1
+    """Tokens of an answer that gates are decided for at once."""
 
     @cached_property
     def ends(self) -> Ends:
@@ -86,6 +89,8 @@ class Subject:
     @property
     def may_fork(self) -> bool:
         """Whether one cached prompt can be continued in several ways: no router keeps something for each row."""
+        if self.gates_every > 1:
+            return False
         if isinstance(self.model, MixtureForCausalLM):
             return not (self.model.keeps_means or self.model.first_pass != "nothing")
         if not self.is_adapted:
@@ -93,6 +98,23 @@ class Subject:
         configs = [config for config in self.model.peft_config.values() if isinstance(config, MixtureConfig)]
         gates = [gate for config in configs for gate in config.routers.values()]
         return not any(gate.is_averaged or gate.input == "hidden" for gate in gates)
+
+    def keeping_gates(self, every: int) -> "Subject":
+        """Return the same with gates that are decided once for so many tokens of an answer.
+
+        Raises InputRefused where no gate changes from token to token, or one is not decided linear by linear.
+        """
+        if not 1 <= every:
+            raise InputRefused(f"--gates-every: {every} will not do: a whole number, at least 1")
+        if every == 1:
+            return self
+        found = [each for each in self.model.peft_config.values()] if self.is_adapted else []
+        configs = [config for config in found if isinstance(config, MixtureConfig)]
+        if not any(config.routers.depends_on == TOKEN for config in configs):
+            raise InputRefused("--gates-every: no gate of this model changes from token to token; leave it out")
+        if any(config.row.placement != "linear" for config in configs) or forgoes_cache(self.model):
+            raise InputRefused("--gates-every: this adapter decides for whole blocks, or by a first pass; leave it out")
+        return replace(self, gates_every=every)
 
     def route(self, batch: Mapping[str, Tensor], copies: int = 1) -> None:
         """Tell the routers what a batch says of its rows, each of which runs `copies` times one after another."""
@@ -115,7 +137,7 @@ class Subject:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Have adapters take the shorter way from token to token while the block runs; none may change in it."""
-        with shortcuts(self.model) if self.is_adapted else nullcontext():
+        with shortcuts(self.model, self.gates_every) if self.is_adapted else nullcontext():
             yield
 
     def continue_texts(self, ids: Tensor, mask: Tensor, max_new_tokens: int, beams: int = 1) -> list[list[int]]:

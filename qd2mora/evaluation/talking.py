@@ -223,9 +223,10 @@ class Talk:
             write(self.vote.text)
             return self.vote.text
         decoding = way.decoding(self.subject, [wanted])
-        while not decoding.is_done:
-            decoding.step()
-            write(decoding.answers[0].news())
+        with self.subject.writing():
+            while not decoding.is_done:
+                decoding.step()
+                write(decoding.answers[0].news())
         return decoding.answers[0].text
 
     def _settings(self, room: int) -> GenerationConfig:

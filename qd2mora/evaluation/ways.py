@@ -31,6 +31,7 @@ class Way:
     """How answers are written. `samples`: how many are drawn, at `temperature`, and voted on.
 
     extract: what counts of a text, the first match of this pattern (its first group where it has one); else all of it.
+    gates_every: tokens of an answer that gates are decided for at once.
     """
 
     contrast: Contrast | None = None
@@ -39,6 +40,7 @@ class Way:
     seed: int = 0
     extract: str | None = None
     ensemble: EnsembleOptions | None = None
+    gates_every: int = 1
     together: Ensemble | None = None
     """The ensemble's models, once they are open (`open_in_way`)."""
 
@@ -46,13 +48,16 @@ class Way:
         check_pattern(self.extract)
         if self.contrast is not None and self.ensemble is not None:
             raise InputRefused("--contrast: one adapter is set apart from its weak form; leave out --ensemble")
+        if self.gates_every > 1 and (self.contrast is not None or self.ensemble is not None):
+            raise InputRefused("--gates-every: gates are kept for one model that answers alone, as it is")
         if self.samples > 1 and self.temperature == 0:
             object.__setattr__(self, "temperature", TEMPERATURE)
 
     @property
     def is_plain(self) -> bool:
         """Whether it is a model alone, once."""
-        return self.contrast is None and self.ensemble is None and self.samples == 1 and self.temperature == 0
+        is_alone = self.contrast is None and self.ensemble is None and self.gates_every == 1
+        return is_alone and self.samples == 1 and self.temperature == 0
 
     @property
     def question(self) -> dict[str, object]:
@@ -60,6 +65,8 @@ class Way:
         assert self.together is None
         told = asdict(self)
         del told["together"]
+        if self.gates_every == 1:  # as answers from before it were asked for
+            del told["gates_every"]
         if self.ensemble is not None:
             files = [path for path in (self.ensemble.calibrate, self.ensemble.triggers) if path is not None]
             told["ensemble"] = [model_mark(other) for other in self.ensemble.others]
@@ -91,8 +98,9 @@ class Way:
         """Return what comes of each text, all samples of all side by side."""
         drawn = [replace(each, seed=each.seed + number) for each in wanted for number in range(self.samples)]
         decoding = self.decoding(subject, drawn)
-        while not decoding.is_done:
-            decoding.step()
+        with subject.writing():
+            while not decoding.is_done:
+                decoding.step()
         texts = [answer.text for answer in decoding.answers]
         parts = [texts[start : start + self.samples] for start in range(0, len(texts), self.samples)]
         return [majority(each, answer_of) for each in parts]
@@ -166,17 +174,19 @@ def way_of(
     temperature: float = 0.0,
     seed: int = 0,
     extract: str | None = None,
+    gates_every: int = 1,
 ) -> Way | None:
     """Return the way that options ask for, None for a model alone and once. Raises InputRefused."""
-    if contrast is None and ensemble is None and samples == 1 and extract is None:
+    if contrast is None and ensemble is None and samples == gates_every == 1 and extract is None:
         return None
-    return Way(contrast, samples, temperature, seed, extract, ensemble)
+    return Way(contrast, samples, temperature, seed, extract, ensemble, gates_every)
 
 
 def open_in_way(model: str | Path, way: Way | None, allow_changed: Collection[str] = ()) -> tuple[Subject, Way | None]:
     """Open a model, and what answers beside it; how members were calibrated is logged. Raises InputRefused."""
     if way is None or way.ensemble is None:
-        return open_subject(model, allow_changed), way
+        subject = open_subject(model, allow_changed)
+        return (subject if way is None else subject.keeping_gates(way.gates_every)), way
     options, bases = way.ensemble, SharedBases()
     members = [open_subject(path, allow_changed, bases) for path in (model, *options.others)]
     names = [str(model), *options.others]

@@ -5,6 +5,9 @@ joined, are kept from one to the next. Linears that read the same x (q, k and v;
 product over x and one step in rank space for all of them. At one token a row, what a linear does beside its two thin
 products would be dearer than the products.
 
+Gates may be kept for several tokens (CMLoRA's caching, arXiv 2502.04923, for gates): then each linear decides at the
+first token of an answer, keeps that for the next ones, and decides anew. At one token it is exact.
+
 Deviation from the form of `fused`: none in exact arithmetic; in floating point, products of another shape may add in
 another order.
 
@@ -26,26 +29,31 @@ from qd2mora.mixture.layer import MixtureLinear, mixture_layers
 from qd2mora.mixture.spec import LinearSpec
 from qd2mora.routed.gate import Gate
 from qd2mora.routed.ops import wide
+from qd2mora.routed.routers import Gating
 
 Step = Callable[[Tensor, Tensor], Tensor]
 """Makes v (T, S, P), at least float32, of u (T, F) and of x (..., D), where the T tokens come from."""
 
 
 @contextmanager
-def shortcuts(model: nn.Module) -> Iterator[None]:
+def shortcuts(model: nn.Module, gates_every: int = 1) -> Iterator[None]:
     """Have adapted linears take the shorter way while the block runs; no adapter may change in it.
 
-    They keep a copy of the adapter's matrices in the dtype of the products until it ends.
+    They keep a copy of the adapter's matrices in the dtype of the products until it ends. `gates_every`: tokens of an
+    answer that gates are decided for at once; rows must stay what they are until it ends.
     """
     found = mixture_layers(model)
+    if any(layer.shortcut is not None for layer in found.values()):
+        yield  # whoever took them before gives them back
+        return
     shared: dict[tuple[object, ...], _SameInput] = {}
     for name, layer in found.items():
         adapter = _the_one_adapter(layer)
         if adapter is not None:
             parent, spec = name.rpartition(".")[0], layer.mixture_spec[adapter]
             # Plain steps take several linears at once where these are alike; others stay by themselves.
-            key = (parent, layer.in_features, spec.step) if _is_plain(spec) else (name,)
-            layer.shortcut = _Shortcut(layer, shared.setdefault(key, _SameInput(adapter)))
+            key = (parent, layer.in_features, spec.step) if _is_plain(spec) and gates_every == 1 else (name,)
+            layer.shortcut = _Shortcut(layer, shared.setdefault(key, _SameInput(adapter, gates_every)))
     try:
         yield
     finally:
@@ -64,8 +72,8 @@ def _the_one_adapter(layer: MixtureLinear) -> str | None:
 class _SameInput:
     """Linears of one parent that may read the same x, and what the first of them made of the last x."""
 
-    def __init__(self, adapter: str) -> None:
-        self.adapter, self.layers = adapter, list[MixtureLinear]()
+    def __init__(self, adapter: str, gates_every: int) -> None:
+        self.adapter, self.layers, self.gates_every = adapter, list[MixtureLinear](), gates_every
         self.dtype: torch.dtype | None = None
         """Of the linears' outputs, and of what is kept for them."""
         self.columns: list[Tensor] = []
@@ -80,9 +88,12 @@ class _SameInput:
         # Banks of all linears, then their routers, so that each kind is one view of the product.
         self._rows = torch.cat([part for of_kind in zip(*parts, strict=True) for part in of_kind]).to(dtype)
         self.columns = [layer.columns(self.adapter).to(dtype).T.contiguous() for layer in self.layers]
-        self._step = (
-            _plain_chain(spec, len(self.layers), self._routers_up()) if _is_plain(spec) else self._any_step(spec)
-        )
+        if self.gates_every > 1:
+            self._step = _KeptGates(self.layers[0], self.adapter, self.gates_every)
+        elif _is_plain(spec):
+            self._step = _plain_chain(spec, len(self.layers), self._routers_up())
+        else:
+            self._step = self._any_step(spec)
         self.dtype = dtype
 
     def v_of(self, x: Tensor, number: int) -> Tensor:
@@ -114,6 +125,29 @@ class _SameInput:
             return v.reshape(len(u_TF), 1, -1)
 
         return step
+
+
+class _KeptGates:
+    """The step of one linear whose gates are decided for several tokens of an answer at once."""
+
+    def __init__(self, layer: MixtureLinear, adapter: str, every: int) -> None:
+        self.layer, self.adapter, self.every = layer, adapter, every
+        self.own, self.step = layer.own_small(adapter), layer.mixture_spec[adapter].step
+        self._gatings: dict[str, Gating] = {}
+        self._left = 0
+
+    def __call__(self, u_TF: Tensor, x: Tensor) -> Tensor:
+        u = wide(u_TF).view(*x.shape[:-1], -1)
+        # A prompt's tokens have gates of their own, and may come in several passes of one cache.
+        is_answer = self.layer.routing.is_decoding and x.dim() == 3 and x.shape[1] == 1
+        if is_answer and self._left:
+            self._left -= 1
+            v = self.step.apply(u, self.own, self._gatings)
+        else:
+            small = self.own | self.layer.given_small(x, self.adapter)
+            v, self._gatings = self.step.route(u, small)
+            self._left = self.every - 1 if is_answer else 0
+        return v.reshape(len(u_TF), 1, -1)
 
 
 class _Shortcut:

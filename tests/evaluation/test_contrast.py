@@ -2,11 +2,13 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from exported import make_run
+from torch import Tensor
 
 from qd2mora.cli import main
 from qd2mora.errors import InputRefused
@@ -53,6 +55,43 @@ def written(subject: Subject, way: Way, number: int = 16) -> list[str]:
     while not decoding.is_done:
         decoding.step()
     return [answer.text for answer in decoding.answers]
+
+
+def test_kept_gates_write_the_same_alone_and_in_a_batch_and_at_one_token_what_is_written_without(
+    routed: Subject,
+) -> None:
+    logs = {every: logs_of(routed, every) for every in (1, 3, 64)}
+    for every, together in logs.items():
+        alone = [logs_of(routed, every, [number])[0] for number in range(len(TEXTS))]
+        for one, other in zip(alone, together, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    # The first token of an answer is the prompt's, the second decides; later ones go by what that decided.
+    torch.testing.assert_close(logs[64][2][:2], logs[1][2][:2])
+    assert not torch.allclose(logs[64][2], logs[1][2], atol=1e-3)
+    assert not torch.allclose(logs[64][2], logs[3][2], atol=1e-3)
+
+
+def logs_of(subject: Subject, every: int, numbers: Sequence[int] = range(3)) -> list[Tensor]:
+    """Return the log probabilities of what is written with gates that are kept for so many tokens."""
+    kept = subject.keeping_gates(every)
+    ids = {number: kept.tokenizer(TEXTS[number])["input_ids"] for number in numbers}
+    wanted = [Wanted(each, kept.ends, 8 + 4 * number) for number, each in ids.items()]
+    decoding = Way(gates_every=every).decoding(kept, wanted)
+    with kept.writing():
+        while not decoding.is_done:
+            decoding.step()
+    return [torch.tensor([token.logprob for token in answer.chosen]) for answer in decoding.answers]
+
+
+def test_gates_are_kept_where_they_change_from_token_to_token_alone(folder: Path) -> None:
+    way = Way(gates_every=4)
+    told = TalkOptions(max_new_tokens=8, way=way)
+    for talk in (told, TalkOptions(max_new_tokens=8, way=Way())):
+        assert isinstance(generate(folder / "run-mola-none", "red sun", talk), str)
+    with pytest.raises(InputRefused, match="--gates-every: no gate of this model changes"):
+        generate(folder / "run-lora-none", "red sun", told)
+    with pytest.raises(InputRefused, match="--gates-every: gates are kept for one model"):
+        Way(contrast=Contrast("base"), gates_every=4)
 
 
 @pytest.mark.parametrize("weak", ["base", "top1", "uniform"])

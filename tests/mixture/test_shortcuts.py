@@ -120,3 +120,25 @@ def test_after_the_block_changed_weights_are_seen() -> None:
         after = outputs(parts, x)
     assert not torch.allclose(before[0], after[0])
     torch.testing.assert_close(after, outputs(parts, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["d2mora", "loramoe", "smora", "comol"])
+def test_gates_that_are_kept_are_those_of_the_first_of_so_many_tokens(method: str) -> None:
+    parts = three(method)
+    prompt, *tokens = (torch.randn(2, length, made.D_IN, dtype=torch.float64) for length in (4, 1, 1, 1, 1))
+    exact = [outputs(parts, x) for x in (prompt, *tokens)]
+    routing = parts["q_proj"].routing
+    found = []
+    with shortcuts(parts, gates_every=2):
+        for number, x in enumerate((prompt, *tokens)):
+            routing.is_decoding = number > 0
+            found.append(outputs(parts, x))
+    for number in (0, 1, 3):  # the prompt, and each first of two tokens
+        torch.testing.assert_close(found[number], exact[number], rtol=1e-12, atol=1e-12)
+    for number, (layer, ours) in enumerate(zip(parts.values(), found[2], strict=True)):
+        step = layer.mixture_spec["default"].step
+        (first, small), (u, _) = (layer._features(x, "default") for x in tokens[:2])
+        v = step.apply(u, small, step.route(first, small)[1])
+        wanted = layer.base_layer(tokens[1]) + layer.scaling("default") * v @ layer.columns("default").T
+        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+        assert not torch.allclose(ours, exact[2][number])
