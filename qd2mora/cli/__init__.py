@@ -20,6 +20,7 @@ from qd2mora.cli import (  # isort: skip  # noqa: F401
     push_verb,
     compose_verb,
     select_verb,
+    histories_verb,
     compare_verbs,
     inspect_verbs,
     bench_verb,
@@ -32,7 +33,7 @@ from qd2mora.redact import redacted
 from qd2mora.stopping import AGAIN, listening
 from qd2mora.terminal import lost_output, open_terminal
 
-LEAVES_FILES = ("train", "merge", "compare", "compose", "select")
+LEAVES_FILES = ("train", "merge", "compare", "compose", "select", "histories")
 """Verbs whose result lies on disk; others do with --out, and inspect without --json."""
 
 
@@ -69,7 +70,7 @@ def _then(arguments: list[str]) -> str:
     )
     if verb == "compare" or keeps_answers:
         return "what is done is kept, and the same command goes on from there"
-    if verb in ("merge", "compose", "select"):
+    if verb in ("merge", "compose", "select", "histories"):
         return "no half of the output is left, run the command again"
     if verb == "eval":
         return "with --out FILE an evaluation goes on where it stopped, without one it begins again"
