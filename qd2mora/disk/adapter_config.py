@@ -190,7 +190,7 @@ _MIXTURE: dict[str, _Rule] = {
         "experts by depth are needed, such as 2-4-6-8",
     ),
     "init": (_is_name, "a plain name is needed"),
-    **dict.fromkeys(("num_tasks", "task_embedding", "external_width"), _COUNT),
+    **dict.fromkeys(("num_tasks", "task_embedding", "external_width", "attention_rank"), _COUNT),
 }
 
 __all__ = ["check_adapter_config"]

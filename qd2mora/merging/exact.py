@@ -158,6 +158,8 @@ def _content(layer: MixtureLinear, adapter_name: str, tensors: dict[str, Tensor]
     gates = {role: asdict(replace(gate, dropout=0.0)) for role, gate in spec.step.gates}
     for fields in gates.values():
         del fields["dropout"]  # of training alone
+        if fields["draws"] == 1:  # as exports from before it have it
+            del fields["draws"]
     return {
         "step": step | {"gates": gates},
         "scaling": spec.scaling,

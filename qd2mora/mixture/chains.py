@@ -82,7 +82,8 @@ CHAINS = (
         equation="z = A x; g = top_k softmax(MLP(z)), renormalised; y += s B (sum_e g_e d_e) * z",
         source="github RoyZry98/MoFME-Pytorch",
         mark="part",
-        note="image restoration's feature modulation carried over to rank space; without the uncertainty-aware router",
+        note="image restoration's feature modulation carried over to rank space; gates: {core: {draws: 5}} is a "
+        "reconstruction of its uncertainty-aware router, off as in adapters from before it",
         core="diagonal",
         cores=8,
         gate_core=Gate("z", score="mlp", width=16, select="top_k", weight="renorm", top_k=2),

@@ -175,6 +175,8 @@ def _choosing_problems(gate: Gate, num_experts: int) -> Iterator[str]:
         yield f"top_k: {gate.top_k} will not do: select: {gate.select} takes none; it goes with top_k"
     if gate.score == "mlp" and gate.width is None:
         yield f"width: {gate.width} will not do: score: mlp needs the width of its hidden layer"
+    if gate.draws > 1 and (gate.score != "mlp" or gate.draws > (gate.width or 0)):
+        yield f"draws: {gate.draws} will not do: hidden units are drawn, of score: mlp, at most as many as its width"
     if gate.dropout and (gate.select == "fixed" or gate.score == "activation"):
         yield f"dropout: {gate.dropout} will not do: nothing stands in for a fixed expert, or a rank that chose itself"
     if gate.omega != 1.0 and gate.weight not in ("uniform", "straight_through"):

@@ -60,6 +60,7 @@ _GATE = {
     "width": "Inner width of a router that is a network, for `score: mlp` and `prototype`",
     "bias_rate": "How fast a bias moves that evens out the use of experts; 0: none",
     "dropout": "The chance that an expert is left out for a token in training",
+    "draws": "Draws of the router, whose scores count less where they do not agree, for `score: mlp`; 1: none",
 }
 """What a gate's fields are for, as the reference of recipes tells it."""
 

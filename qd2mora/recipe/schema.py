@@ -110,8 +110,9 @@ def _drop_what_gates_leave_open(content: dict[str, Any]) -> None:
         for key in ("top_k", "top_k_steps", "low_layers_later"):
             routing.pop(key, None)
     for gate in (content["adapter"]["gates"] or {}).values():
-        if gate["dropout"] is None:
-            del gate["dropout"]
+        for key in ("dropout", "draws"):
+            if gate[key] is None:
+                del gate[key]
 
 
 __all__ = ["Recipe"]

@@ -42,6 +42,7 @@ class Gate:
         the softmax over all experts, whatever is chosen for penalties and counts; `soft` is that in training and
         `renorm` after it; `sigmoid_renorm` is k times an expert's part of the k chosen sigmoids.
     dropout: the chance that an expert is left out for a token, in training; gates that sum to one still do.
+    draws: of a network as router, each without its part of the hidden units: scores they do not agree on count less.
     """
 
     input: Input = "x"
@@ -59,6 +60,7 @@ class Gate:
     width: int | None = field(default=None, metadata={"ge": 1})
     bias_rate: float = field(default=0.0, metadata={"ge": 0})
     dropout: float = field(default=0.0, metadata={"ge": 0, "le": 0.9})
+    draws: int = field(default=1, metadata={"ge": 1})
 
     @property
     def depends_on(self) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from .gate import Gate
-from .routers import Gating, decide, noisy
+from .routers import Gating, decide, doubted, noisy
 
 Small = Mapping[str, Tensor]
 """What the step reads beside u, by name: `router_up` (N, R), `core`, `logits_down` (..., E) given from outside, ..."""
@@ -274,7 +274,9 @@ def finish_scores(gate: Gate, scores: Tensor, bias: Tensor | None, out: Tensor |
         scores = scores + bias.to(scores.dtype)
     # An MLP's first layer is among the rows that read x or z; only its second, E wide, comes here.
     if out is not None:
-        scores = F.linear(scores.relu(), out.to(scores.dtype))
+        scores, hidden = F.linear(scores.relu(), out.to(scores.dtype)), scores.relu()
+        if gate.draws > 1:
+            scores = doubted(scores, hidden, out.to(scores.dtype), gate.draws)
     if gate.score == "prototype":
         # Arrow's prototypes are directions (singular vectors), whose sign says nothing.
         scores = scores.abs()

@@ -94,6 +94,22 @@ def noisy(scores: Tensor, spread: Tensor, noise: Tensor) -> Tensor:
     return scores + noise * torch.nn.functional.softplus(spread)
 
 
+def doubted(scores: Tensor, hidden: Tensor, out_EH: Tensor, draws: int) -> Tensor:
+    """Return scores (..., E) over sqrt(1 + their variance over draws of the router) (MoFME's uncertainty-aware router).
+
+    scores = hidden (..., H) out^T. Draw s leaves out every hidden unit whose number is s modulo `draws` and scales the
+    others up, so that each unit is left out once and the draws' mean is the scores themselves. A reconstruction: the
+    paper whitens draws of a router with dropout by their covariance, and its code has no dropout to draw with; here the
+    draws are the same at every asking, and each expert has a variance of its own.
+    """
+    spread = torch.zeros_like(scores)
+    for draw in range(draws):
+        part = hidden[..., draw::draws] @ out_EH[:, draw::draws].T
+        # l_s - mean = (sum - draws * part) / (draws - 1), where l_s is (sum - part) draws / (draws - 1).
+        spread = spread + ((scores - draws * part) / (draws - 1)).square()
+    return scores / (1 + spread / draws).sqrt()
+
+
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
     """Return 1 at the k largest of each token, of equal ones the first, else 0, in their dtype; no gradient."""
     # Not `topk`, which takes any of equal scores, another one on another device: the kernels take the first.
@@ -194,4 +210,4 @@ def _soft(scores: Tensor, temperature: float) -> Tensor:
     return (scores if temperature == 1 else scores / temperature).softmax(-1)
 
 
-__all__ = ["Gating", "decide", "log_probability", "noisy", "tsallis_entropy"]
+__all__ = ["Gating", "decide", "doubted", "log_probability", "noisy", "tsallis_entropy"]

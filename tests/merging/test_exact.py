@@ -34,7 +34,12 @@ SMALL = {"dynmole": {"down": {"experts": 3}, "up": {"experts": 3}}}
 MORE_GATES = {
     "entropy": {"gates": {"down": {"select": "entropy", "top_k": 1, "weight": "sigmoid"}, "up": {"temperature": 0.5}}},
     "prototype": {"gates": {"down": {"score": "prototype"}, "up": {"score": "bias", "select": "top_k", "top_k": 2}}},
-    "noisy": {"gates": {"down": {"score": "noisy", "select": "top_k", "top_k": 1}, "up": {"score": "mlp", "width": 5}}},
+    "noisy": {
+        "gates": {
+            "down": {"score": "noisy", "select": "top_k", "top_k": 1},
+            "up": {"score": "mlp", "width": 5, "draws": 2},
+        }
+    },
     "shared_router": {"gates": {"down": {"scope": "block"}}},
     "sequence": {"gates": {"up": {"input": "x", "granularity": "sequence"}}},
     "task": {"num_tasks": 2, "task_embedding": 4, "gates": {"down": {"input": "task", "granularity": "task"}}},

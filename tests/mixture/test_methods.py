@@ -106,6 +106,17 @@ def mlp(t: dict[str, Tensor], h: Tensor) -> Tensor:
     return t["mixture_out_down"] @ torch.relu(t["mixture_router_down"] @ h + t["mixture_bias_down"])
 
 
+def doubted(t: dict[str, Tensor], h: Tensor) -> Tensor:
+    """Three draws of a network, each without two of its six hidden units; what they do not agree on counts less."""
+    hidden = torch.relu(t["mixture_router_down"] @ h + t["mixture_bias_down"])
+    draws = []
+    for draw in range(3):
+        kept = torch.tensor([float(unit % 3 != draw) for unit in range(6)])
+        draws.append(t["mixture_out_down"] @ (hidden * kept) * 3 / 2)
+    mean = sum(draws) / 3
+    return mean / (1 + sum((each - mean) ** 2 for each in draws) / 3) ** 0.5
+
+
 def masked(places: Callable[[Tensor], list[int]], weight: Callable[[Tensor], Tensor]) -> Twin:
     return by_gate(lambda logits: weight(logits) * gates.mask(places(logits), len(logits)))
 
@@ -146,6 +157,7 @@ FIELDS: dict[str, tuple[dict[str, object], Twin]] = {
     "bias": ({"score": "bias"}, by_logits(lambda t, x: linear(t, x) + t["mixture_bias_down"])),
     "prototype": ({"score": "prototype"}, by_logits(lambda t, x: linear(t, x).abs())),
     "mlp": ({"score": "mlp", "width": 6}, by_logits(mlp)),
+    "draws": ({"score": "mlp", "width": 6, "draws": 3}, by_logits(doubted)),
     "sequence": ({"granularity": "sequence"}, averaged(prompt, linear)),
     "sequence mlp": ({"granularity": "sequence", "score": "mlp", "width": 6}, averaged(prompt, mlp)),
     "sequence prototype": (
