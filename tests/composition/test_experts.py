@@ -106,6 +106,7 @@ def test_an_expert_gets_the_least_rank_that_keeps_its_update(base: Path, tmp_pat
     assert read_mixture(str(tmp_path / "two"))[0].ranks == [1, 2, 2]
 
 
+@pytest.mark.long
 def test_attention_keeps_its_update_where_the_experts_of_mlps_get_smaller(base: Path, tmp_path: Path) -> None:
     model = adapted(Base(model=str(base), quantization="none"), "mixlora")
     for name, tensor in model.named_parameters():
@@ -118,6 +119,7 @@ def test_attention_keeps_its_update_where_the_experts_of_mlps_get_smaller(base: 
     torch.testing.assert_close(logits(base, tmp_path / "two"), logits(base, tmp_path / "four"), **CLOSE)
 
 
+@pytest.mark.long
 def test_the_base_stays_the_first_expert_of_flexmore_whatever_is_done(base: Path, tmp_path: Path) -> None:
     targets = ["gate_proj", "up_proj", "down_proj"]
     changes = {"ranks": [0, 2, 3], "rank": None, "target_modules": targets}
