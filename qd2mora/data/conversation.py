@@ -41,7 +41,7 @@ _SAME = {
 }
 _CALLING = ("function_call", "tool_call", "tool_calls")  # roles whose content is a call, in ShareGPT's way
 
-UNLEARNED = "have answers that are not learned (weight: 0 and the like)"
+UNLEARNED = "have answers that a field leaves out of what is learned (weight: 0 and the like)"
 _OTHERS = "ask to learn messages of others; answers alone are learned"
 _IN_A_ROW = "have messages of one role in a row; they are worded as they are"
 _EMPTY = "have an empty message of the user; it is worded as it is"

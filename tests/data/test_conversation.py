@@ -135,7 +135,9 @@ def test_a_message_that_is_switched_off_is_given_and_the_others_learned(
         assert ("sun" in text) == (is_learned or which != 1) and ("moon" in text) == (is_learned or which != 3)
         if not is_learned:  # what follows the last answer that is learned is left out
             assert ("sun" in tokenizer.decode(row.ids)) and ("moon" in tokenizer.decode(row.ids)) == (which != 3)
-    assert "5 rows have answers that are not learned (weight: 0 and the like)" in notes(made, tokenizer)
+    assert "5 rows have answers that a field leaves out of what is learned (weight: 0 and the like)" in notes(
+        made, tokenizer
+    )
 
 
 def test_a_switch_and_learning_everything_are_refused_together(
