@@ -57,7 +57,7 @@ def sections(model: type[BaseModel], place: str = "") -> Iterator[tuple[str, typ
     yield place, model
     for name, field in model.model_fields.items():
         for part in _models_in(field.annotation):
-            inside = {"tasks": "[]", "gates": ".ROLE"}.get(name, "")
+            inside = {"tasks": "[]", "stages": "[]", "gates": ".ROLE"}.get(name, "")
             yield from sections(part, f"{place}.{name}{inside}".lstrip("."))
 
 

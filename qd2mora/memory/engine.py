@@ -31,6 +31,10 @@ def check_engine(recipe: Recipe, config: MixtureConfig) -> None:
         return
     if recipe.adapter.grow is not None:
         raise InputRefused("memory.engine: deepspeed shares experts out whole, and adapter.grow freezes some; none")
+    if recipe.train.stages is not None:
+        raise InputRefused(
+            "memory.engine: deepspeed updates all that it shares out, and train.stages freezes some; none"
+        )
     if importlib.util.find_spec("deepspeed") is None:
         raise InputRefused("memory.engine: deepspeed is not installed; pip install 'qd2mora[deepspeed]'")
     if may_be_blockwise(recipe.train.optimizer):

@@ -87,6 +87,7 @@ class Recipe(Section):
             ("train", "routing"),
             ("adapter", "core"),
             ("adapter", "attention_rank"),
+            ("train", "stages"),
         ):
             if content[section][key] is None:
                 del content[section][key]

@@ -62,6 +62,15 @@ class LearnedRouting(Section):
         return self
 
 
+class Stage(Section):
+    """Steps in which a part of the adapter is trained; the rest keeps its bits."""
+
+    train: Literal["experts", "routers", "all"]
+    """`experts`: all but the routers; `routers`: with their biases, static weights and task embeddings; `all`."""
+    steps: Count | None = None
+    """How many; stages that leave it out share what is left of the run, in equal parts."""
+
+
 class Train(Section):
     """How it is learned."""
 
@@ -79,6 +88,8 @@ class Train(Section):
     """Other rates for experts and routers; one for all where left out."""
     routing: LearnedRouting | None = None
     """How gates and their penalties change at first; as they are from the first step on where left out."""
+    stages: Annotated[list[Stage], Field(min_length=1)] | None = None
+    """Which part of the adapter is trained in which steps, one stage after another; all in all where left out."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls to zero, or that it does not."""
     warmup_steps: Whole = 0
@@ -140,4 +151,4 @@ def seconds_of(limit: str | None) -> float:
     return float(limit.removesuffix(unit)) * _TIME_UNITS[unit]
 
 
-__all__ = ["HARMLESS", "Finish", "LearnedRouting", "Rates", "Train", "seconds_of"]
+__all__ = ["HARMLESS", "Finish", "LearnedRouting", "Rates", "Stage", "Train", "seconds_of"]

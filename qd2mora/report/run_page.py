@@ -115,6 +115,9 @@ def _facts(run: RunContents) -> str:
         ("device", manifest.device),
         ("seed", recipe.train.seed),
     ]
+    if recipe.train.stages is not None:
+        each = (f"{stage.train} ({stage.steps or 'what is left'})" for stage in recipe.train.stages)
+        trained.append(("stages (steps)", ", ".join(each)))
     prefix = "versions."
     versions = [(key.removeprefix(prefix), each) for key, each in manifest.identity.items() if key.startswith(prefix)]
     changes = [(f"from step {change.step}", ", ".join(change.changed)) for change in manifest.lineage]

@@ -21,6 +21,7 @@ from qd2mora.objectives import told
 from qd2mora.training.estimator import backward_over_draws
 from qd2mora.training.micro_batches import Course, MicroBatches, key_of
 from qd2mora.training.progress import Progress
+from qd2mora.training.stages import Stages
 from qd2mora.training.updates import add_gradient
 
 MAX_BAD_IN_A_ROW = 3
@@ -50,6 +51,7 @@ class StepGradient:
     max_norm: float | None
     draws: int
     """Of a router that samples."""
+    stages: Stages = field(default_factory=Stages)
     _measures: list[Tensor] = field(default_factory=list)
     """What the objective measured of the step's micro batches, on this process."""
     _baseline: float = 0.0
@@ -126,6 +128,7 @@ class StepGradient:
         # Before the penalties: theirs would hide an expert that is detached from the loss.
         prove_flow(self.batches.model, self.batches.updater.parameters, self.batches.progress)
         penalties = self._add_penalties()
+        self.stages.freeze(self.batches.updater.parameters, self.batches.progress.step)
         parameters = list(self.batches.updater.parameters.values())
         # A limit of infinity clips nothing and measures the norm all the same.
         return float(nn.utils.clip_grad_norm_(parameters, self.max_norm or math.inf)), penalties

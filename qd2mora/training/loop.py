@@ -86,6 +86,7 @@ class Training:
         # Before the pass, which hands gradients to this stage's expert alone.
         enter_stage(self.batches.model, self.updater, self.gradient.config, update, total)
         enter_phase(self.batches.model, self.train, update)
+        self._tell(self.gradient.stages.news(update))
         self.gradient.prepare(rows)
         loss, norm, penalties = self._whole_gradient(rows)
         load = max_load(self.batches.model, self.processes)
@@ -94,7 +95,7 @@ class Training:
         # The data moves on whatever comes of the step, so that a bad one is never met twice.
         self.progress.step += 1
         if math.isfinite(loss) and math.isfinite(norm):
-            self._update(rate)
+            self._update(rate, update)
         else:
             self._count_bad(rows, loss, norm)
         self.updater.forget_gradients()
@@ -157,10 +158,15 @@ class Training:
             return "train.time_limit"
         return ""
 
-    def _update(self, rate: float) -> None:
+    def _tell(self, line: str) -> None:
+        if line:
+            self.journal.say(line)
+
+    def _update(self, rate: float, update: int) -> None:
         self.updater.update(rate)
-        # Load biases move once an update, by what all micro batches have counted (FlyLoRA's rule).
-        after_step(self.batches.model)
+        if self.gradient.stages.moves_routers(update):
+            # Load biases move once an update, by what all micro batches have counted (FlyLoRA's rule).
+            after_step(self.batches.model)
         self.progress.applied += 1
         self.progress.bad_in_a_row = 0
         raise_scale(self.progress)

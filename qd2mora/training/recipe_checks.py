@@ -20,6 +20,8 @@ def check_stages(config: MixtureConfig, train: Train) -> None:
     """Refuse what would move the frozen experts of a method that grows."""
     if not config.row.stages:
         return
+    if train.stages is not None:
+        raise InputRefused(f"train.stages: {config.method} adds its experts in stages of its own; leave it out")
     if train.weight_decay:
         raise InputRefused(
             f"train.weight_decay: {train.weight_decay:g} would move frozen experts of {config.method}; 0"

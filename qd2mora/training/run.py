@@ -62,6 +62,7 @@ from qd2mora.training.recipe_checks import (
 )
 from qd2mora.training.rehearsal import Rehearsal, is_worthwhile
 from qd2mora.training.result import save_result, save_whole
+from qd2mora.training.stages import Stages
 from qd2mora.training.start_words import say_what_starts
 from qd2mora.training.updates import PlainUpdater, Updater, build_optimizer, by_rate, num_draws
 from qd2mora.training.zero import ZeroUpdater
@@ -161,6 +162,7 @@ def _train_locked(start: Start) -> Trained:
     processes.from_main(lambda: refuse_full(folder.path, bytes_to_write(inputs.recipe, inputs.planned)))
     ancestry = _identified(start, inputs)
     course = _course(inputs)
+    stages = Stages.of(inputs.recipe, course.total_steps)
     model, frozen = _started_model(start, inputs, course.mixture)
     ancestry.add({"base": fingerprint(inputs.recipe.base)})  # after the load, which fetches what is not here yet
     ancestry.add(identity_of_start(inputs.recipe))
@@ -168,6 +170,8 @@ def _train_locked(start: Start) -> Trained:
     processes.copy_from_main(adapter_tensors(model))
     reference = reference_of(inputs.recipe, model)
     updater = _updater(start, inputs, model, frozen)
+    adapter = inputs.recipe.adapter
+    stages.refuse_idle(updater.parameters, bool(adapter.start or adapter.adapters))
     progress, problems = _restored(start, updater)
     _open(start, inputs, ancestry, progress)
     mark = base_identity(inputs.recipe.base, str(ancestry.identity["base"]))
@@ -175,6 +179,7 @@ def _train_locked(start: Start) -> Trained:
     batches = _micro_batches(inputs, model, updater, processes, progress, journal)
     batches.reference = reference
     training = _training(start, inputs, course, batches, journal, mark)
+    training.gradient.stages = stages
     for line in (*(f"passed over: {problem}" for problem in problems), *of_machine):
         journal.say(line)
     say_what_starts(training, inputs.planned, inputs.tokenizer)

@@ -33,6 +33,8 @@ def say_what_starts(training: Training, planned: Plan, tokenizer: PreTrainedToke
     rates = training.train.rates
     if rates is not None:
         say("rates: " + ", ".join(f"{part} {factor:g} times" for part, factor in rates.model_dump().items()))
+    for line in training.gradient.stages.words():
+        say(f"stage: {line}")
     layers = "kept"
     if planned.checkpointing:
         layers = f"recomputed in {planned.layout.recomputed} layers"
