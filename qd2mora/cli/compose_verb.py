@@ -7,7 +7,7 @@ import typer
 
 from qd2mora.cli.app import MOST, app
 
-OPERATIONS = "cat, linear, lego, average, sub, fit-router, add-expert, drop-expert, pick-ranks, upcycle or extract."
+OPERATIONS = "cat, linear, lego, average, sub, prune, fit-router, add-expert, drop-expert, pick-ranks, upcycle or extract."
 
 
 @app.command()
@@ -24,12 +24,12 @@ def compose(
         typer.Option(help="Rank of what comes out: lego, sub, extract; the most of pick-ranks.", min=1, max=MOST),
     ] = None,
     experts: Annotated[
-        int | None, typer.Option(help="Experts of what comes out: sub, upcycle.", min=1, max=MOST)
+        int | None, typer.Option(help="Experts of what comes out: sub, prune, upcycle.", min=1, max=MOST)
     ] = None,
     learn: Annotated[Path | None, typer.Option(help="Of cat: recipe or run on whose rows weights are learned.")] = None,
     steps: Annotated[int | None, typer.Option(help="Of --learn; else 100.", min=0, max=MOST)] = None,
     on: Annotated[
-        Path | None, typer.Option(help="Recipe or run on whose rows use is measured (sub), a router fitted.")
+        Path | None, typer.Option(help="Recipe or run on whose rows use is measured (sub, prune), a router fitted.")
     ] = None,
     router: Annotated[str | None, typer.Option(help="Of fit-router: lsq, or prototype, which grows.")] = None,
     describe: Annotated[Path | None, typer.Option(help="Of fit-router: YAML, a text on each input.")] = None,
@@ -39,7 +39,7 @@ def compose(
     expert: Annotated[str | None, typer.Option(help="Of drop-expert: numbers from 0, with commas.")] = None,
     energy: Annotated[float | None, typer.Option(help="Of pick-ranks: share of an expert to keep, to 1.")] = None,
 ) -> None:
-    """Make one adapter of several, a smaller one (sub), a routed one (upcycle), or one of two checkpoints (extract)."""
+    """Make one adapter of several, a smaller (sub, prune) or routed one (upcycle), or one of checkpoints (extract)."""
     from qd2mora.composition import ComposeOptions
     from qd2mora.composition import compose as run_composition
 

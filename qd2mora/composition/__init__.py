@@ -1,9 +1,9 @@
 """Composition: adapters out of adapters. Each operation is a small file; what comes out is written as any adapter is.
 
 LoRAs come out as PEFT's own folders, mixtures as this package's. Operations, see their files: cat, linear, lego
-(several LoRAs to one), average (several FlyLoRAs to one), sub (a mixture to a smaller one), upcycle (a LoRA to a
-mixture), fit_router (several LoRAs to a mixture), experts (a mixture with others, fewer, or smaller ones), extract (two
-checkpoints to a LoRA).
+(several LoRAs to one), average (several FlyLoRAs to one), sub and prune (a mixture to a smaller one), upcycle (a LoRA
+to a mixture), fit_router (several LoRAs to a mixture), experts (a mixture with others, fewer, or smaller ones), extract
+(two checkpoints to a LoRA).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qd2mora.base import load_tokenizer
-from qd2mora.composition import cat, experts, lego, linear, sub_moe
+from qd2mora.composition import cat, experts, lego, linear, prune, sub_moe
 from qd2mora.composition.average import average
 from qd2mora.composition.calibration import ROWS, sampled
 from qd2mora.composition.expert_use import ExpertUse, measured_use
@@ -230,6 +230,31 @@ def _write_experts(
     return f"{config.method}: {len(ranks)} experts of ranks {', '.join(map(str, ranks))}"
 
 
+def _prune(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
+    assert options.experts is not None
+    base, (folder,) = base_of(inputs), inputs
+    config, linears = read_mixture(folder)
+    prune.refuse_unfit(config, options.experts, options.on is not None)
+    use = None if options.on is None else measured_use(folder, recipe_of(options.on))
+    tensors: dict[str, Tensor] = {}
+    lost = []
+    try:
+        for name, each in linears.items():
+            kept, share = prune.prune(each, options.experts, _shares(use, name))
+            tensors |= {f"{name}.{kind}": tensor for kind, tensor in kept.items()}
+            lost.append(share)
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise InputRefused(f"'{folder}' does not hold the tensors that its config asks for: {error}") from error
+    write_mixture(prune.pruned_config(config, options.experts), tensors, base, stage, trained_on(inputs))
+    words = (
+        f"{config.num_down} experts became {options.experts}; those left out did {sum(lost) / len(lost):.2%} of what "
+        f"all do, in one linear up to {max(lost):.2%}"
+    )
+    if use is None:
+        return f"{words}; by their size alone"
+    return f"{words}; by their size and their use on {use.rows} rows"
+
+
 def _fit_router(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
     assert options.on is not None
     base, recipe, kind = base_of(inputs), recipe_of(options.on), options.router or "lsq"
@@ -270,6 +295,7 @@ OPERATIONS = {
     "average": Operation(_average, ("weights",)),
     "lego": Operation(_lego, ("weights", "rank"), needs=("rank",)),
     "sub": Operation(_sub, ("experts", "rank", "on"), num_inputs=1),
+    "prune": Operation(_prune, ("experts", "on"), needs=("experts",), num_inputs=1),
     "fit-router": Operation(_fit_router, ("on", "router", "describe", "keep"), needs=("on",)),
     "add-expert": Operation(_add_expert, ()),
     "drop-expert": Operation(_drop_expert, ("expert",), needs=("expert",), num_inputs=1),

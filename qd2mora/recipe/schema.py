@@ -79,15 +79,18 @@ class Recipe(Section):
         del content["base"]["cache"]
         is_judged = self.train.early_stopping is not None or self.train.final == "best"
         for key in HARMLESS:
-            if not (is_judged and key == "eval_every"):
+            if not (key == "eval_every" and (is_judged or self.train.growth is not None)):
                 del content["train"][key]
         # What is left open stays as runs from before it have it.
         for section, key in (
             ("train", "rates"),
             ("train", "routing"),
+        for section, key in (
             ("adapter", "core"),
             ("adapter", "attention_rank"),
             ("train", "stages"),
+            ("train", "growth"),
+        ):
         ):
             if content[section][key] is None:
                 del content[section][key]

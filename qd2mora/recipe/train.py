@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from qd2mora.recipe.optimizers import OptimizerName
-from qd2mora.recipe.section import MOST, Count, Epochs, NotNegative, Positive, Section, Size, Whole
+from qd2mora.recipe.section import MOST, Count, Epochs, Fraction, NotNegative, Positive, Section, Size, Whole
 
 # Keys of `train` that leave the trained weights as they are.
 HARMLESS = (
@@ -71,6 +71,15 @@ class Stage(Section):
     """How many; stages that leave it out share what is left of the run, in equal parts."""
 
 
+class Growth(Section):
+    """When a method that adds its experts one by one (`scalezero`) opens the next."""
+
+    patience: Count = 2
+    """Evaluations in a row in which a task's held-out loss is to rest; each task that does opens one expert."""
+    gain: Fraction = 0.01
+    """The share of its best loss that a loss has to fall by, not to rest."""
+
+
 class Train(Section):
     """How it is learned."""
 
@@ -90,6 +99,8 @@ class Train(Section):
     """How gates and their penalties change at first; as they are from the first step on where left out."""
     stages: Annotated[list[Stage], Field(min_length=1)] | None = None
     """Which part of the adapter is trained in which steps, one stage after another; all in all where left out."""
+    growth: Growth | None = None
+    """Open experts when held-out losses come to rest; in equal parts of the run where left out."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls to zero, or that it does not."""
     warmup_steps: Whole = 0
@@ -151,4 +162,4 @@ def seconds_of(limit: str | None) -> float:
     return float(limit.removesuffix(unit)) * _TIME_UNITS[unit]
 
 
-__all__ = ["HARMLESS", "Finish", "LearnedRouting", "Rates", "Stage", "Train", "seconds_of"]
+__all__ = ["HARMLESS", "Finish", "Growth", "LearnedRouting", "Rates", "Stage", "Train", "seconds_of"]

@@ -98,6 +98,7 @@ def read(folder: Path, adapter: Inventory, moments: Inventory) -> State:
         tensors = {name: load_tensors(read_listed(folder, manifest, name)) for name in (ADAPTER, OPTIMIZER)}
         progress, scalars = Progress(**manifest["progress"]), dict(manifest["scalars"])
         progress.best = best_of_json(progress.best)
+        progress.rest = {task: (float(best), int(resting)) for task, (best, resting) in progress.rest.items()}
         declared = {name: _as_inventory(manifest["inventory"][name]) for name in (ADAPTER, OPTIMIZER)}
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DamagedFile(f"{folder} is damaged: {error}") from error

@@ -22,12 +22,13 @@ from qd2mora.training.checkpoint import Saver
 from qd2mora.training.clock import TimeLimit
 from qd2mora.training.disk_space import as_trouble
 from qd2mora.training.gradient import Penalties, StepGradient, is_too_bad, lower_scale, raise_scale
+from qd2mora.training.growth import Opening
 from qd2mora.training.held_out import Evaluation, HeldOut
 from qd2mora.training.journal import Journal
 from qd2mora.training.load import max_load
 from qd2mora.training.micro_batches import Course
 from qd2mora.training.progress import Best, Progress, best_of_json
-from qd2mora.training.updates import enter_phase, enter_stage, learning_rate
+from qd2mora.training.updates import enter_phase, learning_rate
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Training:
     journal: Journal
     stop: StopRequest
     time_limit: TimeLimit
+    opening: Opening
 
     def __post_init__(self) -> None:
         self.batches = self.gradient.batches
@@ -84,7 +86,7 @@ class Training:
         computing = self._computed_s()
         rows = self.course.rows(update)
         # Before the pass, which hands gradients to this stage's expert alone.
-        enter_stage(self.batches.model, self.updater, self.gradient.config, update, total)
+        self.opening.enter(update)
         enter_phase(self.batches.model, self.train, update)
         self._tell(self.gradient.stages.news(update))
         self.gradient.prepare(rows)
@@ -223,6 +225,8 @@ class Training:
                 # The main process judges for all: another GPU's scores may differ.
                 best, self.progress.stale = self.processes.from_main(lambda: self._judge(found))
                 self.progress.best = best_of_json(best)
+                if self.opening.told is not None:
+                    self._tell(self.opening.open(*self.processes.from_main(lambda: self.opening.judge(found.losses))))
         return found.losses
 
     def _judge(self, found: Evaluation) -> tuple[dict[str, Best], int]:

@@ -34,6 +34,10 @@ class Progress:
     """Of each task and of the whole (see `best`)."""
     stale: int = 0
     """Evaluations since the last that was the best overall."""
+    opened: int = 0
+    """Experts that were opened after the first, where losses that come to rest do that."""
+    rest: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Of each task the best loss, and for how many evaluations it has not fallen."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from qd2mora.recipe.train import LearnedRouting
 def check_stages(config: MixtureConfig, train: Train) -> None:
     """Refuse what would move the frozen experts of a method that grows."""
     if not config.row.stages:
+        if train.growth is not None:
+            raise InputRefused(f"train.growth: {config.method} has all its experts from the start; leave it out")
         return
     if train.stages is not None:
         raise InputRefused(f"train.stages: {config.method} adds its experts in stages of its own; leave it out")
@@ -117,6 +119,8 @@ def check_judging(recipe: Recipe, tasks: list[TaskRows]) -> None:
         keys.append("final")
     if recipe.train.early_stopping:
         keys.append("early_stopping")
+    if recipe.train.growth:
+        keys.append("growth")
     if keys and not any(task.validation for task in tasks):
         raise InputRefused(f"train.{keys[0]}: no task holds out rows to judge by; set data.tasks.0.validation=200")
 

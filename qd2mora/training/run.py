@@ -40,6 +40,7 @@ from qd2mora.training.clock import TimeLimit, Watchdog
 from qd2mora.training.disk_space import bytes_to_write, refuse_full
 from qd2mora.training.fitting import fitting_plan
 from qd2mora.training.gradient import StepGradient
+from qd2mora.training.growth import Opening
 from qd2mora.training.held_out import HeldOut, LiveRouting, score_together
 from qd2mora.training.identity import Ancestry, Manifest, identity_of_inputs, identity_of_start
 from qd2mora.training.journal import Journal, StepDisplay
@@ -380,6 +381,14 @@ def _training(
         journal=journal,
         stop=start.stop,
         time_limit=start.time_limit,
+        opening=Opening(
+            model,
+            batches.updater,
+            progress,
+            settings.growth,
+            inputs.config.num_down if inputs.config.row.stages else 1,
+            course.total_steps,
+        ),
     )
 
 

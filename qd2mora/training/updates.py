@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qd2mora.disk.tensor_file import Inventory, inventory_of
-from qd2mora.mixture import MixtureConfig, mixture_layers, routing_of
+from qd2mora.mixture import routing_of
 from qd2mora.mixture.parts import part_of
 from qd2mora.mixture.phases import PLAIN, Phase, Sparsity
 from qd2mora.recipe import Train
@@ -248,37 +248,6 @@ def add_gradient(value: Tensor, of: Iterable[Tensor]) -> None:
             tensor.grad.add_(gradient)
 
 
-def stage_of(update: int, total: int, num_stages: int) -> int:
-    """Return the stage that update number `update` of `total` belongs to.
-
-    A run of a method that grows is cut into as many equal parts as there are experts; in part s expert s alone is
-    trained (ScaleZero's DPS; equal parts replace its trigger, tasks solved).
-    """
-    return min(update * num_stages // total, num_stages - 1)
-
-
-def enter_stage(model: nn.Module, updater: Updater, config: MixtureConfig, update: int, total: int) -> None:
-    """Tell the layers which expert this update trains; where a stage begins, forget the moments of older experts.
-
-    Older experts stay bit for bit what they were: their gradients are zero, and so are their moments from here on, with
-    which an AdamW step without decay changes nothing. A new expert's up factor is still zero when its stage begins, so
-    entering a stage changes no output.
-    """
-    routing = routing_of(model)
-    if routing is None or not config.row.stages:
-        return
-    # A function of the step's number, so that a resume stands in the right stage without having saved it.
-    routing.stage = stage_of(update, total, config.num_down)
-    if update == 0 or stage_of(update - 1, total, config.num_down) == routing.stage:
-        return
-    for layer in mixture_layers(model).values():
-        tensors = layer.tensors("default")
-        for name in ("mixture_A", "mixture_B"):
-            for moment in updater.moments_of(tensors[name]):
-                # Adam's moments would go on moving an expert that has no gradient any more.
-                moment[: routing.stage].zero_()
-
-
 def _flatten(value: object, path: str, into: dict[str, object]) -> None:
     if isinstance(value, dict):
         for key, child in value.items():
@@ -309,10 +278,8 @@ __all__ = [
     "build_optimizer",
     "by_rate",
     "enter_phase",
-    "enter_stage",
     "learning_rate",
     "num_draws",
     "phase_of",
     "rate_factor",
-    "stage_of",
 ]

@@ -262,6 +262,34 @@ def test_mixtures_that_do_not_compress_are_refused(
         compose("sub", [str(folder)], tmp_path / "out", ComposeOptions(experts=experts))
 
 
+def test_pruning_takes_out_the_experts_that_do_nothing_and_keeps_the_bits_of_the_others(
+    base: Path, tmp_path: Path
+) -> None:
+    model = routed(base, down={"experts": 4}, up={"experts": 4}, gates={"down": {"score": "bias"}})
+    for name, tensor in model.named_parameters():
+        # The router takes experts 0 and 3 alone, and of all of them expert 1 is the largest.
+        if "mixture_B" in name:
+            tensor.data[1] *= 5
+        elif "router_down" in name:
+            tensor.data.zero_()
+        elif "bias_down" in name:
+            tensor.data = torch.tensor([0.0, -40.0, -40.0, 0.0])
+    folder, wanted = saved(model, tmp_path / "four")
+    tiny.save_tasks(tmp_path / "data")
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text(tiny.recipe_text(base, tmp_path / "data", tmp_path / "run"), encoding="utf-8")
+    done = compose("prune", [str(folder)], tmp_path / "used", ComposeOptions(experts=2, on=recipe))
+    assert "did 0.00% of what all do" in done.words
+    torch.testing.assert_close(logits(base, tmp_path / "used"), wanted, atol=1e-5, rtol=1e-5)
+    before, after = read_mixture(str(folder))[1], read_mixture(str(tmp_path / "used"))[1]
+    for name, each in after.items():
+        assert torch.equal(each["mixture_B"], before[name]["mixture_B"][[0, 3]])
+    compose("prune", [str(folder)], tmp_path / "blind", ComposeOptions(experts=2))
+    assert float((logits(base, tmp_path / "blind") - wanted).abs().max()) > 0.01
+    with pytest.raises(InputRefused, match="--experts: 5 will not do: from 1 to the 4 there are"):
+        compose("prune", [str(folder)], tmp_path / "more", ComposeOptions(experts=5))
+
+
 def test_experts_are_merged_by_how_much_rows_use_them(base: Path, tmp_path: Path) -> None:
     model = routed(base, down={"experts": 4}, up={"experts": 4}, gates={"down": {"score": "bias"}})
     for name, tensor in model.named_parameters():

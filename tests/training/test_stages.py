@@ -72,6 +72,7 @@ def test_routers_alone_are_trained_over_experts_of_a_start(made: Path, tmp_path:
     assert {part_of(name) for name in first if not torch.equal(first[name], then[name])} == {"router"}
 
 
+@pytest.mark.long
 def test_stages_say_when_they_are_on_the_screen_and_in_the_report(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
