@@ -7,7 +7,9 @@ import typer
 
 from qd2mora.cli.app import MOST, app
 
-OPERATIONS = "cat, linear, lego, average, sub, prune, fit-router, add-expert, drop-expert, pick-ranks, upcycle or extract."
+OPERATIONS = (
+    "cat, linear, lego, average, sub, prune, fit-router, add-expert, drop-expert, pick-ranks, upcycle or extract."
+)
 
 
 @app.command()

@@ -30,6 +30,8 @@ from qd2mora.routed.routers import Gating, tsallis_entropy
 class View:
     """One router's decisions: probs, used, logits (G, n, E), counted (G, n) of 0 and 1; group, task (G, n) or None.
 
+    task: the number of the row's task, or of what did better on the row, as the penalty needs it.
+
     is_of_rows: each entry stands for a whole row, not for a token.
     """
 
@@ -206,6 +208,13 @@ def _cross_entropy(routed: View, penalty: Penalty) -> Tensor:
     return routed.mean(losses.view(routed.task.shape))
 
 
+def _base_or_expert(routed: View, penalty: Penalty) -> Tensor:
+    """Mean cross entropy of sigmoid gates against which does better on the row, base 0 or expert 1 (GE/LE/GN)."""
+    assert routed.task is not None
+    better = routed.task.to(routed.logits.dtype).unsqueeze(-1).expand_as(routed.logits)
+    return routed.mean(F.binary_cross_entropy_with_logits(routed.logits, better, reduction="none").mean(-1))
+
+
 PENALTIES: dict[str, Callable[[View, Penalty], Tensor]] = {
     "lb_mixtral": _mixtral,
     "lb_mola": _mola,
@@ -217,6 +226,7 @@ PENALTIES: dict[str, Callable[[View, Penalty], Tensor]] = {
     "negative_entropy": _negative_entropy,
     "localized_balance": _localized,
     "router_ce": _cross_entropy,
+    "base_or_expert": _base_or_expert,
 }
 # These tell rows apart, whatever the penalty says.
 BY_ROW = frozenset({"localized_balance"})

@@ -290,7 +290,7 @@ class MixtureConfig(PeftConfig):
         return Adapter.model_validate({name: value for name, value in told.items() if value is not None})
 
     def _check_aims(self, num_tasks: int) -> None:
-        """A penalty that aims each task at the expert of its number needs as many experts."""
+        """Refuse a penalty that aims each task at the expert of its number, with fewer experts."""
         counts = self.row.experts_of(self.num_down, self.num_up, self.rank or 1, self.num_cores)
         experts = min((counts[role] for role in self.routers if counts[role] > 1), default=1)
         if num_tasks > experts and any(each.kind == "router_ce" and each.weight for each in self.routing_penalties):

@@ -263,7 +263,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
     ) -> tuple[FusedCall, bool]:
         """Return what an adapter's call knows, without what belongs to one call, and whether it draws numbers."""
         spec, dropout = self.mixture_spec[name], self._dropout(name)
-        step = spec.step_in(self.routing.phase) if self.training else spec.step
+        step = spec.step_in(self.routing.phase) if self.training or self.routing.phase.is_open else spec.step
         is_random = dropout is not None or (self.training and any(gate.is_random for _, gate in step.gates))
         return FusedCall(num_downs, num_ups, names, step, spec.scaling, layout, dropout), is_random
 

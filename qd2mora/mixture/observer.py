@@ -28,6 +28,7 @@ class Observer:
     counted: Tensor
     group: Tensor | None
     task: Tensor | None
+    better: Tensor | None
 
     @classmethod
     def of(cls, spec: LinearSpec, routing: Routing, adapter: str | None, x: Tensor) -> "Observer | None":
@@ -44,7 +45,7 @@ class Observer:
             group = group.to(x.device)
         if task is not None:
             task = task.to(x.device)
-        return cls(spec, routing, adapter, routing.counted(x), group, task)
+        return cls(spec, routing, adapter, routing.counted(x), group, task, routing.better)
 
     def __call__(self, gatings: Mapping[str, Gating]) -> Tensor | None:
         """Return what to add to the loss, already weighed and scaled; None where nothing is."""
@@ -71,10 +72,11 @@ class Observer:
         penalty = self.spec.penalties[number]
         by_row = penalty.over == "row" or penalty.kind in balance.BY_ROW
         needed = {"localized_balance": ("group", self.group), "router_ce": ("task_index", self.task)}
+        needed["base_or_expert"] = ("better", self.better)
         name, ids = needed.get(penalty.kind, ("", self.counted))
         if ids is None:
             raise ValueError(f"the penalty {penalty.kind} needs {name}=(batch,) of the rows")
-        seen = balance.view(gating, self.counted, by_row, self.group, self.task)
+        seen = balance.view(gating, self.counted, by_row, self.group, ids if name == "better" else self.task)
         if penalty.pool == "router":
             value = balance.PENALTIES[penalty.kind](seen, penalty).mean()
         else:

@@ -36,12 +36,14 @@ class Phase:
     """What is other than at the end: whether experts count alike, what temperatures and penalties are multiplied by.
 
     sparsity: how many experts a top-k uses, where that falls.
+    is_open: every expert counts whole, whatever its gate says; in an evaluation too.
     """
 
     is_uniform: bool = False
     temperature: float = 1.0
     penalty: float = 1.0
     sparsity: Sparsity | None = None
+    is_open: bool = False
 
 
 PLAIN = Phase()
@@ -52,6 +54,8 @@ def gate_in(gate: Gate, phase: Phase, num_experts: int, height: float = 1.0) -> 
 
     One that is soft in training alone is dense there, in every phase. `height`: of the layer, from 0 to 1.
     """
+    if phase.is_open:
+        return replace(gate, select="all", weight="uniform", omega=1.0, top_k=None, bias_rate=0.0, dropout=0.0)
     if gate.weight == "soft":
         gate = replace(gate, weight="dense")
     if phase.sparsity is not None and gate.select == "top_k" and gate.top_k is not None:

@@ -20,14 +20,15 @@ from qd2mora.routed.text import Key, Text
 class Routing(Text):
     """The rows of the pass that runs: their text, and what a run says of them.
 
-    task_index, group: (B,) int64. external: (B, W). rows, lengths: a key for each row's random numbers, and its length
-    without padding. places: where rows are packed, the line and the place where each begins. share: this micro batch's
-    share of the step's tokens and rows, which a routing penalty counts by; loss_scale: what the loss is multiplied with
-    before the backward pass. advantage: (B,), how much worse than its rivals a sampled routing did, loss scale
-    included. stage: the expert trained now, where a method grows. phase: what gates are like while they are learned.
-    is_counted: False where the rows run for the company of other processes alone. slots: of MLPs whose experts are
-    mixed, until their last linear ran. pooled: a router's layer, and means of what it decided in this pass. values:
-    what penalties added to the loss since they were taken. counts: how often each expert was used in this step.
+    task_index, group: (B,) int64. external: (B, W). rows, lengths: a key for each row's random numbers, and its
+    length without padding. places: where rows are packed, the line and the place where each begins. share: this
+    micro batch's share of the step's tokens and rows, which a routing penalty counts by; loss_scale: what the loss
+    is multiplied with before the backward pass. advantage: (B,), how much worse than its rivals a sampled routing
+    did, loss scale included. better: (B,) int64, 1 where an expert does better on a row than the base. stage: the
+    expert trained now, where a method grows. phase: what gates are like while they are learned. is_counted: False
+    where the rows run for the company of other processes alone. slots: of MLPs whose experts are mixed, until their
+    last linear ran. pooled: a router's layer, and means of what it decided in this pass. values: what penalties
+    added to the loss since they were taken. counts: how often each expert was used in this step.
     """
 
     task_index: Tensor | None = None
@@ -42,6 +43,7 @@ class Routing(Text):
     stage: int | None = None
     phase: Phase = PLAIN
     advantage: Tensor | None = None
+    better: Tensor | None = None
     slots: dict[Key, Slots] = field(default_factory=dict)
     pooled: dict[Key, tuple[int, Pooled]] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)

@@ -105,7 +105,9 @@ def _instead(place: tuple[str | int, ...], known: list[str]) -> str | None:
         return f"here it is {NEIGHBOURS[name]}"
     if "." in name and name in known:
         return f"in a file '{name.rpartition('.')[2]}' stands inside '{name.rpartition('.')[0]}'"
-    for candidates, cutoff in ((_keys_beside(place, known), 0.5), (known, 0.7)):
+    # Of keys of one name the outer is meant: few write a stage before they have written steps.
+    outer_first = sorted(known, key=lambda full: full.count("."))
+    for candidates, cutoff in ((_keys_beside(place, known), 0.5), (outer_first, 0.7)):
         last_parts = [full.rpartition(".")[2] for full in candidates]
         near = difflib.get_close_matches(name, last_parts, 1, cutoff)
         if near:

@@ -85,12 +85,10 @@ class Recipe(Section):
         for section, key in (
             ("train", "rates"),
             ("train", "routing"),
-        for section, key in (
-            ("adapter", "core"),
-            ("adapter", "attention_rank"),
             ("train", "stages"),
             ("train", "growth"),
-        ):
+            ("adapter", "core"),
+            ("adapter", "attention_rank"),
         ):
             if content[section][key] is None:
                 del content[section][key]

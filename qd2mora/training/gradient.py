@@ -19,6 +19,7 @@ from qd2mora.mixture import MixtureConfig, mixture_layers, penalty_terms
 from qd2mora.mixture.parts import part_of
 from qd2mora.objectives import told
 from qd2mora.training.estimator import backward_over_draws
+from qd2mora.training.labels import KIND, expert_is_better
 from qd2mora.training.micro_batches import Course, MicroBatches, key_of
 from qd2mora.training.progress import Progress
 from qd2mora.training.stages import Stages
@@ -89,6 +90,9 @@ class StepGradient:
     def backward(self, part: MicroBatch, share: float) -> Tensor:
         """Add the gradients of one micro batch; return its part of the loss. `share`: one over all that counts."""
         batches = self.batches
+        if any(penalty.kind == KIND and penalty.weight for penalty in self.config.routing_penalties):
+            assert batches.routing is not None
+            batches.routing.better = expert_is_better(batches, part)
 
         def backward(loss: Tensor) -> None:
             batches.updater.backward(loss * (batches.progress.loss_scale or 1.0))

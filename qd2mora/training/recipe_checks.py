@@ -35,7 +35,10 @@ def check_stages(config: MixtureConfig, train: Train) -> None:
 
 
 def check_routing(config: MixtureConfig, train: Train) -> None:
-    """Refuse a change of routing while it is learned that the method cannot make, or has no routers for."""
+    """Refuse a change of routing while it is learned that the method cannot make, or no routers for; and labels."""
+    is_labelled = any(penalty.kind == "base_or_expert" for penalty in config.routing_penalties)
+    if is_labelled and any(gate.weight != "sigmoid" for gate in config.routers.values()):
+        raise InputRefused(f"adapter.penalties.base_or_expert: labels sigmoid gates; base_gate, not {config.method}")
     told = train.routing
     if told is None:
         return
@@ -74,7 +77,7 @@ def check_packing(config: MixtureConfig) -> None:
         if reason:
             raise InputRefused(f"data.packing: gate_{role} of {config.method} {reason}, which shared lines hide; false")
     for penalty in config.routing_penalties:
-        if penalty.over == "row" or penalty.kind in ("localized_balance", "router_ce"):
+        if penalty.over == "row" or penalty.kind in ("localized_balance", "router_ce", "base_or_expert"):
             raise InputRefused(
                 f"data.packing: the penalty {penalty.kind} of {config.method} is taken row by row, which shared lines "
                 "hide; false"
