@@ -14,6 +14,7 @@ from typer.exceptions import TyperException
 from qd2mora.cli import (  # isort: skip  # noqa: F401
     run_verbs,
     model_verbs,
+    eval_verb,
     talk_verbs,
     reward_verb,
     serve_verb,

@@ -1,32 +1,16 @@
-"""Verbs on a run or a model: merge, eval, verify."""
+"""Verbs on a run or a model: merge, verify."""
 
-import json
 import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qd2mora.cli.app import MOST, AllowChanged, AsJson, ModelPath, RunPath, app, numbers, words
-from qd2mora.cli.ways import Alpha, Beta, Calibrate, Extract, GatesEvery, Mix, Others, Samples, Triggers, WeakModel
+from qd2mora.cli.app import AllowChanged, RunPath, app, numbers
 from qd2mora.disk.sealed import MANIFEST
 from qd2mora.errors import InputRefused
 from qd2mora.stopping import listening
 from qd2mora.terminal import Screen
-
-ExamRecipe = Annotated[Path | None, typer.Option(help="Recipe whose held-out rows are asked.")]
-Suite = Annotated[str | None, typer.Option(help="Published tests to ask instead: commonsense.")]
-ExamData = Annotated[Path | None, typer.Option(help="Folder of the suite's test files or of harness tasks.")]
-ExamTasks = Annotated[str | None, typer.Option(help="Only these tasks, with commas between.")]
-Scoring = Annotated[str, typer.Option(help="Of a suite: generate, or likelihood of the choices.")]
-SuitePrompt = Annotated[str, typer.Option(help="Of a suite: published, training's own, or cloze.")]
-Beams = Annotated[int, typer.Option(help="1 is greedy; the commonsense tables use 4.", min=1, max=1024)]
-HarnessTasks = Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")]
-Limit = Annotated[int | None, typer.Option(help="Rows of each task.", min=1, max=MOST)]
-RowsAtOnce = Annotated[int, typer.Option(help="Rows of a batch; no score depends on it.", min=1, max=MOST)]
-SampleTemperature = Annotated[float, typer.Option(help="Of --samples; else 0.7.")]
-ScoresFile = Annotated[Path | None, typer.Option(help="JSON file for the scores; the same command goes on.")]
-
 
 Strategy = Annotated[
     str, typer.Option(help="From routed to static: auto, core_lsq, distill, mean_gate, per_task or sequential.")
@@ -114,71 +98,6 @@ def _rows_to_measure(text: str | None) -> int | None:
     return int(text)
 
 
-@app.command(name="eval")
-def evaluate(
-    model: ModelPath,
-    recipe: ExamRecipe = None,
-    suite: Suite = None,
-    data: ExamData = None,
-    tasks: ExamTasks = None,
-    scoring: Scoring = "generate",
-    prompt: SuitePrompt = "published",
-    beams: Beams = 1,
-    harness: HarnessTasks = None,
-    limit: Limit = None,
-    rows_at_once: RowsAtOnce = 32,
-    contrast: WeakModel = None,
-    beta: Beta = None,
-    alpha: Alpha = None,
-    ensemble: Others = None,
-    calibrate: Calibrate = None,
-    triggers: Triggers = None,
-    mix: Mix = None,
-    samples: Samples = 1,
-    temperature: SampleTemperature = 0.0,
-    extract: Extract = None,
-    gates_every: GatesEvery = 1,
-    out: ScoresFile = None,
-    as_json: AsJson = False,
-    allow_changed: AllowChanged = None,
-) -> None:
-    """Score tasks: held-out rows by their own metric, a published suite, or the harness's tasks."""
-    from qd2mora.evaluation import contrast_of, ensemble_of, way_of
-    from qd2mora.report import show_harness, show_scores
-
-    changed = allow_changed or ()
-    others = None if ensemble is None else words(ensemble)
-    together = ensemble_of(others, calibrate, triggers, mix)
-    contrasted = contrast_of(contrast, beta, alpha)
-    kept = {"samples": samples, "gates_every": gates_every}
-    way = way_of(contrasted, together, temperature=temperature, extract=extract, **kept)
-    if harness is not None and way is not None:
-        raise InputRefused(
-            "--contrast, --ensemble, --samples, --extract, --gates-every: the harness writes and reads by itself"
-        )
-    if harness is not None:
-        from qd2mora.evaluation.harness import run_harness
-
-        results = run_harness(
-            model, words(harness), folder=data, limit=limit, rows_at_once=rows_at_once, out=out, allow_changed=changed
-        )
-        if as_json:
-            typer.echo(json.dumps(results, indent=1))
-        else:
-            show_harness(results, Screen())
-        return
-    from qd2mora import evaluation
-
-    exam = evaluation.Exam(recipe, suite, data, words(tasks), limit, scoring, prompt, way)
-    scores = evaluation.evaluate(
-        model, exam, beams=beams, rows_at_once=rows_at_once, out=out, allow_changed=changed, is_shown=True
-    )
-    if as_json:
-        typer.echo(json.dumps({name: score.to_json() for name, score in scores.items()}, indent=1))
-    else:
-        show_scores({str(model): scores}, Screen())
-
-
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="Run, adapter or export.", metavar="FOLDER", show_default=False)],
@@ -196,4 +115,4 @@ def verify(
         raise InputRefused(f"'{folder}' holds no {MANIFEST} with hashes; name a run, an adapter or an export")
 
 
-__all__ = ["evaluate", "merge", "verify"]
+__all__ = ["merge", "verify"]

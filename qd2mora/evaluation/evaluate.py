@@ -39,7 +39,7 @@ def evaluate(
     Raises InputRefused where there is nothing to ask, an answer is missing, or the base is another (unless
     `allow_changed`), DamagedFile, NotFinite.
     """
-    exam = _whole(model, exam or Exam())
+    exam = whole_exam(model, exam or Exam())
     if beams > 1 and exam.way is not None and not exam.way.is_plain:
         raise InputRefused("--beams: a beam search is a way of its own; leave it out beside --contrast and --samples")
     place, rows = None, None
@@ -52,7 +52,7 @@ def evaluate(
         asked = ask(replace(exam, way=way), subject)
         answers = AnswerFile()
         if rows is not None:
-            answers = AnswerFile(rows, _question(model, asked, beams, told))
+            answers = AnswerFile(rows, question_of(model, asked, beams, told))
         scores = score_all(subject, asked, answers, beams=beams, rows_at_once=rows_at_once, is_shown=is_shown)
         if place is not None:
             write_json(place, {name: score.to_json() for name, score in scores.items()})
@@ -89,7 +89,7 @@ def score_all(
     return scores
 
 
-def _whole(model: str | Path, exam: Exam) -> Exam:
+def whole_exam(model: str | Path, exam: Exam) -> Exam:
     """Return an exam that names its rows, a run's own where it named none. Raises InputRefused."""
     if not Path(model).is_dir() and not is_gguf(str(model)):
         raise InputRefused(f"'{model}': no such folder; name a run, a model folder or a GGUF file")
@@ -106,7 +106,7 @@ def _whole(model: str | Path, exam: Exam) -> Exam:
     return replace(exam, recipe=recipe)
 
 
-def _question(model: str | Path, asked: list[AskedTask], beams: int, way: Way | None) -> dict[str, object]:
+def question_of(model: str | Path, asked: list[AskedTask], beams: int, way: Way | None) -> dict[str, object]:
     """Return what an evaluation's answers depend on, by name."""
     question: dict[str, object] = {"model": model_mark(model), "beams": beams}
     if way is not None:
@@ -121,4 +121,4 @@ def _question(model: str | Path, asked: list[AskedTask], beams: int, way: Way | 
     return question
 
 
-__all__ = ["evaluate", "score_all"]
+__all__ = ["evaluate", "question_of", "score_all", "whole_exam"]

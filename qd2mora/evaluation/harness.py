@@ -20,6 +20,8 @@ from qd2mora.disk.durable import write_json
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.answer_file import HarnessFile, TaskNumbers, check_scores_place, digest
 from qd2mora.evaluation.answering import batch_of
+from qd2mora.evaluation.change import Change, asked_as
+from qd2mora.evaluation.score import bootstrap
 from qd2mora.evaluation.scoring import ROWS_AT_ONCE
 from qd2mora.evaluation.subject import Subject, model_mark, open_subject
 from qd2mora.safekeeping.places import writing
@@ -35,6 +37,8 @@ except ModuleNotFoundError as error:
 NEW_TOKENS = 256  # where a task does not say how many it wants
 _NO_TEXT = Pair("", "")
 
+Values = tuple[list[float], bool]
+"""A metric's value of every row, and whether higher is better."""
 Request = tuple[tuple[str, str], list[int], list[int]]
 
 
@@ -74,6 +78,59 @@ def run_harness(
         if place is not None:
             write_json(place, results)
     return results
+
+
+def harness_changes(
+    model: str,
+    against: str,
+    tasks: Sequence[str],
+    *,
+    folder: str | Path | None = None,
+    limit: int | None = None,
+    rows_at_once: int = ROWS_AT_ONCE,
+    out: str | Path | None = None,
+    allow_changed: Collection[str] = (),
+) -> dict[str, Change]:
+    """Return how the harness's numbers change from `against` to `model`, by task and metric, paired row by row.
+
+    Metrics that are no mean over rows are left out. Raises InputRefused.
+    """
+    manager, found = _manager(tasks, folder), list[dict[str, Values]]()
+    with writing("--out", None if out is None else Path(out)):
+        for path in (against, model):
+            with asked_as(model, path, allow_changed) as subject:
+                _refuse_rows_with_more(subject)
+                found.append(_values(HarnessModel(subject, rows_at_once), tasks, manager, limit))
+        changes = {name: _change(found[0][name], now) for name, now in found[1].items()}
+        if out is not None:
+            write_json(Path(out), {name: change.to_json() for name, change in changes.items()})
+    return changes
+
+
+def _values(asked: "HarnessModel", tasks: Sequence[str], manager: TaskManager, limit: int | None) -> dict[str, Values]:
+    """Return of each task and metric the value of every row, and whether higher is better."""
+    found = lm_eval.simple_evaluate(
+        model=asked, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=True
+    )
+    values: dict[str, Values] = {}
+    for task, samples in found["samples"].items():
+        # A row comes once for each way in which the task reads an answer out of a text.
+        for read_by in dict.fromkeys(str(sample.get("filter", "none")) for sample in samples):
+            own = [sample for sample in samples if str(sample.get("filter", "none")) == read_by]
+            own.sort(key=lambda sample: int(sample["doc_id"]))
+            for metric, is_higher in found["higher_is_better"][task].items():
+                of_rows = [sample.get(metric) for sample in own]
+                if is_higher is not None and of_rows and all(isinstance(each, bool | int | float) for each in of_rows):
+                    name = f"{task} {metric}" + ("" if read_by == "none" else f", {read_by}")
+                    values[name] = ([float(each) for each in of_rows], is_higher)
+    return values
+
+
+def _change(before: Values, now: Values) -> Change:
+    (one, _), (two, is_higher) = before, now
+    interval = bootstrap([late - early for early, late in zip(one, two, strict=True)])
+    before_mean, now_mean = (sum(each) / len(each) for each in (one, two))
+    return Change("harness" if is_higher else "loss", len(two), before_mean, now_mean, interval)
 
 
 def _numbers(asked: "HarnessModel", name: str, manager: TaskManager, limit: int | None) -> TaskNumbers:
@@ -218,4 +275,4 @@ def _plain(numbers: dict[str, object]) -> dict[str, str | int | float]:
     }
 
 
-__all__ = ["HarnessModel", "run_harness"]
+__all__ = ["HarnessModel", "harness_changes", "run_harness"]

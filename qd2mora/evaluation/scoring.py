@@ -86,7 +86,7 @@ def _score(subject: Subject, task: AskedTask, numbers: list[int], beams: int) ->
             for number, value, loss, row in zip(numbers, values, losses, rows, strict=True)
         ]
     written, ties = _written(subject, task, rows, beams)
-    texts, values = _judged(task, [task.labels[number] for number in numbers], written)
+    texts, values = judged(task, [task.labels[number] for number in numbers], written)
     return [
         Record(number, value, loss, row.num_labels, text=text, tied=tied)
         for number, value, loss, row, text, tied in zip(numbers, values, losses, rows, texts, ties, strict=True)
@@ -102,7 +102,7 @@ def _written(subject: Subject, task: AskedTask, rows: list[Row], beams: int) -> 
     return [vote.text for vote in votes], [vote.is_tied for vote in votes]
 
 
-def _judged(task: AskedTask, labels: list[str], written: list[str]) -> tuple[list[str], list[float]]:
+def judged(task: AskedTask, labels: list[str], written: list[str]) -> tuple[list[str], list[float]]:
     """Return what counts of each written text, and its value."""
     if task.metric == "extract":
         found = [extracted(task.pattern, text) for text in written]
@@ -145,4 +145,4 @@ def _choice_ids(subject: Subject, texts: tuple[str, ...], starts_word: bool) -> 
     return [[*each, subject.tokenizer.eos_token_id] for each in ids]
 
 
-__all__ = ["ROWS_AT_ONCE", "batches_of", "score_batch", "score_task"]
+__all__ = ["ROWS_AT_ONCE", "batches_of", "judged", "score_batch", "score_task"]

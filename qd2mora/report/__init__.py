@@ -1,5 +1,6 @@
 """What a person reads: tables of scores and exports, rows as the model sees them, the methods, the page of a run."""
 
+from qd2mora.report.changes import show_changes, show_composite, show_sequence
 from qd2mora.report.exports import show_export, verdict
 from qd2mora.report.figure import check_png
 from qd2mora.report.methods import method_text, parameters_on_7b, show_methods
@@ -22,6 +23,8 @@ __all__ = [
     "method_text",
     "parameters_on_7b",
     "read_run",
+    "show_changes",
+    "show_composite",
     "show_export",
     "show_harness",
     "show_inspection",
@@ -29,6 +32,7 @@ __all__ = [
     "show_rewards",
     "show_rows",
     "show_scores",
+    "show_sequence",
     "show_suggestion",
     "show_taxonomy",
     "verdict",

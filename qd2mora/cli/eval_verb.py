@@ -1,0 +1,176 @@
+"""The verb that asks and scores: eval."""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qd2mora.cli.app import MOST, AllowChanged, AsJson, ModelPath, app, words
+from qd2mora.cli.ways import Alpha, Beta, Calibrate, Extract, GatesEvery, Mix, Others, Samples, Triggers, WeakModel
+from qd2mora.errors import InputRefused
+from qd2mora.terminal import Screen
+
+ExamRecipe = Annotated[Path | None, typer.Option(help="Recipe whose held-out rows are asked.")]
+Suite = Annotated[str | None, typer.Option(help="Published tests to ask instead: commonsense.")]
+ExamData = Annotated[Path | None, typer.Option(help="Folder of the suite's test files or of harness tasks.")]
+ExamTasks = Annotated[str | None, typer.Option(help="Only these tasks, with commas between.")]
+Scoring = Annotated[str, typer.Option(help="Of a suite: generate, or likelihood of the choices.")]
+SuitePrompt = Annotated[str, typer.Option(help="Of a suite: published, training's own, or cloze.")]
+Beams = Annotated[int, typer.Option(help="1 is greedy; the commonsense tables use 4.", min=1, max=1024)]
+HarnessTasks = Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")]
+Limit = Annotated[int | None, typer.Option(help="Rows of each task.", min=1, max=MOST)]
+RowsAtOnce = Annotated[int, typer.Option(help="Rows of a batch; no score depends on it.", min=1, max=MOST)]
+SampleTemperature = Annotated[float, typer.Option(help="Of --samples; else 0.7.")]
+ScoresFile = Annotated[Path | None, typer.Option(help="JSON file for the scores; the same command goes on.")]
+Against = Annotated[str | None, typer.Option(help="Change per task from this run or model; base: adapter off.")]
+EarlierRuns = Annotated[str | None, typer.Option(help="Earlier runs, in order, with commas: what each forgot.")]
+Together = Annotated[int | None, typer.Option(help="So many tasks in one prompt, held-out rows.", min=2, max=64)]
+
+
+@app.command(name="eval")
+def score(
+    model: ModelPath,
+    recipe: ExamRecipe = None,
+    suite: Suite = None,
+    data: ExamData = None,
+    tasks: ExamTasks = None,
+    scoring: Scoring = "generate",
+    prompt: SuitePrompt = "published",
+    beams: Beams = 1,
+    harness: HarnessTasks = None,
+    limit: Limit = None,
+    rows_at_once: RowsAtOnce = 32,
+    against: Against = None,
+    sequence: EarlierRuns = None,
+    composite: Together = None,
+    contrast: WeakModel = None,
+    beta: Beta = None,
+    alpha: Alpha = None,
+    ensemble: Others = None,
+    calibrate: Calibrate = None,
+    triggers: Triggers = None,
+    mix: Mix = None,
+    samples: Samples = 1,
+    temperature: SampleTemperature = 0.0,
+    extract: Extract = None,
+    gates_every: GatesEvery = 1,
+    out: ScoresFile = None,
+    as_json: AsJson = False,
+    allow_changed: AllowChanged = None,
+) -> None:
+    """Score tasks: held-out rows by their own metric, a published suite, or the harness's tasks."""
+    from qd2mora.evaluation import Exam, contrast_of, ensemble_of, evaluate, way_of
+    from qd2mora.report import show_scores
+
+    others = None if ensemble is None else words(ensemble)
+    together = ensemble_of(others, calibrate, triggers, mix)
+    contrasted = contrast_of(contrast, beta, alpha)
+    kept = {"samples": samples, "gates_every": gates_every}
+    way = way_of(contrasted, together, temperature=temperature, extract=extract, **kept)
+    exam = Exam(recipe, suite, data, words(tasks), limit, scoring, prompt, way)
+    asked = _Asked(str(model), exam, rows_at_once, out, allow_changed or (), as_json)
+    given = {"--against": against, "--sequence": sequence, "--composite": composite}
+    told = [name for name, value in given.items() if value is not None]
+    if len(told) > 1 or (harness is not None and told not in ([], ["--against"])):
+        raise InputRefused(f"{told[-1]}: is asked alone; leave out {', '.join(told[:-1]) or '--harness'}")
+    if harness is not None:
+        _ask_harness(asked, words(harness), against)
+    elif against is not None:
+        _ask_against(asked, against, beams)
+    elif sequence is not None:
+        _ask_sequence(asked, words(sequence))
+    elif composite is not None:
+        _ask_composite(asked, composite)
+    else:
+        scores = evaluate(
+            model,
+            exam,
+            beams=beams,
+            rows_at_once=rows_at_once,
+            out=out,
+            allow_changed=asked.allow_changed,
+            is_shown=True,
+        )
+        if not asked.as_json_of(scores):
+            show_scores({str(model): scores}, Screen())
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What every way to ask takes."""
+
+    model: str
+    exam: Any
+    rows_at_once: int
+    out: Path | None
+    allow_changed: Collection[str]
+    as_json: bool
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"rows_at_once": self.rows_at_once, "out": self.out, "allow_changed": self.allow_changed}
+
+    def as_json_of(self, found: Mapping[str, Any]) -> bool:
+        """Print results as JSON where that was asked for, and tell."""
+        if self.as_json:
+            typer.echo(json.dumps({name: each.to_json() for name, each in found.items()}, indent=1))
+        return self.as_json
+
+
+def _ask_harness(asked: _Asked, tasks: tuple[str, ...], against: str | None) -> None:
+    if asked.exam.way is not None:
+        raise InputRefused(
+            "--contrast, --ensemble, --samples, --extract, --gates-every: the harness writes and reads by itself"
+        )
+    from qd2mora.evaluation.harness import harness_changes, run_harness
+    from qd2mora.report import show_changes, show_harness
+
+    settings = {"folder": asked.exam.data, "limit": asked.exam.limit} | asked.settings
+    if against is not None:
+        changes = harness_changes(asked.model, against, tasks, **settings)
+        if not asked.as_json_of(changes):
+            show_changes(changes, against, Screen())
+        return
+    results = run_harness(asked.model, tasks, **settings)
+    if asked.as_json:
+        typer.echo(json.dumps(results, indent=1))
+    else:
+        show_harness(results, Screen())
+
+
+def _ask_against(asked: _Asked, against: str, beams: int) -> None:
+    from qd2mora.evaluation.change import evaluate_against
+    from qd2mora.report import show_changes
+
+    changes = evaluate_against(asked.model, against, asked.exam, beams=beams, is_shown=True, **asked.settings)
+    if not asked.as_json_of(changes):
+        show_changes(changes, against, Screen())
+
+
+def _ask_sequence(asked: _Asked, earlier: tuple[str, ...]) -> None:
+    from qd2mora.evaluation.sequence import evaluate_sequence
+    from qd2mora.report import show_sequence
+
+    exam = asked.exam
+    if exam.recipe is not None or exam.suite is not None or exam.way is not None or exam.tasks:
+        raise InputRefused("--sequence: every run is asked the held-out rows of all; --limit and --out go with it")
+    found = evaluate_sequence([*earlier, asked.model], exam.limit, is_shown=True, **asked.settings)
+    if asked.as_json:
+        typer.echo(json.dumps(found.to_json(), indent=1))
+    else:
+        show_sequence(found, Screen())
+
+
+def _ask_composite(asked: _Asked, number: int) -> None:
+    from qd2mora.evaluation.composite import evaluate_composite
+    from qd2mora.report import show_composite
+
+    found = evaluate_composite(asked.model, asked.exam, number, **asked.settings)
+    if not asked.as_json_of(found):
+        show_composite(found, Screen())
+
+
+__all__ = ["score"]
