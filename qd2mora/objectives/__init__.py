@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from qd2mora.objectives.dpo import Dpo
+from qd2mora.objectives.grpo import Grpo
 from qd2mora.objectives.kto import Kto, mismatched
 from qd2mora.objectives.objective import Measures, Objective, Said, told
 from qd2mora.objectives.orpo import Orpo
@@ -19,6 +20,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "simpo": Simpo,
     "kto": Kto,
     "reward": Reward,
+    "grpo": Grpo,
 }
 """What makes each kind of its settings."""
 

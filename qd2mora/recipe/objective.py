@@ -1,13 +1,14 @@
 """The recipe's objective: what is learned of the rows, and the settings that it has."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from qd2mora.recipe.section import NotNegative, Positive, Section
+from qd2mora.recipe.section import NotNegative, Positive, Section, Size
 
-Kind = Literal["sft", "dpo", "orpo", "simpo", "kto", "reward"]
+Kind = Literal["sft", "dpo", "orpo", "simpo", "kto", "reward", "grpo"]
 PREFERENCE, RATED = "preference", "rated"
 """Formats of rows whose answers are judged."""
 
@@ -34,7 +35,12 @@ KINDS: dict[str, Needs] = {
     "simpo": Needs({"beta": 2.0, "gamma": 1.0}, format=PREFERENCE, lines=2),
     "kto": Needs({"beta": 0.1, "good_weight": 1.0, "bad_weight": 1.0, "reference": "kept"}, format=RATED),
     "reward": Needs(format=PREFERENCE, lines=2),
+    "grpo": Needs(
+        {"rule": "exact", "pattern": None, "words": None, "samples": 8, "temperature": 1.0, "max_new_tokens": 64}
+    ),
 }
+NOT_OF_THE_LOSS = ("reference", *KINDS["grpo"].settings)
+"""Settings that say what rows are learned, and not what is made of them."""
 
 
 class Objective(Section):
@@ -42,7 +48,7 @@ class Objective(Section):
 
     kind: Kind = "sft"
     """`sft`: the answers. Of `format: preference`: `dpo`, `orpo`, `simpo`, and `reward`, a model that scores answers.
-    Of `format: rated`: `kto`."""
+    Of `format: rated`: `kto`. `grpo`: answers that the run writes itself, by the rewards of a rule."""
     beta: Positive | None = None
     """How much a preference counts: of `dpo` and `kto` the factor on log p/reference (0.1), of `orpo` the weight beside
     imitation (0.1), of `simpo` the factor on log p a token (2.0)."""
@@ -59,6 +65,30 @@ class Objective(Section):
     reference: Literal["kept", "live"] | None = None
     """Of `dpo` and `kto`: what the reference says of the rows is computed once and `kept` on disk (where left out), or
     `live` in every step. The reference is the base alone, or the adapter that `adapter.start` names, as it was."""
+
+    rule: Literal["exact", "regex", "length", "file"] | None = None
+    """Of `grpo`, what an answer is worth: 1 where its words are the right ones (`exact`, where left out) or it has a
+    match of `pattern` (`regex`); less the further it is from `words` words (`length`); or what the Python file says
+    that `train --reward-file` names (`file`)."""
+    pattern: str | None = None
+    """Of `rule: regex`."""
+    words: Size | None = None
+    """Of `rule: length`."""
+    samples: Annotated[int, Field(ge=2, le=1024)] | None = None
+    """Of `grpo`: answers that are drawn to each prompt and compared with one another (8)."""
+    temperature: Positive | None = None
+    """Of `grpo`: at which they are drawn (1.0)."""
+    max_new_tokens: Size | None = None
+    """Of `grpo`: tokens of an answer at most (64); prompt and answer together stay within `data.max_length`."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"'{pattern}' is no regular expression: {error}") from error
+        return pattern
 
     @model_validator(mode="before")
     @classmethod
@@ -80,6 +110,9 @@ class Objective(Section):
     def _agrees(self) -> "Objective":
         if self.label_smoothing and self.loss != "sigmoid":
             raise ValueError(f"label_smoothing is of loss: sigmoid, and has no meaning in {self.loss}; 0")
+        for name, rule in (("pattern", "regex"), ("words", "length")):
+            if self.kind == "grpo" and (getattr(self, name) is not None) != (self.rule == rule):
+                raise ValueError(f"{name} goes with rule: {rule}, and rule: {rule} with {name}; rule is {self.rule}")
         return self
 
     @property
@@ -95,7 +128,7 @@ class Objective(Section):
     @property
     def of_the_loss(self) -> dict[str, Any]:
         """The settings that the loss is made of."""
-        return {name: getattr(self, name) for name in self.needs.settings if name != "reference"}
+        return {name: getattr(self, name) for name in self.needs.settings if name not in NOT_OF_THE_LOSS}
 
 
 __all__ = ["KINDS", "PREFERENCE", "RATED", "Needs", "Objective"]

@@ -63,6 +63,21 @@ class Recipe(Section):
             raise ValueError("finish.export: an export has no place for the head of objective: reward; false")
         return self
 
+    @model_validator(mode="after")
+    def _writes_its_rows(self) -> "Recipe":
+        if self.objective.kind != "grpo":
+            return self
+        if self.data.packing or not self.data.mask_prompt:
+            raise ValueError("data: grpo learns its own answers, each as a whole; packing: false, mask_prompt: true")
+        if self.memory.engine != "none":
+            raise ValueError(f"memory.engine: {self.memory.engine} shares out what grpo writes answers with; none")
+        if self.data.max_length <= (self.objective.max_new_tokens or 0):
+            raise ValueError(
+                f"objective.max_new_tokens: {self.objective.max_new_tokens} leave no room for a prompt within "
+                f"data.max_length: {self.data.max_length}"
+            )
+        return self
+
     def dump_yaml(self) -> str:
         """Return the recipe as YAML that loads back equal."""
         return dump_yaml(self._content())

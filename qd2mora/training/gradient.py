@@ -22,6 +22,7 @@ from qd2mora.training.estimator import backward_over_draws
 from qd2mora.training.labels import KIND, expert_is_better
 from qd2mora.training.micro_batches import Course, MicroBatches, key_of
 from qd2mora.training.progress import Progress
+from qd2mora.training.rollouts import Rollouts
 from qd2mora.training.stages import Stages
 from qd2mora.training.updates import add_gradient
 
@@ -53,13 +54,21 @@ class StepGradient:
     draws: int
     """Of a router that samples."""
     stages: Stages = field(default_factory=Stages)
+    rollouts: Rollouts | None = None
+    """Where the rows of a step are answers that the run writes itself."""
     _measures: list[Tensor] = field(default_factory=list)
     """What the objective measured of the step's micro batches, on this process."""
     _baseline: float = 0.0
 
-    def prepare(self, rows: list[Row]) -> None:
-        """Take what the objective needs of a step as a whole, before its gradient. Raises WillNotFit."""
+    def prepare(self, rows: list[Row]) -> list[Row]:
+        """Take what the objective needs of a step as a whole, before its gradient; return the rows that are learned.
+
+        Raises WillNotFit, InputRefused.
+        """
+        if self.rollouts is not None:
+            return self.rollouts.of(rows, self.course.first_of(self.batches.progress.step))
         self._baseline = self.batches.baseline(rows)
+        return rows
 
     def accumulate(self, rows: list[Row], beat: Callable[[], None]) -> Tensor:
         """Add the gradients of this process's rows; return their part of the step's loss.
@@ -113,6 +122,8 @@ class StepGradient:
 
     def measures(self) -> dict[str, float]:
         """Return what the objective measured of the whole step, on all processes."""
+        if self.rollouts is not None:
+            return self.rollouts.measures
         if not self.batches.objective.names:
             return {}
         sums = torch.zeros(len(self.batches.objective.names), 2, device=self.batches.processes.device)
@@ -130,7 +141,9 @@ class StepGradient:
         self._still_routers()
         self._unscale()
         # Before the penalties: theirs would hide an expert that is detached from the loss.
-        prove_flow(self.batches.model, self.batches.updater.parameters, self.batches.progress)
+        # Where all answers of the first steps are as good as one another nothing flows, and that is no fault.
+        if self.rollouts is None:
+            prove_flow(self.batches.model, self.batches.updater.parameters, self.batches.progress)
         penalties = self._add_penalties()
         self.stages.freeze(self.batches.updater.parameters, self.batches.progress.step)
         parameters = list(self.batches.updater.parameters.values())

@@ -23,6 +23,7 @@ from qd2mora.terminal.pace import Pace
 from qd2mora.training.clock import Watchdog
 from qd2mora.training.micro_batches import MicroBatches
 from qd2mora.training.processes import Processes
+from qd2mora.training.rollouts import Rollouts
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class HeldOut:
     watchdog: Watchdog
     pace: Callable[[str, float], Pace] = lambda what, total: Pace(what, total, lambda line: None)
     """Makes what tells how far an evaluation is."""
+    rollouts: Rollouts | None = None
 
     def evaluate(self) -> Evaluation:
         """Evaluate the model as it is. Raises WillNotFit."""
@@ -117,6 +119,13 @@ class HeldOut:
         width = 2 + 2 * len(measured)
         by_task = {name: summed[place * width : (place + 1) * width] for place, name in enumerate(names)}
         losses = {name: total / counted for name, (total, counted, *_) in by_task.items()}
+        if self.rollouts is not None:
+            with self.watchdog.paused():
+                rewards = self.rollouts.held_out(self.tasks)
+            # What is judged is to fall.
+            return {name: 0.0 - mean for name, mean in rewards.items()}, {
+                name: {"reward": rewards[name]} for name in names
+            }
         return losses, {name: told(measured, rest) for name, (_, _, *rest) in by_task.items() if measured}
 
     def _scores(self) -> dict[str, Score]:

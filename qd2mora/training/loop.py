@@ -89,7 +89,7 @@ class Training:
         self.opening.enter(update)
         enter_phase(self.batches.model, self.train, update)
         self._tell(self.gradient.stages.news(update))
-        self.gradient.prepare(rows)
+        rows = self.gradient.prepare(rows)
         loss, norm, penalties = self._whole_gradient(rows)
         load = max_load(self.batches.model, self.processes)
         # By applied updates: steps that are passed over take nothing off the schedule's length.

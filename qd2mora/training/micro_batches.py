@@ -32,7 +32,7 @@ from qd2mora.training.progress import Progress
 from qd2mora.training.updates import Updater
 
 T = TypeVar("T")
-Purpose = Literal["step", "row"]
+Purpose = Literal["step", "row", "answer"]
 
 
 def key_of(seed: int, purpose: Purpose, *place: int) -> int:

@@ -115,6 +115,15 @@ def _check_vectors(name: str, config: MixtureConfig, task: TaskRows) -> None:
             )
 
 
+def check_prompts(recipe: Recipe, tasks: list[TaskRows]) -> None:
+    """Refuse rows that leave nothing to write after where the run writes its answers itself."""
+    if recipe.objective.kind != "grpo":
+        return
+    for task in tasks:
+        if task.task.format == "text":
+            raise InputRefused(f"data.tasks.{task.task.name}.format: text has no prompts that grpo could answer")
+
+
 def check_judging(recipe: Recipe, tasks: list[TaskRows]) -> None:
     """Refuse to judge without held-out rows."""
     keys = []
@@ -136,4 +145,12 @@ def tasks_to_score(tasks: list[TaskRows]) -> list[AskedTask]:
     return asked
 
 
-__all__ = ["check_judging", "check_limits", "check_packing", "check_rows", "check_stages", "tasks_to_score"]
+__all__ = [
+    "check_judging",
+    "check_limits",
+    "check_packing",
+    "check_prompts",
+    "check_rows",
+    "check_stages",
+    "tasks_to_score",
+]

@@ -79,7 +79,10 @@ class Rehearsal:
             steps = sorted(steps, key=lambda step: -sum(course.lengths(step)))[:PACKED_STEPS]
         found = ((_longest(course.lengths(step), batches.size, course.capacity), step) for step in steps)
         (_, (numbers, packs)), step = max(found, key=lambda one: one[0][0])
-        return micro_batch(course.rows(step), numbers, packs, batches.seed, course.first_of(step))
+        rows = course.rows(step)
+        if self.gradient.rollouts is not None:
+            rows = [self.gradient.rollouts.as_long(row) for row in rows]
+        return micro_batch(rows, numbers, packs, batches.seed, course.first_of(step))
 
     def longest_held_out(self) -> MicroBatch | None:
         """Return the micro batch of the most positions that an evaluation has; None without held-out rows."""

@@ -9,46 +9,38 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from qd2mora.adapter_folder import base_identity
 from qd2mora.base import base_config, compute_dtype, fingerprint, load_base, load_tokenizer
-from qd2mora.data import TaskMix, TaskRows, collate, prepare
-from qd2mora.data.chat import named_templates
+from qd2mora.data import TaskMix, collate, prepare
+from qd2mora.disk.file_hash import hash_of_file
 from qd2mora.disk.lock import locked
-from qd2mora.evaluation import AskedTask, Score, Subject
 from qd2mora.memory.engine import check_engine, refuse_storage
 from qd2mora.memory.faults import as_lost
 from qd2mora.memory.loss import check_isolation
-from qd2mora.memory.plan import Plan
 from qd2mora.memory.techniques import prepare_base
 from qd2mora.mixture import MixtureConfig, adapter_tensors, add_adapter, selection_biases
 from qd2mora.mixture.start_folder import start_folder
 from qd2mora.objectives import objective_of
 from qd2mora.objectives.head import add_head
+from qd2mora.objectives.rules import rule_of
 from qd2mora.recipe import Recipe, Train
 from qd2mora.run_folder import RunFolder, clock_of
 from qd2mora.safekeeping.inventory import seal_run
-from qd2mora.stopping import StopRequest, listening
+from qd2mora.stopping import listening
 from qd2mora.training.adapter_start import start_adapter
-from qd2mora.training.best import BestKeeper
-from qd2mora.training.checkpoint import Saver, steps_on_disk
-from qd2mora.training.clock import TimeLimit, Watchdog
+from qd2mora.training.assembly import Inputs, Start, keep_reference_of, micro_batches_of, training_of
+from qd2mora.training.clock import TimeLimit
 from qd2mora.training.disk_space import bytes_to_write, refuse_full
 from qd2mora.training.fitting import fitting_plan
-from qd2mora.training.gradient import StepGradient
-from qd2mora.training.growth import Opening
-from qd2mora.training.held_out import HeldOut, LiveRouting, score_together
 from qd2mora.training.identity import Ancestry, Manifest, identity_of_inputs, identity_of_start
 from qd2mora.training.journal import Journal, StepDisplay
-from qd2mora.training.kept_reference import keep_reference, made_of, reference_of
+from qd2mora.training.kept_reference import reference_of
 from qd2mora.training.launch import launched
-from qd2mora.training.loop import Training
 from qd2mora.training.machine import device_name, repeatable, take_machine
-from qd2mora.training.micro_batches import Course, MicroBatches
+from qd2mora.training.micro_batches import Course
 from qd2mora.training.opening import check_folder, open_folder, read_manifest, restore
 from qd2mora.training.processes import Processes
 from qd2mora.training.progress import Progress
@@ -56,16 +48,17 @@ from qd2mora.training.recipe_checks import (
     check_judging,
     check_limits,
     check_packing,
+    check_prompts,
     check_routing,
     check_rows,
     check_stages,
     tasks_to_score,
 )
 from qd2mora.training.rehearsal import Rehearsal, is_worthwhile
-from qd2mora.training.result import save_result, save_whole
+from qd2mora.training.result import save_result
 from qd2mora.training.stages import Stages
 from qd2mora.training.start_words import say_what_starts
-from qd2mora.training.updates import PlainUpdater, Updater, build_optimizer, by_rate, num_draws
+from qd2mora.training.updates import PlainUpdater, Updater, build_optimizer, by_rate
 from qd2mora.training.zero import ZeroUpdater
 
 FIRST_LOSS_SCALE = 2.0**16
@@ -84,44 +77,20 @@ class Trained:
     is_main: bool = True
 
 
-@dataclass(frozen=True)
-class Start:
-    """One start of a run, the first or a resumed one, on the processes that a launcher gave it."""
-
-    recipe: Recipe
-    folder: RunFolder
-    accelerator: Accelerator
-    processes: Processes
-    stop: StopRequest
-    time_limit: TimeLimit
-    before: Manifest | None
-    """What the run that is resumed says of itself."""
-    allow_changed: Collection[str]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What is read before any weight; the recipe names the optimiser that the plan chose, a part of the identity."""
-
-    recipe: Recipe
-    config: MixtureConfig
-    tokenizer: PreTrainedTokenizerBase
-    tasks: list[TaskRows]
-    asked: list[AskedTask]
-    """Tasks that are scored beside the loss."""
-    planned: Plan
-    clock: str
-    """The time that chat templates read, kept for every resume."""
-
-
 def train(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_changed: Collection[str] = ()
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_changed: Collection[str] = (),
+    reward_file: Path | None = None,
 ) -> Trained:
     """Plan, then train; write the run folder `recipe.output`.
 
     Everything that can be refused is refused before the folder is touched. `resume` continues from the newest whole
     checkpoint and ends with the same bytes as a run that was never broken; it is refused where a field of the run's
-    identity changed, unless `allow_changed` names it. `overwrite` replaces a run.
+    identity changed, unless `allow_changed` names it. `overwrite` replaces a run. `reward_file`: of `grpo` with
+    `rule: file`, Python that says what an answer is worth.
 
     Raises InputRefused, WillNotFit, DeviceLost, NotFinite, DiskTrouble, DamagedFile, SignalStop.
     """
@@ -130,6 +99,7 @@ def train(
     if recipe.adapter.start is not None:
         recipe = recipe.model_copy(update={"adapter": config.as_section(recipe.adapter)})
     check_stages(config, recipe.train)
+    rule = rule_of(recipe.objective, reward_file)
     check_routing(config, recipe.train)
     if recipe.data.packing:
         check_packing(config)
@@ -148,7 +118,9 @@ def train(
         before = None
         if resume:
             before = processes.from_main(lambda: read_manifest(folder))
-        start = Start(recipe, folder, accelerator, processes, stop, time_limit, before, allow_changed)
+        start = Start(
+            recipe, folder, accelerator, processes, stop, time_limit, before, allow_changed, reward_file, rule
+        )
         # A resume computes with the threads that its run began with; whoever called gets back their own.
         held.enter_context(repeatable(processes.device, recipe.train.deterministic))
         return _train_locked(start)
@@ -167,6 +139,8 @@ def _train_locked(start: Start) -> Trained:
     model, frozen = _started_model(start, inputs, course.mixture)
     ancestry.add({"base": fingerprint(inputs.recipe.base)})  # after the load, which fetches what is not here yet
     ancestry.add(identity_of_start(inputs.recipe))
+    if start.reward_file is not None:
+        ancestry.add({"objective.reward_file": hash_of_file(start.reward_file)})
     # What is computed of weights or rows may differ in a last bit on another GPU.
     processes.copy_from_main(adapter_tensors(model))
     reference = reference_of(inputs.recipe, model)
@@ -177,14 +151,13 @@ def _train_locked(start: Start) -> Trained:
     _open(start, inputs, ancestry, progress)
     mark = base_identity(inputs.recipe.base, str(ancestry.identity["base"]))
     journal = Journal(folder.metrics, start.accelerator, StepDisplay(course.total_steps, progress.step))
-    batches = _micro_batches(inputs, model, updater, processes, progress, journal)
+    batches = micro_batches_of(inputs, model, updater, processes, progress, journal)
     batches.reference = reference
-    training = _training(start, inputs, course, batches, journal, mark)
-    training.gradient.stages = stages
+    training = training_of(start, inputs, course, batches, journal, mark)
     for line in (*(f"passed over: {problem}" for problem in problems), *of_machine):
         journal.say(line)
     say_what_starts(training, inputs.planned, inputs.tokenizer)
-    _keep_reference(inputs, ancestry, training)
+    keep_reference_of(inputs, ancestry, training)
     with start.stop.deferred(), journal.display:
         if is_rehearsed and progress.step < course.total_steps:
             Rehearsal(training.gradient, inputs.planned, folder.checkpoints).run()
@@ -206,6 +179,7 @@ def _read_inputs(start: Start) -> Inputs:
     check_rows(config, tasks)
     check_limits(tasks, tokenizer, read)
     check_judging(recipe, tasks)
+    check_prompts(recipe, tasks)
     asked = tasks_to_score(tasks)
     planned = fitting_plan(recipe, start.processes, start.before)
     if recipe.train.optimizer == "auto":
@@ -315,81 +289,6 @@ def _open(start: Start, inputs: Inputs, ancestry: Ancestry, progress: Progress) 
         start.accelerator.init_trackers("qd2mora", config={"fingerprint": inputs.recipe.fingerprint()})
     if compute_dtype(inputs.recipe.base, device) is torch.float16 and progress.loss_scale is None:
         progress.loss_scale = FIRST_LOSS_SCALE
-
-
-def _micro_batches(
-    inputs: Inputs,
-    model: PeftModel,
-    updater: Updater,
-    processes: Processes,
-    progress: Progress,
-    journal: Journal,
-) -> MicroBatches:
-    """Return what runs rows through the model, in the plan's micro batches, or smaller ones where memory ran out."""
-    planned, settings = inputs.planned.micro_batch, inputs.recipe.train
-    return MicroBatches(
-        model=model,
-        updater=updater,
-        processes=processes,
-        progress=progress,
-        say=journal.say,
-        size=min(planned, progress.micro_batch or planned, settings.global_batch // processes.count),
-        seed=settings.seed,
-        pad=inputs.tokenizer.pad_token_id,
-        loss_chunk=inputs.planned.layout.loss_chunk,
-        objective=objective_of(inputs.recipe.objective),
-    )
-
-
-def _keep_reference(inputs: Inputs, ancestry: Ancestry, training: Training) -> None:
-    """Compute what the reference says of the run's rows, where the recipe wants it kept."""
-    batches = training.batches
-    if batches.reference is None or inputs.recipe.objective.reference != "kept":
-        return
-    of = made_of(ancestry.identity, batches.reference, inputs.planned.micro_batch)
-    pace = training.journal.pace("lines that the reference reads", training.course.num_lines)
-    keep_reference(batches, training.course, of, pace)
-
-
-def _training(
-    start: Start, inputs: Inputs, course: Course, batches: MicroBatches, journal: Journal, mark: dict[str, str]
-) -> Training:
-    """Put the loop together; `mark` is what an adapter remembers of its base."""
-    model, processes, progress = batches.model, batches.processes, batches.progress
-    folder, settings = start.folder, inputs.recipe.train
-    best = BestKeeper(folder.best, settings.keep_best, lambda place: save_whole(model, place, mark), processes.is_main)
-    best.resumed(progress)
-    subject = Subject(model, inputs.tokenizer, templates=named_templates(inputs.recipe.data))
-    live = LiveRouting(model, inputs.tasks)
-
-    def score() -> dict[str, Score]:
-        pace = journal.pace("rows asked", sum(len(task.rows) for task in inputs.asked))
-        return score_together(subject, inputs.asked, processes, pace)
-
-    watchdog = Watchdog(
-        is_on_cpu=processes.device.type == "cpu",
-        last_saved=lambda: max(steps_on_disk(folder.checkpoints), default=0),
-    )
-    return Training(
-        train=settings,
-        course=course,
-        progress=progress,
-        gradient=StepGradient(batches, course, inputs.config, settings.max_grad_norm, num_draws(settings)),
-        held_out=HeldOut(batches, inputs.tasks, live, score, watchdog, journal.pace),
-        saver=Saver(folder.checkpoints, settings.keep_checkpoints, batches.updater, processes.is_main),
-        best=best,
-        journal=journal,
-        stop=start.stop,
-        time_limit=start.time_limit,
-        opening=Opening(
-            model,
-            batches.updater,
-            progress,
-            settings.growth,
-            inputs.config.num_down if inputs.config.row.stages else 1,
-            course.total_steps,
-        ),
-    )
 
 
 __all__ = ["Trained", "num_steps", "train"]
