@@ -91,12 +91,8 @@ def evaluate_against(
     way = exam.way
     if way is not None and (way.contrast is not None or way.ensemble is not None):
         raise InputRefused("--against: two models alone are compared; leave out --contrast and --ensemble")
-    place, files = None, list[Path]()
-    if out is not None:
-        place = Path(out)
-        files = [place.with_suffix(f".{kind}.rows.jsonl") for kind in ("against", "model")]
-        for file in files:
-            check_scores_place(place, file)
+    place = None if out is None else Path(out)
+    files = _files_beside(place)
     scores = []
     with writing("--out", place, *files):
         # One after the other: two models at once may be more than memory holds.
@@ -105,9 +101,8 @@ def evaluate_against(
                 asked = ask(exam, subject)
                 answers = AnswerFile()
                 if files:
-                    known = str(model) if path == BASE else path
-                    question = question_of(known, asked, beams, way) | {"adapter": "off" if path == BASE else "on"}
-                    answers = AnswerFile(files[number], question)
+                    question = question_of(model if path == BASE else path, asked, beams, way)
+                    answers = AnswerFile(files[number], question | {"adapter": "off" if path == BASE else "on"})
                 scores.append(
                     score_all(subject, asked, answers, beams=beams, rows_at_once=rows_at_once, is_shown=is_shown)
                 )
@@ -115,6 +110,15 @@ def evaluate_against(
         if place is not None:
             write_json(place, {name: change.to_json() for name, change in changes.items()})
     return changes
+
+
+def _files_beside(place: Path | None) -> list[Path]:
+    """Return where the answers of both are kept, nowhere where no place is named. Raises InputRefused."""
+    files = [] if place is None else [place.with_suffix(f".{kind}.rows.jsonl") for kind in ("against", "model")]
+    for file in files:
+        assert place is not None
+        check_scores_place(place, file)
+    return files
 
 
 @contextmanager
