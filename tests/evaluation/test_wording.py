@@ -120,7 +120,9 @@ def test_instruction_rows_may_be_worded_by_the_tokenizers_template(
     subject = subject_of(tokenizer, task)
     assert wording_of(subject, None, None, is_conversation=False).template == OWN
     joined = task.model_copy(update={"format": "completion", "template": "chatml"})
-    with pytest.raises(InputRefused, match=r"t\.template: chatml words chats, instructions and judged answers, completion rows are"):
+    with pytest.raises(
+        InputRefused, match=r"t\.template: chatml words chats, instructions and judged answers, completion rows are"
+    ):
         prepare(Data(tasks=[joined]), tokenizer, 0)
 
 
