@@ -92,6 +92,7 @@ def test_a_planted_letter_is_learned_and_held_out_rows_tell(made: Path, tmp_path
         assert last["eval_loss"][task] == -1
 
 
+@pytest.mark.long
 def test_a_run_that_is_broken_off_draws_the_same_answers(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

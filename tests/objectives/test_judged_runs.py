@@ -60,7 +60,8 @@ def test_a_resumed_run_is_the_unbroken_one_and_says_what_it_measured(
         train(runs.recipe_of(made, tmp_path / "whole", kind, dropout, f"{changed}=1"), resume=True)
 
 
-@pytest.mark.parametrize("kind", ["kto", *(pytest.param(kind, marks=LONG) for kind in runs.KINDS[:-1])])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", runs.KINDS)
 def test_micro_batches_of_any_size_make_the_same_step(
     kind: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,9 +151,8 @@ def test_where_a_run_goes_on_from_an_adapter_that_is_its_reference(
     assert first["eval_measures"]["pick"].get("margin", 0) == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "method", ["remix", *(pytest.param(each, marks=LONG) for each in ("hydralora", "flylora", "dora"))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["remix", "hydralora", "flylora", "dora"])
 def test_other_methods_learn_a_preference_too(method: str, made: Path, tmp_path: Path) -> None:
     change = "adapter.gates={rank: {top_k: 2}}" if method == "flylora" else "adapter.dropout=0"
     adapter = f"{{method: {method}, rank: 4, alpha: 8, targets: [q_proj, v_proj]}}"

@@ -48,7 +48,7 @@ GATES: dict[str, Callable[[Path, Path, Size], Result]] = {
     "J1": lambda made, folder, size: gate_templates.gate({"brief": 26, "quick": 13, "long": 1}[size]),
     "BM1": lambda made, folder, size: gate_bombs.gate_bombs(made, folder, 1000 if size == "long" else 60),
     "NB1": lambda made, folder, size: gate_numbers.gate(made, folder, 1 if size == "long" else 61),
-    "CF1": lambda made, folder, size: gate_configs.gate(made, folder, {"brief": 5, "quick": 30, "long": 5_000}[size]),
+    "CF1": lambda made, folder, size: gate_configs.gate(made, folder, {"brief": 5, "quick": 12, "long": 5_000}[size]),
     "NF1": lambda made, folder, size: gate_finite.gate(made, folder, 1 if size == "long" else 3),
     "ST1": lambda made, folder, size: gate_streams.gate(made, folder, size != "long"),
     "TM1": lambda made, folder, size: gate_terminal.gate(made, folder, 500 if size == "long" else 12),
