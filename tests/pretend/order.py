@@ -72,7 +72,8 @@ def races(is_streamed: bool, recomputed: int, offload: bool, resident: int = 0) 
             LayerStream([layers[index] for index in streaming.streamed_layers(len(layers), resident)], device)
         if recomputed:
             recompute_layers(base, recomputed, offload, device)
-        model = add_adapter(base, MixtureConfig(method="d2mora", target_modules=["q_proj", "down_proj"], rank=4), seed=0).train()
+        config = MixtureConfig(method="d2mora", target_modules=["q_proj", "down_proj"], rank=4)
+        model = add_adapter(base, config, seed=0).train()
         ids = torch.randint(5, 500, (2, 24), generator=torch.Generator().manual_seed(1))
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
         batch["task_index"] = batch["group"] = torch.zeros(2, dtype=torch.long)
