@@ -31,7 +31,7 @@ def settings(made: Path, *changes: str) -> Recipe:
 METHODS = ["d2mora", "lora", "hydralora", "moslora", "moelora", "loramoe", "mola", "comol"]
 
 
-@pytest.mark.parametrize("base", ["own", "random:llama-7b"])
+@pytest.mark.parametrize("base", ["own", pytest.param("random:llama-7b", marks=pytest.mark.long)])
 def test_every_arm_trains_as_many_parameters_and_the_planner_counts_the_same(base: str, made: Path) -> None:
     changes = () if base == "own" else (f"base.model={base}", "adapter.rank=16", "adapter.alpha=32")
     recipe = settings(made, *changes)

@@ -51,6 +51,7 @@ def save_data(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_base_whose_making_was_killed_ends_with_the_same_weights(tmp_path: Path, monkeypatch) -> None:
     data = save_data(tmp_path / "data")
     assert len(documents(data)) > 60
