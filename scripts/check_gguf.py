@@ -147,7 +147,9 @@ def compare(theirs: Any, tokenizer: Any, file: Path, prompts: list[str], new: in
 def texts_of(ours: Llama, tokenizer: Any, prompts: list[str]) -> dict[str, Any]:
     """Compare what the file's own tokenizer makes of texts."""
     return {
-        "same_tokens": all(ours.tokenize(text.encode()) == tokenizer(text)["input_ids"] for text in (*TEXTS, *prompts)),
+        "same_tokens": all(
+            ours.tokenize(text.encode(), special=True) == tokenizer(text)["input_ids"] for text in (*TEXTS, *prompts)
+        ),
         "same_chat_template": ours.metadata.get("tokenizer.chat_template") == tokenizer.chat_template,
     }
 
