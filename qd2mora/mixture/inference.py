@@ -211,11 +211,13 @@ def _plain_chain(spec: LinearSpec, num: int, routers_up: list[Tensor]) -> Step:
         u = u_TF if u_TF.dtype is torch.float32 else wide(u_TF)
         T, S = u.shape[0], num
         start = S * banks
-        z = u[:, :start].view(T, S, banks)
+        z = u[:, :start]
         if down is not None:
             alpha = _softmax(down, u[:, start : start + S * M].view(T, S, M))
-            z = (alpha.unsqueeze(-1) * z.view(T, S, M, rank)).sum(2)
+            # One small product in the place of a product and a sum: at one token each call counts.
+            z = torch.bmm(alpha.view(T * S, 1, M), z.reshape(T * S, M, rank))
             start += S * M
+        z = z.view(T, S, -1)
         if up is None:
             return z
         scores = u[:, start:] if router is None else F.linear(z.reshape(T, -1), router)
