@@ -9,7 +9,19 @@ from typing import Annotated, Any
 import typer
 
 from qd2mora.cli.app import MOST, AllowChanged, AsJson, ModelPath, app, words
-from qd2mora.cli.ways import Alpha, Beta, Calibrate, Extract, GatesEvery, Mix, Others, Samples, Triggers, WeakModel
+from qd2mora.cli.ways import (
+    Alpha,
+    Beta,
+    Calibrate,
+    Extract,
+    GatesEvery,
+    Mix,
+    Others,
+    Samples,
+    Triggers,
+    WeakModel,
+    asked_way,
+)
 from qd2mora.errors import InputRefused
 from qd2mora.terminal import Screen
 
@@ -62,14 +74,11 @@ def score(
     allow_changed: AllowChanged = None,
 ) -> None:
     """Score tasks: held-out rows by their own metric, a published suite, or the harness's tasks."""
-    from qd2mora.evaluation import Exam, contrast_of, ensemble_of, evaluate, way_of
+    from qd2mora.evaluation import Exam, evaluate
     from qd2mora.report import show_scores
 
-    others = None if ensemble is None else words(ensemble)
-    together = ensemble_of(others, calibrate, triggers, mix)
-    contrasted = contrast_of(contrast, beta, alpha)
-    kept = {"samples": samples, "gates_every": gates_every}
-    way = way_of(contrasted, together, temperature=temperature, extract=extract, **kept)
+    settings = {"samples": samples, "gates_every": gates_every, "temperature": temperature, "extract": extract}
+    way = asked_way((contrast, beta, alpha), (ensemble, calibrate, triggers, mix), **settings)
     exam = Exam(recipe, suite, data, words(tasks), limit, scoring, prompt, way)
     asked = _Asked(str(model), exam, rows_at_once, out, allow_changed or (), as_json)
     given = {"--against": against, "--sequence": sequence, "--composite": composite}

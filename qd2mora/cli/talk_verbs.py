@@ -7,8 +7,20 @@ from typing import Annotated
 
 import typer
 
-from qd2mora.cli.app import MOST, AllowChanged, ModelPath, app, numbers, text_of, words
-from qd2mora.cli.ways import Alpha, Beta, Calibrate, Extract, GatesEvery, Mix, Others, Samples, Triggers, WeakModel
+from qd2mora.cli.app import MOST, AllowChanged, ModelPath, app, numbers, text_of
+from qd2mora.cli.ways import (
+    Alpha,
+    Beta,
+    Calibrate,
+    Extract,
+    GatesEvery,
+    Mix,
+    Others,
+    Samples,
+    Triggers,
+    WeakModel,
+    asked_way,
+)
 from qd2mora.errors import InputRefused
 from qd2mora.stopping import listening
 
@@ -63,14 +75,11 @@ def generate(
         raise InputRefused("--prompt: name a prompt, or with --file and --out a file of them")
     if (file is None) != (out is None):
         raise InputRefused("--out: goes with --file, as --file does with it: prompts in one, answers in the other")
-    from qd2mora.evaluation import ManyOptions, TalkOptions, contrast_of, ensemble_of, generate_file, way_of
+    from qd2mora.evaluation import ManyOptions, TalkOptions, generate_file
     from qd2mora.evaluation import generate as run_generation
 
-    others = None if ensemble is None else words(ensemble)
-    together = ensemble_of(others, calibrate, triggers, mix)
-    contrasted = contrast_of(contrast, beta, alpha)
-    kept = {"samples": samples, "seed": seed, "gates_every": gates_every}
-    way = way_of(contrasted, together, temperature=temperature, extract=extract, **kept)
+    settings = {"samples": samples, "gates_every": gates_every, "temperature": temperature, "extract": extract}
+    way = asked_way((contrast, beta, alpha), (ensemble, calibrate, triggers, mix), seed=seed, **settings)
     options = TalkOptions(task, numbers(vector), template, max_new_tokens, temperature, top_p, seed, way)
     if file is not None and out is not None:
         how = ManyOptions(options, raw, rows_at_once)

@@ -1,9 +1,11 @@
 """Options of verbs that write answers in ways of their own: contrasted, with others, or drawn and voted on."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from qd2mora.cli.app import words
 
 WeakModel = Annotated[
     str | None,
@@ -27,4 +29,32 @@ GatesEvery = Annotated[
 ]
 
 
-__all__ = ["Alpha", "Beta", "Calibrate", "Extract", "GatesEvery", "Mix", "Others", "Samples", "Triggers", "WeakModel"]
+def asked_way(
+    contrast: tuple[str | None, float | None, float | None],
+    ensemble: tuple[str | None, Path | None, Path | None, str | None],
+    **settings: Any,
+) -> Any:
+    """Return the way that options ask for, None where they ask for none; each tuple in the order above.
+
+    Raises InputRefused.
+    """
+    from qd2mora.evaluation import contrast_of, ensemble_of, way_of
+
+    others, calibrate, triggers, mix = ensemble
+    together = ensemble_of(None if others is None else words(others), calibrate, triggers, mix)
+    return way_of(contrast_of(*contrast), together, **settings)
+
+
+__all__ = [
+    "Alpha",
+    "Beta",
+    "Calibrate",
+    "Extract",
+    "GatesEvery",
+    "Mix",
+    "Others",
+    "Samples",
+    "Triggers",
+    "WeakModel",
+    "asked_way",
+]

@@ -29,7 +29,7 @@ from qd2mora.mixture.layer import MixtureLinear, mixture_layers
 from qd2mora.mixture.spec import LinearSpec
 from qd2mora.routed.gate import Gate
 from qd2mora.routed.ops import wide
-from qd2mora.routed.routers import Gating
+from qd2mora.routed.routers import Gating, soft
 
 Step = Callable[[Tensor, Tensor], Tensor]
 """Makes v (T, S, P), at least float32, of u (T, F) and of x (..., D), where the T tokens come from."""
@@ -213,7 +213,7 @@ def _plain_chain(spec: LinearSpec, num: int, routers_up: list[Tensor]) -> Step:
         start = S * banks
         z = u[:, :start]
         if down is not None:
-            alpha = _softmax(down, u[:, start : start + S * M].view(T, S, M))
+            alpha = soft(u[:, start : start + S * M].view(T, S, M), down.temperature)
             # One small product in the place of a product and a sum: at one token each call counts.
             z = torch.bmm(alpha.view(T * S, 1, M), z.reshape(T * S, M, rank))
             start += S * M
@@ -221,13 +221,9 @@ def _plain_chain(spec: LinearSpec, num: int, routers_up: list[Tensor]) -> Step:
         if up is None:
             return z
         scores = u[:, start:] if router is None else F.linear(z.reshape(T, -1), router)
-        return (_softmax(up, scores.view(T, S, -1)).unsqueeze(-1) * z.unsqueeze(2)).view(T, S, -1)
+        return (soft(scores.view(T, S, -1), up.temperature).unsqueeze(-1) * z.unsqueeze(2)).view(T, S, -1)
 
     return mix
-
-
-def _softmax(gate: Gate, scores: Tensor) -> Tensor:
-    return (scores if gate.temperature == 1 else scores / gate.temperature).softmax(-1)
 
 
 __all__ = ["shortcuts"]

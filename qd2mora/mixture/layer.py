@@ -220,17 +220,12 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         return layout
 
     def base_scaled(self, y: Tensor, name: str) -> Tensor:
-        """Return a_0 y where the method scales its base, y itself elsewhere."""
-        scale = self.base_scale(name, y.dtype)
-        return y if scale is None else y * scale
-
-    def base_scale(self, name: str, dtype: torch.dtype) -> Tensor | None:
-        """Return a_0 where the method scales its base; it is within 0.8 and 1.2."""
+        """Return a_0 y where the method scales its base, y itself elsewhere; a_0 is within 0.8 and 1.2."""
         scale = self.tensors(name).get("mixture_base_scale")
         if scale is None:
-            return None
+            return y
         # LightZero's bounded scale; the parameter starts at 0 and the scale at 1, so that step 0 is the base.
-        return (1 + 0.2 * scale.tanh()).to(dtype)
+        return y * (1 + 0.2 * scale.tanh()).to(y.dtype)
 
     def _added(self, y: Tensor | None, x: Tensor, name: str, layout: frozen.WeightLayout | None = None) -> Tensor:
         """Return y plus one adapter's output, or with a layout in y's place, the base's output plus it."""

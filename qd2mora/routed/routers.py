@@ -64,12 +64,12 @@ def decide(
     if gate.score == "activation":
         # Divided by the norm, so that a token's size does not decide how sharp its gates are.
         norm = logits.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)
-        probs, rank = _soft(logits.abs() / norm, gate.temperature), rank.abs()
+        probs, rank = soft(logits.abs() / norm, gate.temperature), rank.abs()
     elif gate.weight == "sigmoid_renorm":
         rank = logits.sigmoid() if bias is None else logits.sigmoid() + bias
         probs = rank / rank.sum(-1, keepdim=True)
     else:
-        probs = _soft(logits, gate.temperature)
+        probs = soft(logits, gate.temperature)
     if gate.select == "sample" and noise is not None:
         assert gate.top_k is not None
         # The k largest of logits + Gumbel noise are k draws without replacement, in the order drawn (Kool et al. 2019).
@@ -206,8 +206,9 @@ def _alike(gate: Gate, chosen: Tensor) -> Tensor:
     return gate.omega * chosen if gate.weight == "uniform" else chosen
 
 
-def _soft(scores: Tensor, temperature: float) -> Tensor:
+def soft(scores: Tensor, temperature: float) -> Tensor:
+    """Return the softmax of scores over the temperature, (..., E)."""
     return (scores if temperature == 1 else scores / temperature).softmax(-1)
 
 
-__all__ = ["Gating", "decide", "doubted", "log_probability", "noisy", "tsallis_entropy"]
+__all__ = ["Gating", "decide", "doubted", "log_probability", "noisy", "soft", "tsallis_entropy"]
