@@ -32,7 +32,7 @@ FITTING = ("siqa", "winogrande", "obqa", "arc_e")
 TEST_ROWS = 80
 
 
-def reasoning(data: Path) -> list[dict[str, object]]:
+def reasoning(data: Path, test: int = TEST_ROWS) -> list[dict[str, object]]:
     """Return the five tasks; what is held out is drawn by the task's name and the recipe's seed."""
     return [
         {
@@ -41,17 +41,17 @@ def reasoning(data: Path) -> list[dict[str, object]]:
             "format": "completion",
             "fields": {"prompt": "instruction", "completion": "rationale"},
             "weight": 1.0,
-            "validation": TEST_ROWS,
+            "validation": test,
             "metric": "loss",
         }
         for name in REASONING
     ]
 
 
-def commonsense(data: Path, folder: Path, names: Iterable[str]) -> list[dict[str, object]]:
+def commonsense(data: Path, folder: Path, names: Iterable[str], test: int = TEST_ROWS) -> list[dict[str, object]]:
     """Write rows to learn and rows to test on; return the tasks that read them."""
     chosen = {name: TASKS[name] for name in names}
-    return write_rows(data, folder / "rows", 1000, TEST_ROWS, chosen)
+    return write_rows(data, folder / "rows", 1000, test, chosen)
 
 
 def conflicting(data: Path, folder: Path, name: str = "creak", number: int = 1000) -> list[dict[str, object]]:
@@ -113,21 +113,26 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", type=Path, help="more arms, for example scripts/hypotheses.yaml")
     parser.add_argument("--methods", default="d2mora,lora", help="the first is what the others are compared with")
+    parser.add_argument("--targets", default="recipe", help="own: each method's own linears, as its authors train it")
+    parser.add_argument("--choose-rows", type=int, default=20, help="rows a task to choose a rate by")
+    parser.add_argument("--test-rows", type=int, default=TEST_ROWS, help="rows a task to test on")
     parser.add_argument("--strategies", default="auto", help="exports to score; none: as trained alone")
     parser.add_argument("--result", type=Path, help="JSON file for the outcome, without this machine's places")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     if given.set == "reasoning":
-        tasks = reasoning(given.data)
+        tasks = reasoning(given.data, given.test_rows)
     elif given.set == "conflicting":
         tasks = conflicting(given.data, given.out)
     else:
-        tasks = commonsense(given.data, given.out, FITTING if given.set == "commonsense" else TASKS)
+        names = FITTING if given.set == "commonsense" else TASKS
+        tasks = commonsense(given.data, given.out, names, given.test_rows)
     write_atomically(given.out / "recipe.yaml", dump_yaml(recipe(given.base, tasks, given.steps, given.rank)))
     command = [sys.executable, "-m", "qd2mora", "compare", str(given.out / "recipe.yaml"), "--methods", given.methods]
-    command += ["--seeds", str(given.seeds), "--sweep", given.sweep, "--choose-rows", "20"]
+    command += ["--seeds", str(given.seeds), "--sweep", given.sweep]
+    command += ["--choose-rows", str(given.choose_rows)]
     command += ["--sweep-steps", str(given.sweep_steps)]
-    command += ["--out", str(given.out / "compare"), "--targets", "recipe"]
+    command += ["--out", str(given.out / "compare"), "--targets", given.targets]
     command += ["--no-export"] if given.strategies == "none" else ["--strategies", given.strategies]
     command += [] if given.arms is None else ["--arms", str(given.arms)]
     code = subprocess.run(command, check=False).returncode

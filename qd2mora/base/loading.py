@@ -77,12 +77,16 @@ def known_shape(base: Base) -> str | None:
 def planning_config(base: Base) -> PreTrainedConfig:
     """Return the configuration that a plan needs: of files that are here, else of the table, else of the hub.
 
-    With the table no network and no licence is needed. Raises InputRefused.
+    With the table no network and no licence is needed. Weights that lie beside a configuration have its sizes, or the
+    plan would be of another model than the run. Raises InputRefused.
     """
     name = known_shape(base)
     if name is not None:
         return known_config(name)
-    return base_config(base)
+    config = base_config(base)
+    if is_gguf(base.model) or (os.path.isdir(base.model) and any(Path(base.model).glob("*.safetensors"))):
+        _refuse_other_sizes(config, stored_weights(base.model), base.model)
+    return config
 
 
 def _refuse_8_bit(config: PreTrainedConfig, name: str) -> None:

@@ -70,6 +70,8 @@ HOSTILE = [
     "{{ 1" + " + 1" * 20_000 + " }}",
     "x" * (LONGEST_TEMPLATE + 1),
 ]
+# A child ends itself after two seconds of work; on a busy machine that takes longer. One that is not ended never ends.
+LIMIT_S = 30.0
 # What a text would show of Python behind it; a name that the sandbox hides renders as nothing.
 _ESCAPED = ("__", "<class", "<function", "<module", "<code", "object at", "uid=", "root:")
 
@@ -82,7 +84,7 @@ def gate(step: int = 1) -> Result:
             text, refusal, seconds = _rendered(template)
             slowest = max(slowest, seconds)
             small = len(text) < 1000 + len(template) and not any(sign in text for sign in _ESCAPED)
-            result.check(small and seconds < 2.5, f"{template[:80]}: {text[:80]!r}, {refusal}, after {seconds:.1f} s")
+            result.check(small and seconds < LIMIT_S, f"{template[:80]}: {text[:80]!r}, {refusal}, after {seconds:.1f} s")
             result.numbers["refused"] = result.numbers.get("refused", 0) + bool(refusal)
         _check_limits(result)
         alive = plain.render(_TALK) == "<user>hi</s><assistant>ho</s>"
