@@ -94,16 +94,8 @@ def train(
 
     Raises InputRefused, WillNotFit, DeviceLost, NotFinite, DiskTrouble, DamagedFile, SignalStop.
     """
-    folder = RunFolder(Path(recipe.output))
-    config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
-    if recipe.adapter.start is not None:
-        recipe = recipe.model_copy(update={"adapter": config.as_section(recipe.adapter)})
-    check_stages(config, recipe.train)
+    folder, recipe = RunFolder(Path(recipe.output)), _checked(recipe)
     rule = rule_of(recipe.objective, reward_file)
-    check_routing(config, recipe.train)
-    if recipe.data.packing:
-        check_packing(config)
-    check_engine(recipe, config)
     with listening() as stop, as_lost(), contextlib.ExitStack() as held:
         accelerator = launched(recipe, folder)
         processes = Processes.of(accelerator)
@@ -124,6 +116,19 @@ def train(
         # A resume computes with the threads that its run began with; whoever called gets back their own.
         held.enter_context(repeatable(processes.device, recipe.train.deterministic))
         return _train_locked(start)
+
+
+def _checked(recipe: Recipe) -> Recipe:
+    """Return a recipe whose adapter is settled, of which all that it says itself is checked. Raises InputRefused."""
+    config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
+    if recipe.adapter.start is not None:
+        recipe = recipe.model_copy(update={"adapter": config.as_section(recipe.adapter)})
+    check_stages(config, recipe.train)
+    check_routing(config, recipe.train)
+    if recipe.data.packing:
+        check_packing(config)
+    check_engine(recipe, config)
+    return recipe
 
 
 def _train_locked(start: Start) -> Trained:
