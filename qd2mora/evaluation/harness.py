@@ -130,6 +130,7 @@ def _change(before: Values, now: Values) -> Change:
     (one, _), (two, is_higher) = before, now
     interval = bootstrap([late - early for early, late in zip(one, two, strict=True)])
     before_mean, now_mean = (sum(each) / len(each) for each in (one, two))
+    # `Change` knows one metric whose fall is a gain; any other name is one whose rise is.
     return Change("harness" if is_higher else "loss", len(two), before_mean, now_mean, interval)
 
 
@@ -193,6 +194,7 @@ class HarnessModel(TemplateLM):
         """Return of each continuation its log-likelihood and whether greedy decoding would write it."""
         rows = []
         for _, context, continuation in requests:
+            # Cut on the left, as the harness does it: the continuation is what is weighed.
             ids = (context + continuation)[-self.max_length :]
             rows.append(Row(0, np.asarray(ids, dtype=np.int32), len(ids) - len(continuation), _NO_TEXT))
         order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
@@ -232,6 +234,7 @@ class HarnessModel(TemplateLM):
         states, head = last_states(self.subject.plain, batch), output_head(self.subject.plain)
         found = []
         for number, row in enumerate(rows):
+            # Nothing predicts a text's first token.
             first, last = max(row.masked, 1), len(row.ids)
             logits = head(states[number, first - 1 : last - 1]).log_softmax(-1)
             targets = batch["input_ids"][number, first:last]
@@ -243,6 +246,7 @@ class HarnessModel(TemplateLM):
         settings = wishes[0][1]
         stops = settings.get("until") or []
         stops = [stops] if isinstance(stops, str) else stops
+        # Half of the context at most, or a task that asks for very long answers would leave its prompt no room.
         room = min(int(settings.get("max_gen_toks", NEW_TOKENS)), self.max_length // 2)
         beams = int(settings.get("num_beams", 1))
         ids = [self.tok_encode(context)[-(self.max_length - room) :] for context, _ in wishes]

@@ -148,6 +148,7 @@ def _written(subject: Subject, options: TalkOptions, ids: list[int], write: Writ
         (vote,) = way.votes(subject, [wanted], way.answer_of)
         write(vote.text)
         return vote.text, vote
+    # A batch of one: what a server and a file of prompts run, so that a seed draws the same text everywhere.
     decoding = way.decoding(subject, [wanted])
     with subject.writing():
         while not decoding.is_done:

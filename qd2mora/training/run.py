@@ -61,6 +61,7 @@ from qd2mora.training.start_words import say_what_starts
 from qd2mora.training.updates import PlainUpdater, Updater, build_optimizer, by_rate
 from qd2mora.training.zero import ZeroUpdater
 
+# As torch's GradScaler begins; what is too large is halved before anything is lost.
 FIRST_LOSS_SCALE = 2.0**16
 WORTH_KEEPING = 512 << 20
 """Bytes of 4-bit weights from which on they are kept where the recipe leaves that open: fewer are made in seconds."""
