@@ -69,6 +69,7 @@ def generate_file(
     rows, options, raw = read_prompts(prompts), how.talk, how.raw
     with locked(lock_beside(out), "--out", out), ExitStack() as stack:
         subject, way = open_in_way(model, options.way, allow_changed)
+        # Every row is worded before the first is answered: a bad one is told while nothing is spent.
         wanted = _worded(_Words(subject, options, raw, stack, say), rows, prompts)
         asked = {"prompts": hash_of_file(prompts), "model": model_mark(model), "raw": raw, **asdict(options)}
         del asked["way"]  # as answers from before there were ways have it
@@ -77,6 +78,7 @@ def generate_file(
         part = out.with_name(out.name + ".part")
         done = AnswerLines(part, asked)
         _answer(subject, rows, wanted, done, replace(how, talk=replace(options, way=way)))
+        # In the order of the prompts, whatever the order in which they were answered.
         lines = [done.of(row.number) for row in rows]
         write_bytes_atomically(out, b"".join(lines))
         part.unlink()
