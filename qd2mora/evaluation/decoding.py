@@ -1,7 +1,7 @@
 """Many texts continued side by side, a token of each a step, every one as if it were alone.
 
 Prompts are padded on the left, with positions counted from each text's own first token; each draws by a generator of
-its own, seeded as `talking` seeds its one. So what a text becomes depends on no other, up to the order of floating
+its own, on the CPU whatever device computes. So what a text becomes depends on no other, up to the order of floating
 point sums: in float32 answers are the same alone and in a batch, in 16 bits two tokens that are as good as equally
 likely may change places. A text that has ended leaves the batch and its cache, so that a place is free at once.
 """

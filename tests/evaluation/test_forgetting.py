@@ -94,6 +94,8 @@ def test_runs_in_sequence_are_asked_the_tasks_of_all(made: Path, tmp_path: Path)
         evaluate_sequence([str(later), str(later)])
     with pytest.raises(InputRefused, match="is not a run"):
         evaluate_sequence([str(made / "base"), str(later)])
+    with pytest.raises(InputRefused, match="--beams: 4 does not go with --sequence"):
+        evaluate_sequence([str(made / "run"), str(later)], how=EvalOptions(beams=4))
 
 
 def test_answers_are_told_apart_by_the_numbers_that_open_their_lines() -> None:
