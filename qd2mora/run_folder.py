@@ -156,6 +156,7 @@ def open_run(
             raise InputRefused(f"--allow-changed: unknown '{field}'; {nearest(field, MAY_CHANGE)}")
     if not (folder.adapter / "adapter_model.safetensors").is_file():
         raise InputRefused(f"'{path}' holds no finished adapter; continue it with `qd2mora train RECIPE --resume`")
+    # Before a library reads either: since the run ended, its files may have become anybody's.
     check_tokenizer_files(folder.path)
     check_adapter(folder.adapter)
     model = load_adapter(base_of(folder.base(recipe), device), recipe.base, folder.adapter, allow_changed)

@@ -52,6 +52,7 @@ class StopRequest:
     def note(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal."""
         if self.number is not None:
+            # The second one ends the process as if nobody listened, exit status and all.
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.number = number

@@ -18,7 +18,7 @@ from typing import Any
 from table1_rows import MODELS, NAMES, ROWS, TableRow, find_rows, recipe_of, yaml_of
 
 from qd2mora.disk.durable import write_atomically, write_json
-from qd2mora.evaluation import Exam, evaluate
+from qd2mora.evaluation import EvalOptions, Exam, evaluate
 from qd2mora.memory import plan
 from qd2mora.memory.choosing import GIB
 from qd2mora.run_folder import RunFolder, is_run
@@ -34,7 +34,7 @@ def run(row: TableRow, model: str, base: str | None, data: Path, out: Path) -> d
         if not (folder.adapter / "adapter_model.safetensors").is_file():
             train(recipe, resume=is_run(folder.path))
         exam = Exam(suite="commonsense", data=data)
-        scores = evaluate(folder.path, exam, beams=4, out=folder.path / "suite.json", is_shown=True)
+        scores = evaluate(folder.path, exam, EvalOptions(beams=4, out=folder.path / "suite.json", is_shown=True))
         write_json(file, {name: score.to_json() for name, score in scores.items()})
     return dict(json.loads(file.read_text(encoding="utf-8")))
 

@@ -125,6 +125,7 @@ class CachedWeights:
 
     @property
     def _lock(self) -> Path:
+        # Beside the entry, which is replaced under it, and never removed: else two could hold locks of one name.
         return self.folder.with_name(f".{self.folder.name}.lock")
 
     def _names(self) -> set[str]:

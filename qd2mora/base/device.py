@@ -70,6 +70,7 @@ def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
         return FLOATS[base.compute_dtype]
     if device.type != "cuda":
         return torch.float32
+    # Not emulated: cards before Ampere answer yes otherwise, and make bfloat16 of float32 in software.
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float16

@@ -114,6 +114,7 @@ def first_line(error: BaseException) -> str:
 
 def _remembered_hash(path: Path) -> str:
     state = path.stat()
+    # Whoever writes a file changes one of these; ctime cannot be set back as mtime can.
     return _hash_in_state(path, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 

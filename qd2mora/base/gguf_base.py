@@ -82,6 +82,7 @@ def _fields(header: GgufHeader, form: GgufForm, model: str) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, key in (KEYS | dict(form.keys)).items():
         value = content.get(f"{form.arch}.{key}")
+        # Left out where every head has keys of its own: llama.cpp then takes the number of heads.
         if value is None and key == "attention.head_count_kv":
             value = fields["num_attention_heads"]
         if isinstance(value, list) and len(set(value)) == 1:  # one number for each layer
@@ -95,7 +96,9 @@ def _fields(header: GgufHeader, form: GgufForm, model: str) -> dict[str, Any]:
     if head_dim is None:
         head_dim = fields["hidden_size"] // heads
     fields |= {"head_dim": head_dim, "vocab_size": places["token_embd.weight"].shape[0]}
+    # No key tells: llama.cpp takes the embedding where a file has no output matrix.
     fields["tie_word_embeddings"] = "output.weight" not in places
+    # No key tells of biases either; the first layer shows them.
     if form.arch in ("llama", "granite"):
         fields["attention_bias"] = "blk.0.attn_q.bias" in places
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
@@ -182,6 +185,7 @@ class StoredBlocks:
         if self.heads is None:
             rows = self._stored(first, last)
         else:
+            # Pairs are put back within whole heads; the rows that are asked for are cut out of those.
             size = self.shape[0] // self.heads
             start, stop = first // size * size, -(-last // size) * size
             pairs = self._stored(start, stop).unflatten(0, (-1, size // 2, 2))
@@ -209,6 +213,7 @@ class StoredBlocks:
                     raise DamagedFile(f"{place.path} is cut short")
                 packed = np.frombuffer(content, np.uint8).reshape(count, row_bytes)
                 if place.kind in _FLOATS:
+                    # A copy: what was read is read-only memory, which a tensor would let be written.
                     out[start : start + count] = torch.from_numpy(packed.copy()).view(self.dtype)
                 else:
                     kind = gguf.GGMLQuantizationType(place.kind)
@@ -220,6 +225,7 @@ def gguf_tensors(model: str) -> dict[str, StoredBlocks]:
     """Return the weights by transformers' names. Raises InputRefused, DamagedFile."""
     header, config = header_of(model), gguf_config(model)
     form = FORMS[config.model_type]
+    # By the package's table turned over, so that reading and writing cannot differ in a name.
     names = {theirs: ours for ours, theirs in gguf_names(config).items()}
     found: dict[str, StoredBlocks] = {}
     for name, place in header.tensors.items():

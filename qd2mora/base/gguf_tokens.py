@@ -77,6 +77,7 @@ def _of_bytes(content: Mapping[str, Any], cut: str) -> PreTrainedTokenizerBase:
     backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=cut in _WHOLE_WORDS))
     backend.pre_tokenizer = _cutting(cut)
     backend.decoder = decoders.ByteLevel()
+    # Qwen's own tokenizer composes letters before it cuts text, which no key of a file says.
     if cut == "qwen2":
         backend.normalizer = normalizers.NFC()
     special = [token for token, kind in zip(tokens, kinds, strict=False) if kind in (CONTROL, UNKNOWN)]

@@ -21,6 +21,7 @@ def random_base(
     generator = torch.Generator(device=device).manual_seed(seed)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head" and base.quantization == "nf4":
+            # N(0, 0.02) is transformers' own start of a LLaMA: NF4 then meets the numbers it was made for.
             weight = torch.empty(module.weight.shape, device=device, dtype=dtype).normal_(0, 0.02, generator=generator)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, nf4_linear(weight, base, dtype))

@@ -38,6 +38,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(64, 192, 2, 4, 2, vocab=512, max_length=512),
+    # As their config.json say; of 7B, LLaMA 1 and 2 differ in the context alone.
     "llama-7b": Shape(4096, 11008, 32, 32, 32, max_length=2048),
     "llama2-7b": Shape(4096, 11008, 32, 32, 32),
     "llama2-13b": Shape(5120, 13824, 40, 40, 40),

@@ -1,7 +1,7 @@
 """The verb that asks and scores: eval."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,37 +74,13 @@ def score(
     allow_changed: AllowChanged = None,
 ) -> None:
     """Score tasks: held-out rows by their own metric, a published suite, or the harness's tasks."""
-    from qd2mora.evaluation import Exam, evaluate
-    from qd2mora.report import show_scores
+    from qd2mora.evaluation import EvalOptions, Exam
 
     settings = {"samples": samples, "gates_every": gates_every, "temperature": temperature, "extract": extract}
     way = asked_way((contrast, beta, alpha), (ensemble, calibrate, triggers, mix), **settings)
     exam = Exam(recipe, suite, data, words(tasks), limit, scoring, prompt, way)
-    asked = _Asked(str(model), exam, rows_at_once, out, allow_changed or (), as_json)
-    given = {"--against": against, "--sequence": sequence, "--composite": composite}
-    told = [name for name, value in given.items() if value is not None]
-    if len(told) > 1 or (harness is not None and told not in ([], ["--against"])):
-        raise InputRefused(f"{told[-1]}: is asked alone; leave out {', '.join(told[:-1]) or '--harness'}")
-    if harness is not None:
-        _ask_harness(asked, words(harness), against)
-    elif against is not None:
-        _ask_against(asked, against, beams)
-    elif sequence is not None:
-        _ask_sequence(asked, words(sequence))
-    elif composite is not None:
-        _ask_composite(asked, composite)
-    else:
-        scores = evaluate(
-            model,
-            exam,
-            beams=beams,
-            rows_at_once=rows_at_once,
-            out=out,
-            allow_changed=asked.allow_changed,
-            is_shown=True,
-        )
-        if not asked.as_json_of(scores):
-            show_scores({str(model): scores}, Screen())
+    how = EvalOptions(beams, rows_at_once, out, allow_changed or (), is_shown=True)
+    _ask(_Asked(str(model), exam, how, as_json), harness, against, sequence, composite)
 
 
 @dataclass(frozen=True)
@@ -113,20 +89,41 @@ class _Asked:
 
     model: str
     exam: Any
-    rows_at_once: int
-    out: Path | None
-    allow_changed: Collection[str]
+    how: Any
     as_json: bool
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"rows_at_once": self.rows_at_once, "out": self.out, "allow_changed": self.allow_changed}
 
     def as_json_of(self, found: Mapping[str, Any]) -> bool:
         """Print results as JSON where that was asked for, and tell."""
         if self.as_json:
             typer.echo(json.dumps({name: each.to_json() for name, each in found.items()}, indent=1))
         return self.as_json
+
+
+def _ask(asked: _Asked, harness: str | None, against: str | None, sequence: str | None, composite: int | None) -> None:
+    """Ask in the one way that was named. Raises InputRefused where several were."""
+    given = {"--against": against, "--sequence": sequence, "--composite": composite}
+    told = [name for name, value in given.items() if value is not None]
+    if len(told) > 1 or (harness is not None and told not in ([], ["--against"])):
+        raise InputRefused(f"{told[-1]}: is asked alone; leave out {', '.join(told[:-1]) or '--harness'}")
+    if harness is not None:
+        _ask_harness(asked, words(harness), against)
+    elif against is not None:
+        _ask_against(asked, against)
+    elif sequence is not None:
+        _ask_sequence(asked, words(sequence))
+    elif composite is not None:
+        _ask_composite(asked, composite)
+    else:
+        _ask_alone(asked)
+
+
+def _ask_alone(asked: _Asked) -> None:
+    from qd2mora.evaluation import evaluate
+    from qd2mora.report import show_scores
+
+    scores = evaluate(asked.model, asked.exam, asked.how)
+    if not asked.as_json_of(scores):
+        show_scores({asked.model: scores}, Screen())
 
 
 def _ask_harness(asked: _Asked, tasks: tuple[str, ...], against: str | None) -> None:
@@ -137,24 +134,24 @@ def _ask_harness(asked: _Asked, tasks: tuple[str, ...], against: str | None) -> 
     from qd2mora.evaluation.harness import harness_changes, run_harness
     from qd2mora.report import show_changes, show_harness
 
-    settings = {"folder": asked.exam.data, "limit": asked.exam.limit} | asked.settings
+    exam, how = asked.exam, asked.how
     if against is not None:
-        changes = harness_changes(asked.model, against, tasks, **settings)
+        changes = harness_changes(asked.model, against, tasks, folder=exam.data, limit=exam.limit, how=how)
         if not asked.as_json_of(changes):
             show_changes(changes, against, Screen())
         return
-    results = run_harness(asked.model, tasks, **settings)
+    results = run_harness(asked.model, tasks, folder=exam.data, limit=exam.limit, how=how)
     if asked.as_json:
         typer.echo(json.dumps(results, indent=1))
     else:
         show_harness(results, Screen())
 
 
-def _ask_against(asked: _Asked, against: str, beams: int) -> None:
+def _ask_against(asked: _Asked, against: str) -> None:
     from qd2mora.evaluation.change import evaluate_against
     from qd2mora.report import show_changes
 
-    changes = evaluate_against(asked.model, against, asked.exam, beams=beams, is_shown=True, **asked.settings)
+    changes = evaluate_against(asked.model, against, asked.exam, asked.how)
     if not asked.as_json_of(changes):
         show_changes(changes, against, Screen())
 
@@ -166,7 +163,7 @@ def _ask_sequence(asked: _Asked, earlier: tuple[str, ...]) -> None:
     exam = asked.exam
     if exam.recipe is not None or exam.suite is not None or exam.way is not None or exam.tasks:
         raise InputRefused("--sequence: every run is asked the held-out rows of all; --limit and --out go with it")
-    found = evaluate_sequence([*earlier, asked.model], exam.limit, is_shown=True, **asked.settings)
+    found = evaluate_sequence([*earlier, asked.model], exam.limit, asked.how)
     if asked.as_json:
         typer.echo(json.dumps(found.to_json(), indent=1))
     else:
@@ -177,7 +174,7 @@ def _ask_composite(asked: _Asked, number: int) -> None:
     from qd2mora.evaluation.composite import evaluate_composite
     from qd2mora.report import show_composite
 
-    found = evaluate_composite(asked.model, asked.exam, number, **asked.settings)
+    found = evaluate_composite(asked.model, asked.exam, number, asked.how)
     if not asked.as_json_of(found):
         show_composite(found, Screen())
 

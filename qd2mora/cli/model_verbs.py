@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -53,18 +53,9 @@ def merge(
     allow_changed: AllowChanged = None,
 ) -> None:
     """Export ordinary weights, a LoRA or the routed model itself, with a report of what the export keeps."""
-    if plan:
-        from qd2mora.merging.forecast import forecast
-
-        with listening():
-            rows, changed = _rows_to_measure(measure), tuple(allow_changed or ())
-            Screen().print(forecast(run, strategy, task, rows, allow_changed=changed), soft_wrap=True, highlight=False)
-        return
-    if out is None:
+    if out is None and not plan:
         raise InputRefused("--out: name a new folder for the export")
-    from qd2mora.merging import ExportOptions, merge_tasks
-    from qd2mora.merging import merge as run_merge
-    from qd2mora.report import show_export
+    from qd2mora.merging import ExportOptions
 
     options = ExportOptions(
         strategy=strategy,
@@ -78,8 +69,29 @@ def merge(
         allow_changed=allow_changed or (),
         measured_rows=_rows_to_measure(measure),
     )
+    if out is None or plan:
+        _say_forecast(run, options)
+    else:
+        _merge(run, out, options)
+
+
+def _say_forecast(run: Path, options: Any) -> None:
+    from qd2mora.merging.forecast import forecast
+
+    with listening():
+        line = forecast(
+            run, options.strategy, options.task, options.measured_rows, allow_changed=tuple(options.allow_changed)
+        )
+        Screen().print(line, soft_wrap=True, highlight=False)
+
+
+def _merge(run: Path, out: Path, options: Any) -> None:
+    from qd2mora.merging import merge as run_merge
+    from qd2mora.merging import merge_tasks
+    from qd2mora.report import show_export
+
     with listening("no half of the output is left, run the command again"):
-        if task == "all":
+        if options.task == "all":
             exports = list(merge_tasks(run, out, options).values())
         else:
             exports = [run_merge(run, out, options)]

@@ -1,9 +1,9 @@
 """Verbs that talk with a run, an export or a base: generate, chat."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -71,28 +71,45 @@ def generate(
     allow_changed: AllowChanged = None,
 ) -> None:
     """Write the answer to a prompt as it comes, or those to a file of prompts; routed adapter included."""
-    if (prompt is None) == (file is None):
-        raise InputRefused("--prompt: name a prompt, or with --file and --out a file of them")
-    if (file is None) != (out is None):
-        raise InputRefused("--out: goes with --file, as --file does with it: prompts in one, answers in the other")
-    from qd2mora.evaluation import ManyOptions, TalkOptions, generate_file
-    from qd2mora.evaluation import generate as run_generation
+    _check_asked(prompt, file, out)
+    from qd2mora.evaluation import TalkOptions
 
     settings = {"samples": samples, "gates_every": gates_every, "temperature": temperature, "extract": extract}
     way = asked_way((contrast, beta, alpha), (ensemble, calibrate, triggers, mix), seed=seed, **settings)
     options = TalkOptions(task, numbers(vector), template, max_new_tokens, temperature, top_p, seed, way)
     if file is not None and out is not None:
-        how = ManyOptions(options, raw, rows_at_once)
-        with listening(KEPT):
-            number = generate_file(model, file, out, how, say=_say, allow_changed=allow_changed or ())
-        typer.echo(f"{number} answers in {out}")
-        return
-    assert prompt is not None
+        _answer_file(model, file, out, options, raw, rows_at_once, allow_changed or ())
+    elif prompt is not None:
+        _answer(model, prompt, options, raw, allow_changed or ())
+
+
+def _check_asked(prompt: str | None, file: Path | None, out: Path | None) -> None:
+    """Refuse what asks for nothing, or for two things. Raises InputRefused."""
+    if (prompt is None) == (file is None):
+        raise InputRefused("--prompt: name a prompt, or with --file and --out a file of them")
+    if (file is None) != (out is None):
+        raise InputRefused("--out: goes with --file, as --file does with it: prompts in one, answers in the other")
+
+
+def _answer(model: Path, prompt: str, options: Any, raw: bool, allow_changed: Sequence[str]) -> None:
+    from qd2mora.evaluation import generate as run_generation
+
     if prompt == "-":
         prompt = _read(sys.stdin.read)
     prompt = text_of(prompt, "--prompt")
-    run_generation(model, prompt, options, raw=raw, write=_show, say=_say, allow_changed=allow_changed or ())
+    run_generation(model, prompt, options, raw=raw, write=_show, say=_say, allow_changed=allow_changed)
     typer.echo()
+
+
+def _answer_file(
+    model: Path, file: Path, out: Path, options: Any, raw: bool, rows_at_once: int, allow_changed: Sequence[str]
+) -> None:
+    from qd2mora.evaluation import ManyOptions, generate_file
+
+    how = ManyOptions(options, raw, rows_at_once)
+    with listening(KEPT):
+        number = generate_file(model, file, out, how, say=_say, allow_changed=allow_changed)
+    typer.echo(f"{number} answers in {out}")
 
 
 @app.command()

@@ -187,6 +187,7 @@ class _Matching:
             shared, gates = own.model_copy(update={"rank": rank}), _gates_at(self.row, adapter, 1)
             return self.count(adapter.model_copy(update={"rank": 1, "gates": gates, "shared": shared}))
 
+        # By the difference, in which all else that the adapter trains falls out.
         of_a_rank = counted(2) - counted(1)
         rank = max(1, round(self.wish.shared_part * self.wanted / of_a_rank))
         return own.model_copy(update={"rank": rank, "alpha": scale * rank})

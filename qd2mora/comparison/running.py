@@ -42,6 +42,7 @@ from qd2mora.recipe.section import Section
 from qd2mora.terminal.pace import Pace
 from qd2mora.training import train
 
+# None of the seeds that are scored, which count from 0: a rate is not chosen by the luck of a run that is told.
 SWEEP_SEED = 1000
 TIMING_STEPS = 4
 

@@ -72,6 +72,7 @@ def recipe_of(recipe: Recipe, training: Training) -> Recipe:
     changes: dict[str, object] = {"seed": training.seed}
     if training.steps is not None:
         changes |= {"steps": training.steps, "epochs": None}
+        # A tenth at most: a short trial must not be over while it warms up.
         changes["warmup_steps"] = min(settings.warmup_steps, training.steps // 10)
     settings = training.setting.of_train(settings).model_copy(update=changes)
     content: dict[str, object] = {

@@ -51,6 +51,7 @@ class Setting:
         if self.alpha != 1.0:
             assert adapter.alpha is not None
             changes["alpha"] = adapter.alpha * self.alpha
+            # The whole update is scaled, and so the shared expert, which has a scale of its own.
             if adapter.shared is not None:
                 of_shared = (adapter.shared.alpha or 2.0 * adapter.shared.rank) * self.alpha
                 changes["shared"] = adapter.shared.model_copy(update={"alpha": of_shared})
@@ -139,6 +140,7 @@ def rungs_of(number: int, steps: int | None, is_halved: bool) -> list[tuple[int,
         return []
     if not is_halved or steps is None:
         return [(number, steps)]
+    # The last round is of two or three: it decides between settings at full length, and never just confirms one.
     rounds = max(1, int(math.log2(number)))
     return [(max(1, number >> place), max(2, steps >> (rounds - 1 - place))) for place in range(rounds)]
 

@@ -46,6 +46,7 @@ def average(folders: Sequence[str], weights: Sequence[float]) -> Averaged:
                 )
         tensors[f"{name}.mixture_A"] = own["mixture_A"]
         for kind in own.keys() - {"mixture_A"}:
+            # float64 until it is rounded once: equal adapters with weights that sum to one come out to the bit.
             each = torch.stack([other[name][kind] for _, other in read]).double()
             tensors[f"{name}.{kind}"] = _weighed(each, weights, is_mean=kind.startswith(_SELECTION)).float()
             if kind.startswith(_SELECTION):

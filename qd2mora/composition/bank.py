@@ -89,6 +89,7 @@ def _best_set(good: list[int], scores_E: Tensor, likeness_EE: Tensor, keep: int,
         return float(scores_E[members].sum()) - weight * alike
 
     keep = min(keep, len(good))
+    # Worth is not a sum over members (pairs count against it), so that the best set need not hold the best candidate.
     if math.comb(len(good), keep) <= MOST_SETS:
         return list(max(itertools.combinations(good, keep), key=worth))
     found: list[int] = []
@@ -114,8 +115,10 @@ def likeness(loras: Sequence[TrainedLora]) -> Tensor:
 
 def near_and_new(pool_NH: Tensor, few_KH: Tensor, number: int) -> list[int]:
     """Return the rows of the pool that are nearest to the mean of the few and near no row that there is."""
+    # Mean states of one model all point nearly the same way: without the common part cosines tell rows apart.
     center = pool_NH.mean(0)
     pool, few = (_unit(points - center) for points in (pool_NH, few_KH))
+    # Stable: of rows that are as near, the one that stands first in the file.
     order = (pool @ _unit((few_KH - center).mean(0, keepdim=True))[0]).argsort(descending=True, stable=True)
     taken: list[int] = []
     for place in order.tolist():

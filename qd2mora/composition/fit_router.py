@@ -136,6 +136,7 @@ def fitted(contexts_NH: Tensor, losses_NE: Tensor, kind: str, seed: int = 0) -> 
     if len(np.unique(points, axis=0)) < num:
         raise InputRefused(f"--on: the recipe's prompts are fewer than {num} different ones: each expert needs its own")
     owner_N = torch.from_numpy(k_means(points, num, np.random.default_rng(seed))[0])
+    # Medians, as published: one prompt that every expert fails on does not decide for its cluster.
     medians = torch.stack([losses_NE[owner_N == cluster].median(0).values for cluster in range(num)])
     expert_of = assigned(medians)
     target_N = torch.tensor(expert_of)[owner_N]
@@ -153,6 +154,7 @@ def assigned(costs_KE: Tensor) -> list[int]:
         for a in range(len(expert_of)):
             for b in range(a):
                 before = costs_KE[a, expert_of[a]] + costs_KE[b, expert_of[b]]
+                # By more than rounding, or two that cost the same would change places for ever.
                 if costs_KE[a, expert_of[b]] + costs_KE[b, expert_of[a]] < before - 1e-12:
                     expert_of[a], expert_of[b] = expert_of[b], expert_of[a]
                     improved = True
@@ -172,6 +174,7 @@ def least_squares(contexts_NH: Tensor, target_NE: Tensor) -> Router:
 
 def of_prototypes(prototypes_EH: Tensor) -> Router:
     """Return the router to the nearest prototype."""
+    # Largest c h - |c|^2 / 2 is least |h - c|^2, as |h|^2 is the same for all: a nearest centre as a linear router.
     return Router(prototypes_EH, -prototypes_EH.square().sum(1) / 2)
 
 

@@ -112,6 +112,7 @@ def composed_recipe(recipe: Recipe, adapters: Sequence[str], rows_file: Path | N
     """Return the recipe that mixes the adapters and trains on the picked rows too."""
     tasks = list(recipe.data.tasks)
     if rows_file is not None:
+        # All tasks of a recipe have weights, or none.
         weight = None if tasks[0].weight is None else 1.0
         tasks.append(Task(name=PICKED, path=str(rows_file.absolute()), format="completion", weight=weight))
     adapter = Adapter(method="rocket", adapters=list(adapters), dropout=recipe.adapter.dropout)

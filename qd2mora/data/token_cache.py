@@ -67,6 +67,7 @@ def prune(cache: Path, keep: Path, limit: int) -> None:
         is_old = _PARTIAL_BEFORE.fullmatch(entry.name) and time.time() - used > 86400
         if is_left_behind(entry.name) or is_old:
             remove_passing(entry)
+    # What is in use counts first; of the rest the longest unused goes.
     now, left = time.time(), limit - _size(keep)
     entries = sorted(_entries(cache), reverse=True)
     left -= sum(_size(entry) for _, entry in entries if is_passing(entry.name))

@@ -39,6 +39,7 @@ _SCHEMA = pa.schema(
     {
         "ids": pa.list_(pa.int32()),
         "bounds": pa.list_(pa.int32()),
+        # Texts of a batch may pass the 2 GiB that 32-bit offsets reach; lists count entries, and stay far below.
         "prompt": pa.large_string(),
         "answer": pa.large_string(),
         "vector": pa.list_(pa.float64()),
@@ -109,6 +110,7 @@ class TokenStore:
     def sources(self) -> NDArray[np.int64]:
         """The number of the row of the file, of those kept, that each row was made of."""
         parts = [batch.content.column("continues").to_numpy(zero_copy_only=False) for batch in self._batches]
+        # What continues a row adds nothing to the count, and so has its number.
         return np.cumsum(~np.concatenate([np.zeros(0, np.bool_), *parts])) - 1
 
     @cached_property
@@ -226,6 +228,8 @@ def _write_rows(sink: Any, rows: RowsToStore, tokeniser: Tokeniser) -> Skipped:
         line = display.add_task(rows.name, total=_rows_expected(rows) if shown else None)
         for pairs, tokens in tokenised(tokeniser, rows.read(skipped)):
             writer.write_batch(_batch(pairs, tokens))
+            # Eight bytes a row tell those said twice: hashes of one process are compared with each other alone, and two
+            # that meet by chance cost one in a count that is only told.
             hashes.append(np.fromiter(map(hash, pairs), np.int64, len(pairs)))
             display.advance(line, len(pairs))
     skipped.duplicates = sum(map(len, hashes)) - len(np.unique(np.concatenate(hashes)))

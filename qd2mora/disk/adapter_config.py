@@ -13,9 +13,11 @@ from qd2mora.disk.file_content import JsonObject
 from qd2mora.disk.tensor_file import StoredTensor, stored_tensors
 from qd2mora.errors import InputRefused
 
+# Twice the linears of the deepest model that is read: 7 in each of 256 layers.
 MOST_NAMES = 4096
 MOST_PATTERNS = 1024
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,299}")
+# PEFT compiles the keys of its patterns: plain names, with dots escaped and anchors, cannot be matched for ever.
 _PATTERN = re.compile(r"\^?[A-Za-z0-9_][A-Za-z0-9_.\\-]{0,299}\$?")
 _BUILDS_MORE = (
     *("megatron_config", "layer_replication", "arrow_config", "corda_config", "lora_ga_config", "velora_config"),
@@ -37,6 +39,8 @@ def check_adapter_config(content: JsonObject, path: Path, weights: Path) -> None
 
 def _check_sizes(content: JsonObject, path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     """Refuse sizes that no tensor has: they are made before they are compared."""
+    # Ranks, experts and tasks are sizes of some tensor, alone or multiplied: what is larger than all of them is made
+    # up.
     there = max((size for tensor in tensors.values() for size in _ranks_of(tensor)), default=0)
     for key, size in _sizes_of(content):
         if size > there:

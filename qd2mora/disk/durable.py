@@ -39,6 +39,8 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> SizeAndHash:
             size += len(view)
             while view:  # a write may be short
                 view = view[os.write(handle, view) :]
+        # Before the name is given (a rename comes after): no name may ever lead to bytes that are only in the system's
+        # cache.
         os.fsync(handle)
     finally:
         os.close(handle)

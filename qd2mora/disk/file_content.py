@@ -46,6 +46,7 @@ def json_object(content: bytes, path: Path) -> JsonObject:
 
 
 def _without_twins(pairs: list[tuple[str, object]], path: Path) -> JsonObject:
+    # Python's reader takes the last of two, others the first: a check of one would say nothing of the other.
     if len({key for key, _ in pairs}) < len(pairs):
         raise DamagedFile(f"{path}: a key is given twice")
     return dict(pairs)

@@ -104,11 +104,13 @@ def _read_one(path: Path) -> GgufHeader:
         if version not in (2, 3):
             raise InputRefused(f"{path}: GGUF version {version} is not read; 2 and 3 are")
         num_tensors, num_keys = walk.number("<Q"), walk.number("<Q")
+        # Counts are bounded before the loops that trust them.
         if num_tensors > MAX_TENSORS or num_keys > MAX_KEYS:
             raise DamagedFile(f"{path}: a header of {num_tensors} tensors and {num_keys} keys is none that a model has")
         content: dict[str, Any] = {}
         for _ in range(num_keys):
             key = walk.text()
+            # Readers take either of two: what is checked here would not be what is run elsewhere.
             if key in content:
                 raise DamagedFile(f"{path}: key {key[:80]!r} is given twice")
             content[key] = walk.value(walk.number("<I"))
@@ -116,6 +118,7 @@ def _read_one(path: Path) -> GgufHeader:
         alignment = content.get("general.alignment", 32)
         if type(alignment) is not int or alignment not in (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096):
             raise DamagedFile(f"{path}: an alignment of {str(alignment)[:40]}")
+        # Offsets count from the first aligned byte behind the table.
         start = -(-walk.place // alignment) * alignment
     return GgufHeader(content, _placed(path, entries, start, alignment, size))
 
@@ -133,6 +136,7 @@ def _entry(walk: "_Walk") -> _Entry:
     sizes = tuple(walk.number("<Q") for _ in range(num_axes))
     if any(size < 1 for size in sizes) or math.prod(sizes) > MAX_NUMBERS:
         raise DamagedFile(f"{walk.path}: tensor {name} has the sizes {sizes}")
+    # ggml counts axes from the fastest one, torch from the slowest: the same bytes, read in the other order.
     return name, sizes[::-1], walk.number("<I"), walk.number("<Q")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from qd2mora.disk.systems import close_and_remove, lock_alone, open_lock, read_start, touch, write_whole
 from qd2mora.errors import InputRefused
 
+# Six touches a lease: clocks and network file systems may lose several before a live holder looks dead.
 TOUCH_S = 10.0
 LEASE_S = 60.0
 _held: set[str] = set()
@@ -33,6 +34,7 @@ def locked(path: Path, what: str = "output", place: Path | None = None) -> Itera
 
     Raises InputRefused where another process holds it, naming that one, or where the folder cannot be made.
     """
+    # Noted before the lock makes them: a run that is refused leaves no empty folders behind.
     made = [parent for parent in path.parents if not parent.exists()]
     handle = _acquire(path, f"{what}: '{place or path.parent}'")
     name = os.path.realpath(path)
@@ -43,6 +45,7 @@ def locked(path: Path, what: str = "output", place: Path | None = None) -> Itera
     try:
         yield
     finally:
+        # The toucher ends before the handle is closed: its number may be another file's a moment later.
         ended.set()
         beat.join()
         _held.discard(name)
@@ -66,9 +69,13 @@ def _acquire(path: Path, named: str) -> int:
             holder = _holder(handle)
             os.close(handle)
             raise InputRefused(f"{named} is in use by {holder}; wait for it or stop it")
+        # The last holder removes its file: we may have locked one that no longer has the name, and that the next one
+        # would not meet.
         if not _is_still_there(handle, path):
             os.close(handle)
             continue
+        # Looked at under the lock, written only then: what stands there may be anybody's file, or another machine's
+        # fresh lease.
         _refuse_foreign(handle, path)
         _refuse_leased(handle, named)
         record = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}

@@ -22,6 +22,8 @@ MOST_SPOKEN = 4096
 """Letters that decoding may make of one: of answers, whose tokens are counted."""
 _VOCABULARY = 1 << 21
 
+# Twice to eight times what the largest open models have: Llama 3.1 405B is 126 layers of 16,384 with 128 heads, and
+# vocabularies reach 262,144.
 _SIZES: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("vocab_size",), (1, _VOCABULARY)),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model"), (1, 1 << 16)),
@@ -43,6 +45,7 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("attention_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"), (0.0, 1.0)),
     **dict.fromkeys(("initializer_range",), (0.0, 1e6)),
 }
+# Whole numbers beyond it are no float64 any more: two readers may round them apart.
 _REACH = float(1 << 53)
 _LISTS_OF_IDS = ("eos_token_id",)
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache", "do_sample", "load_in_4bit", "load_in_8bit")
@@ -130,6 +133,7 @@ def check_tokenizer_parts(content: JsonObject, path: Path) -> None:
 
 
 def _check_growth(parts: list[JsonObject], most: int, path: Path) -> None:
+    # Each step may multiply what the one before it made.
     growth = 1
     for part in parts:
         for key in ("content", "prepend", "replacement"):
@@ -166,6 +170,8 @@ def repeats_without_end(regex: str) -> bool:
 
     `(\\d{3})+` of a fixed count is no such group, and `(?:'s|'t)?` is not repeated.
     """
+    # Innermost first: an escaped bracket opens no class, nor does a parenthesis in a class open a group; what signs are
+    # left then are those that mean something.
     flat = _FIXED.sub("", _ESCAPES.sub("x", _MEMBERS.sub("x", _ESCAPES.sub("x", regex))))
     open_groups: list[bool] = []
     for place, letter in enumerate(flat):

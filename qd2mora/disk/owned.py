@@ -24,6 +24,7 @@ def foreign_in(folder: Path, names: Collection[str] = ()) -> Path | None:
     known = {*names}
     try:
         known |= {MANIFEST, *listed_names(folder)}
+    # No manifest of ours, or a changed one, vouches for nothing: then only names of this kind of folder are known.
     except DamagedFile:
         pass
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):

@@ -65,6 +65,7 @@ def remove_passing(place: Path) -> None:
 
 
 def _short(name: str) -> str:
+    # Cut in bytes, because file systems count bytes; half a letter at the cut is dropped.
     return name.encode()[:_LONGEST].decode(errors="ignore")
 
 

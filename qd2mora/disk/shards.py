@@ -32,6 +32,7 @@ def _shards(tensors: Sequence[TensorToWrite], limit: int) -> Iterator[list[Tenso
     shard: list[TensorToWrite] = []
     size = 0
     for each in tensors:
+        # Tensors are never cut: one that is larger than the limit has a file of its own.
         if shard and size + each.num_bytes > limit:
             yield shard
             shard, size = [], 0

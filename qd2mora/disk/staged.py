@@ -31,6 +31,7 @@ def staged_folder(target: Path, replaces: Collection[str] | None = None) -> Iter
     os.makedirs(stage)
     try:
         yield stage
+        # Contents and inner lists first, the name last: after a power cut the target is whole, or is what it was.
         _sync_below(stage)
         _publish(stage, target, replaces)
         remove_left_behind(target, OLD)  # not sooner: after a kill it may be all that there is
@@ -51,6 +52,7 @@ def remove_folder(folder: Path, names: Collection[str] = ()) -> None:
 
 
 def _sync_below(stage: Path) -> None:
+    # From the bottom up: a folder's list is forced when all that it names is on disk.
     for folder, _, names in os.walk(stage, topdown=False):
         for name in names:  # a library may have written some without forcing them
             sync_file(Path(folder) / name)

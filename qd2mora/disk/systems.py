@@ -29,6 +29,7 @@ def _flags(*names: str) -> int:
 
 
 _PLAIN = _flags("O_RDONLY", "O_BINARY", "O_NOFOLLOW", "O_NONBLOCK")
+# Never O_TRUNC: who asks for a lock that is held reads its holder from the file.
 _LOCK = _flags("O_RDWR", "O_CREAT", "O_BINARY", "O_NOFOLLOW")
 _NEW = _flags("O_WRONLY", "O_CREAT", "O_TRUNC", "O_BINARY")
 OPENS_FOLDERS = hasattr(os, "O_DIRECTORY")
@@ -109,6 +110,7 @@ def read_start(handle: int, limit: int) -> bytes:
 
 def write_whole(handle: int, content: bytes) -> None:
     """Make a few bytes all that an open file holds."""
+    # Emptied first: behind a shorter record the end of a longer one would be left.
     os.ftruncate(handle, 0)
     os.lseek(handle, 0, os.SEEK_SET)
     os.write(handle, content)

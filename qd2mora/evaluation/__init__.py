@@ -1,7 +1,7 @@
 """Evaluation: asking a run, an export or a base, and scoring the answers."""
 
 from qd2mora.evaluation.contrast import Contrast
-from qd2mora.evaluation.evaluate import evaluate, score_all
+from qd2mora.evaluation.evaluate import EvalOptions, evaluate, score_all
 from qd2mora.evaluation.many_prompts import ManyOptions, generate_file
 from qd2mora.evaluation.questions import AskedTask, Exam, ask, ask_held_out, ask_suite, check_exam
 from qd2mora.evaluation.score import Record, Score, bootstrap
@@ -15,6 +15,7 @@ __all__ = [
     "SUITES",
     "AskedTask",
     "Contrast",
+    "EvalOptions",
     "Exam",
     "ManyOptions",
     "Record",

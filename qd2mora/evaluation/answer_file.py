@@ -55,6 +55,8 @@ class AnswerFile:
         self.records.setdefault(task, []).extend(records)
         if self.path is not None:
             with self.path.open("ab") as file:
+                # One write and one force a batch: a kill leaves whole lines, and one at most that is cut, which
+                # `_resume` drops.
                 file.write(b"".join(self._sealed({"task": task, **asdict(record)}) for record in records))
                 file.flush()
                 os.fsync(file.fileno())

@@ -12,10 +12,9 @@ from pathlib import Path
 from qd2mora.disk.durable import write_json
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.answer_file import AnswerFile, check_scores_place
-from qd2mora.evaluation.evaluate import question_of, score_all, whole_exam
+from qd2mora.evaluation.evaluate import EvalOptions, question_of, score_all, whole_exam
 from qd2mora.evaluation.questions import Exam, ask
 from qd2mora.evaluation.score import Score, bootstrap
-from qd2mora.evaluation.scoring import ROWS_AT_ONCE
 from qd2mora.evaluation.subject import Subject, open_subject
 from qd2mora.safekeeping.places import writing
 
@@ -70,42 +69,34 @@ def change_of(before: Score, now: Score) -> Change:
 
 
 def evaluate_against(
-    model: str | Path,
-    against: str,
-    exam: Exam | None = None,
-    *,
-    beams: int = 1,
-    rows_at_once: int = ROWS_AT_ONCE,
-    out: str | Path | None = None,
-    allow_changed: Collection[str] = (),
-    is_shown: bool = False,
+    model: str | Path, against: str, exam: Exam | None = None, how: EvalOptions | None = None
 ) -> dict[str, Change]:
     """Ask two models the rows of an exam; return the change of each task from `against` to `model`.
 
-    against: a run, a model's folder, or `base`, the run's own with its adapter off. `out`: a JSON file for the changes;
-    beside it the answers of both are kept, and a start that finds them goes on.
+    against: a run, a model's folder, or `base`, the run's own with its adapter off. Beside `how.out` the answers of
+    both are kept, and a start that finds them goes on.
 
     Raises InputRefused where one of them cannot be asked these rows, DamagedFile, NotFinite.
     """
-    exam = whole_exam(model, exam or Exam())
+    exam, how = whole_exam(model, exam or Exam()), how or EvalOptions()
     way = exam.way
     if way is not None and (way.contrast is not None or way.ensemble is not None):
         raise InputRefused("--against: two models alone are compared; leave out --contrast and --ensemble")
-    place = None if out is None else Path(out)
+    place, scores = how.place, []
     files = _files_beside(place)
-    scores = []
     with writing("--out", place, *files):
         # One after the other: two models at once may be more than memory holds.
         for number, path in enumerate((against, str(model))):
-            with asked_as(str(model), path, allow_changed) as subject:
+            with asked_as(str(model), path, how.allow_changed) as subject:
                 asked = ask(exam, subject)
                 answers = AnswerFile()
                 if files:
-                    question = question_of(model if path == BASE else path, asked, beams, way)
+                    question = question_of(model if path == BASE else path, asked, how.beams, way)
                     answers = AnswerFile(files[number], question | {"adapter": "off" if path == BASE else "on"})
-                scores.append(
-                    score_all(subject, asked, answers, beams=beams, rows_at_once=rows_at_once, is_shown=is_shown)
+                found = score_all(
+                    subject, asked, answers, beams=how.beams, rows_at_once=how.rows_at_once, is_shown=how.is_shown
                 )
+                scores.append(found)
         changes = {name: change_of(scores[0][name], score) for name, score in scores[1].items()}
         if place is not None:
             write_json(place, {name: change.to_json() for name, change in changes.items()})

@@ -7,7 +7,7 @@ the questions are ours, as are the tasks; MeteoRA shows two worked examples befo
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from qd2mora.data.prepare import encode
 from qd2mora.disk.durable import write_json
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.answering import write_answers
-from qd2mora.evaluation.evaluate import whole_exam
+from qd2mora.evaluation.evaluate import EvalOptions, whole_exam
 from qd2mora.evaluation.questions import AskedTask, Exam, ask
 from qd2mora.evaluation.score import wilson
 from qd2mora.evaluation.scoring import ROWS_AT_ONCE, judged
@@ -81,24 +81,18 @@ def ask_composite(
 
 
 def evaluate_composite(
-    model: str | Path,
-    exam: Exam,
-    number: int,
-    *,
-    rows_at_once: int = ROWS_AT_ONCE,
-    out: str | Path | None = None,
-    allow_changed: Collection[str] = (),
+    model: str | Path, exam: Exam, number: int, how: EvalOptions | None = None
 ) -> dict[str, Composite]:
     """Ask a model the held-out rows of an exam in composite prompts of `number` tasks. Raises InputRefused."""
-    exam = whole_exam(model, exam)
+    exam, how = whole_exam(model, exam), how or EvalOptions()
+    how.refuse_beams("--composite")
     if exam.suite is not None or exam.way is not None:
         raise InputRefused("--composite: held-out rows of tasks, written greedily; leave out --suite and the rest")
-    place = None if out is None else Path(out)
-    with writing("--out", place):
-        subject = open_subject(model, allow_changed)
-        found = ask_composite(subject, ask(exam, subject), number, rows_at_once)
-        if place is not None:
-            write_json(place, {name: each.to_json() for name, each in found.items()})
+    with writing("--out", how.place):
+        subject = open_subject(model, how.allow_changed)
+        found = ask_composite(subject, ask(exam, subject), number, how.rows_at_once)
+        if how.place is not None:
+            write_json(how.place, {name: each.to_json() for name, each in found.items()})
     return found
 
 

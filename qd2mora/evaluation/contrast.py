@@ -45,6 +45,8 @@ class Contrast:
     def blend(self, scores_VW: Tensor, step: Step = BEGIN) -> Tensor:
         """Return the contrasted scores of the routed model's and the weak one's."""
         strong, weak = scores_VW
+        # SCMoE's score. Unlikely tokens are ruled out by the strong model alone: of two that it finds absurd, the
+        # difference would choose the one that the weak model finds the more absurd.
         found = (1 + self.beta) * strong - self.beta * weak
         return found.masked_fill(strong < math.log(self.alpha) + strong.max(), -torch.inf)
 
@@ -64,6 +66,8 @@ class Contrast:
 
 def _weakened(subject: Subject, weak: str) -> list[tuple[MixtureLinear, dict[str, LinearSpec]]]:
     """Return each linear with the specs it has while its gates are weak."""
+    # Specs are exchanged and tensors are not: both voices read the same weights, and the rank step's kernels take gates
+    # from the spec.
     found, are_any = [], False
     for layer in mixture_layers(subject.model).values():
         specs = {}
@@ -85,10 +89,13 @@ def weak_gate(gate: Gate, num_experts: int, weak: str) -> Gate:
     if gate.input == "none" or gate.select == "fixed":
         return gate
     if weak == "top1":
+        # Renormalised, the likeliest expert counts one alone, as all did together: the weak model differs in who works,
+        # and not in how much the adapter adds.
         weight = "renorm" if gate.weight in _SUM_TO_ONE else gate.weight
         return replace(gate, select="top_k", top_k=1, weight=weight)
     used = min(gate.top_k or num_experts, num_experts)
     total = {"one": float(used), "uniform": gate.omega * used, "sigmoid_renorm": float(used)}.get(gate.weight, 1.0)
+    # Sigmoids have no sum of their own: a half each is what they have at scores of zero.
     if gate.weight == "sigmoid":
         total = num_experts / 2
     return replace(gate, select="all", top_k=None, weight="uniform", omega=total / num_experts)

@@ -1,7 +1,7 @@
 """Many texts continued side by side, a token of each a step, every one as if it were alone.
 
 Prompts are padded on the left, with positions counted from each text's own first token; each draws by a generator of
-its own, seeded as `talking` seeds its one. So what a text becomes depends on no other, up to the order of floating
+its own, on the CPU whatever device computes. So what a text becomes depends on no other, up to the order of floating
 point sums: in float32 answers are the same alone and in a batch, in 16 bits two tokens that are as good as equally
 likely may change places. A text that has ended leaves the batch and its cache, so that a place is free at once.
 """
@@ -72,6 +72,7 @@ class Answer:
         """Take the next token, given the logits (vocabulary,) float32 on the CPU. Raises NotFinite."""
         if bool((logits.isnan() | logits.isposinf()).any()):
             raise NotFinite("the model's scores are not finite: its weights are too large for its dtype, or damaged")
+        # Told are the model's own probabilities, whatever temperature and top-p draw by.
         logs = logits.log_softmax(-1)
         token = int(logits.argmax())
         if self.wanted.temperature > 0:
@@ -110,6 +111,7 @@ class Answer:
 
 def drawn(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
     """Draw a token as transformers does: logits over temperature, the unlikely tail beyond `top_p` left out."""
+    # In transformers' order and by its ascending sort, so that one seed draws the same token there.
     scores = logits / temperature
     if top_p < 1:
         ordered, order = scores.sort(descending=False)
@@ -137,6 +139,7 @@ class Decoding:
         self._cached: CachedText | None = None
         width = max(len(each.ids) for each in wanted)
         pad = subject.tokenizer.pad_token_id
+        # On the left: the last token of every text stands in the last column, of which alone logits are made.
         self._ids = torch.tensor([[pad] * (width - len(each.ids)) + each.ids for each in wanted], device=self._device)
         self._mask = torch.tensor(
             [[0] * (width - len(each.ids)) + [1] * len(each.ids) for each in wanted], device=self._device
@@ -177,9 +180,11 @@ class Decoding:
 
     def next_logits(self) -> Tensor:
         """Return the logits of each live row's next token, (rows, vocabulary) float32."""
+        # Each text counts from its own first token, so that rotary angles are those it has alone.
         positions = (self._mask.cumsum(-1) - 1).clamp_min(0)
         batch = {"input_ids": self._ids, "attention_mask": self._mask, "position_ids": positions}
         if not self._keeps_cache:
+            # Without a cache every step reads the whole text; its rows are told once, and again where some have left.
             if self._ids.shape[1] == self._width_given:
                 self._route()
             return self._head(last_states(self.subject.plain, batch)[:, -1])

@@ -92,6 +92,7 @@ def bench(model: str | Path, options: BenchOptions, *, with_plan: bool = False) 
 def _request(subject: Subject, options: BenchOptions, rows: int) -> Timed:
     """Write `tokens` tokens after `rows` random prompts, and time each step."""
     most = min(1000, subject.plain.get_input_embeddings().num_embeddings)
+    # From 3 on: past the tokens that LLaMA's kind of vocabulary has for unknown, begin and end.
     ids = torch.randint(3, most, (rows, options.prompt), generator=torch.Generator().manual_seed(0)).tolist()
     decoding = Decoding(subject, [Wanted(each, _NEVER, options.tokens) for each in ids])
     seconds = []

@@ -74,6 +74,8 @@ def ends_of(
     for template in dict.fromkeys([*own, *templates]):
         sign = _sign_of(template, tokenizer)
         first = tokenizer(sign, add_special_tokens=False)["input_ids"][:1] if sign else []
+        # Its first token is enough where that is one of its own: white space that a template writes behind it may be
+        # missing.
         if first and first[0] in tokenizer.added_tokens_decoder:
             ids.add(int(first[0]))
         elif sign:

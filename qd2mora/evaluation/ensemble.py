@@ -65,6 +65,8 @@ class Ensemble:
     def weights(self, ids: Sequence[int], rows: Mapping[str, Tensor]) -> Tensor:
         """Return the members' weights for a prompt, (members,), which sum to one."""
         drops = [self._drop(number, ids, rows) for number in range(len(self.members))]
+        # Whoever's words the prompt lacks gets exactly 0 below, by a softmax of -inf; where that is so of all, none is
+        # to be preferred.
         if all(drop is None for drop in drops):
             return torch.full((len(drops),), 1 / len(drops))
         return torch.tensor([float("-inf") if drop is None else drop for drop in drops]).softmax(0)
@@ -90,6 +92,8 @@ class Ensemble:
     def blended(self, scores_VTW: Tensor, weights_VT: Tensor) -> Tensor:
         """Return the mixed scores of tokens, (T, vocabulary), each token's with weights of its own."""
         temperature_V = torch.tensor(list(self.temperatures))[:, None, None]
+        # Each member's own softmax first: logits of two models differ by a constant that means nothing, and
+        # temperatures were fitted on probabilities.
         logs = (scores_VTW / temperature_V).log_softmax(-1)
         # A weight of zero takes a member out, also where it rules a token out: 0 times -inf is no number.
         return torch.where(weights_VT[..., None] > 0, weights_VT[..., None] * logs, 0.0).sum(0)
@@ -166,6 +170,7 @@ def calibrations(members: Sequence[Subject], path: Path) -> list[Calibration]:
     data = Data(tasks=[task])
     if first.run is not None:
         own = first.run.recipe.data
+        # Its limits and held-out rows are about the run's own file; all of this one is for calibration.
         task = own.tasks[0].model_copy(update={"path": str(path), "validation": 0, "limit": None, "select": None})
         data = own.model_copy(update={"tasks": [task], "stop": None})
     (rows,) = prepare(data, first.tokenizer, 0, None if first.run is None else first.run.clock)
@@ -182,6 +187,8 @@ def read_triggers(path: Path, names: Sequence[str], tokenizer: Subject) -> list[
         words = content.get(name)
         if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
             raise InputRefused(f"--triggers: {path} has no list of words for '{name}'; write '{name}: [word, ...]'")
+        # Byte-level vocabularies have other tokens for a word at a line's start and one behind a space: both forms are
+        # looked for.
         texts = [text for word in words for text in (word, f" {word}")]
         found.append(tokenizer.tokeniser.texts(texts, special=False))
     return found

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qd2mora.base.files import is_gguf
@@ -21,39 +21,56 @@ from qd2mora.run_folder import is_run, read_recipe
 from qd2mora.safekeeping.places import writing
 
 
-def evaluate(
-    model: str | Path,
-    exam: Exam | None = None,
-    *,
-    beams: int = 1,
-    rows_at_once: int = ROWS_AT_ONCE,
-    out: str | Path | None = None,
-    allow_changed: Collection[str] = (),
-    is_shown: bool = False,
-) -> dict[str, Score]:
+@dataclass(frozen=True)
+class EvalOptions:
+    """How models are asked, whatever is asked of them.
+
+    out: a JSON file for what is found. allow_changed: what of a run may not be as it was. is_shown: draw a progress bar
+    on a terminal.
+    """
+
+    beams: int = 1
+    rows_at_once: int = ROWS_AT_ONCE
+    out: str | Path | None = None
+    allow_changed: Collection[str] = ()
+    is_shown: bool = False
+
+    @property
+    def place(self) -> Path | None:
+        """The file for what is found."""
+        return None if self.out is None else Path(self.out)
+
+    def refuse_beams(self, option: str) -> None:
+        """Refuse a beam search where all is written greedily. Raises InputRefused."""
+        if self.beams > 1:
+            raise InputRefused(f"--beams: {self.beams} does not go with {option}, which writes greedily; leave it out")
+
+
+def evaluate(model: str | Path, exam: Exam | None = None, how: EvalOptions | None = None) -> dict[str, Score]:
     """Score a run or model folder, per task; a run is asked its own held-out rows where the exam names no others.
 
-    `out`: a JSON file for the scores; beside it `*.rows.jsonl` keeps every answered row, and a start that finds it goes
-    on. `is_shown`: draw a progress bar on a terminal.
+    Beside `how.out`, `*.rows.jsonl` keeps every answered row, and a start that finds it goes on.
 
     Raises InputRefused where there is nothing to ask, an answer is missing, or the base is another (unless
     `allow_changed`), DamagedFile, NotFinite.
     """
-    exam = whole_exam(model, exam or Exam())
-    if beams > 1 and exam.way is not None and not exam.way.is_plain:
+    exam, how = whole_exam(model, exam or Exam()), how or EvalOptions()
+    if how.beams > 1 and exam.way is not None and not exam.way.is_plain:
         raise InputRefused("--beams: a beam search is a way of its own; leave it out beside --contrast and --samples")
-    place, rows = None, None
-    if out is not None:
-        place, rows = Path(out), Path(out).with_suffix(".rows.jsonl")
+    place, rows = how.place, None
+    if place is not None:
+        rows = place.with_suffix(".rows.jsonl")
         check_scores_place(place, rows)
     with writing("--out", place, rows):
         told = exam.way
-        subject, way = open_in_way(model, told, allow_changed)
+        subject, way = open_in_way(model, told, how.allow_changed)
         asked = ask(replace(exam, way=way), subject)
         answers = AnswerFile()
         if rows is not None:
-            answers = AnswerFile(rows, question_of(model, asked, beams, told))
-        scores = score_all(subject, asked, answers, beams=beams, rows_at_once=rows_at_once, is_shown=is_shown)
+            answers = AnswerFile(rows, question_of(model, asked, how.beams, told))
+        scores = score_all(
+            subject, asked, answers, beams=how.beams, rows_at_once=how.rows_at_once, is_shown=how.is_shown
+        )
         if place is not None:
             write_json(place, {name: score.to_json() for name, score in scores.items()})
     return scores
@@ -121,4 +138,4 @@ def question_of(model: str | Path, asked: list[AskedTask], beams: int, way: Way 
     return question
 
 
-__all__ = ["evaluate", "question_of", "score_all", "whole_exam"]
+__all__ = ["EvalOptions", "evaluate", "question_of", "score_all", "whole_exam"]

@@ -5,7 +5,7 @@ opened subject, so that routers hear of padding and prompts as everywhere else.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from qd2mora.errors import InputRefused
 from qd2mora.evaluation.answer_file import HarnessFile, TaskNumbers, check_scores_place, digest
 from qd2mora.evaluation.answering import batch_of
 from qd2mora.evaluation.change import Change, asked_as
+from qd2mora.evaluation.evaluate import EvalOptions
 from qd2mora.evaluation.score import bootstrap
-from qd2mora.evaluation.scoring import ROWS_AT_ONCE
 from qd2mora.evaluation.subject import Subject, model_mark, open_subject
 from qd2mora.safekeeping.places import writing
 
@@ -48,29 +48,29 @@ def run_harness(
     *,
     folder: str | Path | None = None,
     limit: int | None = None,
-    rows_at_once: int = ROWS_AT_ONCE,
-    out: str | Path | None = None,
-    allow_changed: Collection[str] = (),
+    how: EvalOptions | None = None,
 ) -> TaskNumbers:
-    """Return the harness's numbers by task; `folder` holds task files (YAML) of one's own, `out` takes the JSON.
+    """Return the harness's numbers by task; `folder` holds task files (YAML) of one's own.
 
-    Tasks are asked one after another; beside `out`, `*.tasks.json` holds the numbers of those that are done, and a
+    Tasks are asked one after another; beside `how.out`, `*.tasks.json` holds the numbers of those that are done, and a
     start that finds it goes on with the others.
 
     Raises InputRefused where a task is not known or the adapter reads more of a row than its text.
     """
+    how = how or EvalOptions()
+    how.refuse_beams("--harness")
     manager = _manager(tasks, folder)
-    place, kept = None, None
-    if out is not None:
-        place, kept = Path(out), Path(out).with_suffix(".tasks.json")
+    place, kept = how.place, None
+    if place is not None:
+        kept = place.with_suffix(".tasks.json")
         check_scores_place(place, kept)
     with writing("--out", place, kept):
-        subject = open_subject(model, allow_changed)
+        subject = open_subject(model, how.allow_changed)
         _refuse_rows_with_more(subject)
         question = {"model": model_mark(model), "limit": limit, "lm_eval": version("lm_eval")}
         question["folder"] = digest(_own_files(folder))
         done = HarnessFile(kept, question)
-        asked = HarnessModel(subject, rows_at_once)
+        asked = HarnessModel(subject, how.rows_at_once)
         for name in tasks:
             if name not in done.results:
                 done.add(name, _numbers(asked, name, manager, limit))
@@ -87,23 +87,23 @@ def harness_changes(
     *,
     folder: str | Path | None = None,
     limit: int | None = None,
-    rows_at_once: int = ROWS_AT_ONCE,
-    out: str | Path | None = None,
-    allow_changed: Collection[str] = (),
+    how: EvalOptions | None = None,
 ) -> dict[str, Change]:
     """Return how the harness's numbers change from `against` to `model`, by task and metric, paired row by row.
 
     Metrics that are no mean over rows are left out. Raises InputRefused.
     """
+    how = how or EvalOptions()
+    how.refuse_beams("--harness")
     manager, found = _manager(tasks, folder), list[dict[str, Values]]()
-    with writing("--out", None if out is None else Path(out)):
+    with writing("--out", how.place):
         for path in (against, model):
-            with asked_as(model, path, allow_changed) as subject:
+            with asked_as(model, path, how.allow_changed) as subject:
                 _refuse_rows_with_more(subject)
-                found.append(_values(HarnessModel(subject, rows_at_once), tasks, manager, limit))
+                found.append(_values(HarnessModel(subject, how.rows_at_once), tasks, manager, limit))
         changes = {name: _change(found[0][name], now) for name, now in found[1].items()}
-        if out is not None:
-            write_json(Path(out), {name: change.to_json() for name, change in changes.items()})
+        if how.place is not None:
+            write_json(how.place, {name: change.to_json() for name, change in changes.items()})
     return changes
 
 
@@ -130,6 +130,7 @@ def _change(before: Values, now: Values) -> Change:
     (one, _), (two, is_higher) = before, now
     interval = bootstrap([late - early for early, late in zip(one, two, strict=True)])
     before_mean, now_mean = (sum(each) / len(each) for each in (one, two))
+    # `Change` knows one metric whose fall is a gain; any other name is one whose rise is.
     return Change("harness" if is_higher else "loss", len(two), before_mean, now_mean, interval)
 
 
@@ -193,6 +194,7 @@ class HarnessModel(TemplateLM):
         """Return of each continuation its log-likelihood and whether greedy decoding would write it."""
         rows = []
         for _, context, continuation in requests:
+            # Cut on the left, as the harness does it: the continuation is what is weighed.
             ids = (context + continuation)[-self.max_length :]
             rows.append(Row(0, np.asarray(ids, dtype=np.int32), len(ids) - len(continuation), _NO_TEXT))
         order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
@@ -232,6 +234,7 @@ class HarnessModel(TemplateLM):
         states, head = last_states(self.subject.plain, batch), output_head(self.subject.plain)
         found = []
         for number, row in enumerate(rows):
+            # Nothing predicts a text's first token.
             first, last = max(row.masked, 1), len(row.ids)
             logits = head(states[number, first - 1 : last - 1]).log_softmax(-1)
             targets = batch["input_ids"][number, first:last]
@@ -243,6 +246,7 @@ class HarnessModel(TemplateLM):
         settings = wishes[0][1]
         stops = settings.get("until") or []
         stops = [stops] if isinstance(stops, str) else stops
+        # Half of the context at most, or a task that asks for very long answers would leave its prompt no room.
         room = min(int(settings.get("max_gen_toks", NEW_TOKENS)), self.max_length // 2)
         beams = int(settings.get("num_beams", 1))
         ids = [self.tok_encode(context)[-(self.max_length - room) :] for context, _ in wishes]

@@ -54,6 +54,7 @@ class Judge:
         said = self._said(subject, [line for row in rows for line in row.lines])
         losses, rewards = self.objective.losses(said).tolist(), self.objective.rewards(said)
         if self.objective.lines == 2:
+            # Two lines a row, the better answer first, as in `objectives.pairs`.
             margins = (rewards[::2] - rewards[1::2]).tolist()
             values = [float(margin > EQUAL) for margin in margins]
         else:

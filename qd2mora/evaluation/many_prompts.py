@@ -69,6 +69,7 @@ def generate_file(
     rows, options, raw = read_prompts(prompts), how.talk, how.raw
     with locked(lock_beside(out), "--out", out), ExitStack() as stack:
         subject, way = open_in_way(model, options.way, allow_changed)
+        # Every row is worded before the first is answered: a bad one is told while nothing is spent.
         wanted = _worded(_Words(subject, options, raw, stack, say), rows, prompts)
         asked = {"prompts": hash_of_file(prompts), "model": model_mark(model), "raw": raw, **asdict(options)}
         del asked["way"]  # as answers from before there were ways have it
@@ -77,6 +78,7 @@ def generate_file(
         part = out.with_name(out.name + ".part")
         done = AnswerLines(part, asked)
         _answer(subject, rows, wanted, done, replace(how, talk=replace(options, way=way)))
+        # In the order of the prompts, whatever the order in which they were answered.
         lines = [done.of(row.number) for row in rows]
         write_bytes_atomically(out, b"".join(lines))
         part.unlink()
@@ -96,28 +98,17 @@ class _Words:
 
     def of(self, row: Asked) -> Wanted:
         """Return what a row wants. Raises InputRefused."""
-        options, subject = self.options, self.subject
-        task, vector = row.task or options.task, row.vector or options.vector
-        number = task_number(subject, task)
-        check_vector(subject, vector)
-        wording = self._wording(task, is_conversation=bool(row.messages))
+        own = replace(self.options, task=row.task or self.options.task, vector=row.vector or self.options.vector)
+        task_number(self.subject, own.task)
+        check_vector(self.subject, own.vector)
+        wording = self._wording(own.task, is_conversation=bool(row.messages))
         if self.raw and row.prompt is None:
             raise InputRefused("'messages' does not go with --raw; give 'prompt'")
         if self.raw:
             ids = wording.of_text(row.prompt or "")
         else:
             ids = wording.of_messages(row.messages or [{"role": "user", "content": row.prompt or ""}])
-        room = int(subject.plain.config.max_position_embeddings) - len(ids)
-        return Wanted(
-            ids,
-            wording.ends,
-            min(options.max_new_tokens, room),
-            temperature=(options.way or Way()).temperature or options.temperature,
-            top_p=options.top_p,
-            seed=options.seed,
-            task=number,
-            vector=None if vector is None else tuple(vector),
-        )
+        return own.wanted(wording.subject, ids)
 
     def _wording(self, task: str | None, *, is_conversation: bool) -> Prompting:
         key = task, is_conversation

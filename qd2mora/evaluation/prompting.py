@@ -1,6 +1,6 @@
 """From what somebody says to the tokens a model goes on from, and to where its answers end: for one task of a subject.
 
-What `talking` does for one conversation, for many at once: servers and files of prompts word each message anew.
+One conversation, a server's many and a file of prompts are all worded here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -65,7 +65,7 @@ class Prompting:
             try:
                 text = self._template.render([dict(each) for each in messages], asking=True)
             except BadRow as error:
-                raise InputRefused(str(error)) from error
+                raise InputRefused(f"{self._template.where}: {error}") from error
             except InputRefused:
                 # Its child has ended with this conversation; the next one gets another.
                 self._open.close()
@@ -80,18 +80,23 @@ class Prompting:
         return self.of_text(split({"instruction": asked, "output": ""})[0])
 
     def of_text(self, text: str, *, is_rendered: bool = False) -> list[int]:
-        """Return the tokens of a text that is continued; a rendered one brings its own start token.
-
-        Raises InputRefused where there are none, or no room for an answer.
-        """
-        ids: list[int] = self.subject.tokenizer(text, add_special_tokens=not is_rendered)["input_ids"]
-        whole = int(self.subject.plain.config.max_position_embeddings)
-        if not ids:
-            raise InputRefused("the prompt is empty: there is no token to go on from")
-        if len(ids) >= whole:
-            raise InputRefused(f"the prompt has {len(ids)} tokens, the model is made for {whole} with the answer")
-        self.subject.check_most(max(ids))
-        return ids
+        """Return the tokens of a text that is continued; see `tokens_of_text`. Raises InputRefused."""
+        return tokens_of_text(self.subject, text, is_rendered=is_rendered)
 
 
-__all__ = ["Messages", "Prompting"]
+def tokens_of_text(subject: Subject, text: str, *, is_rendered: bool = False) -> list[int]:
+    """Return the tokens of a text that is continued; a rendered one brings its own start token.
+
+    Raises InputRefused where there are none, or no room for an answer.
+    """
+    ids: list[int] = subject.tokenizer(text, add_special_tokens=not is_rendered)["input_ids"]
+    whole = int(subject.plain.config.max_position_embeddings)
+    if not ids:
+        raise InputRefused("the prompt is empty: there is no token to go on from")
+    if len(ids) >= whole:
+        raise InputRefused(f"the prompt has {len(ids)} tokens, the model is made for {whole} with the answer")
+    subject.check_most(max(ids))
+    return ids
+
+
+__all__ = ["Messages", "Prompting", "tokens_of_text"]

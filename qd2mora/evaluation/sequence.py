@@ -6,17 +6,15 @@ Forgetting (Chaudhry et al., arXiv 1801.10112) is the mean of the best that any 
 last. Of losses a fall is the gain, so that their signs are turned.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from qd2mora.disk.durable import write_json
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.change import Change, change_of
-from qd2mora.evaluation.evaluate import score_all
+from qd2mora.evaluation.evaluate import EvalOptions, score_all
 from qd2mora.evaluation.questions import Exam, ask
 from qd2mora.evaluation.score import Score
-from qd2mora.evaluation.scoring import ROWS_AT_ONCE
 from qd2mora.evaluation.subject import open_subject
 from qd2mora.run_folder import is_run, read_recipe
 from qd2mora.safekeeping.places import writing
@@ -64,20 +62,14 @@ class RunsInTurn:
         }
 
 
-def evaluate_sequence(
-    runs: Sequence[str],
-    limit: int | None = None,
-    *,
-    rows_at_once: int = ROWS_AT_ONCE,
-    out: str | Path | None = None,
-    allow_changed: Collection[str] = (),
-    is_shown: bool = False,
-) -> RunsInTurn:
+def evaluate_sequence(runs: Sequence[str], limit: int | None = None, how: EvalOptions | None = None) -> RunsInTurn:
     """Ask every run the held-out rows of all, in the order in which they were trained; `limit`: rows of a task.
 
     A task that several runs learned counts for the first, by its name. Raises InputRefused where a run cannot be asked
     another's tasks, DamagedFile, NotFinite.
     """
+    how = how or EvalOptions()
+    how.refuse_beams("--sequence")
     if len(set(runs)) < 2 or len(set(runs)) < len(runs):
         raise InputRefused(f"--sequence: {', '.join(runs)}: name two or more different runs, in the order of training")
     for run in runs:
@@ -87,22 +79,22 @@ def evaluate_sequence(
     names = [[task.name for task in recipe.data.tasks] for recipe in recipes]
     scores: list[dict[str, Score]] = []
     learned: dict[str, int] = {}
-    with writing("--out", None if out is None else Path(out)):
+    with writing("--out", how.place):
         for run in runs:
-            subject, found = open_subject(run, allow_changed), dict[str, Score]()
+            subject, found = open_subject(run, how.allow_changed), dict[str, Score]()
             for number, recipe in enumerate(recipes):
                 known = {task for earlier in names[:number] for task in earlier}
                 own = tuple(name for name in names[number] if name not in known)
                 if own:
                     asked = ask(Exam(recipe=recipe, tasks=own, limit=limit), subject)
                     learned |= {task.name: number for task in asked}
-                    found |= score_all(subject, asked, rows_at_once=rows_at_once, is_shown=is_shown)
+                    found |= score_all(subject, asked, rows_at_once=how.rows_at_once, is_shown=how.is_shown)
             scores.append(found)
         told = RunsInTurn(list(runs), scores, learned)
         if not told.changes:
             raise InputRefused("--sequence: no task of an earlier run holds out rows; set data.tasks.0.validation=200")
-        if out is not None:
-            write_json(Path(out), told.to_json())
+        if how.place is not None:
+            write_json(how.place, told.to_json())
     return told
 
 

@@ -193,6 +193,7 @@ def open_subject(path: str | Path, allow_changed: Collection[str] = (), base_of:
 def model_mark(path: str | Path) -> str:
     """Return a hash that two runs or model folders share only if they answer alike."""
     if is_run(path):
+        # An adapter's manifest holds the hashes of its files and of its base: its own hash stands for all.
         return hash_of_file(RunFolder(Path(path)).adapter / MANIFEST)
     if (Path(path) / "adapter_config.json").is_file():
         base = _lora_base(Path(path))

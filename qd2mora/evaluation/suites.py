@@ -20,6 +20,8 @@ from qd2mora.data.pair import Pair
 from qd2mora.errors import InputRefused, nearest
 from qd2mora.recipe import Task
 
+# The published evaluation's own white space: its prompt was written in an indented string, and other tokens would give
+# other scores.
 _INDENT = " " * 16
 _PUBLISHED = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request. \n\n"

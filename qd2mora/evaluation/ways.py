@@ -51,6 +51,7 @@ class Way:
         if self.gates_every > 1 and (self.contrast is not None or self.ensemble is not None):
             raise InputRefused("--gates-every: gates are kept for one model that answers alone, as it is")
         if self.samples > 1 and self.temperature == 0:
+            # At temperature 0 all samples would be one.
             object.__setattr__(self, "temperature", TEMPERATURE)
 
     @property
@@ -96,6 +97,7 @@ class Way:
 
     def votes(self, subject: Subject, wanted: Sequence[Wanted], answer_of: Callable[[str], str]) -> list[Vote]:
         """Return what comes of each text, all samples of all side by side."""
+        # Seeds one after another: the first sample is what is drawn alone at this temperature.
         drawn = [replace(each, seed=each.seed + number) for each in wanted for number in range(self.samples)]
         decoding = self.decoding(subject, drawn)
         with subject.writing():
@@ -187,6 +189,7 @@ def open_in_way(model: str | Path, way: Way | None, allow_changed: Collection[st
     if way is None or way.ensemble is None:
         subject = open_subject(model, allow_changed)
         return (subject if way is None else subject.keeping_gates(way.gates_every)), way
+    # Adapters of one base share its weights: an ensemble takes little more memory than one of them.
     options, bases = way.ensemble, SharedBases()
     members = [open_subject(path, allow_changed, bases) for path in (model, *options.others)]
     names = [str(model), *options.others]

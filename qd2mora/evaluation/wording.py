@@ -59,6 +59,7 @@ def _as_trained(tasks: Sequence[Task], name: str | None, is_conversation: bool) 
     """Return the wording of a task, and why it is this task's."""
     asked = [task for task in tasks if task.name == name] or list(tasks)
     if is_conversation:
+        # Stable: the first task of conversations, else the first of all.
         asked.sort(key=lambda task: task.format != "chat")
     reason = f"as task {asked[0].name} was trained"
     others = [task for task in asked if task.wording != asked[0].wording]

@@ -183,6 +183,7 @@ class Search:
         asked, rows = self.case.recipe.train.micro_batch, self.case.recipe.train.global_batch
         if isinstance(asked, int):
             return [asked]
+        # Sizes that divide a step's rows: a smaller last micro batch would take the fixed work of a whole one.
         return [size for size in range(min(rows, LARGEST_MICRO_BATCH), 0, -1) if rows % size == 0]
 
 

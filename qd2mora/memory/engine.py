@@ -114,6 +114,7 @@ def prepare_host() -> None:
     __compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" in os.environ:
         return
+    # One that the system finds free: a fixed port would be taken where a second run starts beside this one.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -95,6 +95,7 @@ class Limit:
         if place.on_gpu and place.is_here:
             free = cls.of_free(place)
             assert free.size is not None
+            # A budget is often a card's whole memory, of which others have a part by now.
             if free.size < size:
                 return free
         return cls(size, source)

@@ -186,6 +186,7 @@ def _shapes(recipe: Recipe) -> Shapes:
 def _built(config: str, adapter: str, num_tasks: int, first_top_k: int | None) -> Shapes:
     """Take a second or so for a 7B; a plan, its ways out and training ask for the same."""
     mixture = MixtureConfig.from_recipe(Adapter.model_validate_json(adapter), num_tasks)
+    # Through JSON: configurations have no hash that tells what they hold, by which a cache could find them.
     content = json.loads(config)
     return read_shapes(AutoConfig.for_model(content.pop("model_type"), **content), mixture, first_top_k)
 

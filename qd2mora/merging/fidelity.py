@@ -15,6 +15,7 @@ from qd2mora.merging.statistics import Moments, decode, observed
 from qd2mora.mixture import MixtureLinear, mixture_layers
 from qd2mora.terminal.pace import paced
 
+# Of three models, with a vocabulary of 128,000: 0.4 GB of float32 log-probabilities at once.
 TOKENS_AT_ONCE = 256
 
 
@@ -55,6 +56,7 @@ def unexplained(moments: Moments, core_PF: Tensor, up_OP: Tensor) -> float:
 
     From moments alone: the error's second moment is E[vv] - K E[uv] - E[vu] K^T + K E[uu] K^T. float64.
     """
+    # Moments are of all that reads x linearly; a K that leaves the routers' rows out meets their leading part alone.
     width = core_PF.shape[1]
     # |B e|^2 = e^T (B^T B) e: the output's energy without an output, d_out wide, of any token.
     gram = up_OP.double().T @ up_OP.double()
@@ -160,6 +162,7 @@ def compare(states: Sequence[Tensor], heads: Sequence[OutputHead], targets: Tens
         # In float32: a KL of a hundredth of a nat is below what 16 bits hold of a logit.
         logs = [head(part).log_softmax(-1) for head, part in zip(heads, parts, strict=True)]
         losses = [F.nll_loss(log, target, reduction="none") for log in logs]
+        # torch's order is (log Q, log P) for KL(P | Q): P is the routed model, which the export imitates.
         kl = F.kl_div(logs[-1], logs[-2], reduction="none", log_target=True).sum(-1)
         agreed = (logs[-1].argmax(-1) == logs[-2].argmax(-1)).float()
         rows.append(torch.stack([*losses, kl, agreed, torch.ones_like(kl)], 1).double().cpu())

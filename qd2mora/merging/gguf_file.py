@@ -173,6 +173,7 @@ class _GgufTensor:
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if self.offset:
             whole = whole + np.asarray(self.offset, whole.dtype)
+        # Quantised before: a block of numbers and its scale lie within one row, and whole rows change places.
         return np.ascontiguousarray(rotated_in_pairs(whole, self.heads))
 
     def _narrow(self, block: Tensor) -> Numbers:

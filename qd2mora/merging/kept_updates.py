@@ -64,6 +64,8 @@ class Shelf:
     @classmethod
     def of(cls, opened: OpenRun, settings: Mapping[str, object], rows: Iterable[Row], *, keeps: bool) -> "Shelf":
         """Return the place of what `settings` ask for: strategy, task, vector and what else the result depends on."""
+        # The name tells questions apart; whether what lies there is this one's answer, `made_of` says, which is
+        # compared whole.
         asked = json.dumps([settings.get(name) for name in ("strategy", "task", "vector")])
         folder = opened.folder.static / f"{settings['strategy']}-{hash_of_bytes(asked.encode())[:8]}"
         made_of: dict[str, object] = {
@@ -71,6 +73,8 @@ class Shelf:
             **base_identity(opened.recipe.base),
             "rows": hash_of_rows(rows),
             "settings": json.loads(json.dumps(settings)),
+            # Other versions, devices and dtypes add in another order: a solution, and above all a measurement, would
+            # not be this one's.
             "versions": {name: version(name) for name in ("qd2mora", "torch", "peft", "transformers")},
             "device": f"{device_of(opened.model).type}, {opened.model.dtype}",
         }

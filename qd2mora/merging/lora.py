@@ -71,6 +71,8 @@ def factors_of(
     factors = {}
     for name, static in statics.items():
         pad = rank - static.rank
+        # s goes into B in float32, before the one rounding to the file's dtype; alpha = r then leaves a loader's own
+        # scale at 1.
         down, up = static.down.float().cpu(), static.scaling * static.up.float().cpu()
         factors[name] = F.pad(down, (0, 0, 0, pad)).to(dtype), F.pad(up, (0, pad)).to(dtype)
         if not all(factor.isfinite().all() for factor in factors[name]):

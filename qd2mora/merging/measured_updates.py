@@ -157,6 +157,7 @@ def measure_routed(
     if held_out:
         bases["dequantized"] = measure(opened.model, {}, held_out)
     if number is not None:
+        # Told last, and so what an exact export holds scores for (`exact.routed_parts`).
         read_rows(opened.model, {"task_index": torch.tensor([number], device=device_of(opened.model))})
     return MeasuredUpdates("routed", True, {}, bases, {}, 0, task, is_measured=measured_rows != 0)
 

@@ -56,6 +56,7 @@ def _base_change(layer: MixtureLinear, adapter_name: str) -> float:
     scale = layer.tensors(adapter_name).get("mixture_base_scale")
     if scale is None:
         return 0.0
+    # a_0 = 1 + 0.2 tanh(p), LightZero's bounded scale, as `MixtureLinear.base_scaled` computes it.
     return 0.2 * float(scale.detach().float().tanh())
 
 

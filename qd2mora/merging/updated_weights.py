@@ -40,6 +40,7 @@ def _low_rank(static: LowRank) -> WeightUpdate:
 
     def update(rows: Tensor, start: int) -> Tensor:
         up = static.up[start : start + len(rows)]
+        # Of these rows alone: B A is never there as a whole, and float32 holds the sum until it is rounded once.
         return torch.addmm(rows, up, static.down, beta=1 + static.base_change, alpha=static.scaling)
 
     return update
@@ -53,6 +54,8 @@ def _dora(layer: LoraLayer, adapter_name: str) -> WeightUpdate:
 
     def update(rows: Tensor, start: int) -> Tensor:
         at = slice(start, start + len(rows))
+        # DoRA's norm of a row (PEFT's axis: one an output) needs that row alone, so that blocks give what the whole
+        # would.
         moved = torch.addmm(rows, up[at], down, alpha=scaling)
         return (magnitude[at] / moved.norm(dim=1)).unsqueeze(1) * moved
 

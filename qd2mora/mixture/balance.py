@@ -103,6 +103,7 @@ class Pooled:
     def joined(cls, parts: list["Pooled"], by_row: bool) -> "Pooled":
         """Return the means over several routers, of each row or of all rows' tokens."""
         tokens = parts[0].tokens
+        # The mean over a batch's tokens, out of rows' means: each row by its tokens.
         weight = tokens / tokens.sum().clamp_min(1)
 
         def mean(values: list[Tensor]) -> Tensor:
@@ -116,6 +117,8 @@ class Pooled:
 def pooled_value(kind: str, routed: View, penalty: Penalty, pool: Pooled) -> Tensor:
     """Return one router's part of a penalty over a pool: parts add up to its value, and each has its own gradient."""
     num_experts = routed.probs.shape[-1]
+    # One factor is the pool's, without a gradient, the other this router's own mean over their number: summed over
+    # routers that is the product of both means.
     if kind == "lb_mixtral":
         return num_experts * (pool.used * routed.mean(routed.probs)).sum(-1) / pool.number
     if kind == "lb_llava":
@@ -169,6 +172,7 @@ def _share(routed: View, penalty: Penalty) -> Tensor:
 
 def _negative_entropy(routed: View, penalty: Penalty) -> Tensor:
     """- mean H(p), Shannon's in nats: less the more even gates are (LoRA-Mixer, as its loss is printed)."""
+    # `tsallis_entropy` is a share of log E; times that it is in nats, as the loss is printed.
     return -math.log(routed.probs.shape[-1]) * routed.mean(tsallis_entropy(routed.probs, 1.0))
 
 
@@ -196,6 +200,7 @@ def _localized(routed: View, penalty: Penalty) -> Tensor:
     same = routed.group[:, :1] == of_expert
     weighed = summed * (1 + penalty.delta * (2 * same.to(summed.dtype) - 1))
     # One value for the batch; every group gets it, so that the mean over groups is it.
+    # torch's variance is over n - 1, as in the authors' code.
     value = weighed.var() / (weighed.mean().square() + 1e-10)
     return value.expand(len(weighed))
 

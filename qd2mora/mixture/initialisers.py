@@ -55,6 +55,7 @@ def initial_down(tensor: Tensor, kind: DownInit, std: float, spec: LinearSpec) -
         case "orthogonal" if not tensor.is_meta:
             # Rows of all experts orthogonal to each other, at Kaiming's size: experts start as different as can be.
             rows = nn.init.orthogonal_(tensor.flatten(0, -2))
+            # Rows of U(-1/sqrt d, 1/sqrt d) have a mean square length of d / (3 d).
             return rows.mul_(1 / math.sqrt(3)).view(tensor.shape)
         case "sparse" if not tensor.is_meta:
             return sparse(tensor, _active_share(spec))
@@ -83,6 +84,7 @@ def neuron_slices(W_OD: Tensor, number: int, *, reads_neurons: bool) -> list[Ten
 
 def kaiming(tensor: Tensor) -> Tensor:
     """Kaiming uniform with a = sqrt(5) over the last axis: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    # The gain sqrt(2 / (1 + 5)) times sqrt(3 / fan_in): what nn.Linear starts with.
     bound = 1 / math.sqrt(tensor.shape[-1])
     return nn.init.uniform_(tensor, -bound, bound)
 

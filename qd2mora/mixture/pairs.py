@@ -19,6 +19,7 @@ PAIRS = (
         alpha=128.0,
         down=8,
         up=8,
+        # The code divides alpha by the ranks of all experts together: 128 / (8 x 8) = 2.
         scaling_rank="total",
         init_down="gaussian",
         task_embedding=32,
@@ -67,6 +68,7 @@ PAIRS = (
         down=8,
         up=8,
         one_expert=ATTENTION,
+        # N(0, 0.02) as in the code; routers of rows that name none start as nn.Linear does.
         router_std=0.02,
         penalties=(Penalty("lb_mixtral", 1e-3, pool="model"),),
         targets=ALL,
@@ -78,6 +80,7 @@ PAIRS = (
         source="arXiv 2504.00661; github mikecovlee/DynMoLE",
         note="both losses are one mean over all routers, as in the code, where the entropy of padding counts too",
         pairing="tied",
+        # DynMoLE's other numbers (top_p 0.75, order 1.1, limit 0.9) are the defaults of a gate's fields.
         gate_down=Gate(select="entropy", top_k=2),
         rank=24,
         alpha=48.0,
@@ -171,6 +174,7 @@ PAIRS = (
         alpha=16.0,
         down=4,
         up=4,
+        # N(0, 1), as MeteoRA's code draws its gates.
         router_std=1.0,
         penalties=(Penalty("router_ce", 50.0, pool="model"),),
         targets=ALL,

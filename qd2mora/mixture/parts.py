@@ -30,6 +30,7 @@ _BANKS: dict[str, Part] = {
     "lora_B": "up",
     "mixture_core": "core",
 }
+# Selection biases are no part: nothing trains them, `after_step` moves them.
 _ROUTERS: dict[str, Part] = dict.fromkeys(
     (
         "mixture_task_embedding",

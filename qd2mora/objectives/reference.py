@@ -83,6 +83,7 @@ class Reference:
         now = {name: tensor for name, tensor in self.model.named_parameters() if name in self.start}
         held = {name: tensor.data for name, tensor in now.items()}
         for name, tensor in now.items():
+            # By `data`: the parameter stays the one that the optimiser and PEFT hold.
             tensor.data = self.start[name].view(tensor.shape)
         try:
             yield

@@ -151,6 +151,7 @@ def _put_together(found: _Source, base: str, name: str, options: PushOptions, st
     known = {path.name: size_and_hash(path) for path in stage.iterdir() if path.name != CARD}
     public = found.base.model_copy(update={"model": base, "cache": "none"})
     seal_whole_folder(stage, known, {"kind": "export", "base": public.model_dump()})
+    # Last, over what really goes: texts were rewritten by now, and the card is one of them.
     for path in sorted(stage.iterdir()):
         _refuse_secret(path, found.base.model, base)
     files = sorted(path.name for path in stage.iterdir())

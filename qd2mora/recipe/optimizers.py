@@ -81,6 +81,7 @@ def _two_of_8_bits(tensors: Sequence[int]) -> int:
     small = sum(tensors) - sum(large)
     size = 2 * sum(large) + 8 * small
     if large:
+        # Of each block a float32 maximum for either moment; one pair of tables serves all tensors.
         size += 8 * sum(-(-entries // MOMENT_BLOCK) for entries in large) + MOMENT_TABLES
     return size
 

@@ -216,6 +216,7 @@ class RankStep:
 
     def _paired(self, u: Tensor, small: Small, gating: Gating | None) -> Tensor:
         if self.core == "kron":
+            # C_e acts on each pair's own ranks, before the gate: B_e C_e A_e is one expert's update.
             u = _kron_cores(u, small["core"], self.ranks_down, self.scales)
         if gating is None:
             return u  # one pair, or pairs that all count 1

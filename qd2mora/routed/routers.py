@@ -124,6 +124,7 @@ def tsallis_entropy(probs: Tensor, order: float) -> Tensor:
         return torch.zeros_like(probs[..., 0])  # the largest entropy is 0 as well: no 0 / 0
     if order == 1:
         return -(probs * (probs + EPS).log()).sum(-1) / math.log(num_experts)
+    # Tsallis: S_q = (1 - sum p^q) / (q - 1), over its value at equal gates; eps within the power, as in DynMoLE's code.
     value = (1 - ((probs + EPS) ** order).sum(-1)) / (order - 1)
     return value / ((1 - num_experts ** (1 - order)) / (order - 1))
 

@@ -117,6 +117,8 @@ def seal_run(run: Path) -> None:
     manifest = manifest_of_run(run)
     if manifest is None:
         raise DamagedFile(f"{run / MANIFEST} is not there")
+    # What verbs had noted before a resume opened the list is kept, where it is there still and no name of the run's
+    # own.
     before = manifest.pop("before", None) or manifest.get("inventory") or {"files": {}, "folders": {}}
     files, folders = _holds(run)
     extra = {name: entry for name, entry in before["files"].items() if _is_extra(run, name)}
@@ -158,6 +160,7 @@ def noted(*paths: Path | None) -> Iterator[None]:
 
 
 def _announce(name: str, listed: Manifest) -> None:
+    # Nothing stands for "being written": after a kill, a file on its way is told from one that somebody changed.
     listed["files"][name] = None
 
 
@@ -182,6 +185,7 @@ def _runs_above(path: Path) -> list[Path]:
     if any(is_passing(part) for part in real.parts):  # not there yet under its name
         return []
     for folder in real.parents:
+        # A folder above whose manifest is damaged is none to note anything in; its own verbs say so.
         with suppress(DamagedFile):
             manifest = manifest_of_run(folder) if os.path.lexists(folder / MANIFEST) else None
             if manifest is not None:
@@ -191,6 +195,7 @@ def _runs_above(path: Path) -> list[Path]:
 
 def _change(run: Path, change: Callable[[Manifest], object]) -> None:
     """Change the inventory while nobody else does; a run that somebody opened meanwhile has none."""
+    # Writers of one run (a score beside an export) hold the list for moments; ten seconds mean that one hangs.
     until = time.monotonic() + 10
     while True:
         try:
@@ -259,6 +264,7 @@ def _refuse_added(run: Path, listed: Manifest) -> list[str]:
                     said.append(f"{path} is not listed yet")
             elif path not in known | above and path.rpartition("/")[0] not in listed["folders"]:
                 raise DamagedFile(f"{run} holds {path!r}, which was not written with it")
+        # On into folders that only lead to what is listed: sealed ones were compared whole by now.
         folders[:] = [name for name in folders if (place / name).as_posix() in above]
     return said
 

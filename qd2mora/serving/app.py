@@ -134,6 +134,7 @@ class _Desk:
 
     def _check_key(self, request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        # In constant time: how long a wrong key takes tells nothing of how much of it is right.
         if self.key is not None and not hmac.compare_digest(given.encode(), self.key.encode()):
             raise Refused(401, "this server asks for its key: Authorization: Bearer KEY")
 
@@ -173,6 +174,7 @@ class _Desk:
         deadline = time.monotonic() + limits.timeout_s
 
         def tell(piece: Piece) -> None:
+            # Called in the engine's thread, which may outlive the loop; asyncio's queues are the loop's own.
             if not loop.is_closed():
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
@@ -185,6 +187,7 @@ class _Desk:
         if not self.engine.submit(asked.job):
             raise Refused(429, "too many requests wait already; try again", headers={"Retry-After": "1"})
         if asked.is_stream:
+            # Or a proxy in front would hand tokens on in lumps.
             headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
             return StreamingResponse(_events(request, asked), media_type="text/event-stream", headers=headers)
         try:
@@ -193,6 +196,7 @@ class _Desk:
                     _take(asked, await asyncio.wait_for(asked.pieces.get(), _LOOK_S))
                 except TimeoutError:
                     if await request.is_disconnected():
+                        # nginx's number for a client that has gone: nobody reads it but a log.
                         return Response(status_code=499)
                     _check_time(asked)
         finally:

@@ -113,7 +113,9 @@ class Engine:
                 is_last = True
             else:
                 self._kept.append(job)
+        # Who hung up while waiting costs no batch.
         self._kept = [job for job in self._kept if not job.is_cancelled.is_set()]
+        # The oldest leads, whatever its model, so that none is passed over for ever; a job's rows are never parted.
         taken: list[Job] = []
         for job in self._kept:
             rows = sum(len(each.wanted) for each in taken) + len(job.wanted)

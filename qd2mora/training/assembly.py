@@ -86,6 +86,8 @@ def micro_batches_of(
         processes=processes,
         progress=progress,
         say=journal.say,
+        # What a run has learned of its memory holds after a resume too; and no process has more rows than its part of a
+        # step.
         size=min(planned, progress.micro_batch or planned, settings.global_batch // processes.count),
         seed=settings.seed,
         pad=inputs.tokenizer.pad_token_id,

@@ -82,6 +82,7 @@ class BestKeeper:
         manifest = open_manifest(source, lambda name: not name.endswith(".md"))
         with staged_folder(target, ADAPTER_NAMES) as stage:
             for name in manifest["files"]:
+                # Byte for byte under its own manifest: the bytes that were compared are those that are written.
                 (stage / name).write_bytes(read_listed(source, manifest, name))
             (stage / MANIFEST).write_bytes((source / MANIFEST).read_bytes())
         return step

@@ -88,6 +88,7 @@ def set_aside_after(folder: Path, step: int) -> None:
 def steps_on_disk(folder: Path) -> list[int]:
     """Return the steps of published checkpoints, ascending."""
     names = [path.name.removeprefix("step-") for path in folder.glob("step-*")]
+    # Numbers as this package writes them: `step-007` is somebody else's.
     return sorted(int(name) for name in names if name.isdecimal() and name.isascii() and str(int(name)) == name)
 
 

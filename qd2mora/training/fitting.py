@@ -53,6 +53,7 @@ def hold_to(planned: Plan, device: torch.device) -> None:
     if device.type != "cuda" or planned.budget_bytes is None:
         return
     whole = torch.cuda.get_device_properties(device).total_memory
+    # The context is no part of what torch's allocator counts.
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, planned.budget_bytes - CUDA_CONTEXT) / whole), device)
 
 

@@ -31,6 +31,7 @@ MAX_BAD_SHARE = 0.01
 FEWEST_BAD_FOR_SHARE = 10
 """Below so many bad steps their share says nothing."""
 LARGEST_SCALE, SMALLEST_SCALE = 2.0**24, 1.0
+# As torch's GradScaler has it.
 STEPS_TO_GROW = 2000
 
 

@@ -123,6 +123,7 @@ class HeldOut:
             with self.watchdog.paused():
                 rewards = self.rollouts.held_out(self.tasks)
             # What is judged is to fall.
+            # Less than nought, not negated: a mean of 0 would be told as -0.0.
             return {name: 0.0 - mean for name, mean in rewards.items()}, {
                 name: {"reward": rewards[name]} for name in names
             }

@@ -165,6 +165,7 @@ class Journal:
             self._try(lambda: self.display.say(line))
 
     def _append(self, line: dict[str, object]) -> None:
+        # Not forced to disk: a line of a log is worth no wait, and a resume drops what lies after its checkpoint.
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 

@@ -24,6 +24,7 @@ def check_stages(config: MixtureConfig, train: Train) -> None:
         return
     if train.stages is not None:
         raise InputRefused(f"train.stages: {config.method} adds its experts in stages of its own; leave it out")
+    # AdamW's decay moves a tensor whose gradient and moments are zero.
     if train.weight_decay:
         raise InputRefused(
             f"train.weight_decay: {train.weight_decay:g} would move frozen experts of {config.method}; 0"

@@ -94,6 +94,8 @@ class Rollouts:
         # A prompt that is answered has no row of the run, and must not draw by the last one's key.
         self.batches.forget_rows()
         is_training = self.batches.model.training
+        # Dropout would draw numbers that no seed of an answer covers, and judge other weights than those that are
+        # learned.
         self.batches.model.eval()
         try:
             wanted = [

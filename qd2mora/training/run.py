@@ -61,6 +61,7 @@ from qd2mora.training.start_words import say_what_starts
 from qd2mora.training.updates import PlainUpdater, Updater, build_optimizer, by_rate
 from qd2mora.training.zero import ZeroUpdater
 
+# As torch's GradScaler begins; what is too large is halved before anything is lost.
 FIRST_LOSS_SCALE = 2.0**16
 WORTH_KEEPING = 512 << 20
 """Bytes of 4-bit weights from which on they are kept where the recipe leaves that open: fewer are made in seconds."""
@@ -94,16 +95,8 @@ def train(
 
     Raises InputRefused, WillNotFit, DeviceLost, NotFinite, DiskTrouble, DamagedFile, SignalStop.
     """
-    folder = RunFolder(Path(recipe.output))
-    config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
-    if recipe.adapter.start is not None:
-        recipe = recipe.model_copy(update={"adapter": config.as_section(recipe.adapter)})
-    check_stages(config, recipe.train)
+    folder, recipe = RunFolder(Path(recipe.output)), _checked(recipe)
     rule = rule_of(recipe.objective, reward_file)
-    check_routing(config, recipe.train)
-    if recipe.data.packing:
-        check_packing(config)
-    check_engine(recipe, config)
     with listening() as stop, as_lost(), contextlib.ExitStack() as held:
         accelerator = launched(recipe, folder)
         processes = Processes.of(accelerator)
@@ -124,6 +117,19 @@ def train(
         # A resume computes with the threads that its run began with; whoever called gets back their own.
         held.enter_context(repeatable(processes.device, recipe.train.deterministic))
         return _train_locked(start)
+
+
+def _checked(recipe: Recipe) -> Recipe:
+    """Return a recipe whose adapter is settled, of which all that it says itself is checked. Raises InputRefused."""
+    config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
+    if recipe.adapter.start is not None:
+        recipe = recipe.model_copy(update={"adapter": config.as_section(recipe.adapter)})
+    check_stages(config, recipe.train)
+    check_routing(config, recipe.train)
+    if recipe.data.packing:
+        check_packing(config)
+    check_engine(recipe, config)
+    return recipe
 
 
 def _train_locked(start: Start) -> Trained:

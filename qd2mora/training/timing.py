@@ -76,6 +76,7 @@ def timed(recipe: Recipe, planned: Plan, rows: Sequence[Row], pad: int) -> Pass:
     began = time.monotonic()
     batches = _batches(recipe, planned, pad)
     loading = time.monotonic() - began
+    # At random, as a step's rows are: files are often sorted, and the first rows of those all short.
     drawn = random.Random(recipe.train.seed).choices(range(len(rows)), k=batches.size * (1 + MEASURED))
     parts = [drawn[start : start + batches.size] for start in range(0, len(drawn), batches.size)]
     training, number = _seconds(batches, rows, parts, is_training=True)
@@ -155,6 +156,7 @@ def held_out_rows(recipe: Recipe) -> int:
 
 def seconds_of_training(recipe: Recipe, measured: Pass, steps: int) -> float:
     """Return what steps and evaluations take together."""
+    # One is before the first step, and the last where the run ends.
     evaluations = 1 + math.ceil(steps / recipe.train.eval_every)
     of_steps = steps * recipe.train.global_batch * measured.training
     return measured.loading + of_steps + evaluations * held_out_rows(recipe) * measured.forward

@@ -212,6 +212,7 @@ def phase_of(train: Train, update: int) -> Phase:
         return PLAIN
     temperature = penalty = 1.0
     if update < told.anneal_steps:
+        # Geometric: the same factor at each step, and exactly 1 at the end.
         temperature = told.temperature ** (1 - update / told.anneal_steps)
     if update < told.penalty_steps:
         penalty = update / told.penalty_steps

@@ -98,6 +98,7 @@ class ZeroUpdater:
             # One counter for all, where a plain AdamW has one for each tensor: they are equal.
             moments[f"{name}::step"] = torch.as_tensor(steps[0], dtype=torch.float32).cpu().clone()
             for moment in MOMENTS:
+                # Every process takes part, whoever writes: it is gathered from all of them.
                 moments[f"{name}::{moment}"] = safe_get_full_optimizer_state(tensor, moment).cpu().clone()
         return adapter, moments, {}
 
@@ -106,6 +107,7 @@ class ZeroUpdater:
             for name, tensor in (self.parameters | self.moved).items():
                 tensor.copy_(state.adapter[name])
         for name, tensor in self.parameters.items():
+            # The engine's own float32 copy too: the next update starts from that.
             self._set(tensor, state.adapter[name])
         if not state.moments:
             return

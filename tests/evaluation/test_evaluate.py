@@ -11,7 +11,18 @@ from test_cli import run as run_cli
 
 from qd2mora.data import prepare
 from qd2mora.errors import InputRefused
-from qd2mora.evaluation import Exam, Record, Score, Subject, ask_held_out, bootstrap, evaluate, score_all, score_task
+from qd2mora.evaluation import (
+    EvalOptions,
+    Exam,
+    Record,
+    Score,
+    Subject,
+    ask_held_out,
+    bootstrap,
+    evaluate,
+    score_all,
+    score_task,
+)
 from qd2mora.evaluation.score import wilson
 from qd2mora.recipe import load_recipe
 from qd2mora.training.held_out import score_together
@@ -61,7 +72,7 @@ def test_too_many_different_answers_are_no_choice(made: Path, subject: Subject, 
 
 def test_an_evaluation_that_was_killed_goes_on_and_ends_the_same(made: Path, tmp_path: Path, monkeypatch) -> None:
     exam = Exam(suite="commonsense", data=made / "suite", tasks=("boolq", "siqa"))
-    evaluate(made / "run", exam, rows_at_once=2, out=tmp_path / "whole.json")
+    evaluate(made / "run", exam, EvalOptions(rows_at_once=2, out=tmp_path / "whole.json"))
     calls = []
     import qd2mora.evaluation.scoring as scoring
 
@@ -75,19 +86,19 @@ def test_an_evaluation_that_was_killed_goes_on_and_ends_the_same(made: Path, tmp
 
     monkeypatch.setattr(scoring, "write_answers", killed_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(made / "run", exam, rows_at_once=2, out=tmp_path / "broken.json")
+        evaluate(made / "run", exam, EvalOptions(rows_at_once=2, out=tmp_path / "broken.json"))
     assert not (tmp_path / "broken.json").exists()
     rows = tmp_path / "broken.rows.jsonl"
     rows.write_bytes(rows.read_bytes() + b'{"task": "si')  # a line cut short
     monkeypatch.setattr(scoring, "write_answers", lambda *arguments: calls.append(2) or write(*arguments))
-    evaluate(made / "run", exam, rows_at_once=2, out=tmp_path / "broken.json")
+    evaluate(made / "run", exam, EvalOptions(rows_at_once=2, out=tmp_path / "broken.json"))
     assert calls.count(2) == 3  # six batches in all, three of them kept
     read = [json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8")) for name in ("whole", "broken")]
     assert read[0] == read[1]
     with pytest.raises(InputRefused, match=r"another question .task siqa changed"):
-        evaluate(made / "run", replace(exam, limit=5, tasks=("siqa",)), out=tmp_path / "broken.json")
+        evaluate(made / "run", replace(exam, limit=5, tasks=("siqa",)), EvalOptions(out=tmp_path / "broken.json"))
     with pytest.raises(InputRefused, match="model changed"):
-        evaluate(made / "base", exam, rows_at_once=2, out=tmp_path / "broken.json")
+        evaluate(made / "base", exam, EvalOptions(rows_at_once=2, out=tmp_path / "broken.json"))
 
 
 def test_the_command_line_asks_a_suite_of_a_run_and_a_base(

@@ -10,7 +10,7 @@ import pytest
 
 from qd2mora.cli import main
 from qd2mora.errors import InputRefused
-from qd2mora.evaluation import Exam, Record, Score, Subject, evaluate
+from qd2mora.evaluation import EvalOptions, Exam, Record, Score, Subject, evaluate
 from qd2mora.evaluation import composite as composite_prompts
 from qd2mora.evaluation.change import BASE, Change, change_of, evaluate_against
 from qd2mora.evaluation.composite import evaluate_composite, split_answers
@@ -40,14 +40,14 @@ def test_a_run_is_compared_with_its_base_and_with_another_run(made: Path, tmp_pa
     losses = Exam(limit=4)
     with_itself = evaluate_against(run, str(run), losses)
     assert all(each.change == 0 and each.interval == (0, 0) for each in with_itself.values())
-    changes = evaluate_against(later, str(run), losses, out=tmp_path / "changes.json")
+    changes = evaluate_against(later, str(run), losses, EvalOptions(out=tmp_path / "changes.json"))
     now, before = evaluate(later, losses), evaluate(run, losses)
     for task, change in changes.items():
         assert (change.now, change.before) == (now[task].mean, before[task].mean)
     assert json.loads((tmp_path / "changes.json").read_text(encoding="utf-8")).keys() == changes.keys()
-    assert evaluate_against(later, str(run), losses, out=tmp_path / "changes.json") == changes
+    assert evaluate_against(later, str(run), losses, EvalOptions(out=tmp_path / "changes.json")) == changes
     with pytest.raises(InputRefused, match="holds answers to another question"):
-        evaluate_against(later, BASE, losses, out=tmp_path / "changes.json")
+        evaluate_against(later, BASE, losses, EvalOptions(out=tmp_path / "changes.json"))
 
 
 def test_the_base_of_a_run_is_the_run_with_its_adapter_off(made: Path, subject: Subject) -> None:
@@ -84,7 +84,7 @@ def test_backward_transfer_and_forgetting_are_those_of_the_matrix() -> None:
 
 def test_runs_in_sequence_are_asked_the_tasks_of_all(made: Path, tmp_path: Path) -> None:
     later = asking.save_run(made, "later", "train.seed=7", "train.learning_rate=3e-2")
-    found = evaluate_sequence([str(made / "run"), str(later)], 4, out=tmp_path / "matrix.json")
+    found = evaluate_sequence([str(made / "run"), str(later)], 4, EvalOptions(out=tmp_path / "matrix.json"))
     for run, scores in zip((made / "run", later), found.scores, strict=True):
         # The rows are those that the run which learned the task holds out.
         assert scores == evaluate(run, Exam(recipe=made / "run" / "recipe.yaml", limit=4))
@@ -94,6 +94,8 @@ def test_runs_in_sequence_are_asked_the_tasks_of_all(made: Path, tmp_path: Path)
         evaluate_sequence([str(later), str(later)])
     with pytest.raises(InputRefused, match="is not a run"):
         evaluate_sequence([str(made / "base"), str(later)])
+    with pytest.raises(InputRefused, match="--beams: 4 does not go with --sequence"):
+        evaluate_sequence([str(made / "run"), str(later)], how=EvalOptions(beams=4))
 
 
 def test_answers_are_told_apart_by_the_numbers_that_open_their_lines() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qd2mora.errors import InputRefused
-from qd2mora.evaluation import Subject
+from qd2mora.evaluation import EvalOptions, Subject
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's and evaluate's own
@@ -39,7 +39,7 @@ def test_choices_and_generation_run_on_a_routed_run(tasks: Path, made: Path, sub
     more = 'doc_to_choice: ["red", "green"]\nmetric_list: [{metric: acc}]'
     text = TASK.format(path=tasks / "rows.jsonl", kind="multiple_choice", target="label", more=more)
     (tasks / "colours.yaml").write_text(text, encoding="utf-8")
-    results = run_harness(made / "run", ["colours"], folder=tasks, out=tasks / "out.json")
+    results = run_harness(made / "run", ["colours"], folder=tasks, how=EvalOptions(out=tasks / "out.json"))
     assert results["colours"]["acc,none"] in (0.0, 0.5, 1.0)
     assert json.loads((tasks / "out.json").read_text(encoding="utf-8")) == results
     row = encode([Pair("red", "blue green")], subject.tokenizer, 0, 64, True)[0]
@@ -68,11 +68,11 @@ def test_tasks_that_are_done_are_not_asked_again(made: Path, tasks: Path, monkey
     monkeypatch.setattr(HarnessModel, "_loglikelihood_tokens", killed_at_the_second)
     out = tasks / "out.json"
     with pytest.raises(KeyboardInterrupt):
-        run_harness(made / "run", ["colours", "shades"], folder=tasks, out=out)
-    assert run_harness(made / "run", ["colours", "shades"], folder=tasks, out=out) == whole
+        run_harness(made / "run", ["colours", "shades"], folder=tasks, how=EvalOptions(out=out))
+    assert run_harness(made / "run", ["colours", "shades"], folder=tasks, how=EvalOptions(out=out)) == whole
     assert len(calls) == 3
     with pytest.raises(InputRefused, match="limit changed"):
-        run_harness(made / "run", ["colours"], folder=tasks, out=out, limit=1)
+        run_harness(made / "run", ["colours"], folder=tasks, how=EvalOptions(out=out), limit=1)
 
 
 def test_a_task_that_is_not_known_and_an_adapter_that_reads_more_are_refused(made: Path, tasks: Path) -> None:

@@ -7,7 +7,7 @@ import judged_runs as runs
 import pytest
 import tiny
 
-from qd2mora.evaluation import Exam, evaluate
+from qd2mora.evaluation import EvalOptions, Exam, evaluate
 from qd2mora.evaluation.run_scores import score_run
 from qd2mora.merging import ExportOptions, merge
 from qd2mora.run_folder import RunFolder, read_recipe
@@ -37,13 +37,13 @@ def test_eval_says_what_training_said_and_of_an_export_about_the_same(kind: str,
     run, export = tmp_path / "run", tmp_path / "export"
     train(runs.recipe_of(made, run, kind, "base.quantization=none"))
     told = last_of(run)
-    scores = evaluate(run, out=tmp_path / "scores.json")
+    scores = evaluate(run, how=EvalOptions(out=tmp_path / "scores.json"))
     score = scores["pick"]
     assert score.metric == ("rated" if kind == "kto" else "preferred") and score.rows == 9
     assert score.mean == pytest.approx(told["accuracy"]) and score.loss == pytest.approx(told["loss"], rel=1e-4)
     if kind != "kto":
         assert score.margin == pytest.approx(told["margin"], rel=1e-3, abs=1e-5)
-    assert evaluate(run, out=tmp_path / "scores.json")["pick"] == score  # read back, not asked again
+    assert evaluate(run, how=EvalOptions(out=tmp_path / "scores.json"))["pick"] == score  # read back, not asked again
     merge(run, export, ExportOptions(dtype="float32"))
     merged = evaluate(export, Exam(recipe=read_recipe(run)))["pick"]
     assert merged.loss == pytest.approx(score.loss, rel=0.05)

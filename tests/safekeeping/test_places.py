@@ -9,7 +9,7 @@ from trees import content, copied
 from qd2mora.composition import compose
 from qd2mora.disk.sealed import seal_text
 from qd2mora.errors import InputRefused
-from qd2mora.evaluation import evaluate
+from qd2mora.evaluation import EvalOptions, evaluate
 from qd2mora.merging import ExportOptions, merge, merge_tasks
 from qd2mora.report import check_page, check_png
 from qd2mora.run_folder import RunFolder
@@ -24,7 +24,7 @@ FOLDERS: dict[str, Callable[[Path, Path], object]] = {
     "compose": lambda made, out: compose("cat", [str(made / "lora")], out),
 }
 FILES: dict[str, Callable[[Path, Path], object]] = {
-    "eval": lambda made, out: evaluate(made / "run", out=out),
+    "eval": lambda made, out: evaluate(made / "run", how=EvalOptions(out=out)),
     "inspect --html": lambda made, out: check_page(out),
     "png": lambda made, out: check_png(out.with_suffix(".png")),
 }
@@ -77,7 +77,7 @@ def test_a_link_into_a_sealed_folder_and_a_home_that_is_not_expanded_are_refused
 
 def test_what_a_verb_adds_to_a_run_is_listed_in_it(world: Path) -> None:
     run = world / "run"
-    scores = evaluate(run, out=run / "mine.json")
+    scores = evaluate(run, how=EvalOptions(out=run / "mine.json"))
     assert scores and [each.folder for each in verified(run)] == [run]
     merge(run, run / "merged", ExportOptions(strategy="mean_gate"))
     (found,) = verified(run)
