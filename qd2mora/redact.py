@@ -6,6 +6,7 @@ the environment (`HF_TOKEN`, `WANDB_API_KEY`), and the values of such variables 
 
 import os
 import re
+from typing import TypeAlias
 
 REDACTED = "[redacted]"
 
@@ -40,6 +41,10 @@ SHORTEST = 12
 _WORDS = re.compile(r"[A-Za-z]{1,16}(?:[_.][A-Za-z]{1,16})*")
 
 
+Secrets: TypeAlias = list[tuple[str, str]]
+"""Names of variables and their values."""
+
+
 def secret_in(text: str) -> str | None:
     """Name the kind of secret that `text` holds, or return None."""
     for kind, pattern in _SHAPE.items():
@@ -50,30 +55,40 @@ def secret_in(text: str) -> str | None:
 
 def redacted(text: str, *, named: bool = True) -> str:
     """Return `text` with every secret replaced; `named`: also whatever follows `token=`, `password:` and the like."""
-    for _, value in _from_environment():
-        text = text.replace(value, REDACTED)
-    for pattern in _SHAPE.values():
-        text = pattern.sub(REDACTED, text)
+    text = _without(text, _from_environment())
     return _NAMED.sub(rf"\1{REDACTED}", text) if named else text
 
 
 def redacted_values(content: object) -> object:
     """Return what JSON may hold with the secrets in its values replaced; its keys are names of ours, and stay."""
+    # The environment is read once for all values: a manifest has thousands.
+    return _values_without(content, _from_environment())
+
+
+def _without(text: str, secrets: Secrets) -> str:
+    for _, value in secrets:
+        text = text.replace(value, REDACTED)
+    for pattern in _SHAPE.values():
+        text = pattern.sub(REDACTED, text)
+    return text
+
+
+def _values_without(content: object, secrets: Secrets) -> object:
     if isinstance(content, str):
-        return redacted(content, named=False)
+        return _without(content, secrets)
     if isinstance(content, dict):
-        return {key: redacted_values(value) for key, value in content.items()}
+        return {key: _values_without(value, secrets) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [redacted_values(value) for value in content]
+        return [_values_without(value, secrets) for value in content]
     return content
 
 
-def _from_environment() -> list[tuple[str, str]]:
+def _from_environment() -> Secrets:
     """Return the secrets of the environment, longest first; short values, words and paths are none."""
     found = [
         (name, value)
         for name, value in os.environ.items()
-        if len(value) >= SHORTEST and not _is_told(value) and _SECRET_VARIABLE.search(name)
+        if len(value) >= SHORTEST and _SECRET_VARIABLE.search(name) and not _is_told(value)
     ]
     return sorted(found, key=lambda pair: -len(pair[1]))
 

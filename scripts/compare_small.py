@@ -72,7 +72,7 @@ def conflicting(data: Path, folder: Path, name: str = "creak", number: int = 100
     return tasks
 
 
-def recipe(base: Path, tasks: list[dict[str, object]], steps: int, rank: int) -> dict[str, object]:
+def recipe(base: Path, tasks: list[dict[str, object]], steps: int, rank: int, batch: int) -> dict[str, object]:
     """Return the recipe: D2MoRA with the paper's experts, M 4 and N 3, on q, k and v."""
     return {
         "base": {"model": str(base.resolve()), "quantization": "nf4", "compute_dtype": "float32"},
@@ -87,8 +87,8 @@ def recipe(base: Path, tasks: list[dict[str, object]], steps: int, rank: int) ->
         "data": {"tasks": tasks, "max_length": 512, "on_bad_row": "skip"},
         "train": {
             "steps": steps,
-            "micro_batch": 8,
-            "global_batch": 8,
+            "micro_batch": batch,
+            "global_batch": batch,
             "learning_rate": 1e-2,
             "warmup_steps": steps // 10,
             "save_every": steps,
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--sweep-steps", type=int, default=75)
     parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8, help="rows a step")
     parser.add_argument("--sweep", default="3e-3,1e-2,3e-2,1e-1")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", type=Path, help="more arms, for example scripts/hypotheses.yaml")
@@ -127,7 +128,9 @@ def main() -> None:
     else:
         names = FITTING if given.set == "commonsense" else TASKS
         tasks = commonsense(given.data, given.out, names, given.test_rows)
-    write_atomically(given.out / "recipe.yaml", dump_yaml(recipe(given.base, tasks, given.steps, given.rank)))
+    write_atomically(
+        given.out / "recipe.yaml", dump_yaml(recipe(given.base, tasks, given.steps, given.rank, given.batch))
+    )
     command = [sys.executable, "-m", "qd2mora", "compare", str(given.out / "recipe.yaml"), "--methods", given.methods]
     command += ["--seeds", str(given.seeds), "--sweep", given.sweep]
     command += ["--choose-rows", str(given.choose_rows)]

@@ -4,12 +4,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-import tiny
-import torch
-from accelerate.state import AcceleratorState, GradientState
+# Before torch is imported, and for the programs that tests start: as many threads as cores in each of several test
+# processes would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+import torch  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)

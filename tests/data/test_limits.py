@@ -109,6 +109,6 @@ def test_rows_without_room_for_an_answer_are_left_out_up_to_the_share_that_is_do
             prepare(data, tokenizer, 0)
     else:
         assert prepare(data, tokenizer, 0)[0].num_dropped == num_long
-    for page in ("README.md", "docs/recipe.md"):
+    for page in ("docs/data.md", "docs/recipe.md"):
         text = " ".join((Path(__file__).parents[2] / page).read_text(encoding="utf-8").split())
         assert f"ore than {MAX_DROPPED:.0%} of" in text, page

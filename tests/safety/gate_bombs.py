@@ -109,6 +109,8 @@ def gate_bombs(made: Path, folder: Path, count: int, seed: int = 0) -> Result:
         slot.write_bytes(whole)
         slowest, largest = max(slowest, outcome.cpu_s), max(largest, outcome.grown_mib)
         held = outcome.code in (2, 6) and outcome.is_one_error_line
-        result.check(held and outcome.cpu_s < LIMIT_S and outcome.grown_mib < 50, f"header {number}, seed {seed}: {outcome}")
+        result.check(
+            held and outcome.cpu_s < LIMIT_S and outcome.grown_mib < 50, f"header {number}, seed {seed}: {outcome}"
+        )
     result.numbers = {"slowest_cpu_s": slowest, "largest_grown_mib": largest}
     return result

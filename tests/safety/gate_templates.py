@@ -84,7 +84,9 @@ def gate(step: int = 1) -> Result:
             text, refusal, seconds = _rendered(template)
             slowest = max(slowest, seconds)
             small = len(text) < 1000 + len(template) and not any(sign in text for sign in _ESCAPED)
-            result.check(small and seconds < LIMIT_S, f"{template[:80]}: {text[:80]!r}, {refusal}, after {seconds:.1f} s")
+            result.check(
+                small and seconds < LIMIT_S, f"{template[:80]}: {text[:80]!r}, {refusal}, after {seconds:.1f} s"
+            )
             result.numbers["refused"] = result.numbers.get("refused", 0) + bool(refusal)
         _check_limits(result)
         alive = plain.render(_TALK) == "<user>hi</s><assistant>ho</s>"

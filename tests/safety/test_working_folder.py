@@ -34,7 +34,7 @@ def test_no_module_is_taken_from_the_working_folder(form: str, tmp_path: Path) -
     script.parent.mkdir()
     script.write_text(CONSOLE, encoding="utf-8")
     start = ["-m", "qd2mora"] if form == "module" else [str(script)]
-    command = [sys.executable, *start, "plan", str(ROOT / "recipes/quickstart.yaml")]
+    command = [sys.executable, *start, "plan", str(ROOT / "recipes/quickstart.yaml"), "--no-time"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
     assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()

@@ -59,10 +59,10 @@ def loras(made: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(folder / name) for name in names]
 
 
-# Every third row by default, all in the long set; `tests/mixture/test_methods.py` runs over all rows' numbers.
+# Every fourth row by default, all in the long set; `tests/mixture/test_methods.py` runs over all rows' numbers.
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(name, marks=pytest.mark.long if place % 3 else []) for place, name in enumerate(FRESH)],
+    [pytest.param(name, marks=pytest.mark.long if place % 4 else []) for place, name in enumerate(FRESH)],
 )
 def test_a_method_trains_loads_again_answers_and_exports_as_its_class_says(
     method: str, made: Path, tmp_path: Path
