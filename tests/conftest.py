@@ -8,10 +8,10 @@ from pathlib import Path
 # processes would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-import tiny  # noqa: E402
-import torch  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+import pytest
+import tiny
+import torch
+from accelerate.state import AcceleratorState, GradientState
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
