@@ -360,7 +360,10 @@ GATES: dict[str, Gate] = {
             ignoring("disk/lock.py:_refuse_leased", "_is_touched"),
             instead("redact.py:_is_told", "fullmatch", "None", by="False"),
             instead(
-                "redact.py:redacted_values", "key", "items", by="{redacted_values(k): v for k, v in content.items()}"
+                "redact.py:_values_without",
+                "key",
+                "items",
+                by="{_without(k, secrets): v for k, v in content.items()}",
             ),
         ),
     ),

@@ -19,7 +19,7 @@ from qd2mora.base.device import has_flash_attention
 from qd2mora.base.host_memory import available_bytes, lockable_bytes
 from qd2mora.errors import InputRefused
 from qd2mora.memory.place import room_on_card
-from qd2mora.mixture.rank_space import working_kernel
+from qd2mora.mixture.kernels import working_kernel
 from qd2mora.recipe import Base
 
 GIB = 1 << 30

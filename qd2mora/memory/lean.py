@@ -4,8 +4,10 @@ transformers' RMSNorm keeps a float32 copy of its input, and its MLP the activat
 what a layer keeps for its backward pass. Here a norm keeps its input, which the residual sum made anyway, with one
 factor a token, and the gated product keeps gate and up. The forward pass runs the same operations, to the bit; so does
 the gradient of the gated product, and that of a norm is off by roundings alone: it is computed in float32 throughout.
+On a GPU both are kernels of one launch each way (`lean_kernel`), equal up to float32 rounding.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers.activations import GELUTanh, SiLUActivation
 
 from qd2mora.base.families import FAMILIES, Family, NormForm
+from qd2mora.mixture.kernels import kernels_for
 
 AT_ONCE = 1 << 23
 """Entries of a norm in float32 at once, 32 MiB: its temporaries do not grow with the tokens."""
@@ -139,17 +142,11 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, form: NormForm) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         kept = torch.promote_types(x.dtype, weight.dtype) if form == "rounded first" else x.dtype
-        out = torch.empty_like(rows, dtype=kept)
-        factor = torch.empty(len(rows), 1, dtype=torch.float32, device=x.device)
-        for part in _parts(rows):
-            wide = rows[part].to(torch.float32)
-            factor[part] = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-            # In transformers' order, to the bit: each family rounds to x's dtype before its weight or after it.
-            normed = wide * factor[part]
-            if form == "rounded first":
-                torch.mul(weight, normed.to(x.dtype), out=out[part])
-            else:
-                out[part] = normed.mul_(_weight_of(weight, form))
+        kernel = _kernel_for(rows)
+        if kernel is None:
+            out, factor = _normed(rows, weight, eps, form, kept)
+        else:
+            out, factor = kernel.norm(rows.contiguous(), weight, eps, form, kept)
         ctx.save_for_backward(x, factor)
         ctx.weight, ctx.form = weight, form  # frozen: hooks that move saved tensors away would move it
         return out.view(x.shape)
@@ -158,6 +155,10 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         x, factor = ctx.saved_tensors
         rows, dy = (tensor.reshape(-1, x.shape[-1]) for tensor in (x, gradients[0]))
+        kernel = _kernel_for(rows)
+        if kernel is not None:
+            dx: Tensor = kernel.norm_back(dy.contiguous(), rows.contiguous(), factor, ctx.weight, ctx.form)
+            return dx.view(x.shape), None, None, None
         dx, weight = torch.empty_like(rows), _weight_of(ctx.weight, ctx.form)
         for part in _parts(rows):
             # With f = (mean x^2 + eps)^-1/2 and n = x f: dx = f (w dy - n mean(w dy n)).
@@ -166,6 +167,32 @@ class _Norm(torch.autograd.Function):
             along = (dnormed * normed).mean(-1, keepdim=True)
             torch.mul(dnormed.sub_(normed.mul_(along)), factor[part], out=dx[part])
         return dx.view(x.shape), None, None, None
+
+
+def _normed(rows: Tensor, weight: Tensor, eps: float, form: NormForm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return w x f (T, D) in `dtype` and f (T, 1) float32 of x (T, D)."""
+    out = torch.empty_like(rows, dtype=dtype)
+    factor = torch.empty(len(rows), 1, dtype=torch.float32, device=rows.device)
+    for part in _parts(rows):
+        wide = rows[part].to(torch.float32)
+        factor[part] = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        # In transformers' order, to the bit: each family rounds to x's dtype before its weight or after it.
+        normed = wide * factor[part]
+        if form == "rounded first":
+            torch.mul(weight, normed.to(rows.dtype), out=out[part])
+        else:
+            out[part] = normed.mul_(_weight_of(weight, form))
+    return out, factor
+
+
+def _kernel_for(rows: Tensor) -> ModuleType | None:
+    """Return the kernels that take these rows; None where torch does it: without Triton, or in another dtype."""
+    if rows.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return None
+    kernel = kernels_for(rows, "memory.lean_kernel")
+    if kernel is None or rows.shape[-1] > kernel.WIDEST or not rows.numel():
+        return None
+    return kernel
 
 
 def _weight_of(weight: Tensor, form: NormForm) -> Tensor:
@@ -180,11 +207,22 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, is_gelu: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.is_gelu = is_gelu
-        return _activated(gate, is_gelu).mul_(up)
+        rows = _row_pair(gate, up)
+        if rows is None:
+            return _activated(gate, is_gelu).mul_(up)
+        kernel, *pair = rows
+        out: Tensor = kernel.gated(*pair, is_gelu=is_gelu)
+        return out.view(gate.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
+        rows = _row_pair(gate, up)
+        if rows is not None:
+            kernel, *pair = rows
+            dy = gradients[0].reshape(-1, gate.shape[-1]).contiguous()
+            both = kernel.gated_back(dy, *pair, is_gelu=ctx.is_gelu)
+            return both[0].view(gate.shape), both[1].view(gate.shape), None
         dgate = gradients[0] * up
         # Over what it reads: one tensor of the MLP's width less where a layer's backward pass is at its peak.
         if ctx.is_gelu:
@@ -192,6 +230,14 @@ class _Gated(torch.autograd.Function):
         else:
             torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
         return dgate, _activated(gate, ctx.is_gelu).mul_(gradients[0]), None
+
+
+def _row_pair(gate: Tensor, up: Tensor) -> tuple[ModuleType, Tensor, Tensor] | None:
+    """Return the kernels with gate and up as rows, (T, D) views; None where torch does it."""
+    kernel = _kernel_for(gate)
+    if kernel is None or gate.stride(-1) != 1 or up.stride(-1) != 1:
+        return None
+    return kernel, gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
 
 
 def _parts(rows: Tensor) -> list[slice]:

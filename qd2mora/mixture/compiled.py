@@ -18,16 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from qd2mora.mixture import frozen, fused
-from qd2mora.mixture.draws import Draws
+from qd2mora.mixture.draws import Draws, Rows
 from qd2mora.mixture.fused import FusedCall, Observe
 
 
 @dataclass(frozen=True, eq=False)
 class TracedAdapter:
-    """One adapter of one linear in one mode: its call, whether that is random, what makes draws, observer and watch."""
+    """One adapter of one linear in one mode: its call, whether that is random, what makes draws, observer and watch.
+
+    `layer` is the key of the linear's draws.
+    """
 
     call: FusedCall
     is_random: bool
+    layer: int
     draws: Callable[[], Draws | None]
     observer: Callable[[Tensor], Observe | None]
     pooling: Callable[[FusedCall, Tensor, dict[str, Tensor]], Callable[[Tensor, Tensor], None] | None]
@@ -101,7 +105,7 @@ def _backward(
 ) -> list[Tensor]:
     """Return the gradients of x and the tensors, empty ones where none is needed; `saved` are x, u and the keys."""
     adapter, (x, u, keys) = _adapters[number], saved
-    call = replace(adapter.call, draws=_draws_of(keys), observe=adapter.observer(x))
+    call = replace(adapter.call, draws=_draws_of(keys, adapter.layer), observe=adapter.observer(x))
     # `through` differentiates the step in rank space, gates and penalties included.
     with _autograd_inside():
         dx, grads = fused.backward(call, dy.contiguous(), x, u, list(base), tensors, needs)
@@ -173,21 +177,22 @@ def _keys_of(draws: Draws | None, most: int) -> Tensor:
     """
     if draws is None:
         return torch.empty((4, 0), dtype=torch.int64)
-    table = torch.full((4, most), _UNUSED)
-    lengths = draws.lengths or (_SINGLE,)
-    given = torch.tensor([draws.keys[: len(lengths)], lengths, *zip(*draws.places or (), strict=True)])
+    rows, table = draws.rows, torch.full((4, most), _UNUSED)
+    lengths = rows.lengths or (_SINGLE,)
+    given = torch.tensor([rows.keys[: len(lengths)], lengths, *zip(*rows.places or (), strict=True)])
     table[: given.shape[0], : given.shape[1]] = given
     return table
 
 
-def _draws_of(keys: Tensor) -> Draws | None:
+def _draws_of(keys: Tensor, layer: int) -> Draws | None:
     if not keys.numel():
         return None
     key, lengths, *places = keys[:, keys[1] != _UNUSED].tolist()
     if lengths[0] == _SINGLE:
-        return Draws((key[0],))
+        return Draws(Rows((key[0],)))
     is_packed = places[0][0] != _UNUSED
-    return Draws(tuple(key), tuple(lengths), tuple(zip(*places, strict=True)) if is_packed else None)
+    packed = tuple(zip(*places, strict=True)) if is_packed else None
+    return Draws(Rows(tuple(key), tuple(lengths), packed), layer)
 
 
 __all__ = ["TracedAdapter", "mixture", "register"]

@@ -5,10 +5,13 @@ beside it, the padding, or how a step is split into micro batches. Without, one 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from qd2mora.mixture import masks
+from qd2mora.mixture.kernels import kernels_for
 
 # splitmix64's increment, 2^64 over the golden ratio; a torch generator takes seeds of 63 bits.
 _PRIME = 0x9E3779B97F4A7C15
@@ -23,8 +26,8 @@ Fill = Callable[[Tensor, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
-class Draws:
-    """Keys of one layer's draws in one forward pass: one for each row with its length, or a single one.
+class Rows:
+    """The rows of one pass: a key for each with its length, or a single key for whatever comes.
 
     `places`: the line of the tensor and the place in it where each row begins, where rows are packed.
     """
@@ -32,15 +35,46 @@ class Draws:
     keys: tuple[int, ...]
     lengths: tuple[int, ...] | None = None
     places: tuple[tuple[int, int], ...] | None = None
+    _tables: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def spans(self, tokens: int) -> list[tuple[int, int, int, int]]:
+        """Return key, line, first token and tokens of each row in lines of so many tokens."""
+        if self.lengths is None:
+            return [(self.keys[0], 0, 0, tokens)]
+        places = self.places or tuple((row, 0) for row in range(len(self.keys)))
+        # A gate of a whole row has one entry along the tokens.
+        return [
+            (key, line, start, min(length, tokens - start))
+            for (line, start), key, length in zip(places, self.keys, self.lengths, strict=True)
+        ]
+
+    def table(self, tokens: int, device: torch.device) -> Tensor:
+        """Return the spans, (R, 4) int64, on a device; copied once a pass, without waiting."""
+        if (device, tokens) not in self._tables:
+            host = torch.tensor(self.spans(tokens), dtype=torch.int64)
+            if device.type == "cuda":
+                host = host.pin_memory()
+            self._tables[device, tokens] = host.to(device, non_blocking=True)
+        return self._tables[device, tokens]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Keys of one layer's draws in one forward pass; without a layer, the rows' own keys."""
+
+    rows: Rows
+    layer: int | None = None
 
     def keep(self, like: Tensor, probability: float, purpose: int) -> Tensor:
         """Return 0 with `probability` p, else 1 / (1 - p), in the shape (..., D) and dtype of `like`.
 
         p is taken to the nearest 1 / 65,536: four masks' numbers come from each 64-bit draw, several times as fast on a
-        CPU as one draw a number.
+        CPU as one draw a number. On a GPU it is one launch for all rows (`masks`), and other numbers.
         """
         # Never all of them: the scale 1 / (1 - p) stays finite.
         dropped = min(round(probability * _LEVELS), _LEVELS - 1)
+        if like.is_cuda:
+            return self._keep_on_card(like, dropped, purpose)
 
         def draw(part: Tensor, generator: torch.Generator) -> Tensor:
             for block in part.view(-1).split(_BLOCK.get(part.device.type, _LONG_BLOCK)):
@@ -63,23 +97,32 @@ class Draws:
         # Both logarithms are kept from zero: an infinite number would decide by itself, or give NaN.
         return -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log()
 
-    def _fill(self, like: Tensor, purpose: int, draw: Fill) -> Tensor:
-        if self.lengths is None:  # one key for all: other people's trainers tell no rows
-            return draw(
-                torch.empty_like(like, memory_format=torch.contiguous_format),
-                self._generator(like, self.keys[0], purpose),
-            )
-        # Padding keeps ones: nobody reads it, and drawing it would tie a row's numbers to the rows beside it.
+    def _keep_on_card(self, like: Tensor, dropped: int, purpose: int) -> Tensor:
+        # Padding keeps ones, and every entry of a single stream is written.
         out = torch.ones_like(like, memory_format=torch.contiguous_format)
-        places = self.places or tuple((row, 0) for row in range(len(self.keys)))
-        for (line, start), key, length in zip(places, self.keys, self.lengths, strict=True):
-            # A gate of a whole row has one entry along the tokens.
-            entries = min(length, like.shape[1] - start)
-            draw(out[line, start : start + entries], self._generator(like, key, purpose))
+        lines = out.view(1, -1, out.shape[-1]) if self.rows.lengths is None else out.view(*out.shape[:2], -1)
+        layer, spans = self.layer or 0, self.rows.spans(lines.shape[1])
+        kernel = kernels_for(like, "mixture.mask_kernel")
+        if kernel is None:
+            masks.keep(lines, spans, layer, purpose, dropped)
+            return out
+        longest = max(length for *_, length in spans)
+        kernel.keep(lines, self.rows.table(lines.shape[1], like.device), longest, layer, purpose, dropped)
         return out
 
-    @staticmethod
-    def _generator(like: Tensor, key: int, purpose: int) -> torch.Generator:
+    def _fill(self, like: Tensor, purpose: int, draw: Fill) -> Tensor:
+        if self.rows.lengths is None:  # one key for all: other people's trainers tell no rows
+            made = torch.empty_like(like, memory_format=torch.contiguous_format)
+            return draw(made, self._generator(like, self.rows.keys[0], purpose))
+        # Padding keeps ones: nobody reads it, and drawing it would tie a row's numbers to the rows beside it.
+        out = torch.ones_like(like, memory_format=torch.contiguous_format)
+        for key, line, start, length in self.rows.spans(like.shape[1]):
+            draw(out[line, start : start + length], self._generator(like, key, purpose))
+        return out
+
+    def _generator(self, like: Tensor, key: int, purpose: int) -> torch.Generator:
+        if self.layer is not None:
+            key = mixed(key, self.layer)
         return torch.Generator(device=like.device).manual_seed(mixed(key, purpose))
 
 
@@ -95,4 +138,4 @@ def mixed(*parts: int) -> int:
     return key & _LARGEST
 
 
-__all__ = ["Draws", "mixed"]
+__all__ = ["Draws", "Rows", "mixed"]

@@ -286,7 +286,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             layout = frozen.layout_of(self.base_layer)
         call, is_random = self._call(name, layout, num_downs, num_ups, tuple(filter(None, names.split(","))))
         rest = self._draws(is_random), self._observer(name), self._pooling(name)
-        adapter = compiled.TracedAdapter(call, is_random, *rest)
+        adapter = compiled.TracedAdapter(call, is_random, self.layer_key, *rest)
         return compiled.register(self, adapter)
 
     def _static(self, y: Tensor | None, x: Tensor, name: str, layout: frozen.WeightLayout | None) -> Tensor:

@@ -1,10 +1,5 @@
 """The step in rank space and its gradient: by a kernel pair on a GPU, by the plain twin and autograd elsewhere."""
 
-import functools
-import importlib
-import importlib.util
-import logging
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
@@ -12,10 +7,9 @@ import torch
 from torch import Tensor
 
 from qd2mora.mixture.draws import Draws
+from qd2mora.mixture.kernels import kernels_for
 from qd2mora.routed.ops import RankStep, wide
 from qd2mora.routed.routers import Gating
-
-_log = logging.getLogger(__name__)
 
 Observe = Callable[[Mapping[str, Gating]], Tensor | None]
 
@@ -70,39 +64,11 @@ def through(
     return v.detach(), du, [next(of_leaf) if tensor.requires_grad else None for tensor in leaves.values()]
 
 
-def runs_kernels(u: Tensor) -> bool:
-    """Tell whether a tensor lies where kernels run: really on a GPU, not a stand-in for shapes alone."""
-    # FakeTensor and DTensor are Tensors on "cuda" as well; a kernel would take their storage for real.
-    return u.is_cuda and type(u) in (Tensor, torch.nn.Parameter)
-
-
 def _kernel_for(step: RankStep, u: Tensor, small: dict[str, Tensor]) -> ModuleType | None:
-    if not runs_kernels(u):
-        return None
-    kernel = working_kernel(u.device)
+    kernel = kernels_for(u, "mixture.rank_kernel")
     if kernel is None or not kernel.covers(step, small, u.dtype):
         return None
     return kernel
 
 
-@functools.cache
-def working_kernel(device: torch.device) -> ModuleType | None:
-    """Return the kernels' module where a small launch ends well; why it did not is logged, once.
-
-    Triton comes with torch where there is a GPU, and is not needed elsewhere. It builds its launcher with the machine's
-    C compiler and Python's headers, which many machines do not have, and finds that out at the first launch.
-    """
-    if importlib.util.find_spec("triton") is None:
-        return None
-    try:
-        # Imported by name and late: the module needs Triton as soon as it is read.
-        kernel = importlib.import_module("qd2mora.mixture.rank_kernel")
-        kernel.try_out(device)
-    except (ImportError, RuntimeError, OSError, subprocess.SubprocessError) as error:
-        why = str(error).strip().splitlines() or [type(error).__name__]
-        _log.warning("kernels: Triton does not run here (%s); the same step by PyTorch alone, which is slower", why[-1])
-        return None
-    return kernel
-
-
-__all__ = ["Observe", "mix", "runs_kernels", "through", "working_kernel"]
+__all__ = ["Observe", "mix", "through"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qd2mora.mixture.balance import Pooled
-from qd2mora.mixture.draws import Draws, mixed
+from qd2mora.mixture.draws import Draws, Rows
 from qd2mora.mixture.phases import PLAIN, Phase
 from qd2mora.mixture.slots import Slots
 from qd2mora.routed.text import Key, Text
@@ -49,6 +49,7 @@ class Routing(Text):
     values: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[Key, Tensor] = field(default_factory=dict)
     _known: tuple[Tensor, int] | None = None
+    _drawn: Rows | None = None
 
     def read(self, batch: Mapping[str, Tensor]) -> None:
         """Take what a collated batch says of its rows; labels tell the prompt."""
@@ -84,9 +85,13 @@ class Routing(Text):
     def draws(self, layer_key: int) -> Draws:
         """Return the keys of one layer's random numbers in this pass; without row keys, one from torch's generator."""
         if self.rows is not None and self.lengths is not None:
-            return Draws(tuple(mixed(row, layer_key) for row in self.rows), self.lengths, self.places)
+            # One object for all layers of a pass: on a GPU its table crosses over once.
+            rows = Rows(self.rows, self.lengths, self.places)
+            if self._drawn != rows:
+                self._drawn = rows
+            return Draws(self._drawn, layer_key)
         # Other people's trainers tell no rows: one seed then serves the layer, and the split into micro batches shows.
-        return Draws((int(torch.randint(1 << 62, ())),))
+        return Draws(Rows((int(torch.randint(1 << 62, ())),)))
 
     def counted(self, like: Tensor) -> Tensor:
         """Return (B, T) of ones at the tokens that count, for `like` (B, T, ...); zeros for rows that no one counts."""

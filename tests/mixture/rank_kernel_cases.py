@@ -8,7 +8,7 @@ import sys
 import torch
 from torch import Tensor
 
-from qd2mora.mixture import MixtureConfig, MixtureLinear, Routing, rank_kernel, rank_space
+from qd2mora.mixture import MixtureConfig, MixtureLinear, Routing, kernels, mask_kernel, masks, rank_kernel
 from qd2mora.routed.gate import Gate
 from qd2mora.routed.ops import RankStep, wide
 
@@ -70,7 +70,7 @@ def check_layer(method: str, device: str) -> None:
     x = torch.randn(2, 9, 24, device=device)
 
     def run(is_used: bool) -> list[Tensor]:
-        rank_space.runs_kernels = lambda u: is_used  # type: ignore[assignment]
+        kernels.runs_kernels = lambda u: is_used  # type: ignore[assignment]
         leaf = x.detach().requires_grad_()
         out = layer(leaf)
         trained = [tensor for tensor in layer.tensors("default").values() if tensor.requires_grad]
@@ -83,8 +83,20 @@ def check_layer(method: str, device: str) -> None:
         torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
 
 
+def check_masks(width: int, dtype: torch.dtype, device: str) -> None:
+    """Rows of a batch and of packed lines, one of them longer than a program's draws; equal to the bit."""
+    rows = [(5 << 40 | 77, 0, 0, 3), ((1 << 63) - 1, 0, 3, 5), (9, 1, 2, 6)]
+    wanted, made = (torch.ones(2, 9, width, dtype=dtype, device=device) for _ in range(2))
+    masks.keep(wanted, rows, 4_000_000_000, 1003, 6554)
+    mask_kernel.keep(made, torch.tensor(rows, device=device), 6, 4_000_000_000, 1003, 6554)
+    assert torch.equal(made, wanted) and (made == 0).any() and (made[0, 8] == 1).all()
+
+
 def main(device: str) -> None:
     torch.manual_seed(0)
+    for width in (7, 24, 1031):
+        for dtype in rank_kernel.DTYPES:
+            check_masks(width, dtype, device)
     for case in CASES:
         check_step(case, torch.float32, device)
     check_step(CASES[0], torch.bfloat16, device)

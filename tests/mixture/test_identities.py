@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qd2mora.mixture.balance import PENALTIES, View, view
-from qd2mora.mixture.draws import Draws
+from qd2mora.mixture.draws import Draws, Rows
 from qd2mora.mixture.method import Penalty
 from qd2mora.mixture.penalties import pairwise_overlap, subspace_overlap, task_contrast
 from qd2mora.routed.gate import Gate
@@ -183,7 +183,7 @@ def test_every_order_of_a_draw_without_replacement_has_its_plackett_luce_probabi
 def test_drawn_orders_come_as_often_as_their_probability_says() -> None:
     num, gate = 60_000, Gate(select="sample", top_k=2, weight="uniform", temperature=1.3)
     logits = torch.tensor([0.7, -0.4, 0.2], dtype=torch.float64).expand(1, num, 3)
-    drawn = decide(gate, logits, noise=Draws((3,)).gumbel(logits, 1))
+    drawn = decide(gate, logits, noise=Draws(Rows((3,))).gumbel(logits, 1))
     assert drawn.order is not None and (drawn.weight.sum(-1) == 2).all()
     codes = (drawn.order[0, :, 0] * 3 + drawn.order[0, :, 1]).bincount(minlength=9)
     seen_once = {int(code): place for place, code in enumerate(drawn.order[0, :, 0] * 3 + drawn.order[0, :, 1])}

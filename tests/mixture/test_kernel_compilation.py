@@ -34,29 +34,41 @@ STEPS = {
 SHARED_MEMORY = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 """Bytes that a block may have, by compute capability (CUDA's programming guide, table of technical specifications)."""
 MOST_REGISTERS = 255
+CARDS = [75, 86, pytest.param(80, marks=pytest.mark.long), 89, 90]
 
 
 def compiled(kernel: Any, step: RankStep, features: str, is_backward: bool, capability: int) -> Any:
-    """Compile a kernel for a card that is not here."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    """Compile a kernel of the step in rank space for a card that is not here."""
     from qd2mora.mixture import rank_kernel
 
     pointers = {"u_ptr": f"*{features}", "router_ptr": "*fp32", "v_ptr": "*fp32", "T": "i32"}
     if is_backward:
         pointers |= {"dv_ptr": "*fp32", "du_ptr": "*fp32", "drouter_ptr": "*fp32"}
-    signature = {name: pointers.get(name, "constexpr") for name in kernel.arg_names}
+    return built(kernel, pointers, rank_kernel._KernelConstants.of(step).constants, capability)
+
+
+def built(kernel: Any, kinds: dict[str, str], constants: dict[str, Any], capability: int, num_warps: int = 4) -> Any:
+    """Compile a kernel whose arguments are of these kinds, for a card that is not here."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(kernel.arg_names)
-        if pointers.get(name, "").startswith("*")
+        if kinds.get(name, "").startswith("*")
     }
-    constants = rank_kernel._KernelConstants.of(step).constants
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": 4, **rank_kernel.OPTIONS}
+    options = {"num_warps": num_warps, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def assert_within(made: Any, capability: int) -> None:
+    used = usage(made)
+    assert used["registers"] <= MOST_REGISTERS
+    assert used["stack"] == used["local"] == 0
+    assert made.metadata.shared <= SHARED_MEMORY[capability]
 
 
 def usage(made: Any) -> dict[str, int]:
@@ -73,15 +85,42 @@ def usage(made: Any) -> dict[str, int]:
     return dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
 
 
-@pytest.mark.parametrize("capability", [75, 86, pytest.param(80, marks=pytest.mark.long), 89, 90])
+@pytest.mark.parametrize("capability", CARDS)
 @pytest.mark.parametrize("name", STEPS)
 def test_kernels_compile_without_spills_for_cards_that_are_not_here(name: str, capability: int) -> None:
     from qd2mora.mixture import rank_kernel
 
     features = "fp16" if capability < 80 else "bf16"
     for kernel, is_backward in ((rank_kernel._forward, False), (rank_kernel._backward, True)):
-        made = compiled(kernel, STEPS[name], features, is_backward, capability)
-        used = usage(made)
-        assert used["registers"] <= MOST_REGISTERS
-        assert used["stack"] == used["local"] == 0
-        assert made.metadata.shared <= SHARED_MEMORY[capability]
+        assert_within(compiled(kernel, STEPS[name], features, is_backward, capability), capability)
+
+
+@pytest.mark.parametrize("capability", CARDS)
+@pytest.mark.parametrize("width", [128, 4096, 16384])
+def test_norms_compile_without_spills(width: int, capability: int) -> None:
+    from qd2mora.memory import lean_kernel
+
+    kind = "*fp16" if capability < 80 else "*bf16"
+    shared = {"x_ptr": kind, "weight_ptr": kind, "factor_ptr": "*fp32"}
+    there, back = shared | {"out_ptr": kind, "eps": "fp32"}, shared | {"dy_ptr": kind, "dx_ptr": kind}
+    constants = {"D": width, "DP": width, "FORM": 0}
+    warps = min(16, max(1, width // 512))
+    assert_within(built(lean_kernel._norm, there, constants, capability, warps), capability)
+    assert_within(built(lean_kernel._norm_back, back, constants, capability, warps), capability)
+
+
+@pytest.mark.parametrize("capability", CARDS)
+@pytest.mark.parametrize("is_gelu", [False, True])
+def test_gated_products_and_masks_compile_without_spills(is_gelu: bool, capability: int) -> None:
+    from qd2mora.memory import lean_kernel
+    from qd2mora.mixture import mask_kernel
+
+    kind = "*fp16" if capability < 80 else "*bf16"
+    kinds = dict.fromkeys(("dy_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr", "out_ptr"), kind)
+    kinds |= dict.fromkeys(("gate_stride", "up_stride", "D"), "i32")
+    constants = {"GELU": is_gelu, "BLOCK": lean_kernel.BLOCK}
+    for kernel in (lean_kernel._gated, lean_kernel._gated_back):
+        assert_within(built(kernel, kinds, constants, capability), capability)
+    numbers = dict.fromkeys(("T", "D", "layer", "purpose", "dropped"), "i32")
+    masks = {"out_ptr": kind, "rows_ptr": "*i64", "scale": "fp32", **numbers}
+    assert_within(built(mask_kernel._keep, masks, {"DRAWS": mask_kernel.DRAWS}, capability), capability)

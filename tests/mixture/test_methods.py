@@ -12,7 +12,7 @@ from reference import softmax
 from torch import Tensor, nn
 
 from qd2mora.mixture import MixtureLinear
-from qd2mora.mixture.draws import Draws
+from qd2mora.mixture.draws import Draws, Rows
 from qd2mora.mixture.phases import PLAIN
 from qd2mora.routed.routers import noisy
 
@@ -342,7 +342,7 @@ def test_training_passes_finite_differences(method: str, changes: dict[str, dict
 
 
 def test_draws_without_keys_of_rows_are_one_stream() -> None:
-    draws = Draws((11,))
+    draws = Draws(Rows((11,)))
     like = torch.empty(2, 3, 4)
     assert torch.equal(draws.normal(like, 1), draws.normal(like, 1))
     assert not torch.equal(draws.normal(like, 1), draws.normal(like, 2))
@@ -352,7 +352,7 @@ def test_draws_without_keys_of_rows_are_one_stream() -> None:
 @pytest.mark.parametrize("probability", [0.05, 0.5, 0.999999])
 def test_a_mask_drops_the_share_asked_for_and_keeps_the_mean(probability: float, dtype: torch.dtype) -> None:
     dropped = min(round(probability * 65536), 65535) / 65536
-    kept = Draws((11,)).keep(torch.empty(211, 999, dtype=dtype), probability, 1)
+    kept = Draws(Rows((11,))).keep(torch.empty(211, 999, dtype=dtype), probability, 1)
     share = (kept == 0).double().mean().item()
     assert abs(share - dropped) <= 5 * math.sqrt(dropped * (1 - dropped) / kept.numel())
     assert set(kept.unique().tolist()) == {0.0, torch.tensor(1 / (1 - dropped), dtype=dtype).item()}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qd2mora.mixture.rank_space import working_kernel
+from qd2mora.mixture.kernels import working_kernel
 
 CASES = Path(__file__).with_name("rank_kernel_cases.py")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")

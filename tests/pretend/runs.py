@@ -41,6 +41,7 @@ class Case:
 
 METRICS = ["data.tasks.0.metric=choice", "data.tasks.1.metric=exact"]
 AWAY = ["memory.checkpointing=on", "memory.offload.activations=cpu"]
+DROPOUT = ["adapter.dropout=0.5", "adapter.targets=[q_proj]", "train.steps=2"]
 CASES = {
     "kept": Case(["memory.checkpointing=off"]),
     "untied": Case(["memory.checkpointing=off"], tied=False),
@@ -51,6 +52,8 @@ CASES = {
     "streamed, all away": Case([*AWAY, "memory.offload.weights=stream", "memory.offload.embeddings=cpu"], tied=False),
     "packed": Case(["data.packing=true"]),
     "float16": Case(bfloat16=False),
+    "dropout": Case(DROPOUT),
+    "dropout, packed": Case([*DROPOUT, "data.packing=true"]),
     "in any order": Case(["train.deterministic=false"]),
 }
 

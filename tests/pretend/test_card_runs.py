@@ -69,3 +69,10 @@ def test_what_is_away_or_streamed_learns_to_the_same_losses(name: str, place: Pa
 def test_embeddings_on_the_host_change_no_loss(place: Path) -> None:
     here, there = found("untied", place / "untied"), found("embeddings", place / "embeddings")
     assert here["eval_loss"] == there["eval_loss"]
+
+
+@pytest.mark.long
+def test_masks_are_drawn_by_counters_and_are_those_of_the_rows_in_packed_lines_too(place: Path) -> None:
+    padded, packed = found("dropout", place / "padded"), found("dropout, packed", place / "packed lines")
+    assert not [name for name in padded["launched"] if "random" in name or "bernoulli" in name]
+    assert packed["eval_loss"] == pytest.approx(padded["eval_loss"], rel=1e-4)
