@@ -36,13 +36,15 @@ def base_identity(base: Base, mark: str | None = None) -> dict[str, str]:
     return {"base": mark or fingerprint(base), "base.quantization": quantization}
 
 
-def save_adapter(model: PeftModel, folder: Path, identity: Mapping[str, str], head: Tensor | None = None) -> None:
+def save_adapter(
+    model: PeftModel, folder: Path, identity: Mapping[str, str], head: Mapping[str, Tensor] | None = None
+) -> None:
     """Write the adapter, and the head that scores answers, whole or not at all, read back before it takes its name.
 
     Raises NotFinite, OSError, and DamagedFile where the disk gave back something else.
     """
     wanted = {name: tensor.detach().cpu() for name, tensor in _tensors_of(model).items()}
-    checked = wanted if head is None else {**wanted, HEAD: head}
+    checked = {**wanted, **{f"{HEAD}: {name}": tensor for name, tensor in (head or {}).items()}}
     bad = [name for name, tensor in checked.items() if not tensor.isfinite().all()]
     if bad:
         raise NotFinite(f"the adapter is not saved: {bad[0]} is not finite")
@@ -50,8 +52,8 @@ def save_adapter(model: PeftModel, folder: Path, identity: Mapping[str, str], he
         with _no_search_for_the_base():
             save_pretrained(model, stage)
         names = [CONFIG, WEIGHTS]
-        if head is not None:
-            write_tensors(stage / HEAD, [tensor_at_hand("weight", head.detach().cpu())])
+        if head:
+            write_tensors(stage / HEAD, [tensor_at_hand(name, tensor.detach().cpu()) for name, tensor in head.items()])
             names.append(HEAD)
         files = {name: size_and_hash(stage / name) for name in names}
         for name in files:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qd2mora.recipe import Recipe, load_recipe
 
-KINDS = ("dpo", "orpo", "simpo", "reward", "kto")
+KINDS = ("dpo", "orpo", "simpo", "reward", "kto", "peam")
 ADAPTER = "{method: d2mora, rank: 4, alpha: 8, targets: [q_proj, v_proj, down_proj]}"
 
 

@@ -57,6 +57,13 @@ def simpo(pi_w: Tokens, pi_l: Tokens, beta: float, gamma: float) -> float:
     return -log_sigma(beta * mean(pi_w) - beta * mean(pi_l) - gamma)
 
 
+def peam(pi_w: Tokens, pi_l: Tokens, ref_w: Tokens, ref_l: Tokens, beta: float, contrast: float) -> float:
+    """Imitation and DPO's loss, weighed by the reference's chance of the failure among the two answers."""
+    failure, correction = math.exp(math.fsum(ref_l)), math.exp(math.fsum(ref_w))
+    worth = failure / (failure + correction)
+    return worth * (contrast * dpo(pi_w, pi_l, ref_w, ref_l, beta) - mean(pi_w))
+
+
 def kto(pi: Tokens, ref: Tokens, is_good: bool, z0: float, beta: float, weight: float) -> float:
     """Ethayarajh et al., equation 8, as a loss: what is left of the value of a good or a bad answer."""
     r = ratio(pi, ref)

@@ -17,6 +17,9 @@ def reward(
     run: RunPath,
     file: Annotated[Path, typer.Option(help="Rows with prompt and answer, or answers.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="jsonl file for every answer with its reward and rank.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="As whose rows of the run they are scored; the first task's.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score answers with a reward run, rank those to one prompt, and pick the best of each."""
@@ -24,7 +27,7 @@ def reward(
     from qd2mora.report import show_rewards
 
     with listening("nothing was written, run the command again"):
-        found = score_answers(run, file, out)
+        found = score_answers(run, file, out, task)
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in found], indent=1))
     else:

@@ -5,7 +5,7 @@ with the one that the run went on from. An export is compared with the base of t
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -20,7 +20,7 @@ from qd2mora.evaluation.score import Record
 from qd2mora.evaluation.subject import Subject
 from qd2mora.mixture.start_folder import PREFIX, start_tensors
 from qd2mora.objectives import Objective, Said, mismatched, objective_of
-from qd2mora.objectives.head import scores_of, stored_head, width_of
+from qd2mora.objectives.head import Head, scored, stored_head, width_of
 from qd2mora.objectives.reference import Reference, line_key
 from qd2mora.recipe import Recipe
 
@@ -40,7 +40,7 @@ class Judge:
     reference: dict[int, float] = field(default_factory=dict)
     others: tuple[Row, ...] = ()
     baseline: float = 0.0
-    head: Tensor | None = None
+    head: Head | None = None
 
     def asking(self, subject: Subject) -> "Judge":
         """Return the judge of one subject, which tells the baseline."""
@@ -99,11 +99,15 @@ def judge_of(recipe: Recipe, subject: Subject, rows: Sequence[Row]) -> Judge | N
 
 
 @torch.no_grad()
-def answer_scores(subject: Subject, rows: list[Row], head: Tensor) -> Tensor:
+def answer_scores(subject: Subject, rows: list[Row], head: Head) -> Tensor:
     """Return what a head scores the answers of rows, (rows,) float64 on the CPU."""
     batch = batch_of(subject, rows, "right")
-    subject.route(batch)
-    return scores_of(last_states(subject.plain, batch), batch["labels"], head.to(batch["labels"].device)).double().cpu()
+
+    def states(batch: Mapping[str, Tensor]) -> Tensor:
+        subject.route(batch)
+        return last_states(subject.plain, batch)
+
+    return scored(head.to(batch["labels"].device), states, batch).double().cpu()
 
 
 @contextmanager

@@ -44,10 +44,12 @@ class _Answer:
     row: Row
 
 
-def score_answers(run: str | Path, file: Path, out: Path | None = None) -> list[Scored]:
+def score_answers(run: str | Path, file: Path, out: Path | None = None, task: str | None = None) -> list[Scored]:
     """Score the answers of a file of rows with `prompt` and `answer`, or a list of `answers`, worded as the run's rows.
 
-    `out`: a jsonl file for them, in the order of the file. Raises InputRefused with file and row where one cannot be
+    `out`: a jsonl file for them, in the order of the file. `task`: as whose rows, the first task's where left out.
+
+    Raises InputRefused with file and row where one cannot be
     scored, or the run has no head; NotFinite.
     """
     kind = read_recipe(run).objective.kind
@@ -56,18 +58,22 @@ def score_answers(run: str | Path, file: Path, out: Path | None = None) -> list[
     if out is not None:
         check_file(out, "--out", b"{", "scored answers")
     with writing("--out", out):
-        found = _ranked(*_rewards(run, file))
+        found = _ranked(*_rewards(run, file, task))
         if out is not None:
             write_atomically(out, "".join(json.dumps(asdict(each)) + "\n" for each in found))
     return found
 
 
-def _rewards(run: str | Path, file: Path) -> tuple[list[_Answer], list[float]]:
+def _rewards(run: str | Path, file: Path, task: str | None) -> tuple[list[_Answer], list[float]]:
     subject = open_subject(run)
     assert subject.run is not None
     recipe = subject.run.recipe
+    names = [each.name for each in recipe.data.tasks]
+    if task is not None and task not in names:
+        raise InputRefused(f"--task: unknown '{task}'; the run has {', '.join(names)}")
+    number = 0 if task is None else names.index(task)
     head = stored_head(subject.run.folder.adapter, width_of(subject.model))
-    with worded_by(recipe.data.tasks[0], subject.tokenizer, subject.run.clock) as template:
+    with worded_by(recipe.data.tasks[number], subject.tokenizer, subject.run.clock) as template:
         read = list(_read(file, None if template is None else Turns(template, "last")))
     tokens = subject.tokeniser.tokens([pair for *_, pair in read])
     answers = []
@@ -75,15 +81,15 @@ def _rewards(run: str | Path, file: Path) -> tuple[list[_Answer], list[float]]:
         if len(each.ids) > recipe.data.max_length:
             limit = f"data.max_length {recipe.data.max_length}"
             raise InputRefused(f"{file}, {place}: {len(each.ids)} tokens, the run scores up to {limit}")
-        row = Row(0, np.asarray(each.ids, dtype=np.int32), each.bounds[-1], pair)
+        row = Row(number, np.asarray(each.ids, dtype=np.int32), each.bounds[-1], pair)
         answers.append(_Answer(place, prompt, answer, row))
     rewards = [0.0] * len(answers)
-    order = sorted(range(len(answers)), key=lambda number: len(answers[number].row.ids))
+    order = sorted(range(len(answers)), key=lambda each: len(answers[each].row.ids))
     for start in range(0, len(order), AT_ONCE):
         numbers = order[start : start + AT_ONCE]
-        scores = answer_scores(subject, [answers[number].row for number in numbers], head)
-        for number, score in zip(numbers, scores.tolist(), strict=True):
-            rewards[number] = score
+        scores = answer_scores(subject, [answers[each].row for each in numbers], head)
+        for at, score in zip(numbers, scores.tolist(), strict=True):
+            rewards[at] = score
     for answer, reward in zip(answers, rewards, strict=True):
         if not np.isfinite(reward):
             raise NotFinite(f"{file}, {answer.place}: the reward is {reward}")

@@ -23,6 +23,11 @@ class RowLoss(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the summed cross-entropy of each row's labelled tokens, (rows,) float32, in nats."""
+        losses, row_of_token, num_rows = self.by_token(batch)
+        return losses.new_zeros(num_rows).index_add(0, row_of_token, losses)
+
+    def by_token(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, int]:
+        """Return the cross-entropy of each labelled token, (labelled,) float32, its row, and the number of rows."""
         # Row by row, not one sum: sampled routing judges each row's draw by its own loss, and the step divides by the
         # labels of all its micro batches, which this one cannot know.
         states = labelled_states(self.model, batch)
@@ -34,7 +39,7 @@ class RowLoss(nn.Module):
         else:
             num_rows = len(batch["labels"])
             row_of_token = places // batch["labels"].shape[1]
-        return losses.new_zeros(num_rows).index_add(0, row_of_token, losses)
+        return losses, row_of_token, num_rows
 
 
 def labelled_states(model: PeftModel, batch: Mapping[str, Tensor]) -> Tensor:

@@ -155,9 +155,9 @@ def _content(layer: MixtureLinear, adapter_name: str, tensors: dict[str, Tensor]
     spec = layer.mixture_spec[adapter_name]
     # `places` follows from the rest: `RankStep` makes it again.
     step = {key: value for key, value in asdict(spec.step).items() if key != "places"}
-    gates = {role: asdict(replace(gate, dropout=0.0)) for role, gate in spec.step.gates}
+    gates = {role: asdict(replace(gate, dropout=0.0, guidance=0.0)) for role, gate in spec.step.gates}
     for fields in gates.values():
-        del fields["dropout"]  # of training alone
+        del fields["dropout"], fields["guidance"]  # of training alone
         if fields["draws"] == 1:  # as exports from before it have it
             del fields["draws"]
     return {

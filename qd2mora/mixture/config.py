@@ -255,7 +255,7 @@ class MixtureConfig(PeftConfig):
                 f"adapter.method: {adapter.method}, but '{adapter.start}' is a {start.method}; leave it out, or make a "
                 "mixture of a LoRA first: qd2mora compose upcycle FOLDER --experts N --out OTHER"
             )
-        if start.num_tasks not in (None, num_tasks):
+        if start.num_tasks is not None and num_tasks > start.num_tasks:
             raise InputRefused(f"data.tasks: {num_tasks}, but '{adapter.start}' tells {start.num_tasks} tasks apart")
         # What is given is read as in any recipe, so that defaults and short forms mean the same.
         told = adapter.model_copy(update={"start": None, "grow": None, "method": start.method})

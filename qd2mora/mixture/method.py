@@ -95,7 +95,6 @@ class Method:
     magnitudes: tuple[str, ...] = ()
     base_scale: bool = False
     stages: bool = False
-    estimator: Literal["none", "rloo"] = "none"
     backend: Literal["ours", "peft"] = "ours"
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     gates: Gates = field(init=False, repr=False, hash=False, compare=False)
@@ -177,6 +176,8 @@ def _choosing_problems(gate: Gate, num_experts: int) -> Iterator[str]:
         yield f"width: {gate.width} will not do: score: mlp needs the width of its hidden layer"
     if gate.draws > 1 and (gate.score != "mlp" or gate.draws > (gate.width or 0)):
         yield f"draws: {gate.draws} will not do: hidden units are drawn, of score: mlp, at most as many as its width"
+    if gate.guidance and (gate.select != "sample" or gate.bias_rate):
+        yield f"guidance: {gate.guidance} will not do: it goes with select: sample, and with bias_rate: 0"
     if gate.dropout and (gate.select == "fixed" or gate.score == "activation"):
         yield f"dropout: {gate.dropout} will not do: nothing stands in for a fixed expert, or a rank that chose itself"
     if gate.omega != 1.0 and gate.weight not in ("uniform", "straight_through"):

@@ -35,7 +35,7 @@ class Observer:
         """Return an observer where there is anything to see; no adapter: outside training."""
         # Without rows and tokens (x of two axes) there is no batch that a penalty could be a mean over.
         random = any(gate.select == "sample" for _, gate in spec.step.gates)
-        counts = routing.phase.sparsity is not None or any(gate.bias_rate for _, gate in spec.step.gates)
+        counts = routing.phase.sparsity is not None or any(gate.has_moved_bias for _, gate in spec.step.gates)
         if adapter is None or not (spec.penalties or counts or random) or x.dim() != 3:
             return None
         group, task = routing.group, routing.task_index
@@ -53,7 +53,7 @@ class Observer:
         for role, gating in gatings.items():
             gate = self.spec.gate(role)
             assert gate is not None
-            if gate.bias_rate or (self.routing.phase.sparsity is not None and gate.select == "top_k"):
+            if gate.has_moved_bias or (self.routing.phase.sparsity is not None and gate.select == "top_k"):
                 # Counted here and not in the forward pass, which recomputing layers runs twice.
                 used = gating.used.detach() * self.counted.to(gating.probs.dtype).unsqueeze(-1)
                 self.routing.add_counts((self.adapter, f"{self.spec.place.key}:{role}"), used.flatten(0, -2).sum(0))

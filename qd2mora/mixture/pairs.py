@@ -151,7 +151,8 @@ PAIRS = (
         source="arXiv 2603.10160",
         mark="reconstruction",
         note="at inference the k likeliest; k and the log-probability (Plackett-Luce) are inferred. Its "
-        "router learns leave-one-out over train.routing.draws draws of each row",
+        "router learns leave-one-out over train.routing.draws draws of each row; train.routing.estimator: grpo judges "
+        "them as MoE-GRPO does",
         pairing="tied",
         gate_down=Gate(select="sample", weight="equal", top_k=2),
         rank=8,
@@ -159,7 +160,6 @@ PAIRS = (
         has_fixed_alpha=True,
         down=4,
         up=4,
-        estimator="rloo",
     ),
     Method(
         name="meteora",
@@ -316,7 +316,7 @@ PAIRS = (
         equation="y += s B_task A_task x",
         source="arXiv 2605.27762",
         mark="part",
-        note="one expert a task; its objective and its trigger are not part of it",
+        note="one expert a task; objective: {kind: peam, consolidate: due} is what it learns and when",
         pairing="tied",
         gate_down=Gate("task", "task", select="fixed", weight="one"),
         rank=16,

@@ -55,15 +55,20 @@ def gate_in(gate: Gate, phase: Phase, num_experts: int, height: float = 1.0) -> 
     One that is soft in training alone is dense there, in every phase. `height`: of the layer, from 0 to 1.
     """
     if phase.is_open:
-        return replace(gate, select="all", weight="uniform", omega=1.0, top_k=None, bias_rate=0.0, dropout=0.0)
+        return _alike(gate, 1.0)
     if gate.weight == "soft":
         gate = replace(gate, weight="dense")
     if phase.sparsity is not None and gate.select == "top_k" and gate.top_k is not None:
         gate = replace(gate, top_k=phase.sparsity.top_k(gate.top_k, num_experts, height))
     if phase.is_uniform and gate.select != "fixed":
         weight = _together(gate, num_experts) / num_experts
-        return replace(gate, select="all", weight="uniform", omega=weight, top_k=None, bias_rate=0.0, dropout=0.0)
+        return _alike(gate, weight)
     return replace(gate, temperature=gate.temperature * phase.temperature)
+
+
+def _alike(gate: Gate, weight: float) -> Gate:
+    plain = replace(gate, select="all", weight="uniform", omega=weight, top_k=None)
+    return replace(plain, bias_rate=0.0, guidance=0.0, dropout=0.0)
 
 
 @lru_cache(maxsize=4096)

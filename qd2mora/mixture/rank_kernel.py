@@ -147,7 +147,7 @@ def _is_plain(gate: Gate) -> bool:
         and gate.select in ("all", "top_k")
         and gate.weight in ("softmax", "renorm")
         and gate.input in ("x", "z")
-        and gate.bias_rate == 0
+        and not gate.has_moved_bias
     )
 
 

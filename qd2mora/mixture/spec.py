@@ -185,7 +185,7 @@ def _bank_shapes(config: MixtureConfig, place: Place, experts: _Experts) -> dict
 def _router_shapes(config: MixtureConfig, place: Place, role: str, gate: Gate, num: int) -> dict[str, tuple[int, ...]]:
     assert config.rank is not None
     shapes: dict[str, tuple[int, ...]] = {}
-    if gate.bias_rate:
+    if gate.has_moved_bias:
         shapes[f"mixture_select_bias_{role}"] = (num,)
     # A load bias steers this linear's choice; the router itself stands in the first linear of its scope.
     if gate.scope != "module" and not place.owns_router:

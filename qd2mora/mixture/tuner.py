@@ -17,6 +17,7 @@ from qd2mora.mixture.dora import dora_config, freeze_beside_magnitudes, magnitud
 from qd2mora.mixture.layer import MixtureLinear, mixture_layers
 from qd2mora.mixture.method import MLP
 from qd2mora.mixture.mlp_layer import MixtureMLPLinear, refuse_open_blocks, refuse_unfit
+from qd2mora.mixture.moved_bias import moved_bias
 from qd2mora.mixture.penalties import groups_of, pairwise_overlap, subspace_overlap, task_contrast
 from qd2mora.mixture.registration import PREFIX
 from qd2mora.mixture.routing import Routing
@@ -24,7 +25,7 @@ from qd2mora.mixture.spec import Place, linear_spec
 from qd2mora.mixture.targets import refuse_unmatched
 from qd2mora.mixture.trained_loras import TrainedLora
 from qd2mora.routed import ops
-from qd2mora.routed.gate import STATIC, FirstPass
+from qd2mora.routed.gate import STATIC, FirstPass, Gate
 from qd2mora.routed.text import watch_passes
 
 
@@ -159,10 +160,7 @@ class MixtureModel(BaseTuner):
         return self.model.generate(*args, **kwargs)
 
     def after_step(self) -> None:
-        """Move the selection biases against the load of the step just taken; once an optimiser step.
-
-        d_e += rate * sign(mean load - load_e), over all processes (FlyLoRA's rule, with the mean count).
-        """
+        """Move the selection biases by the load of the step just taken, over all processes; once an optimiser step."""
         moved = list(self._moved_biases())
         used = [self.routing.counts.get(key, torch.zeros_like(bias)).float() for key, bias, _ in moved]
         # Every process counted its own rows, and one whose rows are packed away counted none; the biases must move
@@ -171,19 +169,19 @@ class MixtureModel(BaseTuner):
             summed = torch.cat([each.flatten() for each in used])
             torch.distributed.all_reduce(summed)
             used = list(summed.split([each.numel() for each in used]))
-        for (_, bias, rate), count in zip(moved, used, strict=True):
+        for (_, bias, gate), count in zip(moved, used, strict=True):
             with torch.no_grad():
-                bias.add_(rate * (count.mean() - count).sign().to(bias.device, bias.dtype))
+                bias.copy_(moved_bias(gate, bias, count.to(bias.device, bias.dtype)))
         self.routing.counts.clear()
 
-    def _moved_biases(self) -> Iterator[tuple[tuple[str, str], Tensor, float]]:
-        """Yield under what key an active adapter's use of experts is counted, the bias it moves, and how fast."""
+    def _moved_biases(self) -> Iterator[tuple[tuple[str, str], Tensor, Gate]]:
+        """Yield under what key an active adapter's use of experts is counted, the bias it moves, and its gate."""
         for layer in mixture_layers(self).values():
             for adapter in layer.active_adapters:
                 for role, gate in layer.mixture_spec[adapter].step.gates if adapter in layer.mixture_spec else ():
-                    if gate.bias_rate:
+                    if gate.has_moved_bias:
                         bias = getattr(layer, f"mixture_select_bias_{role}")[adapter]
-                        yield (adapter, f"{layer.place_key}:{role}"), bias, gate.bias_rate
+                        yield (adapter, f"{layer.place_key}:{role}"), bias, gate
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()

@@ -7,6 +7,7 @@ from qd2mora.objectives.grpo import Grpo
 from qd2mora.objectives.kto import Kto, mismatched
 from qd2mora.objectives.objective import Measures, Objective, Said, told
 from qd2mora.objectives.orpo import Orpo
+from qd2mora.objectives.peam import Peam
 from qd2mora.objectives.reference import Reference
 from qd2mora.objectives.reward import Reward
 from qd2mora.objectives.sft import Sft
@@ -19,6 +20,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "orpo": Orpo,
     "simpo": Simpo,
     "kto": Kto,
+    "peam": Peam,
     "reward": Reward,
     "grpo": Grpo,
 }

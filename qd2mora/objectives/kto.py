@@ -22,7 +22,7 @@ class Kto:
 
     lines = 1
     names = ("accuracy", "reward_good", "reward_bad", "baseline")
-    has_head = False
+    has_head = has_divergence = False
     has_reference = has_baseline = True
 
     def __init__(self, beta: float, good_weight: float = 1.0, bad_weight: float = 1.0) -> None:

@@ -20,13 +20,15 @@ class Said:
 
     `of_lines` (lines,) float32: the summed cross-entropy of each line's answer in nats, which is minus the answer's
     log-probability; where the objective has a head, the line's score. `reference`: the same of the frozen model.
-    `baseline`: what the objective takes of the whole step (see `Objective.has_baseline`).
+    `baseline`: what the objective takes of the whole step (see `Objective.has_baseline`). `divergence` (lines,):
+    how far each line's tokens are from the frozen model, summed (see `Objective.has_divergence`).
     """
 
     of_lines: Tensor
     lines: Sequence[Row]
     reference: Tensor | None = None
     baseline: float = 0.0
+    divergence: Tensor | None = None
 
     @property
     def num_tokens(self) -> Tensor:
@@ -76,6 +78,10 @@ class Objective(Protocol):
     def has_baseline(self) -> bool:
         """Whether it takes the mean log-ratio of answers to other rows' prompts, over the whole step."""
 
+    @property
+    def has_divergence(self) -> bool:
+        """Whether it counts how far each token is from a frozen model."""
+
     def count(self, row: Row) -> int:
         """Return what a row counts in the loss of a step, which is a mean over what all its rows count."""
 
@@ -89,6 +95,16 @@ class Objective(Protocol):
         """Return for each name a sum over the rows and what it is divided by, (names, 2) float32, no gradient."""
 
 
+def divergence(losses: Tensor, of_reference: Tensor) -> Tensor:
+    """Return exp(d) - d - 1 of each token, d = log ref - log p: at least 0, its mean over p is KL(p || ref).
+
+    The third estimator of Schulman 2020 (joschu.net/blog/kl-approx.html), as in DeepSeekMath's equation 4; losses are
+    minus log-probabilities.
+    """
+    apart = losses - of_reference
+    return apart.exp() - apart - 1
+
+
 def told(names: Sequence[str], sums: Sequence[float]) -> dict[str, float]:
     """Return what sums of `measures`, one after another, come to; a name that nothing was counted of is left out."""
     pairs = zip(names, sums[::2], sums[1::2], strict=True)
@@ -98,4 +114,4 @@ def told(names: Sequence[str], sums: Sequence[float]) -> dict[str, float]:
 Measures = Mapping[str, float]
 """Numbers of an objective by name."""
 
-__all__ = ["Measures", "Objective", "Said", "told"]
+__all__ = ["Measures", "Objective", "Said", "divergence", "told"]

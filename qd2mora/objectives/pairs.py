@@ -18,7 +18,7 @@ class OverPairs(ABC):
 
     lines = 2
     names: tuple[str, ...] = ("accuracy", "margin", "reward_chosen", "reward_rejected")
-    has_head = has_reference = has_baseline = False
+    has_head = has_reference = has_baseline = has_divergence = False
 
     def count(self, row: Row) -> int:
         """Return one: every pair counts alike, however long its answers are."""

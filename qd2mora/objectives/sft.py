@@ -11,7 +11,7 @@ class Sft:
 
     lines = 1
     names = ()
-    has_head = has_reference = has_baseline = False
+    has_head = has_reference = has_baseline = has_divergence = False
 
     def count(self, row: Row) -> int:
         """Return the row's learned tokens: a mean of rows' means would weigh short answers up."""

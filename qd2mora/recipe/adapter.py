@@ -59,6 +59,7 @@ _GATE = {
     "omega": "What an expert that is used counts, for the weights `straight_through` and `uniform`",
     "width": "Inner width of a router that is a network, for `score: mlp` and `prototype`",
     "bias_rate": "How fast a bias moves that evens out the use of experts; 0: none",
+    "guidance": "How much experts that are seldom used are drawn less, for `select: sample`; 0: not at all",
     "dropout": "The chance that an expert is left out for a token in training",
     "draws": "Draws of the router, whose scores count less where they do not agree, for `score: mlp`; 1: none",
 }

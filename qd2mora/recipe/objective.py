@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from qd2mora.recipe.section import NotNegative, Positive, Section, Size
 
-Kind = Literal["sft", "dpo", "orpo", "simpo", "kto", "reward", "grpo"]
+Kind = Literal["sft", "dpo", "orpo", "simpo", "kto", "peam", "reward", "grpo"]
 PREFERENCE, RATED = "preference", "rated"
 """Formats of rows whose answers are judged."""
 
@@ -34,12 +34,23 @@ KINDS: dict[str, Needs] = {
     "orpo": Needs({"beta": 0.1}, format=PREFERENCE, lines=2),
     "simpo": Needs({"beta": 2.0, "gamma": 1.0}, format=PREFERENCE, lines=2),
     "kto": Needs({"beta": 0.1, "good_weight": 1.0, "bad_weight": 1.0, "reference": "kept"}, format=RATED),
-    "reward": Needs(format=PREFERENCE, lines=2),
+    "peam": Needs(
+        {"beta": 0.1, "contrast": 1.0, "consolidate": "all", "reference": "kept"}, format=PREFERENCE, lines=2
+    ),
+    "reward": Needs({"head": "linear"}, format=PREFERENCE, lines=2),
     "grpo": Needs(
-        {"rule": "exact", "pattern": None, "words": None, "samples": 8, "temperature": 1.0, "max_new_tokens": 64}
+        {
+            "rule": "exact",
+            "pattern": None,
+            "words": None,
+            "samples": 8,
+            "temperature": 1.0,
+            "max_new_tokens": 64,
+            "kl": 0.0,
+        }
     ),
 }
-NOT_OF_THE_LOSS = ("reference", *KINDS["grpo"].settings)
+NOT_OF_THE_LOSS = ("reference", "consolidate", "head", *(name for name in KINDS["grpo"].settings if name != "kl"))
 """Settings that say what rows are learned, and not what is made of them."""
 
 
@@ -47,11 +58,11 @@ class Objective(Section):
     """What is learned; a name alone stands for a section with its defaults. docs/objectives.md has the equations."""
 
     kind: Kind = "sft"
-    """`sft`: the answers. Of `format: preference`: `dpo`, `orpo`, `simpo`, and `reward`, a model that scores answers.
-    Of `format: rated`: `kto`. `grpo`: answers that the run writes itself, by the rewards of a rule."""
+    """`sft`: the answers. Of `format: preference`: `dpo`, `orpo`, `simpo`, `peam`, and `reward`, a model that scores
+    answers. Of `format: rated`: `kto`. `grpo`: answers that the run writes itself, by the rewards of a rule."""
     beta: Positive | None = None
-    """How much a preference counts: of `dpo` and `kto` the factor on log p/reference (0.1), of `orpo` the weight beside
-    imitation (0.1), of `simpo` the factor on log p a token (2.0)."""
+    """How much a preference counts: of `dpo`, `peam` and `kto` the factor on log p/reference (0.1), of `orpo` the
+    weight beside imitation (0.1), of `simpo` the factor on log p a token (2.0)."""
     loss: Literal["sigmoid", "hinge", "ipo"] | None = None
     """Of `dpo`: `sigmoid`, the paper's (where left out); `hinge`, SLiC's; `ipo`, a square."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
@@ -62,9 +73,18 @@ class Objective(Section):
     """Of `kto`: what a good answer counts (1.0)."""
     bad_weight: Positive | None = None
     """Of `kto`: what a bad answer counts (1.0)."""
+    contrast: NotNegative | None = None
+    """Of `peam`: what setting a correction apart from its failure counts beside imitating it (1.0)."""
+    consolidate: Literal["all", "due"] | None = None
+    """Of `peam`: the tasks that are learned, `all`, or those that are `due`: whose failures the reference repeats, by
+    more than pairs differ among themselves. Rows of others are passed over, and their experts keep their bits."""
     reference: Literal["kept", "live"] | None = None
-    """Of `dpo` and `kto`: what the reference says of the rows is computed once and `kept` on disk (where left out), or
-    `live` in every step. The reference is the base alone, or the adapter that `adapter.start` names, as it was."""
+    """Of `dpo`, `peam` and `kto`: what the reference says of the rows is computed once and `kept` on disk (where left
+    out), or `live` in every step. The reference is the base alone, or the adapter that `adapter.start` names, as it
+    was."""
+    head: Literal["linear", "experts"] | None = None
+    """Of `reward`: a `linear` of the last state (where left out), or a small network over what all `experts` of
+    `adapter.start` score, a reward run with an expert for each of its tasks; it alone is trained."""
 
     rule: Literal["exact", "regex", "length", "file"] | None = None
     """Of `grpo`, what an answer is worth: 1 where its words are the right ones (`exact`, where left out) or it has a
@@ -80,6 +100,8 @@ class Objective(Section):
     """Of `grpo`: at which they are drawn (1.0)."""
     max_new_tokens: Size | None = None
     """Of `grpo`: tokens of an answer at most (64); prompt and answer together stay within `data.max_length`."""
+    kl: NotNegative | None = None
+    """Of `grpo`: how much each token's distance from the reference counts beside the rewards (0: not at all)."""
 
     @field_validator("pattern")
     @classmethod
@@ -110,6 +132,8 @@ class Objective(Section):
     def _agrees(self) -> "Objective":
         if self.label_smoothing and self.loss != "sigmoid":
             raise ValueError(f"label_smoothing is of loss: sigmoid, and has no meaning in {self.loss}; 0")
+        if self.consolidate == "due" and self.reference != "kept":
+            raise ValueError(f"consolidate: due asks before the first step; reference: kept, not {self.reference}")
         for name, rule in (("pattern", "regex"), ("words", "length")):
             if self.kind == "grpo" and (getattr(self, name) is not None) != (self.rule == rule):
                 raise ValueError(f"{name} goes with rule: {rule}, and rule: {rule} with {name}; rule is {self.rule}")

@@ -63,6 +63,23 @@ class Recipe(Section):
             raise ValueError("finish.export: an export has no place for the head of objective: reward; false")
         return self
 
+    @property
+    def tasks_over_experts(self) -> int | None:
+        """How many tasks a head over experts tells apart; None where there is none."""
+        return len(self.data.tasks) if self.objective.head == "experts" else None
+
+    @model_validator(mode="after")
+    def _knows_its_length(self) -> "Recipe":
+        if self.tasks_over_experts is not None and self.adapter.start is None:
+            raise ValueError(
+                "objective.head: experts scores by those of a trained reward run; name it in adapter.start"
+            )
+        if self.objective.consolidate == "due" and self.train.steps is None:
+            raise ValueError(
+                "objective.consolidate: due tells as the run begins which rows it learns; give train.steps"
+            )
+        return self
+
     @model_validator(mode="after")
     def _writes_its_rows(self) -> "Recipe":
         if self.objective.kind != "grpo":
@@ -107,6 +124,16 @@ class Recipe(Section):
         ):
             if content[section][key] is None:
                 del content[section][key]
+        objective, routing = content.get("objective", {}), content["train"].get("routing", {})
+        for told, key, before in (
+            (objective, "contrast", None),
+            (objective, "consolidate", None),
+            (objective, "kl", 0.0),
+            (objective, "head", "linear"),
+            (routing, "estimator", "rloo"),
+        ):
+            if told.get(key) in (None, before):
+                told.pop(key, None)
         _drop_what_gates_leave_open(content)
         for task in content["data"]["tasks"]:
             if not is_judged:

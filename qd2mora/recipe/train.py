@@ -39,7 +39,11 @@ class LearnedRouting(Section):
     anneal_steps: Whole = 0
     """Steps in which that falls to 1, in equal ratios."""
     draws: Annotated[int, Field(ge=2, le=1024)] = 4
-    """Draws of each row's experts for the gradient of a router that samples (`remix`); each runs the model anew."""
+    """Draws of each row's experts for the gradient of a router that samples (`remix`, or `select: sample` of any gate);
+    each runs the model anew."""
+    estimator: Literal["rloo", "grpo"] = "rloo"
+    """How a router that samples learns of a row's draws: `rloo`, by how much lower each one's loss is than the mean of
+    the others (ReMix); `grpo`, by that in standard deviations of the row's own draws (MoE-GRPO)."""
     penalty_steps: Whole = 0
     """Steps in which weights of penalties on routing rise from zero: with `entropy`, gates become decided slowly."""
 

@@ -111,10 +111,12 @@ def _export_word(method: Method) -> str:
 def _gate_text(gate: Gate) -> str:
     """The six fields, then every number that differs from a plain softmax router's."""
     plain = Gate()
-    numbers = ("top_k", "top_p", "temperature", "entropy_limit", "omega", "width", "bias_rate", "dropout", "draws")
+    numbers = ("top_k", "top_p", "temperature", "entropy_limit", "omega", "width", "bias_rate", "guidance", "dropout")
     words = f"input {gate.input}, granularity {gate.granularity}, scope {gate.scope}, score {gate.score}, "
     words += f"select {gate.select}, weight {gate.weight}"
-    changed = [f"{key} {getattr(gate, key):g}" for key in numbers if getattr(gate, key) != getattr(plain, key)]
+    changed = [
+        f"{key} {getattr(gate, key):g}" for key in (*numbers, "draws") if getattr(gate, key) != getattr(plain, key)
+    ]
     return ", ".join([words, *changed])
 
 

@@ -42,6 +42,8 @@ class Gate:
         the softmax over all experts, whatever is chosen for penalties and counts; `soft` is that in training and
         `renorm` after it; `sigmoid_renorm` is k times an expert's part of the k chosen sigmoids.
     dropout: the chance that an expert is left out for a token, in training; gates that sum to one still do.
+    guidance: of `sample`, how much experts that are seldom used are drawn less: a multiple of the log of their share of
+        use, added to the scores that experts are drawn by.
     draws: of a network as router, each without its part of the hidden units: scores they do not agree on count less.
     """
 
@@ -59,6 +61,7 @@ class Gate:
     omega: float = field(default=1.0, metadata={"gt": 0})
     width: int | None = field(default=None, metadata={"ge": 1})
     bias_rate: float = field(default=0.0, metadata={"ge": 0})
+    guidance: float = field(default=0.0, metadata={"ge": 0})
     dropout: float = field(default=0.0, metadata={"ge": 0, "le": 0.9})
     draws: int = field(default=1, metadata={"ge": 1})
 
@@ -80,6 +83,11 @@ class Gate:
         """Whether its router's rows stand in the one product over x."""
         # A mean over the prompt and a router of several linears are computed apart, once, and given to the step.
         return self.input in ("x", "task+x") and self.scope == "module" and self.granularity == "token"
+
+    @property
+    def has_moved_bias(self) -> bool:
+        """Whether a bias steers its selection that moves with the use of experts."""
+        return self.bias_rate > 0 or self.guidance > 0
 
     @property
     def is_random(self) -> bool:

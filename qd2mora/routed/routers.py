@@ -26,7 +26,8 @@ EPS = 1e-5
 class Gating:
     """What a router decided, all (..., E); `logits` are the raw scores.
 
-    `chosen` is None where every expert is used; `order` (..., k) are the experts in the order they were drawn.
+    `chosen` is None where every expert is used; `order` (..., k) are the experts in the order they were drawn,
+    `drawn_by` the scores that they were drawn by.
     """
 
     weight: Tensor
@@ -34,6 +35,7 @@ class Gating:
     logits: Tensor
     chosen: Tensor | None = None
     order: Tensor | None = None
+    drawn_by: Tensor | None = None
 
     @property
     def used(self) -> Tensor:
@@ -75,7 +77,7 @@ def decide(
         # The k largest of logits + Gumbel noise are k draws without replacement, in the order drawn (Kool et al. 2019).
         order = (rank / gate.temperature + noise).detach().topk(gate.top_k, -1).indices
         drawn = torch.zeros_like(probs).scatter_(-1, order, 1.0)
-        return Gating(_weigh(gate, logits, probs, drawn), probs, logits, drawn, order)
+        return Gating(_weigh(gate, logits, probs, drawn), probs, logits, drawn, order, rank)
     # Outside training a sampled gate takes its k likeliest: answers do not change from one asking to the next.
     chosen = _select(gate, probs, rank)
     return Gating(_weigh(gate, logits, probs, chosen), probs, logits, chosen)
@@ -86,7 +88,9 @@ def _among(gate: Gate, logits: Tensor, kept: Tensor, bias: Tensor | None, noise:
     kept = torch.where(kept.sum(-1, keepdim=True) > 0, kept, torch.ones_like(kept))
     found = decide(gate, logits.masked_fill(kept == 0, -torch.inf), bias=bias, noise=noise)
     # Penalties read the scores themselves, which are finite.
-    return Gating(found.weight * kept, found.probs, logits.expand(found.probs.shape), found.used * kept, found.order)
+    logits = logits.expand(found.probs.shape)
+    drawn_by = logits if bias is None else logits + bias
+    return Gating(found.weight * kept, found.probs, logits, found.used * kept, found.order, drawn_by)
 
 
 def noisy(scores: Tensor, spread: Tensor, noise: Tensor) -> Tensor:
@@ -135,8 +139,8 @@ def log_probability(gating: Gating, temperature: float = 1.0) -> Tensor:
     log P = sum_i (l_i - log sum of exp l over those not drawn before i). A reconstruction: ReMix does not state its
     log-probability.
     """
-    assert gating.order is not None and gating.chosen is not None
-    logits = gating.logits / temperature
+    assert gating.order is not None and gating.chosen is not None and gating.drawn_by is not None
+    logits = gating.drawn_by / temperature
     picked = logits.gather(-1, gating.order)
     # What is left before draw i: those never drawn, and those drawn from i on (a running logsumexp from the end).
     others = torch.where(gating.chosen > 0, torch.full_like(logits, -torch.inf), logits)

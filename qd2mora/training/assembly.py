@@ -16,6 +16,7 @@ from qd2mora.mixture import MixtureConfig
 from qd2mora.objectives import objective_of
 from qd2mora.objectives.rules import Rule
 from qd2mora.recipe import Recipe
+from qd2mora.recipe.train import LearnedRouting
 from qd2mora.run_folder import RunFolder
 from qd2mora.stopping import StopRequest
 from qd2mora.training.best import BestKeeper
@@ -26,7 +27,7 @@ from qd2mora.training.growth import Opening
 from qd2mora.training.held_out import HeldOut, LiveRouting, score_together
 from qd2mora.training.identity import Ancestry, Manifest
 from qd2mora.training.journal import Journal
-from qd2mora.training.kept_reference import keep_reference, made_of
+from qd2mora.training.kept_reference import keep_reference, made_of, waiting_tasks
 from qd2mora.training.loop import Training
 from qd2mora.training.micro_batches import Course, MicroBatches
 from qd2mora.training.processes import Processes
@@ -34,7 +35,7 @@ from qd2mora.training.progress import Progress
 from qd2mora.training.result import save_whole
 from qd2mora.training.rollouts import Rollouts
 from qd2mora.training.stages import Stages
-from qd2mora.training.updates import Updater, num_draws
+from qd2mora.training.updates import Updater
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,18 @@ def micro_batches_of(
 
 
 def keep_reference_of(inputs: Inputs, ancestry: Ancestry, training: Training) -> None:
-    """Compute what the reference says of the run's rows, where the recipe wants it kept."""
+    """Compute what the reference says of the run's rows, where the recipe wants it kept; pass over tasks not due.
+
+    Raises WillNotFit, InputRefused.
+    """
     batches = training.batches
     if batches.reference is None or inputs.recipe.objective.reference != "kept":
         return
     of = made_of(ancestry.identity, batches.reference, inputs.planned.micro_batch)
     pace = training.journal.pace("lines that the reference reads", training.course.num_lines)
     keep_reference(batches, training.course, of, pace)
+    if inputs.recipe.objective.consolidate == "due":
+        training.course.waiting = waiting_tasks(training.course, batches.reference, training.journal.say)
 
 
 def training_of(
@@ -136,7 +142,13 @@ def training_of(
         course=course,
         progress=progress,
         gradient=StepGradient(
-            batches, course, inputs.config, settings.max_grad_norm, num_draws(settings), stages, rollouts
+            batches,
+            course,
+            inputs.config,
+            settings.max_grad_norm,
+            settings.routing or LearnedRouting(),
+            stages,
+            rollouts,
         ),
         held_out=HeldOut(batches, inputs.tasks, live, score, watchdog, journal.pace, rollouts),
         saver=Saver(folder.checkpoints, settings.keep_checkpoints, batches.updater, processes.is_main),

@@ -1,18 +1,30 @@
-"""The gradient of a router that samples: REINFORCE with a leave-one-out baseline over several draws of one batch.
+"""The gradient of a router that samples: REINFORCE over several draws of one batch, each judged by the others.
 
-For draws m = 1..n of a row's routing with losses L_m, the router gets (1/n) sum_m (L_m - mean of the others) grad log
-P(draw m), unbiased for the expected loss; experts get the gradient of the mean loss (ReMix, reconstruction; RLOO of
-arXiv 2402.14740). Losses are measured first, without gradient, and each draw is repeated from its key: memory stays
-that of one pass, and the cost is 2n forward and n backward passes.
+For draws m = 1..n of a row's routing with losses L_m the router gets the gradient of sum_m A_m log P(draw m), A_m how
+much worse that draw was than its rivals; experts get the gradient of the mean loss. Losses are measured first, without
+gradient, and each draw is repeated from its key: memory stays that of one pass, and the cost is 2n forward and n
+backward passes. Two ways to judge:
+
+    rloo   A_m = (L_m - mean of the others) / n, counted as the loss is    ReMix, a reconstruction; arXiv 2402.14740
+    grpo   A_m = (L_m - mean) / (std + 1e-4) / n, a mean over rows, of     MoE-GRPO (arXiv 2603.24984), a reconstruction
+           each the mean over its tokens
+
+rloo is unbiased for the expected loss. grpo makes every row count alike, however much its draws differ; its reward is
+minus the row's loss, whatever the objective, so that with `objective: grpo` a rule's reward is what the loss is weighed
+by. One update for each set of draws: the ratio to the router that drew them is 1, and clipping it would do nothing. std
+over n - 1 and the 1e-4 beside it are those of the answers' groups (`objectives.grpo`).
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qd2mora.mixture import Routing
 from qd2mora.mixture.draws import mixed
+
+Estimator = Literal["rloo", "grpo"]
 
 
 def leave_one_out(losses_NB: Tensor) -> Tensor:
@@ -21,12 +33,18 @@ def leave_one_out(losses_NB: Tensor) -> Tensor:
     return (losses_NB - losses_NB.mean(0)) * (num / (num - 1))
 
 
+def in_deviations(losses_NB: Tensor) -> Tensor:
+    """Return (L_m - mean) / (std + 1e-4) of each row's draws, (N, B); zero where they are all the same."""
+    return (losses_NB - losses_NB.mean(0)) / (losses_NB.std(0) + 1e-4)
+
+
 def backward_over_draws(
     row_losses: Callable[[], Tensor],
     backward: Callable[[Tensor], None],
     routing: Routing,
     share: float,
     num_draws: int,
+    estimator: Estimator = "rloo",
 ) -> Tensor:
     """Add the gradients of experts and routers over several draws; return the mean loss, summed over rows.
 
@@ -38,7 +56,7 @@ def backward_over_draws(
     with torch.no_grad():
         losses = torch.stack([_run(row_losses, routing, rows) for rows in drawn])
     # `observer` adds the router's gradient straight to the loss's: scaled here as the loss is scaled there.
-    advantages = leave_one_out(losses) * (share * routing.loss_scale / num_draws)
+    advantages = _judged(losses, routing, share, estimator) * (routing.loss_scale / num_draws)
     for rows, advantage in zip(drawn, advantages, strict=True):
         # A row of several lines is judged as a whole: its lines were drawn together.
         routing.advantage = advantage.repeat_interleave(len(keys) // len(advantage))
@@ -47,9 +65,20 @@ def backward_over_draws(
     return losses.mean(0).sum()
 
 
+def _judged(losses_NB: Tensor, routing: Routing, share: float, estimator: Estimator) -> Tensor:
+    """Return how much worse each draw of a row was, by what that counts in the step, (N, B)."""
+    if estimator == "rloo":
+        return leave_one_out(losses_NB) * share
+    num_rows = losses_NB.shape[1]
+    assert routing.lengths is not None
+    # log P is a sum over the row's tokens, of all its lines; its rows are a share of the step's.
+    tokens = torch.tensor(routing.lengths, device=losses_NB.device).view(num_rows, -1).sum(1)
+    return in_deviations(losses_NB) * (routing.share[1] / num_rows / tokens)
+
+
 def _run(row_losses: Callable[[], Tensor], routing: Routing, rows: tuple[int, ...]) -> Tensor:
     routing.rows = rows
     return row_losses()
 
 
-__all__ = ["backward_over_draws", "leave_one_out"]
+__all__ = ["Estimator", "backward_over_draws", "in_deviations", "leave_one_out"]

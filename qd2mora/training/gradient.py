@@ -18,6 +18,7 @@ from qd2mora.errors import NotFinite
 from qd2mora.mixture import MixtureConfig, mixture_layers, penalty_terms
 from qd2mora.mixture.parts import part_of
 from qd2mora.objectives import told
+from qd2mora.recipe.train import LearnedRouting
 from qd2mora.training.estimator import backward_over_draws
 from qd2mora.training.labels import KIND, expert_is_better
 from qd2mora.training.micro_batches import Course, MicroBatches, key_of
@@ -52,8 +53,8 @@ class StepGradient:
     course: Course
     config: MixtureConfig
     max_norm: float | None
-    draws: int
-    """Of a router that samples."""
+    learned: LearnedRouting
+    """How routers that sample learn of their draws."""
     stages: Stages = field(default_factory=Stages)
     rollouts: Rollouts | None = None
     """Where the rows of a step are answers that the run writes itself."""
@@ -107,9 +108,10 @@ class StepGradient:
         def backward(loss: Tensor) -> None:
             batches.updater.backward(loss * (batches.progress.loss_scale or 1.0))
 
-        if self.config.row.estimator == "rloo":
+        if any(gate.select == "sample" for gate in self.config.routers.values()):
             assert batches.routing is not None
-            return backward_over_draws(lambda: self._losses(part), backward, batches.routing, share, self.draws) * share
+            routing, of = batches.routing, (self.learned.draws, self.learned.estimator)
+            return backward_over_draws(lambda: self._losses(part), backward, routing, share, *of) * share
         loss = self._losses(part).sum() * share
         backward(loss)
         return loss.detach()
@@ -123,14 +125,13 @@ class StepGradient:
 
     def measures(self) -> dict[str, float]:
         """Return what the objective measured of the whole step, on all processes."""
-        if self.rollouts is not None:
-            return self.rollouts.measures
+        of_answers = {} if self.rollouts is None else self.rollouts.measures
         if not self.batches.objective.names:
-            return {}
+            return of_answers
         sums = torch.zeros(len(self.batches.objective.names), 2, device=self.batches.processes.device)
         for measured in self._measures:  # none, where a process had no micro batch
             sums += measured
-        return told(self.batches.objective.names, self.batches.processes.sum_numbers(list(sums.flatten())))
+        return of_answers | told(self.batches.objective.names, self.batches.processes.sum_numbers(list(sums.flatten())))
 
     def finish(self) -> tuple[float, Penalties]:
         """Make the step's gradient of what all processes added: whole, proven and clipped; return its norm before.

@@ -1,12 +1,14 @@
 """What a run's reference says of its rows, computed before the first step or read from disk."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 from peft import PeftModel
 
 from qd2mora.data import Row
+from qd2mora.errors import InputRefused
+from qd2mora.objectives.peam import is_due
 from qd2mora.objectives.reference import CHUNK, KeptLosses, Reference, line_key
 from qd2mora.recipe import Recipe
 from qd2mora.terminal.pace import Pace
@@ -19,7 +21,7 @@ _OF_THE_RUN = ("train.", "data.", "rows.", "objective.", "adapter.")
 
 def reference_of(recipe: Recipe, model: PeftModel) -> Reference | None:
     """Return the frozen model that a run is measured against; the adapter of `model` stands at its start."""
-    if recipe.objective.reference is None:
+    if recipe.objective.reference is None and not recipe.objective.kl:
         return None
     return Reference(model, has_start=recipe.adapter.start is not None)
 
@@ -40,6 +42,30 @@ def keep_reference(batches: MicroBatches, course: Course, made_of: Mapping[str, 
             batches.processes.from_main(partial(kept.write, chunk, losses))
         reference.kept |= {line_key(line): loss for line, loss in zip(chunk, losses, strict=True)}
         pace.advance(len(chunk))
+
+
+def waiting_tasks(course: Course, reference: Reference, say: Callable[[str], None]) -> frozenset[int]:
+    """Return the numbers of tasks that are not due, by what the reference says of the rows that the run would meet.
+
+    Raises InputRefused where none is due.
+    """
+    met = sorted(set(course.mixture.places(0, course.total_steps * course.rows_a_step)))
+    waiting = set()
+    for number, task in enumerate(course.tasks):
+        pairs = [task.train[place].lines for each, place in met if each == number]
+        margins = [reference.kept[line_key(chosen)] - reference.kept[line_key(rejected)] for chosen, rejected in pairs]
+        words = f"task {task.task.name}: of {len(margins)} pairs the reference repeats {sum(m > 0 for m in margins)}"
+        if is_due(margins):
+            say(f"{words} failures: due, and learned")
+        else:
+            say(f"{words} failures: not due, its rows are passed over")
+            waiting.add(number)
+    if len(waiting) == len(course.tasks):
+        raise InputRefused(
+            "objective.consolidate: due, but no task is; nothing is learned. Add pairs and start with --overwrite, or "
+            "learn all with objective.consolidate=all"
+        )
+    return frozenset(waiting)
 
 
 def _rows_of(course: Course) -> Iterator[Row]:
@@ -74,4 +100,4 @@ def made_of(identity: Identity, reference: Reference, micro_batch: int) -> dict[
     return {**fields, "micro_batch": micro_batch}
 
 
-__all__ = ["keep_reference", "made_of", "reference_of"]
+__all__ = ["keep_reference", "made_of", "reference_of", "waiting_tasks"]

@@ -7,7 +7,7 @@ or after a resume, is the same step, and there is nothing to save of either.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
@@ -27,6 +27,7 @@ from qd2mora.memory.pinned import pinned
 from qd2mora.mixture import routing_of
 from qd2mora.objectives import Objective, Reference, Said, mismatched
 from qd2mora.objectives.head import RowScore
+from qd2mora.objectives.objective import divergence
 from qd2mora.training.processes import Processes
 from qd2mora.training.progress import Progress
 from qd2mora.training.updates import Updater
@@ -45,9 +46,9 @@ def key_of(seed: int, purpose: Purpose, *place: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class Course:
-    """Which rows every step of a run has."""
+    """Which rows every step of a run has. `waiting`: numbers of tasks whose rows are passed over."""
 
     mixture: TaskMix
     tasks: list[TaskRows]
@@ -55,6 +56,10 @@ class Course:
     total_steps: int
     capacity: int | None
     """Tokens that rows of a step may share a line of; None: each row has its own."""
+    waiting: frozenset[int] = frozenset()
+    _learned: list[tuple[int, int]] = field(default_factory=list)
+    _passed: int = 0
+    """Where some tasks wait: the places of the others' rows, and how many rows were looked at for them."""
 
     def first_of(self, step: int) -> int:
         """Return the number of a step's first row."""
@@ -62,12 +67,23 @@ class Course:
 
     def rows(self, step: int) -> list[Row]:
         """Return the rows of a step, of all processes."""
+        if self.waiting:
+            return [self.tasks[task].train[place] for task, place in self._places(step)]
         return self.mixture.rows(self.first_of(step), self.rows_a_step)
 
     def lengths(self, step: int) -> list[int]:
         """Return the tokens of each row of a step, without making rows of what is stored."""
-        places = self.mixture.places(self.first_of(step), self.rows_a_step)
-        return [int(self._lengths[task][place]) for task, place in places]
+        return [int(self._lengths[task][place]) for task, place in self._places(step)]
+
+    def _places(self, step: int) -> list[tuple[int, int]]:
+        first, last = self.first_of(step), self.first_of(step + 1)
+        if not self.waiting:
+            return list(self.mixture.places(first, self.rows_a_step))
+        while len(self._learned) < last:
+            found = self.mixture.places(self._passed, self.rows_a_step)
+            self._passed += self.rows_a_step
+            self._learned += [place for place in found if place[0] not in self.waiting]
+        return self._learned[first:last]
 
     @property
     def num_lines(self) -> int:
@@ -159,7 +175,22 @@ class MicroBatches:
             # First: what the pass that is learned from leaves for its way back is not to be touched.
             assert self.reference is not None
             reference = self.reference.losses(part.rows, lambda: self.row_losses(part))
+        if self.objective.has_divergence:
+            return self._said_by_token(part)
         return Said(self.row_losses(part), part.rows, reference, baseline)
+
+    def _said_by_token(self, part: MicroBatch) -> Said:
+        """Return each line's loss and how far its tokens are from the reference, which is asked first, live."""
+        assert self.reference is not None and isinstance(self.row_loss, RowLoss)
+        batch, is_scaled = self.collated(part), self.progress.loss_scale is not None
+        with torch.autocast(self.processes.device.type, torch.float16, enabled=is_scaled):
+            with self.reference.speaking():
+                of_reference, *_ = self.row_loss.by_token(batch)
+            losses, row_of_token, num_rows = self.row_loss.by_token(batch)
+        by_line = losses.new_zeros(2, num_rows).index_add(
+            1, row_of_token, torch.stack([losses, divergence(losses, of_reference)])
+        )
+        return Said(by_line[0], part.rows, divergence=by_line[1])
 
     def baseline(self, rows: Sequence[Row], doing: str = "") -> float:
         """Return what the objective takes of all rows of a step, or of an evaluation. Raises WillNotFit."""

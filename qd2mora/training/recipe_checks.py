@@ -35,6 +35,15 @@ def check_stages(config: MixtureConfig, train: Train) -> None:
         )
 
 
+def check_tasks(config: MixtureConfig, recipe: Recipe) -> None:
+    """Refuse fewer tasks than the start tells apart: which ones they are nobody knows, unless a head asks them all."""
+    num_tasks = len(recipe.data.tasks)
+    if config.num_tasks not in (None, num_tasks) and recipe.tasks_over_experts is None:
+        raise InputRefused(
+            f"data.tasks: {num_tasks}, but '{recipe.adapter.start}' tells {config.num_tasks} tasks apart"
+        )
+
+
 def check_routing(config: MixtureConfig, train: Train) -> None:
     """Refuse a change of routing while it is learned that the method cannot make, or no routers for; and labels."""
     is_labelled = any(penalty.kind == "base_or_expert" for penalty in config.routing_penalties)
@@ -55,8 +64,12 @@ def check_routing(config: MixtureConfig, train: Train) -> None:
             uses = f"uses {max(own)} already" if own else "chooses no top k"
             raise InputRefused(f"train.routing.top_k: {told.top_k}, but {config.method} {uses}; it falls to the gates'")
     draws = any(gate.select == "sample" for gate in config.routers.values())
-    if told.draws != LearnedRouting().draws and not draws:
-        raise InputRefused(f"train.routing.draws: {told.draws}, but {config.method} draws no experts; leave it out")
+    for key in ("draws", "estimator"):
+        if getattr(told, key) != getattr(LearnedRouting(), key) and not draws:
+            raise InputRefused(
+                f"train.routing.{key}: {getattr(told, key)}, but {config.method} draws no experts; leave it out, or "
+                "have a gate of adapter.gates draw them (select: sample)"
+            )
     if told.uniform_steps and (draws or config.row.stages or config.row.placement == "mlp"):
         raise InputRefused(
             f"train.routing.uniform_steps: {config.method} cannot weigh all its experts alike: it draws few of them, "
@@ -153,5 +166,6 @@ __all__ = [
     "check_prompts",
     "check_rows",
     "check_stages",
+    "check_tasks",
     "tasks_to_score",
 ]

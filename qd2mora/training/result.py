@@ -8,8 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from qd2mora.adapter_folder import save_adapter
 from qd2mora.base.tokenizer import save_tokenizer
 from qd2mora.inspection import write_routing
-from qd2mora.objectives.head import NAME as HEAD_NAME
-from qd2mora.objectives.head import head_of
+from qd2mora.objectives.head import head_tensors
 from qd2mora.run_folder import RunFolder
 from qd2mora.training.disk_space import as_trouble
 from qd2mora.training.held_out import LiveRouting
@@ -31,8 +30,7 @@ def save_result(
 
 def save_whole(model: PeftModel, folder: Path, mark: dict[str, str]) -> None:
     """Write all that was trained: the adapter, and the head where there is one. Raises OSError."""
-    head = dict(model.named_children()).get(HEAD_NAME)
-    save_adapter(model, folder, mark, None if head is None else head_of(model).weight)
+    save_adapter(model, folder, mark, head_tensors(model))
 
 
 def _take_best(folder: RunFolder, training: Training) -> None:

@@ -52,6 +52,7 @@ from qd2mora.training.recipe_checks import (
     check_routing,
     check_rows,
     check_stages,
+    check_tasks,
     tasks_to_score,
 )
 from qd2mora.training.rehearsal import Rehearsal, is_worthwhile
@@ -125,6 +126,7 @@ def _checked(recipe: Recipe) -> Recipe:
     if recipe.adapter.start is not None:
         recipe = recipe.model_copy(update={"adapter": config.as_section(recipe.adapter)})
     check_stages(config, recipe.train)
+    check_tasks(config, recipe)
     check_routing(config, recipe.train)
     if recipe.data.packing:
         check_packing(config)
@@ -239,8 +241,8 @@ def _started_model(start: Start, inputs: Inputs, mixture: TaskMix) -> tuple[Peft
 
     frozen = start_adapter(model, inputs.config, inputs.recipe, first_batches)
     if objective_of(inputs.recipe.objective).has_head:
-        start_path = inputs.recipe.adapter.start
-        add_head(model, inputs.recipe.train.seed, None if start_path is None else start_folder(start_path))
+        start_path, over = inputs.recipe.adapter.start, inputs.recipe.tasks_over_experts
+        add_head(model, inputs.recipe.train.seed, None if start_path is None else start_folder(start_path), over)
     model.train()
     return model, frozen
 

@@ -92,7 +92,7 @@ def _batches(recipe: Recipe, planned: Plan, pad: int) -> MicroBatches:
     model = add_adapter(base, config, recipe.train.seed).train()
     objective = objective_of(recipe.objective)
     if objective.has_head:
-        add_head(model, recipe.train.seed)
+        add_head(model, recipe.train.seed, over_tasks=recipe.tasks_over_experts)
     parameters = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     optimizer = build_optimizer(recipe.train, planned.layout.optimizer, parameters)
     return MicroBatches(

@@ -19,7 +19,6 @@ from qd2mora.mixture.parts import part_of
 from qd2mora.mixture.phases import PLAIN, Phase, Sparsity
 from qd2mora.recipe import Train
 from qd2mora.recipe.optimizers import OPTIMIZERS, OptimizerName
-from qd2mora.recipe.train import LearnedRouting
 from qd2mora.training.progress import State, StateSource
 
 
@@ -223,11 +222,6 @@ def phase_of(train: Train, update: int) -> Phase:
     return Phase(update < told.uniform_steps, temperature, penalty, sparsity)
 
 
-def num_draws(train: Train) -> int:
-    """Return how often each row's experts are drawn for the gradient of a router that samples."""
-    return (train.routing or LearnedRouting()).draws
-
-
 def enter_phase(model: nn.Module, train: Train, update: int) -> None:
     """Tell the layers what routing is like in this update."""
     routing = routing_of(model)
@@ -280,7 +274,6 @@ __all__ = [
     "by_rate",
     "enter_phase",
     "learning_rate",
-    "num_draws",
     "phase_of",
     "rate_factor",
 ]

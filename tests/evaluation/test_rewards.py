@@ -115,6 +115,8 @@ def test_the_verb_prints_the_best_and_refuses_another_run(
     other = tmp_path / "other"
     other.mkdir()
     text = recipe.read_text(encoding="utf-8").replace("kind: reward", "kind: simpo")
+    assert text.count("head: linear") == 1
+    text = text.replace("  head: linear\n", "")
     (other / "recipe.yaml").write_text(text, encoding="utf-8")
     assert run("reward", other, "--file", path) == 2
     assert "is no reward model" in capsys.readouterr().err

@@ -170,7 +170,7 @@ def test_every_order_of_a_draw_without_replacement_has_its_plackett_luce_probabi
         total = 0.0
         for order in itertools.permutations(range(3), k):
             chosen = torch.zeros(3).double().scatter(0, torch.tensor(order), 1.0)
-            ours = log_probability(Gating(chosen, chosen, logits, chosen, torch.tensor(order))).exp()
+            ours = log_probability(Gating(chosen, chosen, logits, chosen, torch.tensor(order), logits)).exp()
             left, wanted = list(range(3)), 1.0
             for pick in order:
                 wanted *= math.exp(logits[pick]) / sum(math.exp(logits[e]) for e in left)
@@ -201,7 +201,7 @@ def test_the_gradient_of_a_draws_probability_is_finite_and_right(k: int) -> None
     chosen = torch.zeros(3).double().scatter(0, order, 1.0)
 
     def run(logits: Tensor) -> Tensor:
-        return log_probability(Gating(chosen, chosen, logits, chosen, order), 0.7)
+        return log_probability(Gating(chosen, chosen, logits, chosen, order, logits), 0.7)
 
     assert torch.autograd.gradcheck(run, torch.tensor([0.3, -0.2, 0.9]).double().requires_grad_())
 

@@ -316,6 +316,7 @@ DIFFERENTIABLE: list[tuple[str, dict[str, dict[str, object]]]] = [
     ("comol", {"core": {"input": "x", "granularity": "sequence", "score": "noisy"}}),
     ("comol", {"core": {"score": "prototype", **ANY, "weight": "sigmoid"}}),
     ("mofme", {"core": {"score": "linear", "select": "sample", "weight": "softmax"}}),
+    ("mola", {"down": {"select": "sample", "guidance": 1.0}}),
     ("smora", {"rank": {"weight": "softmax", "bias_rate": 0.0}}),
     ("smora", {"rank": {"weight": "sigmoid", "input": "external"}}),
     ("reclora", {"down": {"score": "mlp", "width": 3}}),

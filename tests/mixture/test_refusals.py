@@ -29,6 +29,8 @@ from qd2mora.routed.gate import Gate, numbers_of_gates
         ("loramoe", "down", {"temperature": 0.0}, "temperature", "0.0"),
         ("loramoe", "down", {"scope": "block", "score": "noisy"}, "scope", "noisy"),
         ("remix", "down", {"omega": 0.25}, "omega", "0.25"),
+        ("mola", "down", {"guidance": 0.5}, "guidance", "0.5"),
+        ("remix", "down", {"guidance": 0.5, "bias_rate": 0.1}, "guidance", "0.5"),
         ("mofme", "core", {"draws": 17}, "draws", "17"),
         ("hydralora", "up", {"draws": 3}, "draws", "3"),
         ("d2mora", "up", {"granularity": "sequence"}, "granularity", "sequence"),

@@ -1,6 +1,7 @@
 """grpo: answers that the run writes itself, by a rule's rewards: what it learns, and that nothing of it is chance."""
 
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -13,9 +14,10 @@ from interrupted import train_in_two
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from qd2mora.data import Pair, Row
 from qd2mora.errors import InputRefused
 from qd2mora.objectives.grpo import Grpo, advantages
-from qd2mora.objectives.objective import Said
+from qd2mora.objectives.objective import Said, divergence, told
 from qd2mora.objectives.rules import rule_of
 from qd2mora.recipe import Objective, Recipe, load_recipe
 from qd2mora.training import train
@@ -52,13 +54,46 @@ def test_advantages_and_the_loss_are_the_papers() -> None:
     spread = statistics.stdev(rewards) + 1e-4
     assert advantages(rewards) == pytest.approx([(each - 0.375) / spread for each in rewards])
     assert advantages([2.0, 2.0]) == [0, 0] and advantages([3.0]) == [0]
-    from qd2mora.data import Pair, Row
-
     row = Row(0, torch.arange(5, dtype=torch.int32).numpy(), 2, Pair("a", "b"))
     lines = [answered(row, [7, 8, 9, 9], 1.5), answered(row, [7], -0.5)]
     said = Said(torch.tensor([8.0, 3.0]), lines)
     assert Grpo().losses(said).tolist() == pytest.approx([1.5 * 8 / 4, -0.5 * 3])
     assert [line.ids.tolist() for line in lines] == [[0, 1, 7, 8, 9, 9], [0, 1, 7]]
+
+
+def test_the_pull_to_the_reference_is_the_papers_estimator_and_nothing_at_the_reference_itself() -> None:
+    ours = [torch.tensor(each, dtype=torch.float64, requires_grad=True) for each in ([0.3, 1.2, 2.0], [0.7])]
+    theirs = [torch.tensor(each, dtype=torch.float64) for each in ([0.9, 1.1, 2.0], [0.1])]
+    row = Row(0, torch.arange(5, dtype=torch.int32).numpy(), 2, Pair("a", "b"))
+    lines = [answered(row, [7, 8, 9], 1.5), answered(row, [7], -0.5)]
+    apart = torch.stack([divergence(own, ref).sum() for own, ref in zip(ours, theirs, strict=True)])
+    said = Said(torch.stack([own.sum() for own in ours]), lines, divergence=apart)
+    losses, wanted = Grpo(0.2).losses(said), []
+    for own, ref, worth in zip(ours, theirs, (1.5, -0.5), strict=True):
+        p, q = (-own).exp().tolist(), (-ref).exp().tolist()
+        k3 = [b / a - math.log(b / a) - 1 for a, b in zip(p, q, strict=True)]
+        wanted.append(sum(0.2 * k - worth * math.log(a) for k, a in zip(k3, p, strict=True)) / len(p))
+    assert losses.tolist() == pytest.approx(wanted)
+    # d k3 / d log p = 1 - ref / p, of each token.
+    (gradient,) = torch.autograd.grad(apart[0], ours[0])
+    assert gradient.tolist() == pytest.approx([-(1 - math.exp(o - r)) for o, r in ((0.3, 0.9), (1.2, 1.1), (2.0, 2.0))])
+    assert told(Grpo(0.2).names, Grpo(0.2).measures(said).flatten().tolist()) == pytest.approx(
+        {"kl": (float(apart[0].detach()) / 3 + float(apart[1].detach())) / 2}
+    )
+    assert not divergence(theirs[0], theirs[0]).any()
+
+
+def test_a_run_that_is_pulled_stays_nearer_to_its_reference_and_ends_with_the_same_bytes_when_broken_off(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, kl in (("free", 1e-9), ("pulled", 2.0)):
+        train(recipe_of(made, tmp_path / name, f"{SHORT}, kl: {kl}", "train.steps=6"))
+    train_in_two(recipe_of(made, tmp_path / "two", f"{SHORT}, kl: 2.0", "train.steps=6"), 3, monkeypatch)
+    adapters = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("pulled", "two")]
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    free, pulled = ([line["kl"] for line in lines_of(tmp_path / name) if "kl" in line] for name in ("free", "pulled"))
+    assert len(free) == len(pulled) == 6 and free[0] == pulled[0] == pytest.approx(0, abs=1e-6)
+    assert 0 < pulled[-1] < free[-1]
 
 
 @pytest.mark.parametrize(

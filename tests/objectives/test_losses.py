@@ -16,6 +16,7 @@ from qd2mora.objectives import Objective, Said, told
 from qd2mora.objectives.dpo import Dpo
 from qd2mora.objectives.kto import Kto
 from qd2mora.objectives.orpo import Orpo, log_of_rest
+from qd2mora.objectives.peam import Peam, is_due
 from qd2mora.objectives.reward import Reward
 from qd2mora.objectives.simpo import Simpo
 
@@ -49,6 +50,7 @@ PAIRED: dict[str, tuple[Objective, Callable[[int], float]]] = {
     "ipo": (Dpo(0.3, "ipo"), lambda n: slow.ipo(PI[n], PI[n + 1], REF[n], REF[n + 1], 0.3)),
     "orpo": (Orpo(0.4), lambda n: slow.orpo(PI[n], PI[n + 1], 0.4)),
     "reward": (Reward(), lambda n: slow.bradley_terry(-math.fsum(PI[n]), -math.fsum(PI[n + 1]))),
+    "peam": (Peam(0.3, 0.8), lambda n: slow.peam(PI[n], PI[n + 1], REF[n], REF[n + 1], 0.3, 0.8)),
     "simpo": (Simpo(2.0, 0.7), lambda n: slow.simpo(PI[n], PI[n + 1], 2.0, 0.7)),
 }
 
@@ -105,6 +107,28 @@ def test_where_policy_and_reference_are_equal_a_loss_has_its_closed_value(object
     assert {name: number for name, number in numbers.items() if name != "accuracy"} == dict.fromkeys(
         (name for name in objective.names if name != "accuracy"), 0.0
     )
+
+
+def test_of_equal_models_peam_imitates_by_what_a_failure_is_worth_and_a_hopeless_one_teaches_next_to_nothing() -> None:
+    reference = torch.tensor([3.0, 3.0, 2.0, 2.0 + math.log(3), 1.0, 300.0], dtype=torch.float64)
+    said = Said(reference, lines_of(), reference)
+    worths = [0.5, 0.25, 1e-6]
+    imitation = [3.0 / 3, 2.0 / 1, 1.0 / 7]  # nats a token of corrections of 3, 1 and 7 tokens
+    expected = [worth * (own + math.log(2)) for worth, own in zip(worths, imitation, strict=True)]
+    assert Peam(0.1).losses(said).tolist() == pytest.approx(expected)
+    numbers = told(Peam(0.1).names, Peam(0.1).measures(said).flatten().tolist())
+    assert numbers["worth"] == pytest.approx(sum(worths) / 3) and numbers["margin"] == 0
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
+def test_a_task_is_due_where_what_other_pairs_say_of_one_left_out_is_right_whatever_the_scale(scale: float) -> None:
+    def by_definition(margins: list[float]) -> bool:
+        agreement = sum(d * (sum(margins) - d) for d in margins)
+        return sum(margins) > 0 and agreement > 0
+
+    cases = [[2.0, 1.0, 3.0], [2.0], [], [5.0, -5.0], [3.0, -2.9, 0.1], [-1.0, -2.0], [1.0, 1.0, -1.0, 1.0, 1.0]]
+    found = [is_due([scale * each for each in case]) for case in cases]
+    assert found == [True, False, False, False, False, False, True] == [by_definition(case) for case in cases]
 
 
 def test_answers_as_likely_as_each_other_have_simpos_and_orpos_closed_values() -> None:

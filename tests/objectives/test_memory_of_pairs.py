@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("model", ["random:llama2-7b", "random:tiny"])
-@pytest.mark.parametrize("kind", ["dpo", "orpo", "simpo", "kto", "reward"])
+@pytest.mark.parametrize("kind", ["dpo", "orpo", "simpo", "kto", "peam", "reward"])
 def test_the_planned_peak_is_that_of_answers_at_the_same_tokens(kind: str, model: str) -> None:
     def peak(objective: str, form: str, rows: int) -> int:
         content = {

@@ -76,6 +76,18 @@ def test_a_run_that_is_broken_off_while_experts_fall_ends_with_the_same_bytes(
     assert_same_bytes(tmp_path / "whole", tmp_path / "broken")
 
 
+@pytest.mark.long
+def test_a_run_whose_routers_sample_and_are_guided_moves_their_mask_and_ends_with_the_same_bytes_when_broken_off(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ("adapter.gates={down: {guidance: 1.0}}", "train.routing={estimator: grpo, draws: 2}")
+    train(recipe(made, tmp_path / "whole", *changes, method="remix"))
+    train_in_two(recipe(made, tmp_path / "broken", *changes, method="remix"), 3, monkeypatch)
+    assert_same_bytes(tmp_path / "whole", tmp_path / "broken")
+    masks = [tensor for name, tensor in adapter_of(tmp_path / "whole").items() if "select_bias" in name]
+    assert masks and all(mask.any() and mask.exp().mean() == pytest.approx(1.0, abs=1e-5) for mask in masks)
+
+
 def test_a_plan_counts_the_experts_that_a_run_begins_with(made: Path) -> None:
     config = AutoConfig.from_pretrained(made / "base")
     adapter = MixtureConfig(method="mixlora", target_modules=["gate_proj", "up_proj", "down_proj"])
@@ -99,6 +111,7 @@ def test_routers_that_nothing_trains_at_first_have_moments_from_the_first_checkp
         ("hydralora", "{penalty_steps: 2}", "hydralora has no penalty on routing"),
         ("remix", "{uniform_steps: 2}", "remix cannot weigh all its experts alike"),
         ("hydralora", "{draws: 3}", "draws: 3, but hydralora draws no experts"),
+        ("hydralora", "{estimator: grpo}", "estimator: grpo, but hydralora draws no experts"),
         ("mixlora", "{uniform_steps: 2}", "mixlora cannot weigh all its experts alike"),
         ("hydralora", "{top_k: 4, top_k_steps: 2}", "top_k: 4, but hydralora chooses no top k"),
         ("mola", "{top_k: 2, top_k_steps: 2}", "top_k: 2, but mola uses 2 already"),
