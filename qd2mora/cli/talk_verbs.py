@@ -26,6 +26,10 @@ from qd2mora.stopping import listening
 
 Task = Annotated[str | None, typer.Option(help="Task: words as it was trained, routes by it where the adapter does.")]
 Vector = Annotated[str | None, typer.Option(help="Numbers with commas, where the adapter reads a vector.")]
+Spans = Annotated[
+    list[str] | None,
+    typer.Option(help="ADAPTER=START:END, letters of the prompt in which it acts; START: or answer goes on after it."),
+]
 Template = Annotated[
     str | None,
     typer.Option(help="Wording: instruction, tokenizer (its chat template), chatml, plain; else as trained."),
@@ -53,6 +57,7 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text without any template.")] = False,
     task: Task = None,
     vector: Vector = None,
+    span: Spans = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=1, max=MOST)] = 128,
     template: Template = None,
     temperature: Temperature = 0.0,
@@ -75,14 +80,18 @@ def generate(
         raise InputRefused("--prompt: name a prompt, or with --file and --out a file of them")
     if (file is None) != (out is None):
         raise InputRefused("--out: goes with --file, as --file does with it: prompts in one, answers in the other")
+    if file is not None and span:
+        raise InputRefused("--span: marks letters of one --prompt; prompts of a file have none")
     from qd2mora.evaluation import ManyOptions, TalkOptions, generate_file
     from qd2mora.evaluation import generate as run_generation
 
     settings = {"samples": samples, "gates_every": gates_every, "temperature": temperature, "extract": extract}
     way = asked_way((contrast, beta, alpha), (ensemble, calibrate, triggers, mix), seed=seed, **settings)
-    options = TalkOptions(task, numbers(vector), template, max_new_tokens, temperature, top_p, seed, way)
+    told = TalkOptions(
+        task, numbers(vector), template, max_new_tokens, temperature, top_p, seed, tuple(span or ()), way
+    )
     if file is not None and out is not None:
-        how = ManyOptions(options, raw, rows_at_once)
+        how = ManyOptions(told, raw, rows_at_once)
         with listening(KEPT):
             number = generate_file(model, file, out, how, say=_say, allow_changed=allow_changed or ())
         typer.echo(f"{number} answers in {out}")
@@ -91,7 +100,7 @@ def generate(
     if prompt == "-":
         prompt = _read(sys.stdin.read)
     prompt = text_of(prompt, "--prompt")
-    run_generation(model, prompt, options, raw=raw, write=_show, say=_say, allow_changed=allow_changed or ())
+    run_generation(model, prompt, told, raw=raw, write=_show, say=_say, allow_changed=allow_changed or ())
     typer.echo()
 
 

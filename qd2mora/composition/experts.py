@@ -54,7 +54,7 @@ def cut(operation: str, config: MixtureConfig, linears: Linears) -> Mixture:
     is_pairs = row.pairing == "tied" and row.core == "none" and gate is not None and not row.stages
     if not is_pairs or gate is None or config.allocation is not None:
         raise InputRefused(f"{operation}: {config.method} has no pairs of one number in every layer; mola, flexmore do")
-    if gate.score not in ("linear", "bias", "static", "prototype") or gate.input in ("task", "task+x"):
+    if gate.score not in ("linear", "bias", "static", "prototype") or gate.input in ("task", "task+x", "span"):
         raise InputRefused(f"{operation}: the router of {config.method} has no row for each expert that stands alone")
     ranks = config.ranks or [config.rank or 0] * config.num_down
     experts: dict[str, list[Expert]] = {}

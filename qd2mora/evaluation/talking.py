@@ -20,10 +20,11 @@ from qd2mora.data.file_rows import BadRow
 from qd2mora.data.instruction import split
 from qd2mora.data.tokenise import special_tokens
 from qd2mora.errors import InputRefused
+from qd2mora.evaluation.asked_spans import NOTHING_MARKED, AskedSpans, asked_spans, taken_out
 from qd2mora.evaluation.decoding import Wanted
 from qd2mora.evaluation.ends import HALF_LETTER, Ends
 from qd2mora.evaluation.next_token import RefuseNotFinite
-from qd2mora.evaluation.subject import Subject
+from qd2mora.evaluation.subject import SPANS_ARE_MISSING, Subject
 from qd2mora.evaluation.votes import Vote
 from qd2mora.evaluation.ways import Way, open_in_way
 from qd2mora.evaluation.wording import Wording, wording_of
@@ -50,6 +51,8 @@ class TalkOptions:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    spans: tuple[str, ...] = ()
+    """Spans of the prompt, as they are typed, where the adapter reads them."""
     way: Way | None = None
     """How it writes, where not alone and once; drawn as said here."""
 
@@ -80,6 +83,7 @@ def generate(
     Raises InputRefused, DamagedFile.
     """
     talk = open_talk(model, options or TalkOptions(), allow_changed)
+    prompt = talk.marked(prompt, say)
     if raw:
         if say is not None:
             say(Wording(AS_IT_IS, None, "--raw").line)
@@ -106,6 +110,8 @@ def chat(
     Raises InputRefused, DamagedFile.
     """
     talk = open_talk(model, options or TalkOptions(), allow_changed)
+    if talk.subject.reads_spans:
+        raise InputRefused(SPANS_ARE_MISSING)
     with talk.worded(say, is_conversation=True):
         for line in lines:
             message = line.strip()
@@ -140,6 +146,18 @@ class Talk:
     """What samples of the last answer said, where several were drawn."""
     _wording: Wording | None = None
     _template: ChatTemplate | None = None
+    _spans: AskedSpans | None = None
+
+    def marked(self, prompt: str, say: Write | None = None) -> str:
+        """Return a prompt with signs around its spans, which end with its wording. Raises InputRefused."""
+        self._spans = asked_spans(self.subject, self.options.spans, prompt)
+        if self._spans is None:
+            return prompt
+        if self.options.way is not None:
+            raise InputRefused("--span: goes with one voice alone; --contrast, --ensemble and --samples tell none")
+        if say is not None and self._spans == AskedSpans():
+            say(NOTHING_MARKED)
+        return self._spans.signed(prompt)
 
     @contextmanager
     def worded(self, say: Write | None = None, *, is_conversation: bool = False) -> Iterator[None]:
@@ -181,7 +199,9 @@ class Talk:
     def continue_text(self, text: str, write: Write | None = None, *, is_rendered: bool = False) -> str:
         """Continue a text; a rendered one brings its own start token. Returns what `write` was given."""
         tokenizer, plain = self.subject.tokenizer, self.subject.plain
-        device = device_of(plain)
+        device, places = device_of(plain), dict[int, tuple[int, int]]()
+        if self._spans is not None:
+            text, places = taken_out(text)
         ids = torch.tensor([tokenizer(text, add_special_tokens=not is_rendered)["input_ids"]], device=device)
         if not ids.numel():
             raise InputRefused("--prompt: there is no token to go on from")
@@ -191,7 +211,10 @@ class Talk:
             raise InputRefused(f"the prompt has {given} tokens, the model is made for {whole} with the answer")
         if self.options.way is not None:
             return self._in_way(ids[0].tolist(), self.options.way, whole - given, write or (lambda piece: None))
-        self.subject.route(self._row(device))
+        told = self._row(device)
+        if self._spans is not None:
+            told |= self._spans.told(self.subject, text, ids[0].tolist(), places)
+        self.subject.route(told)
         cards = [device] if device.type == "cuda" else []
         streamer = _Streamer(tokenizer, write or (lambda piece: None), self.subject.ends)
         with torch.no_grad(), self.subject.writing(), torch.random.fork_rng(devices=cards):

@@ -5,11 +5,16 @@ from typing import Literal
 from qd2mora.mixture import MixtureConfig
 from qd2mora.routed.gate import TASK
 
-ExportScope = Literal["all", "task", "vector", "none"]
+ExportScope = Literal["all", "task", "vector", "spans", "none"]
 
 
 def export_scope(config: MixtureConfig, num_tasks: int) -> ExportScope:
-    """Say which rows one export serves: all, those of one task or of one vector; none where no weight can hold it."""
+    """Say which rows one export serves: all, those of one task or of one vector; none where no weight can hold it.
+
+    `spans`: none either, because it acts in parts of rows.
+    """
+    if config.routers.reads_spans:
+        return "spans"
     if config.row.placement == "block":
         return "none"
     if config.routers.reads_vector:

@@ -13,7 +13,7 @@ from qd2mora.mixture.method import Method, Penalty, check_counts, check_gate, ex
 from qd2mora.mixture.penalties import WEIGHT_PENALTIES
 from qd2mora.mixture.presets import find_method
 from qd2mora.mixture.registration import QD2MORA
-from qd2mora.mixture.sections import check_attention_rank, check_core, check_ranks, check_shared
+from qd2mora.mixture.sections import check_attention_rank, check_core, check_ranks, check_shared, check_spans
 from qd2mora.mixture.start_folder import KEY as START
 from qd2mora.mixture.start_folder import OF_A_RUN, alike, start_settings
 from qd2mora.mixture.trained_experts import experts_given
@@ -274,7 +274,8 @@ class MixtureConfig(PeftConfig):
 
     def _grown(self, number: int) -> "MixtureConfig":
         """Return the configuration with as many more experts in each bank. Raises InputRefused."""
-        if self.allocation is not None or self.row.stages or self.row.placement != "linear" or not self.routers:
+        is_special = self.allocation is not None or self.row.stages or self.row.placement != "linear"
+        if is_special or not self.routers or self.routers.reads_spans:
             raise InputRefused(f"adapter.grow: the experts of {self.method} are not ones that others stand beside")
         ranks = self.ranks
         if ranks is not None:
@@ -326,6 +327,7 @@ class MixtureConfig(PeftConfig):
                 raise InputRefused(f"adapter.penalties: unknown penalty '{kind}'; {nearest(kind, known)}")
             if kind in balance.PENALTIES and not self.routers:
                 raise InputRefused(f"adapter.penalties: {kind} reads a router, and {method.name} has none")
+        check_spans(self.routing_penalties, self.routers, method)
 
     def _check_ranks(self, method: Method) -> None:
         if self.allocation is not None:
@@ -369,7 +371,7 @@ class MixtureConfig(PeftConfig):
             return
         if self.num_tasks is None or self.num_tasks < 1:
             raise InputRefused(f"adapter: {method.name} routes by task and needs num_tasks, at least 1")
-        if any(gate.select == "fixed" for gate in self.routers.values()):
+        if any(gate.select == "fixed" and gate.input == "task" for gate in self.routers.values()):
             if self.num_tasks > self.num_down:
                 raise InputRefused(
                     f"adapter.down.experts: {method.name} gives each task its own expert; {self.num_tasks} tasks, "

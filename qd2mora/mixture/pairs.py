@@ -320,6 +320,21 @@ PAIRS = (
         up=8,
     ),
     Method(
+        name="clora",
+        title="CLoRA's spans: every marked span of the text has its own expert",
+        equation="y_t += s B_m(t) A_m(t) x_t in a span with the mark m, nothing in none",
+        source="abstract only",
+        mark="part",
+        note="image editing's masks carried over to spans of a text: outside each linear adds nothing, exactly; with "
+        "adapter.gates.down.select=all and weight=softmax a mark learns gates over all experts, which the penalty "
+        "span_contrast parts",
+        pairing="tied",
+        gate_down=Gate("span", select="fixed", weight="one"),
+        rank=16,
+        down=4,
+        up=4,
+    ),
+    Method(
         name="sketchassist",
         title="SketchAssist's routing: the task's embedding beside the token",
         equation="g = softmax(R x + W e_task); y += s sum_e g_e B_e A_e x",

@@ -1,11 +1,12 @@
-"""What is wrong with the small sections of a configuration: routed cores, ranks, the expert that no gate touches."""
+"""What is wrong with small parts of a configuration: routed cores, ranks, the expert that no gate touches, spans."""
 
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
 from qd2mora.errors import InputRefused, nearest
-from qd2mora.mixture.method import Method
+from qd2mora.mixture.method import Method, Penalty
 from qd2mora.recipe.adapter import SharedInit
+from qd2mora.routed.gate import Gates
 
 
 def check_core(core: Mapping[str, int] | None, method: Method) -> None:
@@ -56,4 +57,12 @@ def check_shared(shared: Mapping[str, float | str] | None) -> None:
         raise InputRefused(f"adapter.shared.init: unknown '{init}'; {nearest(init, get_args(SharedInit))}")
 
 
-__all__ = ["check_attention_rank", "check_core", "check_ranks", "check_shared"]
+def check_spans(penalties: Sequence[Penalty], routers: Gates, method: Method) -> None:
+    """Refuse penalties that would count tokens outside of spans, and the contrast of gates that know no spans."""
+    for kind in (each.kind for each in penalties):
+        if (kind == "span_contrast") != routers.reads_spans:
+            wanted = "a gate with input: span" if kind == "span_contrast" else "gates that are open at every token"
+            raise InputRefused(f"adapter.penalties.{kind}: it needs {wanted}, and {method.name} has other ones")
+
+
+__all__ = ["check_attention_rank", "check_core", "check_ranks", "check_shared", "check_spans"]

@@ -193,6 +193,9 @@ def _router_shapes(config: MixtureConfig, place: Place, role: str, gate: Gate, n
     if gate.input == "none":
         # Where nothing is read, the logits themselves are trained: CAT's weights, ScaleZero's scales.
         return shapes | {f"mixture_logits_{role}": (num,)}
+    if gate.input == "span" and gate.select != "fixed":
+        # A row of logits for each mark; there are as many marks as experts.
+        return shapes | {f"mixture_logits_{role}": (num, num)}
     if gate.input == "self" or gate.select == "fixed":
         return shapes  # ranks score themselves, and a task's number is its expert
     if gate.input in ("task", "task+x"):

@@ -28,6 +28,7 @@ SETTINGS: dict[str, list[str]] = {
     "smora": ["adapter.gates={rank: {top_k: 2}}"],
     "mora": ["adapter.gates={rank: {top_k: 2}}"],
     "flylora": ["adapter.gates={rank: {top_k: 2}}"],
+    "clora": tiny.SPANNED,
 }
 
 
@@ -91,6 +92,10 @@ def check_run(folder: Path, method: str) -> None:
     open_run(folder / "run")
     task, vector = "first" if row.gates.reads_task else None, [0.0, 1.0, 0.0] if row.gates.reads_vector else None
     generate(folder / "run", "Say the first word.", TalkOptions(task, vector, max_new_tokens=2))
+    if row.gates.reads_spans:
+        with pytest.raises(InputRefused, match="acts in marked spans alone, which an export"):
+            merge(folder / "run", folder / "out")
+        return
     if row.placement == "block":
         with pytest.raises(InputRefused, match="no weight can take its update"):
             merge(folder / "run", folder / "out")

@@ -1,0 +1,89 @@
+"""Spans of a prompt as they are typed: `ADAPTER=START:END` in letters of the prompt, and the mark an answer is under.
+
+`ADAPTER=START:` goes on to the end of the prompt and into the answer, `ADAPTER=answer` is the answer alone.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from qd2mora.data.file_rows import BadRow
+from qd2mora.data.spans import Span, marks_of, read_spans, signed, unsigned
+from qd2mora.data.tokenise import Tokeniser
+from qd2mora.errors import InputRefused
+from qd2mora.evaluation.subject import Subject
+
+Read = TypeVar("Read")
+_TYPED = re.compile(r"([^=]+)=(?:(answer)|(\d{1,9}):(\d{1,9})?)", re.ASCII)
+NOTHING_MARKED = "no --span marks anything: the answer is the base's own"
+
+
+@dataclass(frozen=True)
+class AskedSpans:
+    """Spans of one prompt, and the mark of its answer; 0 is none."""
+
+    spans: tuple[Span, ...] = ()
+    answer_mark: int = 0
+
+    def signed(self, prompt: str) -> str:
+        """Return the prompt with signs around its spans, which its wording carries along."""
+        return _as_refused(lambda: signed(prompt, enumerate(self.spans))) if self.spans else prompt
+
+    def told(
+        self, subject: Subject, text: str, ids: list[int], places: dict[int, tuple[int, int]]
+    ) -> dict[str, Tensor]:
+        """Return what routers are told of a worded text, its tokens and the places of its spans."""
+        if len(places) < len(self.spans):
+            raise InputRefused("--span: the wording leaves a marked text out; --raw continues the prompt as it is")
+        found = sorted(((self.spans[number].mark, *ends) for number, ends in places.items()), key=lambda each: each[1])
+        marks = torch.zeros(1, len(ids), dtype=torch.int64)
+        if found:
+            for mark, start, stop in marks_of(Tokeniser(subject.tokenizer).letters_of(text, ids), found):
+                marks[0, start:stop] = mark
+        return {"marks": marks, "answer_mark": torch.tensor([self.answer_mark])}
+
+
+def asked_spans(subject: Subject, typed: Sequence[str], prompt: str) -> AskedSpans | None:
+    """Return what is typed of a prompt's spans; None where the adapter reads none. Raises InputRefused."""
+    if not subject.reads_spans:
+        if typed:
+            raise InputRefused("--span: this model has no adapters that act in spans; leave it out")
+        return None
+    assert subject.run is not None
+    names, answer_mark = subject.run.recipe.data.spans or [], 0
+    listed: list[dict[str, object]] = []
+    for each in typed:
+        found = _TYPED.fullmatch(each)
+        if found is None:
+            raise InputRefused(f"--span: '{each}' will not do: ADAPTER=START:END in letters, or ADAPTER=answer")
+        name, answer, start, end = found.groups()
+        if name not in names:
+            raise InputRefused(f"--span: no adapter '{name}' in this run; there are {', '.join(names)}")
+        if answer or end is None:
+            if answer_mark:
+                raise InputRefused(f"--span: '{each}' and another one both go on into the answer; one can")
+            answer_mark = names.index(name) + 1
+        if not answer:
+            of_end = {} if end is None else {"end": int(end)}
+            listed.append({"field": "the prompt", "adapter": name, "start": int(start), **of_end})
+    spans = _as_refused(lambda: read_spans(listed, names, {"the prompt": prompt}))
+    return AskedSpans(tuple(spans), answer_mark)
+
+
+def _as_refused(read: Callable[[], Read]) -> Read:
+    try:
+        return read()
+    except BadRow as error:
+        raise InputRefused(f"--span: {error}") from error
+
+
+def taken_out(text: str) -> tuple[str, dict[int, tuple[int, int]]]:
+    """Return a worded text without its signs, and where they stood. Raises InputRefused."""
+    return _as_refused(lambda: unsigned(text))
+
+
+__all__ = ["NOTHING_MARKED", "AskedSpans", "asked_spans", "taken_out"]
