@@ -22,7 +22,10 @@ from qd2mora.mixture.trained_loras import TrainedLora
 
 Linears = dict[str, dict[str, Tensor]]
 """Tensors by linear and name."""
-ROWS = ("mixture_router_down", "mixture_bias_down", "mixture_logits_down", "mixture_select_bias_down")
+ROWS = (
+    *("mixture_router_down", "mixture_bias_down", "mixture_logits_down", "mixture_select_bias_down"),
+    "mixture_magnitude",
+)
 """Tensors with an entry for each expert, beside its pair."""
 
 
@@ -140,6 +143,8 @@ def added(mixture: Mixture, others: Sequence[Mixture | TrainedLora]) -> tuple[Mi
 
 
 def _add_lora(experts: dict[str, list[Expert]], lora: TrainedLora, scaling: float) -> None:
+    if any("mixture_magnitude" in expert.rows for found in experts.values() for expert in found):
+        raise InputRefused(f"add-expert: {lora.folder} is a LoRA, and the mixture's experts are DoRAs with magnitudes")
     unknown = sorted(set(lora.pairs) - set(experts))
     if unknown:
         raise InputRefused(f"add-expert: {lora.folder} adapts {unknown[0]}, which the mixture does not")

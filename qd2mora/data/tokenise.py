@@ -69,7 +69,7 @@ class Tokeniser:
         return [found.ids for found in self._fast.encode_batch_fast(texts, add_special_tokens=special)]
 
     def tokens(self, pairs: Sequence[Pair]) -> list[Tokens]:
-        """Return the tokens of each row. Raises InputRefused where spans are marked and the tokenizer tells no places."""
+        """Return the tokens of each row. Raises InputRefused where spans are marked and tokens tell no letters."""
         if any(pair.spans is not None for pair in pairs) and self._fast is None:
             raise InputRefused("data.spans: this tokenizer does not tell the letters of its tokens; a fast one does")
         return [self._with_marks(pair, found) for pair, found in zip(pairs, self._tokens(pairs), strict=True)]

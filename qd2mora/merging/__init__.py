@@ -197,7 +197,13 @@ def _refuse_unfit(run: str | Path, form: ExportForm, strategy: str) -> None:
             f"'{run}' scores answers, and an export has no place for the head; ask it with qd2mora reward"
         )
     recipe = read_recipe(run)
-    if MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks)).routers.reads_spans:
+    config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
+    if config.experts is not None:
+        raise InputRefused(
+            f"'{run}' has DoRA experts, which scale the base's own output by token: no weight and no code file of an "
+            "export does; ask the run itself"
+        )
+    if config.routers.reads_spans:
         raise InputRefused(
             f"'{run}' acts in marked spans alone, which an export, static or exact, is not told; ask the run itself: "
             "qd2mora generate RUN --span"

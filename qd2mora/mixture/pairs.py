@@ -60,7 +60,7 @@ PAIRS = (
         equation="y = sum_e g_e W2_e (silu(W1_e x) * W3_e x), W_e = W + s B_e A_e; attention: y += s B A x",
         source="arXiv 2404.15159; github TUDB-Labs/MixLoRA",
         note="the balance loss is one mean over all routers, as in the code; attention_rank gives attention a rank of "
-        "its own; experts that are DoRAs are left out",
+        "its own; adapter.experts=dora makes all of its LoRAs DoRAs",
         pairing="tied",
         placement="mlp",
         gate_down=Gate("x", scope="block", select="top_k", weight="renorm", top_k=2),

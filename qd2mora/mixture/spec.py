@@ -177,6 +177,8 @@ def _bank_shapes(config: MixtureConfig, place: Place, experts: _Experts) -> dict
     for name in config.shared_banks:
         shapes[f"mixture_{name}_A"] = (config.shared_rank, place.d_in)
         shapes[f"mixture_{name}_B"] = (place.d_out, config.shared_rank)
+    if config.experts == "dora":
+        shapes["mixture_magnitude"] = (experts.down, place.d_out)
     if row.base_scale:
         shapes["mixture_base_scale"] = (1,)
     return shapes
