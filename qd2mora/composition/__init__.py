@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qd2mora.base import load_tokenizer
-from qd2mora.composition import cat, experts, lego, linear, prune, sub_moe
+from qd2mora.composition import cat, experts, lego, linear, sub_moe
 from qd2mora.composition.average import average
 from qd2mora.composition.calibration import ROWS, sampled
 from qd2mora.composition.expert_use import ExpertUse, measured_use
@@ -193,10 +193,8 @@ def _add_expert(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> 
     base, (folder, *others) = base_of(inputs), inputs
     if not others:
         raise InputRefused("compose add-expert takes a mixture and what is added to it, one given")
-    mixture = experts.cut("add-expert", *read_mixture(folder))
-    found = [
-        experts.cut("add-expert", *read_mixture(each)) if is_mixture(each) else read_loras([each])[0] for each in others
-    ]
+    mixture = _cut("add-expert", folder)
+    found = [_cut("add-expert", each) if is_mixture(each) else read_loras([each])[0] for each in others]
     words = _write_experts(*experts.added(mixture, found), base, inputs, stage)
     if any(not is_mixture(each) for each in others):
         return f"{words}; LoRAs have no router's row: theirs are zero until they are trained (adapter.start)"
@@ -209,16 +207,23 @@ def _drop_expert(inputs: Sequence[str], options: ComposeOptions, stage: Path) ->
         numbers = [int(part) for part in options.expert.split(",")]
     except ValueError:
         raise InputRefused(f"--expert: '{options.expert}' will not do: numbers of experts, such as 1,3") from None
-    mixture = experts.cut("drop-expert", *read_mixture(inputs[0]))
+    mixture = _cut("drop-expert", inputs[0])
     return _write_experts(*experts.dropped(mixture, numbers), base_of(inputs), inputs, stage)
 
 
 def _pick_ranks(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
     assert options.energy is not None
-    mixture = experts.cut("pick-ranks", *read_mixture(inputs[0]))
+    mixture = _cut("pick-ranks", inputs[0])
     config, linears, kept = experts.picked(mixture, options.energy, options.rank)
     words = _write_experts(config, linears, base_of(inputs), inputs, stage)
     return f"{words}; {kept:.2%} of the updates' energy is kept"
+
+
+def _cut(operation: str, folder: str) -> experts.Mixture:
+    try:
+        return experts.cut(operation, *read_mixture(folder))
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise InputRefused(f"'{folder}' does not hold the tensors that its config asks for: {error}") from error
 
 
 def _write_experts(
@@ -232,23 +237,16 @@ def _write_experts(
 
 def _prune(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
     assert options.experts is not None
-    base, (folder,) = base_of(inputs), inputs
-    config, linears = read_mixture(folder)
-    prune.refuse_unfit(config, options.experts, options.on is not None)
+    (folder,) = inputs
+    mixture = _cut("prune", folder)
+    if options.on is not None and mixture.config.routers["down"].input == "none":
+        raise InputRefused(f"--on: the gate of {mixture.config.method} reads no row; leave it out")
     use = None if options.on is None else measured_use(folder, recipe_of(options.on))
-    tensors: dict[str, Tensor] = {}
-    lost = []
-    try:
-        for name, each in linears.items():
-            kept, share = prune.prune(each, options.experts, _shares(use, name))
-            tensors |= {f"{name}.{kind}": tensor for kind, tensor in kept.items()}
-            lost.append(share)
-    except (LookupError, ValueError, RuntimeError) as error:
-        raise InputRefused(f"'{folder}' does not hold the tensors that its config asks for: {error}") from error
-    write_mixture(prune.pruned_config(config, options.experts), tensors, base, stage, trained_on(inputs))
+    left = experts.pruned(mixture, options.experts, lambda name: _shares(use, name))
+    _write_experts(left.config, left.linears, base_of(inputs), inputs, stage)
     words = (
-        f"{config.num_down} experts became {options.experts}; those left out did {sum(lost) / len(lost):.2%} of what "
-        f"all do, in one linear up to {max(lost):.2%}"
+        f"{mixture.config.num_down} experts became {options.experts}; those left out did "
+        f"{sum(left.lost) / len(left.lost):.2%} of what all do, in one linear up to {max(left.lost):.2%}"
     )
     if use is None:
         return f"{words}; by their size alone"
