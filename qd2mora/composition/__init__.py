@@ -1,9 +1,9 @@
 """Composition: adapters out of adapters. Each operation is a small file; what comes out is written as any adapter is.
 
 LoRAs come out as PEFT's own folders, mixtures as this package's. Operations, see their files: cat, linear, lego
-(several LoRAs to one), average (several FlyLoRAs to one), sub and prune (a mixture to a smaller one), upcycle (a LoRA
+(several LoRAs to one), average (several FlyLoRAs to one), sub (a mixture to a smaller one), upcycle (a LoRA
 to a mixture), fit_router (several LoRAs to a mixture), experts (a mixture with others, fewer, or smaller ones), extract
-(two checkpoints to a LoRA).
+(two checkpoints to a LoRA), imagine (several tasks' cores to those of another).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +19,7 @@ from qd2mora.composition.calibration import ROWS, sampled
 from qd2mora.composition.expert_use import ExpertUse, measured_use
 from qd2mora.composition.extract import extract
 from qd2mora.composition.fit_router import fit_router
+from qd2mora.composition.imagine import imagine
 from qd2mora.composition.inputs import (
     PREFIX,
     Settings,
@@ -54,10 +55,11 @@ STEPS = 100
 class ComposeOptions:
     """What operations take beside their inputs.
 
-    learn: a recipe, or a run, on whose base and rows the weights of cat are learned, from `weights` on, in `steps`. on:
-    a recipe, or a run, on whose rows sub measures how much each expert is used, and fit-router fits. router: what that
-    fits, lsq or prototype. describe: a file with a text on each adapter, of which the nearest `keep` are taken. expert:
-    numbers of experts to leave out, with commas. energy: the share of each expert's update that its rank must keep.
+    learn: a recipe, or a run, on whose base and rows the weights of cat are learned, from `weights` on, in `steps`.
+    on: a recipe, or a run, on whose rows sub measures how much each expert is used, fit-router fits, or for whose
+    task imagine makes cores. router: what that fits, lsq or prototype. describe: a file with a text on each
+    adapter, of which the nearest `keep` are taken. expert: numbers of experts to leave out, with commas. energy:
+    the share of each expert's update that its rank must keep.
     """
 
     weights: str | None = None
@@ -253,6 +255,18 @@ def _prune(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
     return f"{words}; by their size and their use on {use.rows} rows"
 
 
+def _imagine(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
+    assert options.on is not None
+    base, recipe = base_of(inputs), recipe_of(options.on)
+    found = imagine(inputs, base, recipe)
+    write_mixture(found.config, found.tensors, base, stage, trained_on(inputs))
+    return (
+        f"experimental: cores of {found.config.method} for rows that it was not trained on, from {len(inputs)} tasks; "
+        f"those of the given tasks come back within {found.error:.1%}; the rows are nearest to '{found.nearest}', and "
+        f"{found.outside:.0%} of how they differ from the mean task is like none of them"
+    )
+
+
 def _fit_router(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
     assert options.on is not None
     base, recipe, kind = base_of(inputs), recipe_of(options.on), options.router or "lsq"
@@ -299,6 +313,7 @@ OPERATIONS = {
     "drop-expert": Operation(_drop_expert, ("expert",), needs=("expert",), num_inputs=1),
     "pick-ranks": Operation(_pick_ranks, ("energy", "rank"), needs=("energy",), num_inputs=1),
     "upcycle": Operation(_upcycle, ("experts",), needs=("experts",), num_inputs=1),
+    "imagine": Operation(_imagine, ("on",), needs=("on",)),
     "extract": Operation(_extract, ("rank",), ("rank",), 2, "the tuned model and its base"),
 }
 
