@@ -17,7 +17,8 @@ Tensors = dict[str, Tensor]
 
 @dataclass
 class Row:
-    """A row: x (T, D), its task, the vector it brings, the first pass's states (T, H), which tokens are prompt (T)."""
+    """A row: x (T, D), its task, the vector it brings, the first pass's states (T, H), which tokens are prompt (T),
+    and the mark of each (T)."""
 
     x: Tensor
     task: int = 0
@@ -25,6 +26,7 @@ class Row:
     hidden: Tensor | None = None
     prompt: list[bool] | None = None
     block_input: Tensor | None = None
+    marks: list[int] | None = None
 
 
 def update(method: str, t: Tensors, row: Row) -> Tensor:
@@ -181,6 +183,15 @@ def peam(t: Tensors, row: Row, place: int) -> Tensor:
     return t["mixture_B"][row.task] @ (t["mixture_A"][row.task] @ row.x[place])
 
 
+def clora(t: Tensors, row: Row, place: int) -> Tensor:
+    """The mark's own expert, and nothing in no span."""
+    assert row.marks is not None
+    mark = row.marks[place]
+    if mark == 0:
+        return 0 * (t["mixture_B"][0] @ (t["mixture_A"][0] @ row.x[place]))
+    return t["mixture_B"][mark - 1] @ (t["mixture_A"][mark - 1] @ row.x[place])
+
+
 def sketchassist(t: Tensors, row: Row, place: int) -> Tensor:
     of_task = t["mixture_router_task"] @ t["mixture_task_embedding"][row.task]
     return paired(softmax(t["mixture_router_down"] @ row.x[place] + of_task), t, row.x[place])
@@ -217,6 +228,7 @@ _TOKEN: dict[str, Callable[[Tensors, Row, int], Tensor]] = {
     "scalezero": scalezero,
     "base_gate": base_gate,
     "peam": peam,
+    "clora": clora,
     "sketchassist": sketchassist,
 }
 METHODS = tuple(_TOKEN)

@@ -9,6 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qd2mora.data.instruction import split
 
+SPANNED = ["data.spans=[one,two,three]", "adapter.down.experts=3", "adapter.up.experts=3"]
+SPANNED += [f"data.tasks.{task}.format=completion" for task in (0, 1)]
+SPANNED += [f"data.tasks.{task}.fields={{prompt: instruction, completion: output}}" for task in (0, 1)]
+"""What makes a recipe over both tasks, saved `with_more`, one whose answers are marked as spans."""
 WORDS = ["red", "blue", "green", "sun", "moon", "star", "cat", "dog", "bird", "one", "two", "three"]
 
 
@@ -63,12 +67,14 @@ def save_base(folder: Path, *, tied: bool = True, seed: int = 0, hidden: int = 6
 
 
 def save_tasks(folder: Path, number: int = 40, *, with_more: bool = False) -> None:
-    """Save `first.jsonl` and `last.jsonl`; `with_more` gives each row a vector of three numbers, `who`."""
+    """Save `first.jsonl` and `last.jsonl`; `with_more` gives each row a vector of three numbers, `who`, and `spans`."""
     folder.mkdir(parents=True, exist_ok=True)
     for task in ("first", "last"):
         rows: list[dict[str, object]] = [dict(row) for row in rows_of(task, number)]
         if with_more:
             rows = [row | {"who": [float(place % 3 == entry) for entry in range(3)]} for place, row in enumerate(rows)]
+            spans = [[{"field": "output", "adapter": name}] for name in ("one", "two", "three")]
+            rows = [row | {"spans": spans[place % 3]} for place, row in enumerate(rows)]
         lines = [json.dumps(row) for row in rows]
         (folder / f"{task}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -8,7 +8,8 @@ import typer
 from qd2mora.cli.app import MOST, app
 
 OPERATIONS = (
-    "cat, linear, lego, average, sub, prune, fit-router, add-expert, drop-expert, pick-ranks, upcycle or extract."
+    "cat, linear, lego, average, sub, prune, fit-router, add-expert, drop-expert, pick-ranks, upcycle, extract or "
+    "imagine."
 )
 
 
@@ -31,7 +32,8 @@ def compose(
     learn: Annotated[Path | None, typer.Option(help="Of cat: recipe or run on whose rows weights are learned.")] = None,
     steps: Annotated[int | None, typer.Option(help="Of --learn; else 100.", min=0, max=MOST)] = None,
     on: Annotated[
-        Path | None, typer.Option(help="Recipe or run on whose rows use is measured (sub, prune), a router fitted.")
+        Path | None,
+        typer.Option(help="Recipe or run: rows to measure use on (sub, prune), to fit a router on, to imagine for."),
     ] = None,
     router: Annotated[str | None, typer.Option(help="Of fit-router: lsq, or prototype, which grows.")] = None,
     describe: Annotated[Path | None, typer.Option(help="Of fit-router: YAML, a text on each input.")] = None,

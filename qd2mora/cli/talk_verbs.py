@@ -26,6 +26,10 @@ from qd2mora.stopping import listening
 
 Task = Annotated[str | None, typer.Option(help="Task: words as it was trained, routes by it where the adapter does.")]
 Vector = Annotated[str | None, typer.Option(help="Numbers with commas, where the adapter reads a vector.")]
+Spans = Annotated[
+    list[str] | None,
+    typer.Option(help="ADAPTER=START:END, letters of the prompt in which it acts; START: or answer goes on after it."),
+]
 Template = Annotated[
     str | None,
     typer.Option(help="Wording: instruction, tokenizer (its chat template), chatml, plain; else as trained."),
@@ -53,6 +57,7 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text without any template.")] = False,
     task: Task = None,
     vector: Vector = None,
+    span: Spans = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=1, max=MOST)] = 128,
     template: Template = None,
     temperature: Temperature = 0.0,
@@ -71,24 +76,28 @@ def generate(
     allow_changed: AllowChanged = None,
 ) -> None:
     """Write the answer to a prompt as it comes, or those to a file of prompts; routed adapter included."""
-    _check_asked(prompt, file, out)
+    _check_asked(prompt, file, out, span)
     from qd2mora.evaluation import TalkOptions
 
     settings = {"samples": samples, "gates_every": gates_every, "temperature": temperature, "extract": extract}
     way = asked_way((contrast, beta, alpha), (ensemble, calibrate, triggers, mix), seed=seed, **settings)
-    options = TalkOptions(task, numbers(vector), template, max_new_tokens, temperature, top_p, seed, way)
+    told = TalkOptions(
+        task, numbers(vector), template, max_new_tokens, temperature, top_p, seed, tuple(span or ()), way
+    )
     if file is not None and out is not None:
-        _answer_file(model, file, out, options, raw, rows_at_once, allow_changed or ())
+        _answer_file(model, file, out, told, raw, rows_at_once, allow_changed or ())
     elif prompt is not None:
-        _answer(model, prompt, options, raw, allow_changed or ())
+        _answer(model, prompt, told, raw, allow_changed or ())
 
 
-def _check_asked(prompt: str | None, file: Path | None, out: Path | None) -> None:
+def _check_asked(prompt: str | None, file: Path | None, out: Path | None, span: Sequence[str] | None) -> None:
     """Refuse what asks for nothing, or for two things. Raises InputRefused."""
     if (prompt is None) == (file is None):
         raise InputRefused("--prompt: name a prompt, or with --file and --out a file of them")
     if (file is None) != (out is None):
         raise InputRefused("--out: goes with --file, as --file does with it: prompts in one, answers in the other")
+    if file is not None and span:
+        raise InputRefused("--span: marks letters of one --prompt; prompts of a file have none")
 
 
 def _answer(model: Path, prompt: str, options: Any, raw: bool, allow_changed: Sequence[str]) -> None:

@@ -20,6 +20,8 @@ from qd2mora.run_folder import RunFolder, read_recipe
 WHY_NO_EXPORT = {
     "task": "no export: this method routes by row; `qd2mora merge --task NAME` exports for one",
     "vector": "no export: this method routes by row; `qd2mora merge --vector NUMBERS` exports for one",
+    "spans": "no export: this method acts in marked spans alone, which no weight tells from the rest of a text",
+    "magnitudes": "no export: DoRA experts scale the base's own output by token, which no weight and no code file does",
     "none": "no export: this method stands beside a whole block, and no weight can take its update",
 }
 

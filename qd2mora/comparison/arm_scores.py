@@ -56,7 +56,7 @@ def score_best_export(folder: Path, exam: Exam, strategies: Sequence[str]) -> Ex
     recipe = read_recipe(folder)
     known = [task.name for task in recipe.data.tasks]
     scope = export_scope(MixtureConfig.from_recipe(recipe.adapter, len(known)), len(known))
-    if scope in ("none", "vector"):
+    if scope in ("none", "vector", "spans", "magnitudes"):
         return None
     names: list[str | None] = [None]
     if scope == "task":

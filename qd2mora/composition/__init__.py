@@ -1,9 +1,9 @@
 """Composition: adapters out of adapters. Each operation is a small file; what comes out is written as any adapter is.
 
 LoRAs come out as PEFT's own folders, mixtures as this package's. Operations, see their files: cat, linear, lego
-(several LoRAs to one), average (several FlyLoRAs to one), sub and prune (a mixture to a smaller one), upcycle (a LoRA
+(several LoRAs to one), average (several FlyLoRAs to one), sub (a mixture to a smaller one), upcycle (a LoRA
 to a mixture), fit_router (several LoRAs to a mixture), experts (a mixture with others, fewer, or smaller ones), extract
-(two checkpoints to a LoRA).
+(two checkpoints to a LoRA), imagine (several tasks' cores to those of another).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +13,13 @@ from pathlib import Path
 from torch import Tensor
 
 from qd2mora.base import load_tokenizer
-from qd2mora.composition import cat, experts, lego, linear, prune, sub_moe
+from qd2mora.composition import cat, experts, lego, linear, sub_moe
 from qd2mora.composition.average import average
 from qd2mora.composition.calibration import ROWS, sampled
 from qd2mora.composition.expert_use import ExpertUse, measured_use
 from qd2mora.composition.extract import extract
 from qd2mora.composition.fit_router import fit_router
+from qd2mora.composition.imagine import imagine
 from qd2mora.composition.inputs import (
     PREFIX,
     Settings,
@@ -54,10 +55,11 @@ STEPS = 100
 class ComposeOptions:
     """What operations take beside their inputs.
 
-    learn: a recipe, or a run, on whose base and rows the weights of cat are learned, from `weights` on, in `steps`. on:
-    a recipe, or a run, on whose rows sub measures how much each expert is used, and fit-router fits. router: what that
-    fits, lsq or prototype. describe: a file with a text on each adapter, of which the nearest `keep` are taken. expert:
-    numbers of experts to leave out, with commas. energy: the share of each expert's update that its rank must keep.
+    learn: a recipe, or a run, on whose base and rows the weights of cat are learned, from `weights` on, in `steps`.
+    on: a recipe, or a run, on whose rows sub measures how much each expert is used, fit-router fits, or for whose
+    task imagine makes cores. router: what that fits, lsq or prototype. describe: a file with a text on each
+    adapter, of which the nearest `keep` are taken. expert: numbers of experts to leave out, with commas. energy:
+    the share of each expert's update that its rank must keep.
     """
 
     weights: str | None = None
@@ -193,10 +195,8 @@ def _add_expert(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> 
     base, (folder, *others) = base_of(inputs), inputs
     if not others:
         raise InputRefused("compose add-expert takes a mixture and what is added to it, one given")
-    mixture = experts.cut("add-expert", *read_mixture(folder))
-    found = [
-        experts.cut("add-expert", *read_mixture(each)) if is_mixture(each) else read_loras([each])[0] for each in others
-    ]
+    mixture = _cut("add-expert", folder)
+    found = [_cut("add-expert", each) if is_mixture(each) else read_loras([each])[0] for each in others]
     words = _write_experts(*experts.added(mixture, found), base, inputs, stage)
     if any(not is_mixture(each) for each in others):
         return f"{words}; LoRAs have no router's row: theirs are zero until they are trained (adapter.start)"
@@ -209,16 +209,23 @@ def _drop_expert(inputs: Sequence[str], options: ComposeOptions, stage: Path) ->
         numbers = [int(part) for part in options.expert.split(",")]
     except ValueError:
         raise InputRefused(f"--expert: '{options.expert}' will not do: numbers of experts, such as 1,3") from None
-    mixture = experts.cut("drop-expert", *read_mixture(inputs[0]))
+    mixture = _cut("drop-expert", inputs[0])
     return _write_experts(*experts.dropped(mixture, numbers), base_of(inputs), inputs, stage)
 
 
 def _pick_ranks(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
     assert options.energy is not None
-    mixture = experts.cut("pick-ranks", *read_mixture(inputs[0]))
+    mixture = _cut("pick-ranks", inputs[0])
     config, linears, kept = experts.picked(mixture, options.energy, options.rank)
     words = _write_experts(config, linears, base_of(inputs), inputs, stage)
     return f"{words}; {kept:.2%} of the updates' energy is kept"
+
+
+def _cut(operation: str, folder: str) -> experts.Mixture:
+    try:
+        return experts.cut(operation, *read_mixture(folder))
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise InputRefused(f"'{folder}' does not hold the tensors that its config asks for: {error}") from error
 
 
 def _write_experts(
@@ -232,27 +239,32 @@ def _write_experts(
 
 def _prune(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
     assert options.experts is not None
-    base, (folder,) = base_of(inputs), inputs
-    config, linears = read_mixture(folder)
-    prune.refuse_unfit(config, options.experts, options.on is not None)
+    (folder,) = inputs
+    mixture = _cut("prune", folder)
+    if options.on is not None and mixture.config.routers["down"].input == "none":
+        raise InputRefused(f"--on: the gate of {mixture.config.method} reads no row; leave it out")
     use = None if options.on is None else measured_use(folder, recipe_of(options.on))
-    tensors: dict[str, Tensor] = {}
-    lost = []
-    try:
-        for name, each in linears.items():
-            kept, share = prune.prune(each, options.experts, _shares(use, name))
-            tensors |= {f"{name}.{kind}": tensor for kind, tensor in kept.items()}
-            lost.append(share)
-    except (LookupError, ValueError, RuntimeError) as error:
-        raise InputRefused(f"'{folder}' does not hold the tensors that its config asks for: {error}") from error
-    write_mixture(prune.pruned_config(config, options.experts), tensors, base, stage, trained_on(inputs))
+    left = experts.pruned(mixture, options.experts, lambda name: _shares(use, name))
+    _write_experts(left.config, left.linears, base_of(inputs), inputs, stage)
     words = (
-        f"{config.num_down} experts became {options.experts}; those left out did {sum(lost) / len(lost):.2%} of what "
-        f"all do, in one linear up to {max(lost):.2%}"
+        f"{mixture.config.num_down} experts became {options.experts}; those left out did "
+        f"{sum(left.lost) / len(left.lost):.2%} of what all do, in one linear up to {max(left.lost):.2%}"
     )
     if use is None:
         return f"{words}; by their size alone"
     return f"{words}; by their size and their use on {use.rows} rows"
+
+
+def _imagine(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
+    assert options.on is not None
+    base, recipe = base_of(inputs), recipe_of(options.on)
+    found = imagine(inputs, base, recipe)
+    write_mixture(found.config, found.tensors, base, stage, trained_on(inputs))
+    return (
+        f"experimental: cores of {found.config.method} for rows that it was not trained on, from {len(inputs)} tasks; "
+        f"those of the given tasks come back within {found.error:.1%}; the rows are nearest to '{found.nearest}', and "
+        f"{found.outside:.0%} of how they differ from the mean task is like none of them"
+    )
 
 
 def _fit_router(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
@@ -301,6 +313,7 @@ OPERATIONS = {
     "drop-expert": Operation(_drop_expert, ("expert",), needs=("expert",), num_inputs=1),
     "pick-ranks": Operation(_pick_ranks, ("energy", "rank"), needs=("energy",), num_inputs=1),
     "upcycle": Operation(_upcycle, ("experts",), needs=("experts",), num_inputs=1),
+    "imagine": Operation(_imagine, ("on",), needs=("on",)),
     "extract": Operation(_extract, ("rank",), ("rank",), 2, "the tuned model and its base"),
 }
 

@@ -2,7 +2,9 @@
 
 An expert e is A_e, B_e and its row of the router: experts that were trained apart stand side by side, each with its own
 row, and one whose row is gone is as if its logit were -inf. How small an expert may be is its spectrum: the ranks that
-keep a share of sum over linears of |B_e A_e|_F^2. All through QR of the factors: no matrix is ever d_out x d_in.
+keep a share of sum over linears of |B_e A_e|_F^2. Pruning by use leaves each linear its own most useful experts: of a
+gate that is no softmax, pruning those that do nothing changes nothing, and of a softmax nothing where their gates are
+0. All through QR of the factors: no matrix is ever d_out x d_in.
 
 Deviations: FlexMoRE picks ranks by the scores of models of many ranks, here by the share that is kept; a plain LoRA
 comes without a row and gets one of zeros, which training has to teach.
@@ -10,7 +12,7 @@ comes without a row and gets one of zeros, which training has to teach.
 Shapes: R rank of one expert, D d_in, O d_out, E experts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +24,12 @@ from qd2mora.mixture.trained_loras import TrainedLora
 
 Linears = dict[str, dict[str, Tensor]]
 """Tensors by linear and name."""
-ROWS = ("mixture_router_down", "mixture_bias_down", "mixture_logits_down", "mixture_select_bias_down")
+TAKES_OUT = ("drop-expert", "prune")
+"""Operations that leave experts as they are."""
+ROWS = (
+    *("mixture_router_down", "mixture_bias_down", "mixture_logits_down", "mixture_select_bias_down"),
+    "mixture_magnitude",
+)
 """Tensors with an entry for each expert, beside its pair."""
 
 
@@ -51,10 +58,12 @@ class Mixture:
 def cut(operation: str, config: MixtureConfig, linears: Linears) -> Mixture:
     """Return a mixture expert by expert. Raises InputRefused where its experts cannot be told apart."""
     gate, row = config.routers.get("down"), config.row
-    is_pairs = row.pairing == "tied" and row.core == "none" and gate is not None and not row.stages
+    is_pairs = row.pairing == "tied" and row.core == "none" and gate is not None
+    if row.stages and operation not in TAKES_OUT:
+        raise InputRefused(f"{operation}: {config.method} adds experts of its own; drop-expert and prune take them out")
     if not is_pairs or gate is None or config.allocation is not None:
         raise InputRefused(f"{operation}: {config.method} has no pairs of one number in every layer; mola, flexmore do")
-    if gate.score not in ("linear", "bias", "static", "prototype") or gate.input in ("task", "task+x"):
+    if gate.score not in ("linear", "bias", "static", "prototype") or gate.input in ("task", "task+x", "span"):
         raise InputRefused(f"{operation}: the router of {config.method} has no row for each expert that stands alone")
     ranks = config.ranks or [config.rank or 0] * config.num_down
     experts: dict[str, list[Expert]] = {}
@@ -104,15 +113,75 @@ def joined(
 
 def dropped(mixture: Mixture, numbers: Sequence[int]) -> tuple[MixtureConfig, Linears]:
     """Return the mixture without experts of these numbers, as if their logits were -inf. Raises InputRefused."""
-    first, ranks = int(mixture.config.row.has_public), mixture.ranks
+    first, number_of_all = int(mixture.config.row.has_public), len(mixture.ranks)
     for number in numbers:
-        if not first <= number < len(ranks):
-            raise InputRefused(f"--expert: {number} will not do: from {first} to {len(ranks) - 1}")
-    kept = [number for number in range(len(ranks)) if number not in numbers]
+        if not first <= number < number_of_all:
+            raise InputRefused(f"--expert: {number} will not do: from {first} to {number_of_all - 1}")
+    kept = [number for number in range(number_of_all) if number not in numbers]
     if len(kept) < 2:
-        raise InputRefused(f"--expert: {len(kept)} of {len(ranks)} experts would be left; a router chooses among 2")
-    experts = {name: [each[number] for number in kept] if each else [] for name, each in mixture.experts.items()}
-    return joined(mixture, [ranks[number] for number in kept], experts)
+        raise InputRefused(f"--expert: {len(kept)} of {number_of_all} experts would be left; a router chooses among 2")
+    return _with_those(mixture, dict.fromkeys(mixture.experts, kept), [mixture.ranks[number] for number in kept])
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What pruning left, and of each linear the share that those left out had of what all its experts did."""
+
+    config: MixtureConfig
+    linears: Linears
+    lost: list[float]
+
+
+def pruned(mixture: Mixture, experts: int, shares: Callable[[str], Tensor | None]) -> Pruned:
+    """Return the mixture with so many experts in each linear, those that do most there. Raises InputRefused.
+
+    What an expert does is how much it is used, `shares` of a linear (E,), or all alike, times the size of its update,
+    |B_e A_e|_F: one that was never opened, or that no router takes, does nothing.
+    """
+    _refuse_to_prune(mixture.config, experts)
+    kept, lost = {}, []
+    for name, found in mixture.experts.items():
+        use_E, size_E = shares(name), torch.stack([_size(each) for each in found])
+        done_E = size_E if use_E is None else size_E * use_E
+        best = done_E.argsort(descending=True, stable=True)[:experts].sort().values
+        kept[name] = best.tolist()
+        total = float(done_E.sum())
+        lost.append(1 - float(done_E[best].sum()) / total if total > 0 else 0.0)
+    config, linears = _with_those(mixture, kept, mixture.ranks[:experts])
+    return Pruned(config, linears, lost)
+
+
+def _refuse_to_prune(config: MixtureConfig, experts: int) -> None:
+    """Refuse mixtures whose linears cannot each keep experts of their own, and sizes that grow. Raises InputRefused."""
+    gate = config.routers["down"]
+    if config.ranks or config.row.one_expert:
+        raise InputRefused(
+            f"prune: {config.method} has no experts of one rank in every linear; loramoe, scalezero have"
+        )
+    if gate.scope != "module":
+        raise InputRefused(
+            f"prune: linears of {config.method} share a router; drop-expert takes experts out of all alike"
+        )
+    if not 1 <= experts <= config.num_down:
+        raise InputRefused(f"--experts: {experts} will not do: from 1 to the {config.num_down} there are")
+    if gate.top_k is not None and gate.top_k > experts:
+        raise InputRefused(f"--experts: {experts} are fewer than the {gate.top_k} that a token uses")
+
+
+def _size(expert: Expert) -> Tensor:
+    """Return |B A|_F, float64, through <B^T B, A A^T>."""
+    up, down = expert.up.double(), expert.down.double()
+    return ((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt()
+
+
+def _with_those(
+    mixture: Mixture, kept: Mapping[str, Sequence[int]], ranks: Sequence[int]
+) -> tuple[MixtureConfig, Linears]:
+    """Return the mixture with some experts of each linear, in their order, with their bits."""
+    experts = {
+        name: [found[number] for number in kept[name]] if found else [] for name, found in mixture.experts.items()
+    }
+    return joined(mixture, ranks, experts)
 
 
 def added(mixture: Mixture, others: Sequence[Mixture | TrainedLora]) -> tuple[MixtureConfig, Linears]:
@@ -140,6 +209,8 @@ def added(mixture: Mixture, others: Sequence[Mixture | TrainedLora]) -> tuple[Mi
 
 
 def _add_lora(experts: dict[str, list[Expert]], lora: TrainedLora, scaling: float) -> None:
+    if any("mixture_magnitude" in expert.rows for found in experts.values() for expert in found):
+        raise InputRefused(f"add-expert: {lora.folder} is a LoRA, and the mixture's experts are DoRAs with magnitudes")
     unknown = sorted(set(lora.pairs) - set(experts))
     if unknown:
         raise InputRefused(f"add-expert: {lora.folder} adapts {unknown[0]}, which the mixture does not")
@@ -207,4 +278,4 @@ def _truncated(expert: Expert, spectrum: Spectrum, rank: int) -> Expert:
     return replace(expert, down=down.float(), up=up.float())
 
 
-__all__ = ["Mixture", "added", "cut", "dropped", "joined", "picked"]
+__all__ = ["Mixture", "Pruned", "added", "cut", "dropped", "joined", "picked", "pruned"]

@@ -14,6 +14,7 @@ from qd2mora.data.file_rows import BadRow, Repeated
 from qd2mora.data.row_format import Fields, RowFormat
 from qd2mora.data.row_keys import LEARNED, MASKED, unread_keys_of_message
 from qd2mora.data.row_text import check_json, check_text, from_json, says_something, shortened
+from qd2mora.data.spans import Span
 
 FORMAT = RowFormat(
     ("messages",),
@@ -62,6 +63,8 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     unread: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    spans: tuple[Span, ...] | None = None
+    """Marked spans of messages' contents; None where the data marks none."""
 
     @property
     def last(self) -> int:
@@ -108,7 +111,10 @@ def with_system(talk: Conversation, system: str | None) -> Conversation:
         return talk
     if talk.messages[0]["role"] != "system":
         first: Message = {"role": "system", "content": system}
-        return replace(talk, messages=(first, *talk.messages), is_learned=(False, *talk.is_learned))
+        spans = talk.spans
+        if spans is not None:
+            spans = tuple(span._replace(place=int(span.place) + 1) for span in spans)
+        return replace(talk, messages=(first, *talk.messages), is_learned=(False, *talk.is_learned), spans=spans)
     if talk.messages[0]["content"] != system:
         raise BadRow("field 'system' and the first message are two system messages", ", and they differ")
     return talk

@@ -56,7 +56,8 @@ def first_rows(data: Data, tokenizer: PreTrainedTokenizerBase) -> Iterator[First
         skipped = Skipped() if data.on_bad_row == "skip" else None
         lines = max(1, len(find_format(task).answers))
         with worded_by(task, tokenizer) as template:
-            pairs = list(islice(iterate_pairs(task, task.path, skipped, template), FIRST * lines + 1))
+            found = iterate_pairs(task, task.path, skipped, template, spans=data.spans)
+            pairs = list(islice(found, FIRST * lines + 1))
         rows = encode(pairs[: FIRST * lines], tokenizer, number, data.max_length, data.mask_prompt, task.group or 0)
         if lines > 1:
             rows = [replace(row, against=other) for row, other in zip(rows[::2], rows[1::2], strict=True)]

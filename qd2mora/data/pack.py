@@ -166,15 +166,18 @@ def _best_sum(numbers: Sequence[int], lengths: Sequence[int], room: int) -> list
 def collate_packed(batch: MicroBatch, pad: int) -> dict[str, Tensor]:
     """Return input_ids, labels, position_ids, segments (lines, longest line rounded up), int64; task_index (rows,).
 
+    Where the data marks spans, also `marks` as `collate` has them.
+
     `segments` numbers the batch's rows, -1 is padding. There is no attention_mask: without one, attention is bounded by
     where positions restart, padding included.
     """
-    places = batch.places
+    places, told = batch.places, {"task_index": torch.tensor([row.task for row in batch.rows])}
     assert places is not None
     ends = [start + len(row.ids) for (_, start), row in zip(places, batch.rows, strict=True)]
     width = -(-max(ends) // MULTIPLE) * MULTIPLE
     shape = (len(batch.packs), width)
     ids, labels = torch.full(shape, pad), torch.full(shape, IGNORE)
+    marks = torch.zeros(shape, dtype=torch.int64)
     segments, positions = torch.full(shape, -1), torch.zeros(shape, dtype=torch.int64)
     for number, ((line, start), row) in enumerate(zip(places, batch.rows, strict=True)):
         tokens = torch.from_numpy(row.ids.astype("int64"))
@@ -186,10 +189,14 @@ def collate_packed(batch: MicroBatch, pad: int) -> dict[str, Tensor]:
         for first, last in (*row.earlier, (row.masked, len(tokens))):
             first = max(first, 1)  # a row's first token would be told by the row before it
             labels[line, start + first : start + last] = tokens[first:last]
+        for mark, first, last in row.marks or ():
+            marks[line, start + first : min(start + last, stop)] = mark
         # Padding behind the last row counts from 0 as a row of its own does: attention keeps the rows out of it.
         positions[line, stop:] = torch.arange(width - stop)
+    if any(row.marks is not None for row in batch.rows):
+        told["marks"] = marks
     batch_of = {"input_ids": ids, "labels": labels, "position_ids": positions, "segments": segments}
-    return batch_of | {"task_index": torch.tensor([row.task for row in batch.rows])}
+    return batch_of | told
 
 
 __all__ = ["MULTIPLE", "MicroBatch", "collate_packed", "dealt", "lines_together", "packed"]

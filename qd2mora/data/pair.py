@@ -34,6 +34,8 @@ class Pair:
     """What the data says of the answer: 1 good and 0 bad, or by how much it is better than the one it stands beside."""
     against: str = ""
     """The answer that this one is compared with."""
+    spans: tuple[Part, ...] | None = None
+    """The mark of each marked span and its letters in the whole text; None where the data marks none."""
     parts: tuple[Part, ...] = ()
     """What a conversation consists of, in letters of its text, where that is not the template's own words."""
 

@@ -86,7 +86,8 @@ def encode(
             rows += [Row(task, whole[start : start + max_length], 1, pair, group) for start in starts]
             continue
         ids = np.asarray(tokens.ids[:max_length], dtype=np.int32)
-        rows.append(Row(task, ids, min(tokens.bounds[-1], len(ids)) if mask_prompt else 0, pair, group))
+        masked = min(tokens.bounds[-1], len(ids)) if mask_prompt else 0
+        rows.append(Row(task, ids, masked, pair, group, marks=tokens.marks))
     return rows
 
 
@@ -122,6 +123,8 @@ def _prepare_task(
     result.num_dropped = len(rows) - len(train)
     result.num_cut = int(train.is_cut.sum())
     _refuse_masked(data, result, rows)
+    if data.spans is not None:
+        _note_spans(data, result)
     if result.num_cut > MANY_CUT * len(rows):
         _log.warning(
             "data.tasks.%s: %d of %d rows lose the end of the answer to data.max_length %d; the longest has %d tokens",
@@ -148,14 +151,15 @@ def _stored_rows(
 
     def read(skipped: Skipped) -> Iterator[Pair]:
         with worded_by(task, tokenizer, tokeniser.clock) as template:
-            yield from iterate_pairs(task, path, skipped if data.on_bad_row == "skip" else None, template, skipped)
+            left_out = skipped if data.on_bad_row == "skip" else None
+            yield from iterate_pairs(task, path, left_out, template, skipped, data.spans)
 
     # Read anew: nothing here tells whether what the name stands for has changed.
     if path.startswith(HUB) or not os.path.isfile(path):
         return open_store(RowsToStore(task.name, read, None, 0, path, task.limit), tokeniser)
     names = ("format", "fields", "select", "limit", "vector", "wording", "turns")
     key: dict[str, object] = {name: getattr(task, name) for name in names}
-    key |= {"file": content_hash(path), "path": path, "on_bad_row": data.on_bad_row}
+    key |= {"file": content_hash(path), "path": path, "on_bad_row": data.on_bad_row, "spans": data.spans}
     key["tokenizer"] = hash_of_bytes(tokenizer_text(tokenizer).encode())
     # Or a store made yesterday would give rows that word yesterday.
     if reads_clock(_template_text(task, tokenizer) or ""):
@@ -206,6 +210,21 @@ def _refuse_masked(data: Data, result: TaskRows, rows: TokenRows) -> None:
             f"{where}: {share} have no room for an answer within data.max_length {data.max_length}; raise it, or leave "
             "them out with data.on_bad_row: skip"
         )
+
+
+def _note_spans(data: Data, result: TaskRows) -> None:
+    """Count the training rows whose spans `max_length` cuts, or that mark no token."""
+    cut = unmarked = 0
+    for row in result.train:
+        marks = row.marks or ()
+        is_lost = sum(start >= len(row.ids) for _, start, _ in marks)
+        cut += any(stop > len(row.ids) for _, _, stop in marks)
+        unmarked += is_lost == len(marks)
+    remarks = {f"lose a marked span, or its end, to data.max_length {data.max_length}": cut}
+    remarks["have no token in a marked span: no adapter acts there"] = unmarked
+    result.skipped.remarks |= {remark: number for remark, number in remarks.items() if number}
+    if cut:
+        _log.warning("data.tasks.%s: %d of %d rows %s", result.task.name, cut, len(result.train), next(iter(remarks)))
 
 
 def _hold_out(store: TokenStore, task: Task, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

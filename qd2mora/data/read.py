@@ -1,25 +1,27 @@
 """Rows of a task as text, checked: a row that cannot be learned from stops the run, or is left out and counted."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qd2mora.data.answered import answered
 from qd2mora.data.chat_template import ChatTemplate
-from qd2mora.data.conversation import as_conversation, read_conversation
+from qd2mora.data.conversation import as_conversation, read_conversation, with_system
 from qd2mora.data.file_rows import BadRow, Repeated, rows_of
 from qd2mora.data.formats import find_format
 from qd2mora.data.pair import Pair, Vector
 from qd2mora.data.row_format import Fields, Names, RowFormat
 from qd2mora.data.row_keys import unread_keys
 from qd2mora.data.row_text import check_text, shortened
+from qd2mora.data.spans import KEY, joined, read_spans
 from qd2mora.data.turns import Turns
 from qd2mora.disk.file_hash import hash_of_bytes, hash_of_file
 from qd2mora.errors import InputRefused
 from qd2mora.recipe import Task
 from qd2mora.recipe.data import HUB
 
+_WITH_SPANS = ("completion", "chat")
 _SYSTEM = "bring their system message in field 'system'; it is put first"
 
 
@@ -86,9 +88,13 @@ def iterate_pairs(
     skipped: Skipped | None = None,
     template: ChatTemplate | None = None,
     noted: Skipped | None = None,
+    spans: Sequence[str] | None = None,
 ) -> Iterator[Pair]:
-    """Yield what `read_pairs` returns, row by row; `noted` is told what one would not expect of rows that are kept."""
-    reading, noted = _Reading(task, template), noted or Skipped()
+    """Yield what `read_pairs` returns, row by row; `noted` is told what one would not expect of rows that are kept.
+
+    spans: names of the adapters that rows may mark spans with.
+    """
+    reading, noted = _Reading(task, template, spans), noted or Skipped()
     number = 0
     for place, row in selected_rows(task, path):
         if number == task.limit:
@@ -150,8 +156,14 @@ class _Made:
 class _Reading:
     """How the rows of a task are read."""
 
-    def __init__(self, task: Task, template: ChatTemplate | None) -> None:
+    def __init__(self, task: Task, template: ChatTemplate | None, spans: Sequence[str] | None) -> None:
         self.row_format, self.task, self.names = find_format(task), task, task.fields or {}
+        self.spans = spans
+        if spans is not None and task.format not in _WITH_SPANS:
+            raise InputRefused(
+                f"data.spans: spans are read of {' and '.join(_WITH_SPANS)} rows; those of task {task.name} are "
+                f"{task.format}"
+            )
         self.turns = None
         if template is not None:
             # Of answers that are judged the last message alone is learned.
@@ -170,21 +182,30 @@ class _Reading:
             unread += of_messages
             remarks += said
         elif self.row_format.split is None:
-            pairs, said, of_messages = self._conversation(content)
+            pairs, said, of_messages = self._conversation(content, fields)
             place = self.row_format.called("messages", fields, self.names)
             unread += [f"{place}.{key}" for key in of_messages]
             remarks += said
         else:
             pairs = [self._pair(content)]
+            if self.spans is not None:
+                texts = {str(self.names.get(name, name)): content[name] for name in self.row_format.fields}
+                spans = read_spans(fields.get(KEY), self.spans, texts)
+                pairs = [replace(pairs[0], spans=joined(spans, texts))]
         if self.task.vector is not None:
             vector = _vector(fields, self.task.vector)
             pairs = [replace(pair, vector=vector) for pair in pairs]
         return _Made(pairs, unread, remarks)
 
-    def _conversation(self, content: Fields) -> tuple[list[Pair], list[str], tuple[str, ...]]:
+    def _conversation(self, content: Fields, fields: Fields) -> tuple[list[Pair], list[str], tuple[str, ...]]:
         assert self.turns is not None
         called = {ours: theirs for ours, theirs in self.names.items() if isinstance(theirs, str)}
-        talk = read_conversation(content, called)
+        talk = read_conversation(content | {"system": None}, called)
+        if self.spans is not None:
+            # By the numbers that the row's own messages have, before a system message is put first.
+            texts = {number: str(message.get("content", "")) for number, message in enumerate(talk.messages)}
+            talk = replace(talk, spans=tuple(read_spans(fields.get(KEY), self.spans, texts)))
+        talk = with_system(talk, content.get("system"))
         pairs, remarks = self.turns.pairs(talk)
         return pairs, [*talk.remarks, *remarks], talk.unread
 
@@ -205,6 +226,8 @@ class _Reading:
     def _unread(self, row: Fields) -> list[str]:
         """Return the keys of a row that nothing reads. Raises BadRow where one changes what is learned."""
         read = {*(self.task.select or {}), *([self.task.vector] if self.task.vector else [])}
+        if self.spans is not None:
+            read.add(KEY)
         for name in (*self.row_format.fields, *self.row_format.optional):
             theirs = self.row_format.called(name, row, self.names)
             read.update(theirs if isinstance(theirs, list) else [theirs])

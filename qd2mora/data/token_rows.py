@@ -27,6 +27,9 @@ class Row:
     """What a conversation consists of, in tokens, where that is not the template's own words."""
     against: "Row | None" = None
     """The worse answer to the same prompt."""
+    marks: tuple[Part, ...] | None = None
+    """The mark of each marked span and its tokens; those of a prompt alone go on into the answer that it asks for. None
+    where the data marks none."""
 
     @property
     def lines(self) -> tuple["Row", ...]:
@@ -38,10 +41,28 @@ class Row:
         against = None if self.against is None else self.against.of_task(number)
         return replace(self, task=number, against=against)
 
+    @property
+    def answer_mark(self) -> int:
+        """The mark of the answer's first token, under which an answer is written; 0 in no span."""
+        return next((mark for mark, start, stop in self.marks or () if start <= self.masked < stop), 0)
+
+    @property
+    def asked(self) -> "Row":
+        """This row without its answer."""
+        return Row(self.task, self.ids[: self.masked], self.masked, self.pair, marks=self.marks)
+
+    def with_answer(self, ids: NDArray[np.int32]) -> "Row":
+        """Return this row's prompt with another answer, all of it under the mark of this one's first token."""
+        whole, marks = np.concatenate([self.ids[: self.masked], ids]), self.marks
+        if marks is not None:
+            before = [(mark, start, min(stop, self.masked)) for mark, start, stop in marks if start < self.masked]
+            marks = (*before, (self.answer_mark, self.masked, len(whole)))
+        return Row(self.task, whole, self.masked, self.pair, marks=marks)
+
     def with_answer_of(self, other: "Row", longest: int) -> "Row":
         """Return this row's prompt with another row's answer, cut to `longest` tokens."""
-        ids = np.concatenate([self.ids[: self.masked], other.ids[other.masked :]])[:longest]
-        return replace(self, ids=ids, earlier=(), parts=())
+        whole = self.with_answer(other.ids[other.masked :])
+        return replace(self, ids=whole.ids[:longest], earlier=(), parts=(), marks=whole.marks)
 
     @property
     def num_tokens(self) -> int:
@@ -148,12 +169,13 @@ class TokenRows(Sequence[Row]):
             return Row(self.task, ids, 1, pair, self.group)  # the first token is never learned
         ids = self.store.ids(place)[: self.max_length]
         if self.masking == "none":
-            return Row(self.task, ids, 0, pair, self.group)
+            return Row(self.task, ids, 0, pair, self.group, marks=self.store.marks(place))
         # Bounds of answers that `max_length` cut off fall on the end, where their spans are empty.
         *before, masked = np.minimum(self.store.bounds(place), len(ids)).tolist()
         spans = zip(before[::2], before[1::2], strict=True) if self.masking == "turns" else ()
         earlier = tuple((start, stop) for start, stop in spans if start < stop)
-        return Row(self.task, ids, masked, pair, self.group, earlier, self.store.parts(place))
+        parts, marks = self.store.parts(place), self.store.marks(place)
+        return Row(self.task, ids, masked, pair, self.group, earlier, parts, marks=marks)
 
 
 class PairedRows(TokenRows):

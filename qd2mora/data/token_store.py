@@ -31,7 +31,7 @@ from qd2mora.disk.sealed import open_manifest, seal_whole_folder, verify_folder
 from qd2mora.errors import DamagedFile
 from qd2mora.terminal import Screen
 
-VERSION = 4
+VERSION = 5
 """Counted up when the same file would be stored otherwise."""
 SMALLEST_KEPT = 4 << 20
 """Bytes of a data file from which on its tokens are kept: smaller ones take a second or two."""
@@ -46,6 +46,7 @@ _SCHEMA = pa.schema(
         "starts_word": pa.bool_(),
         "continues": pa.bool_(),
         "parts": pa.list_(pa.int32()),
+        "marks": pa.list_(pa.int32()),
         "worth": pa.float64(),
     }
 )
@@ -92,6 +93,14 @@ class TokenStore:
         """Return what a conversation consists of, in tokens."""
         batch, place = self._find(number)
         numbers = batch.entry("parts", place).tolist()
+        return tuple(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
+
+    def marks(self, number: int) -> tuple[Part, ...] | None:
+        """Return a row's marked spans in tokens; None where the data marks none."""
+        batch, place = self._find(number)
+        numbers = batch.content.column("marks")[place].as_py()
+        if numbers is None:
+            return None
         return tuple(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
 
     def pair(self, number: int) -> Pair:
@@ -256,6 +265,7 @@ def _batch(pairs: Sequence[Pair], tokens: Sequence[Tokens]) -> Any:
         pa.array([pair.starts_word for pair in pairs], pa.bool_()),
         pa.array([pair.continues for pair in pairs], pa.bool_()),
         _lists([row.spans for row in tokens]),
+        pa.array([None if row.marks is None else list(chain(*row.marks)) for row in tokens], pa.list_(pa.int32())),
         pa.array([pair.worth for pair in pairs], pa.float64()),
     ]
     return pa.record_batch(columns, schema=_SCHEMA)

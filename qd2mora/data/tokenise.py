@@ -17,6 +17,8 @@ from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from qd2mora.data.pair import Pair, Part
+from qd2mora.data.spans import marks_of
+from qd2mora.errors import InputRefused
 
 CHUNK = 2048
 """Rows that are tokenised together, at most."""
@@ -31,11 +33,13 @@ _ANCHORS = ("\n", ".", "1", "a")
 
 class Tokens(NamedTuple):
     """One row: `parts`, ids that follow each other, with the end token; `bounds`, where given text ends and learned
-    text ends in turn, the last bound is where the last answer begins; `spans`: what a conversation consists of."""
+    text ends in turn, the last bound is where the last answer begins; `spans`: what a conversation consists of;
+    `marks`: the marked spans, None where the data marks none."""
 
     parts: tuple[Sequence[int], ...]
     bounds: tuple[int, ...]
     spans: tuple[Part, ...] = ()
+    marks: tuple[Part, ...] | None = None
 
     @property
     def ids(self) -> list[int]:
@@ -65,7 +69,12 @@ class Tokeniser:
         return [found.ids for found in self._fast.encode_batch_fast(texts, add_special_tokens=special)]
 
     def tokens(self, pairs: Sequence[Pair]) -> list[Tokens]:
-        """Return the tokens of each row."""
+        """Return the tokens of each row. Raises InputRefused where spans are marked and tokens tell no letters."""
+        if any(pair.spans is not None for pair in pairs) and self._fast is None:
+            raise InputRefused("data.spans: this tokenizer does not tell the letters of its tokens; a fast one does")
+        return [self._with_marks(pair, found) for pair, found in zip(pairs, self._tokens(pairs), strict=True)]
+
+    def _tokens(self, pairs: Sequence[Pair]) -> list[Tokens]:
         plain = [pair for pair in pairs if not pair.segments]
         prompts = self.texts([pair.prompt for pair in plain], special=True)
         # Answers of a task are often few: each is tokenised once.
@@ -93,6 +102,32 @@ class Tokeniser:
                 if found[place] is None and ids[: len(start)] == start:
                     found[place] = ids[len(start) :]
         return [own[place] if ids is None else ids for place, ids in enumerate(found)]
+
+    def _with_marks(self, pair: Pair, tokens: Tokens) -> Tokens:
+        """Return a row's tokens with its marked spans, whose letters are looked for piece by piece."""
+        if pair.spans is None:
+            return tokens
+        texts: tuple[str, ...] = (pair.prompt, pair.answer)
+        if pair.segments:
+            texts = ("".join(pair.segments),) if len(tokens.parts) == 1 else pair.segments
+        offsets, start = list[tuple[int, int]](), 0
+        for text, ids in zip(texts, tokens.parts, strict=False):
+            offsets += [(start + first, start + last) for first, last in self.letters_of(text, list(ids))]
+            start += len(text)
+        return tokens._replace(marks=marks_of(offsets, pair.spans))
+
+    def letters_of(self, text: str, ids: list[int]) -> list[tuple[int, int]]:
+        """Return the letters of each of the tokens that this made of a text, whichever way it did."""
+        assert self._fast is not None
+        for special in (True, False):
+            whole = self._fast.encode(text, add_special_tokens=special)
+            if whole.ids[: len(ids)] == ids:
+                return list(whole.offsets[: len(ids)])
+        for anchor in _ANCHORS:
+            behind = self._fast.encode(anchor + text, add_special_tokens=False)
+            if ids and behind.ids[-len(ids) :] == ids:
+                return [(max(0, first - 1), max(0, last - 1)) for first, last in behind.offsets[-len(ids) :]]
+        raise AssertionError("tokens of another text")
 
     def _joined(self, prompt: list[int], answer: list[int]) -> Tokens:
         if prompt and prompt[-1] == self.end:  # tokenizers that close every text

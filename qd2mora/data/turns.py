@@ -15,8 +15,9 @@ from qd2mora.data.chat import closing_sign
 from qd2mora.data.chat_template import ChatTemplate, Messages
 from qd2mora.data.conversation import Conversation, Message, with_arguments
 from qd2mora.data.file_rows import BadRow
-from qd2mora.data.pair import Pair
+from qd2mora.data.pair import Pair, Part
 from qd2mora.data.parts import parts_of
+from qd2mora.data.spans import signed, unsigned
 
 Span = tuple[int, int]
 
@@ -81,7 +82,7 @@ class Turns:
         rows = self._rows(turns, talk.is_learned)
         if self.how is None and len(rows) > 1:
             remarks.append(REWRITTEN)
-        return [self._pair(row, messages, talk.tools) for row in rows], remarks
+        return [self._pair(row, messages, talk) for row in rows], remarks
 
     @cached_property
     def _sign(self) -> str:
@@ -192,20 +193,44 @@ class Turns:
                 return len(before)
         return None
 
-    def _pair(self, row: _Row, messages: list[Message], tools: Messages) -> Pair:
+    def _pair(self, row: _Row, messages: list[Message], talk: Conversation) -> Pair:
         text, is_marked = row.last.text, self.template.marks_answers
-        segments, place = [], 0
+        segments, place, closed = [], 0, list[int]()
         for (start, stop), number in self._marked(row) if is_marked else self._unmarked(row):
             answer = text[start:stop]
             if not is_marked:
                 answer = self._closed(answer, messages[number])
+                closed += [stop] * (len(answer) - (stop - start))
             segments += [text[place:start], answer]
             place = stop
         given, said = "".join(segments[:-1]), self._said(segments[-1], messages[row.last.number])
         if is_marked and text[place:]:  # a token may reach across the end of a mark
             segments.append(text[place:])
-        parts = parts_of("".join(segments), messages[: row.last.number + 1], tools)
-        return Pair(given, said, segments=tuple(segments), is_marked=is_marked, parts=tuple(parts))
+        parts = parts_of("".join(segments), messages[: row.last.number + 1], talk.tools)
+        spans = None
+        if talk.spans is not None:
+            # Letters that close an answer stand before what comes after it.
+            found = self._spans(row, messages, talk)
+            spans = tuple(
+                (mark, start + _upto(closed, start), stop + _upto(closed, stop - 1)) for mark, start, stop in found
+            )
+        return Pair(given, said, segments=tuple(segments), is_marked=is_marked, parts=tuple(parts), spans=spans)
+
+    def _spans(self, row: _Row, messages: list[Message], talk: Conversation) -> list[Part]:
+        """Return the marked spans in letters of a row's text: rendered once more with signs around them. BadRow."""
+        spans = [span for span in talk.spans or () if int(span.place) <= row.last.number]
+        if not spans:
+            return []
+        asked = [dict(message) for message in messages[: row.last.number + 1]]
+        for place, group in itertools.groupby(enumerate(spans), key=lambda each: int(each[1].place)):
+            asked[place]["content"] = signed(asked[place]["content"], group)
+        text, places = unsigned(self.template.render(asked, tools=talk.tools))
+        if text != row.last.text or len(places) < len(spans):
+            raise BadRow(
+                "the chat template words a text otherwise where a span is marked",
+                "; template: chatml or plain words it as it is",
+            )
+        return sorted(((span.mark, *places[number]) for number, span in enumerate(spans)), key=lambda part: part[1])
 
     def _unmarked(self, row: _Row) -> list[tuple[Span, int]]:
         return [(span, turn.number) for turn, span in row.learned]
@@ -264,6 +289,10 @@ class Turns:
         # White space aside: templates trim, and set reasoning apart.
         if any(_dense(message.get("content", "")) not in _dense(answer) for message, answer in answers):
             yield _SHORTENED
+
+
+def _upto(places: Sequence[int], place: int) -> int:
+    return sum(each <= place for each in places)
 
 
 def _dense(text: str) -> str:

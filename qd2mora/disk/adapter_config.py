@@ -194,6 +194,7 @@ _MIXTURE: dict[str, _Rule] = {
         "experts by depth are needed, such as 2-4-6-8",
     ),
     "init": (_is_name, "a plain name is needed"),
+    "experts": (lambda value: value == "dora", "dora alone is known"),
     **dict.fromkeys(("num_tasks", "task_embedding", "external_width", "attention_rank"), _COUNT),
 }
 

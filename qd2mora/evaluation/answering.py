@@ -31,7 +31,7 @@ class Weighed:
 
 def write_answers(subject: Subject, rows: list[Row], max_new_tokens: int, beams: int = 1) -> list[str]:
     """Return what the model writes after each row's prompt."""
-    prompts = [Row(row.task, row.ids[: row.masked], row.masked, row.pair) for row in rows]
+    prompts = [row.asked for row in rows]
     batch = batch_of(subject, prompts, "left")
     subject.route(batch, copies=beams)
     tokens = subject.continue_texts(batch["input_ids"], batch["attention_mask"], max_new_tokens, beams)
@@ -67,7 +67,7 @@ def _weighed(losses: list[list[float]], choices: list[list[list[int]]]) -> list[
 def _forked(subject: Subject, rows: list[Row], choices: list[list[list[int]]]) -> list[list[float]]:
     """Read each prompt once, and continue its cache with every choice."""
     copies = len(choices[0])
-    prompts = [Row(row.task, row.ids[: row.masked], row.masked, row.pair) for row in rows]
+    prompts = [row.asked for row in rows]
     # On the left, so that every row's next token stands in the same column of the cache.
     batch = batch_of(subject, prompts, "left")
     mask = batch["attention_mask"]
@@ -99,8 +99,7 @@ def weigh_apart(
     for number in range(len(choices[0])):
         whole = []
         for row, offered in zip(rows, choices, strict=True):
-            ids = np.concatenate([row.ids[: row.masked], np.asarray(offered[number], dtype=np.int32)])
-            whole.append(Row(row.task, ids, row.masked, row.pair))
+            whole.append(row.with_answer(np.asarray(offered[number], dtype=np.int32)))
         columns.append(losses_of(whole))
     return _weighed([list(each) for each in zip(*columns, strict=True)], choices)
 

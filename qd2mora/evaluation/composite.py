@@ -66,6 +66,8 @@ def ask_composite(
         )
     if subject.run is not None and (subject.run.routers.reads_task or subject.run.routers.reads_vector):
         raise InputRefused("--composite: this adapter reads the task or a vector of a row, and here a row has several")
+    if subject.reads_spans:
+        raise InputRefused("--composite: this adapter acts in marked spans, and questions put together mark none")
     if any(row.pair.segments for task in tasks for row in task.rows):
         raise InputRefused("--composite: chats have turns and no numbered questions; tasks of prompt and answer alone")
     count = min(len(task.rows) for task in tasks)

@@ -36,6 +36,9 @@ class Wanted:
     num_top: int = 0
     task: int = 0
     vector: tuple[float, ...] | None = None
+    marks: tuple[int, ...] | None = None
+    """Of each token of `ids`, the number of its span's adapter; `answer_mark`: that of all that is written."""
+    answer_mark: int = 0
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,8 @@ class Decoding:
         batch = {"input_ids": self._ids, "attention_mask": self._mask, "position_ids": positions}
         if not self._keeps_cache:
             # Without a cache every step reads the whole text; its rows are told once, and again where some have left.
-            if self._ids.shape[1] == self._width_given:
+            # Marks are told of every token, and so again with each.
+            if self._ids.shape[1] == self._width_given or self.subject.reads_spans:
                 self._route()
             return self._head(last_states(self.subject.plain, batch)[:, -1])
         if self._cached is None:
@@ -207,7 +211,17 @@ class Decoding:
         vectors = [each.vector for each in wanted if each.vector is not None]
         if len(vectors) == len(wanted):
             rows["external"] = torch.tensor(vectors, device=self._device)
+        marks = [self._marks_of(each) for each in wanted if each.marks is not None]
+        if len(marks) == len(wanted):
+            rows["marks"] = torch.tensor(marks, device=self._device)
+            rows["answer_mark"] = torch.tensor([each.answer_mark for each in wanted], device=self._device)
         self.subject.route(rows)
+
+    def _marks_of(self, wanted: Wanted) -> list[int]:
+        """Return a mark for every column of the batch: padding has none, what was written has the answer's."""
+        given = list(wanted.marks or ())
+        written = self._ids.shape[1] - self._width_given
+        return [0] * (self._width_given - len(given)) + given + [wanted.answer_mark] * written
 
     def _append(self, tokens: list[int]) -> None:
         column = torch.tensor(tokens, device=self._device)[:, None]

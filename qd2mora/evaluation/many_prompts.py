@@ -19,7 +19,7 @@ from qd2mora.errors import InputRefused
 from qd2mora.evaluation.answer_lines import AnswerLines
 from qd2mora.evaluation.decoding import Wanted
 from qd2mora.evaluation.prompting import Prompting
-from qd2mora.evaluation.subject import Subject, model_mark
+from qd2mora.evaluation.subject import SPANS_ARE_MISSING, Subject, model_mark
 from qd2mora.evaluation.talking import TalkOptions, Write, check_vector, task_number
 from qd2mora.evaluation.ways import Way, open_in_way
 from qd2mora.safekeeping.places import check_place
@@ -69,10 +69,12 @@ def generate_file(
     rows, options, raw = read_prompts(prompts), how.talk, how.raw
     with locked(lock_beside(out), "--out", out), ExitStack() as stack:
         subject, way = open_in_way(model, options.way, allow_changed)
+        if subject.reads_spans:
+            raise InputRefused(SPANS_ARE_MISSING)
         # Every row is worded before the first is answered: a bad one is told while nothing is spent.
         wanted = _worded(_Words(subject, options, raw, stack, say), rows, prompts)
         asked = {"prompts": hash_of_file(prompts), "model": model_mark(model), "raw": raw, **asdict(options)}
-        del asked["way"]  # as answers from before there were ways have it
+        del asked["way"], asked["spans"]  # as answers from before there were ways have it; spans are refused
         if options.way is not None:
             asked["way"] = options.way.question
         part = out.with_name(out.name + ".part")

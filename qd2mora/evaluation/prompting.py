@@ -61,9 +61,17 @@ class Prompting:
 
     def of_messages(self, messages: Messages) -> list[int]:
         """Return the tokens of a conversation that asks. Raises InputRefused."""
+        text, is_rendered = self.worded(messages)
+        return self.of_text(text, is_rendered=is_rendered)
+
+    def worded(self, messages: Messages) -> tuple[str, bool]:
+        """Return the text of a conversation that asks, and whether it brings its own start token.
+
+        Raises InputRefused.
+        """
         if self._template is not None:
             try:
-                text = self._template.render([dict(each) for each in messages], asking=True)
+                return self._template.render([dict(each) for each in messages], asking=True), True
             except BadRow as error:
                 raise InputRefused(f"{self._template.where}: {error}") from error
             except InputRefused:
@@ -71,13 +79,12 @@ class Prompting:
                 self._open.close()
                 self._begin()
                 raise
-            return self.of_text(text, is_rendered=True)
         if any(each["role"] == "system" for each in messages):
             raise InputRefused("a system message has no place in the wording this model was trained with; leave it out")
         asked = messages[-1]["content"]
         if self._name == AS_IT_IS:
-            return self.of_text(asked)
-        return self.of_text(split({"instruction": asked, "output": ""})[0])
+            return asked, False
+        return split({"instruction": asked, "output": ""})[0], False
 
     def of_text(self, text: str, *, is_rendered: bool = False) -> list[int]:
         """Return the tokens of a text that is continued; see `tokens_of_text`. Raises InputRefused."""

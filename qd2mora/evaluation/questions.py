@@ -128,6 +128,12 @@ def ask(exam: Exam, subject: Subject) -> list[AskedTask]:
         asked = ask_suite(exam, subject.tokenizer, numbers)
     else:
         assert isinstance(exam.recipe, Recipe)
+        if subject.reads_spans and subject.run is not None:
+            known = subject.run.recipe.data.spans
+            if exam.recipe.data.spans != known:
+                raise InputRefused(
+                    f"data.spans: {exam.recipe.data.spans}, but this run's adapters are {known}, in order"
+                )
         clock = None if subject.run is None else subject.run.clock
         tasks = prepare(exam.recipe.data, subject.tokenizer, exam.recipe.train.seed, clock)
         tasks = _numbered(_chosen(tasks, exam.tasks), subject)

@@ -35,6 +35,12 @@ from qd2mora.run_folder import BaseOf, OpenRun, RunFolder, is_run, open_run
 _BASE = "base_model_name_or_path"
 
 
+SPANS_ARE_MISSING = (
+    "this adapter acts in marked spans alone, which nothing can mark here; rows of a recipe with data.spans can, and "
+    "qd2mora generate RUN --prompt ... --span"
+)
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model that answers; `model` is a PeftModel where it has an adapter and a plain transformers model otherwise."""
@@ -116,14 +122,24 @@ class Subject:
             raise InputRefused("--gates-every: this adapter decides for whole blocks, or by a first pass; leave it out")
         return replace(self, gates_every=every)
 
+    @property
+    def reads_spans(self) -> bool:
+        """Whether a router of the run needs the marks of spans."""
+        return self.run is not None and self.run.routers.reads_spans
+
     def route(self, batch: Mapping[str, Tensor], copies: int = 1) -> None:
-        """Tell the routers what a batch says of its rows, each of which runs `copies` times one after another."""
+        """Tell the routers what a batch says of its rows, each of which runs `copies` times one after another.
+
+        Raises InputRefused where they read spans and nothing marks any.
+        """
+        if self.reads_spans and "marks" not in batch:
+            raise InputRefused(SPANS_ARE_MISSING)
         if isinstance(self.model, MixtureForCausalLM):
             self.model.text.read_labels(batch.get("labels"), batch.get("attention_mask"))
         if not self.is_adapted:
             return
         if copies > 1:
-            of_rows = ("task_index", "group", "external")
+            of_rows = ("task_index", "group", "external", "marks", "answer_mark")
             batch = {name: batch[name].repeat_interleave(copies, 0) for name in of_rows if name in batch}
         read_rows(self.model, batch)
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qd2mora.errors import InputRefused
+from qd2mora.evaluation.asked_spans import NOTHING_MARKED, AskedSpans, asked_spans
 from qd2mora.evaluation.decoding import Wanted
 from qd2mora.evaluation.prompting import Prompting, tokens_of_text
-from qd2mora.evaluation.subject import Subject
+from qd2mora.evaluation.subject import SPANS_ARE_MISSING, Subject
 from qd2mora.evaluation.votes import Vote
 from qd2mora.evaluation.ways import Way, open_in_way
 from qd2mora.evaluation.wording import Wording
@@ -37,6 +38,8 @@ class TalkOptions:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    spans: tuple[str, ...] = ()
+    """Spans of the prompt, as they are typed, where the adapter reads them."""
     way: Way | None = None
     """How it writes, where not alone and once; drawn as said here."""
 
@@ -87,14 +90,22 @@ def generate(
     """
     write, say = write or _nowhere, say or _nowhere
     subject, options = _opened(model, options or TalkOptions(), allow_changed)
+    spans = _asked_spans(subject, options, prompt, say)
+    prompt = spans.signed(prompt)
     if raw:
         say(Wording(AS_IT_IS, None, "--raw").line)
-        text, vote = _written(subject, options, tokens_of_text(subject, prompt), write)
+        text, places = spans.taken_out(prompt)
+        ids = tokens_of_text(subject, text)
+        wanted = spans.told(subject, text, options.wanted(subject, ids), places)
+        text, vote = _written(subject, options, wanted, write)
     else:
         with Prompting(subject, options.template, options.task, is_conversation=False) as prompting:
             say(prompting.line)
-            ids = prompting.of_messages([{"role": "user", "content": prompt}])
-            text, vote = _written(prompting.subject, options, ids, write)
+            worded, is_rendered = prompting.worded([{"role": "user", "content": prompt}])
+            text, places = spans.taken_out(worded)
+            ids = prompting.of_text(text, is_rendered=is_rendered)
+            wanted = spans.told(subject, text, options.wanted(prompting.subject, ids), places)
+            text, vote = _written(prompting.subject, options, wanted, write)
     if vote is not None:
         say(vote.line)
     return text
@@ -114,6 +125,8 @@ def chat(
     Raises InputRefused, DamagedFile, NotFinite.
     """
     subject, options = _opened(model, options or TalkOptions(), allow_changed)
+    if subject.reads_spans:
+        raise InputRefused(SPANS_ARE_MISSING)
     messages: list[dict[str, str]] = []
     with Prompting(subject, options.template, options.task) as prompting:
         (say or _nowhere)(prompting.line)
@@ -124,7 +137,8 @@ def chat(
             elif message:
                 messages.append({"role": "user", "content": message})
                 try:
-                    text, _ = _written(prompting.subject, options, prompting.of_messages(messages), write)
+                    wanted = options.wanted(prompting.subject, prompting.of_messages(messages))
+                    text, _ = _written(prompting.subject, options, wanted, write)
                     messages.append({"role": "assistant", "content": text})
                 except InputRefused as error:  # a conversation that outgrew the model need not end it
                     messages.pop()
@@ -141,9 +155,21 @@ def _opened(model: str | Path, options: TalkOptions, allow_changed: Collection[s
     return subject, replace(options, way=way)
 
 
-def _written(subject: Subject, options: TalkOptions, ids: list[int], write: Write) -> tuple[str, Vote | None]:
+def _asked_spans(subject: Subject, options: TalkOptions, prompt: str, say: Write) -> AskedSpans:
+    """Return the spans of a prompt; none where the adapter reads none. Raises InputRefused."""
+    spans = asked_spans(subject, options.spans, prompt)
+    if spans is None:
+        return AskedSpans()
+    if options.way is not None:
+        raise InputRefused("--span: goes with one voice alone; --contrast, --ensemble and --samples tell none")
+    if spans == AskedSpans():
+        say(NOTHING_MARKED)
+    return spans
+
+
+def _written(subject: Subject, options: TalkOptions, wanted: Wanted, write: Write) -> tuple[str, Vote | None]:
     """Go on from tokens; return the text, and where samples were drawn what they said."""
-    way, wanted = options.way or Way(), options.wanted(subject, ids)
+    way = options.way or Way()
     if way.samples > 1:
         (vote,) = way.votes(subject, [wanted], way.answer_of)
         write(vote.text)

@@ -19,7 +19,7 @@ from qd2mora.evaluation.decoding import Decoding, Wanted
 from qd2mora.evaluation.ensemble import Ensemble, EnsembleOptions, calibrations, read_triggers
 from qd2mora.evaluation.joint import JointDecoding
 from qd2mora.evaluation.shared_bases import SharedBases
-from qd2mora.evaluation.subject import Subject, model_mark, open_subject
+from qd2mora.evaluation.subject import SPANS_ARE_MISSING, Subject, model_mark, open_subject
 from qd2mora.evaluation.suites import extracted
 from qd2mora.evaluation.votes import TEMPERATURE, Vote, majority
 
@@ -188,11 +188,15 @@ def open_in_way(model: str | Path, way: Way | None, allow_changed: Collection[st
     """Open a model, and what answers beside it; how members were calibrated is logged. Raises InputRefused."""
     if way is None or way.ensemble is None:
         subject = open_subject(model, allow_changed)
+        if way is not None and subject.reads_spans:
+            raise InputRefused(SPANS_ARE_MISSING)
         return (subject if way is None else subject.keeping_gates(way.gates_every)), way
     # Adapters of one base share its weights: an ensemble takes little more memory than one of them.
     options, bases = way.ensemble, SharedBases()
     members = [open_subject(path, allow_changed, bases) for path in (model, *options.others)]
     names = [str(model), *options.others]
+    if any(member.reads_spans for member in members):
+        raise InputRefused(f"--ensemble: {SPANS_ARE_MISSING}")
     for name, member in zip(names[1:], members[1:], strict=True):
         if member.run is not None and (member.run.routers.reads_task or member.run.routers.reads_vector):
             raise InputRefused(f"--ensemble: '{name}' reads the task or a vector of its own rows, which others lack")

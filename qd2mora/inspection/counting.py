@@ -147,7 +147,10 @@ class RoutingWatch:
         counted = routing.counted(x)
         for role, gating in gatings.items():
             if (name, role) in self.routers:
-                self.routers[name, role].add(gating, counted, routing.task_index)
+                inside = counted
+                if gating.used.shape[:-1] == counted.shape:
+                    inside = counted * (gating.used.sum(-1) > 0)  # a token in no span uses no expert
+                self.routers[name, role].add(gating, inside, routing.task_index)
 
 
 __all__ = ["RouterSums", "RoutingWatch"]

@@ -24,6 +24,8 @@ class LayerShapes:
     heads_width: int
     adapter_inputs: int
     adapter_features: int
+    magnified: int
+    """Entries a token that experts with magnitudes scale, and what is mixed after that."""
     rank_space: int
     """Floats a token while one adapter's step in rank space runs backward."""
     adapts_down: bool
@@ -72,7 +74,7 @@ def layer_bytes(layer: LayerShapes, done: Pass) -> int:
     # gate and up, which the gated product reads; where layers are not lean the activated gate besides.
     mlp = done.item * (2 if layer.is_lean else 3) * layer.slots * layer.intermediate
     # x once where q, k and v read the same tensor, and u: all that the fused function saves.
-    adapters = done.item * (layer.adapter_inputs + layer.adapter_features)
+    adapters = done.item * (layer.adapter_inputs + layer.adapter_features + layer.magnified)
     return done.tokens * (norms + attention + mlp + adapters)
 
 

@@ -109,10 +109,14 @@ def read_shapes(config: PretrainedConfig, adapter: MixtureConfig, first_top_k: i
         other_entries=num_frozen - embedding.numel() - head_entries - sum(linear.entries for linear in linears),
         trainable=tuple(tensor.numel() for _, tensor in tensors)
         + tuple(layer.out_features for layer in layers.values() if has_magnitudes),
-        normed=max(layer.in_features * layer.out_features for layer in layers.values()) if has_magnitudes else 0,
+        normed=_normed(layers, has_magnitudes or adapter.experts is not None),
         penalty_weight=sum(part.weight for part in adapter.weight_penalties if part.kind.startswith("diversity")),
         penalised=max((sum(bank.numel() for bank in group) for group in groups_of(banks)), default=0),
     )
+
+
+def _normed(layers: dict[str, MixtureLinear], has_magnitudes: bool) -> int:
+    return max(layer.in_features * layer.out_features for layer in layers.values()) if has_magnitudes else 0
 
 
 def _as_lora(model: PreTrainedModel, adapter: MixtureConfig) -> tuple[MixtureConfig, list[str]]:
@@ -141,6 +145,7 @@ def _layer_shapes(
         heads_width=kinds["o_proj"].d_in,
         adapter_inputs=-(-sum(inputs.values()) // config.num_hidden_layers),
         adapter_features=-(-sum(step.features for step in steps) // config.num_hidden_layers),
+        magnified=-(-_magnified(layers, slots) // config.num_hidden_layers),
         # The code, its gradient and its gated parts; then what goes to the up product, and its gradient.
         rank_space=max(3 * step.features + 2 * step.width_up for step in steps),
         adapts_down=any(name.endswith(".down_proj") for name in adapted),
@@ -181,6 +186,16 @@ def _inputs(layers: dict[str, MixtureLinear], slots: dict[str, int]) -> dict[str
     return {
         name: layer.in_features * (slots[name] if name.endswith(".down_proj") else 1) for name, layer in layers.items()
     }
+
+
+def _magnified(layers: dict[str, MixtureLinear], slots: dict[str, int]) -> int:
+    """Return the entries that magnitudes scale: an output of each slot, and in an MLP's last linear what is mixed."""
+    total = 0
+    for name, layer in layers.items():
+        if "mixture_magnitude" in layer.mixture_spec["default"].shapes:
+            mixes = name.endswith(".down_proj") and slots[name] > 1
+            total += (2 if mixes else 1) * slots[name] * layer.out_features
+    return total
 
 
 def _slots(layer: MixtureLinear, first: int) -> int:

@@ -26,6 +26,7 @@ from qd2mora.merging.rung import ExportForm, Written
 from qd2mora.merging.rungs import export_form, open_weights
 from qd2mora.merging.sample import batches_of, sample_rows
 from qd2mora.merging.strategies import STRATEGIES, find_strategy
+from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.presets import find_method
 from qd2mora.run_folder import OpenRun, open_run, read_recipe
 from qd2mora.safekeeping.places import taken
@@ -194,6 +195,18 @@ def _refuse_unfit(run: str | Path, form: ExportForm, strategy: str) -> None:
     if read_recipe(run).objective.kind == "reward":
         raise InputRefused(
             f"'{run}' scores answers, and an export has no place for the head; ask it with qd2mora reward"
+        )
+    recipe = read_recipe(run)
+    config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
+    if config.experts is not None:
+        raise InputRefused(
+            f"'{run}' has DoRA experts, which scale the base's own output by token: no weight and no code file of an "
+            "export does; ask the run itself"
+        )
+    if config.routers.reads_spans:
+        raise InputRefused(
+            f"'{run}' acts in marked spans alone, which an export, static or exact, is not told; ask the run itself: "
+            "qd2mora generate RUN --span"
         )
     if form.is_routed:
         if strategy != DEFAULT:

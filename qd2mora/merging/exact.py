@@ -51,6 +51,8 @@ def refuse_unfit(model: PeftModel, source: BaseWeights, adapter_name: str = "def
             raise InputRefused(f"{where} changes the output matrix, which the code file does not run; {_STATIC}")
         if row.core == "kron":
             raise InputRefused(f"{where} has Kronecker cores, which the code file does not run; {_STATIC}")
+        if config.routers.reads_spans:
+            raise InputRefused(f"{where} acts in marked spans alone, which the code file is not told")
         if config.routers.reads_vector:
             raise InputRefused(f"{where} reads a vector of the row, which the code file is not told; {_STATIC}")
 

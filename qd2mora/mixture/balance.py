@@ -32,6 +32,8 @@ class View:
 
     task: the number of the row's task, or of what did better on the row, as the penalty needs it.
 
+    mark: (G, n) the number of the span's adapter at each token, 0 in none; None where the pass tells no spans.
+
     is_of_rows: each entry stands for a whole row, not for a token.
     """
 
@@ -42,6 +44,7 @@ class View:
     group: Tensor | None = None
     task: Tensor | None = None
     is_of_rows: bool = False
+    mark: Tensor | None = None
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean over counted tokens of (G, n, ...) as (G, ...)."""
@@ -52,8 +55,18 @@ class View:
         return (values * counted).sum(1) / counted.sum(1).clamp_min(1)
 
 
-def view(gating: Gating, counted_BT: Tensor, by_row: bool, group: Tensor | None, task: Tensor | None) -> View:
-    """Arrange a gating over rows and tokens; gates of a whole row count once a row. `group`, `task`: (B,)."""
+def view(
+    gating: Gating,
+    counted_BT: Tensor,
+    by_row: bool,
+    group: Tensor | None,
+    task: Tensor | None,
+    mark: Tensor | None = None,
+) -> View:
+    """Arrange a gating over rows and tokens; gates of a whole row count once a row.
+
+    group, task: (B,). mark: (B, T).
+    """
     num_rows = counted_BT.shape[0]
     # Gates of a whole row come as (B, 1, E), static ones as (E,).
     shape = torch.broadcast_shapes(gating.probs.shape, (num_rows, 1, gating.probs.shape[-1]))
@@ -75,7 +88,9 @@ def view(gating: Gating, counted_BT: Tensor, by_row: bool, group: Tensor | None,
 
     probs, used, logits = (arranged(each.expand(shape)) for each in (gating.probs, gating.used, gating.logits))
     counted = arranged(counted.to(probs.dtype))
-    return View(probs, used, logits, counted, of_tokens(group), of_tokens(task), is_of_rows)
+    if mark is not None:
+        mark = arranged(mark.to(probs.device))
+    return View(probs, used, logits, counted, of_tokens(group), of_tokens(task), is_of_rows, mark)
 
 
 @dataclass(frozen=True)
@@ -138,6 +153,8 @@ def pooled_value(kind: str, routed: View, penalty: Penalty, pool: Pooled) -> Ten
     return PENALTIES[kind](routed, penalty) / pool.number
 
 
+SPAN_TEMPERATURE = 0.1
+"""Of the contrast of spans, as of that of tasks."""
 POOLABLE = frozenset({"lb_mixtral", "lb_mola", "lb_llava", "lb_soft", "entropy", "z_loss", "router_ce"})
 
 
@@ -220,6 +237,25 @@ def _base_or_expert(routed: View, penalty: Penalty) -> Tensor:
     return routed.mean(F.binary_cross_entropy_with_logits(routed.logits, better, reduction="none").mean(-1))
 
 
+def _span_contrast(routed: View, penalty: Penalty) -> Tensor:
+    """Contrast of the mean gates of spans of different marks, 0 where a group has one mark (CLoRA, reconstruction).
+
+    mean_m -log( exp(1 / 0.1) / sum_n exp(cos(g_m, g_n) / 0.1) ), g_m the mean gates of the tokens of mark m.
+    """
+    assert routed.mark is not None
+    marks = torch.arange(1, routed.probs.shape[-1] + 1, device=routed.probs.device)
+    of_mark = (routed.mark.unsqueeze(-1) == marks) * routed.counted.unsqueeze(-1)
+    number = of_mark.sum(1)  # (G, marks)
+    mean = of_mark.mT @ routed.probs / number.unsqueeze(-1).clamp_min(1)
+    unit = mean / mean.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    is_there = number > 0
+    alike = (unit @ unit.mT / SPAN_TEMPERATURE).masked_fill(~is_there.unsqueeze(1), -torch.inf)
+    # Of marks that are not there nothing is compared, themselves neither.
+    others = torch.where(is_there.unsqueeze(-1), alike, torch.zeros_like(alike)).logsumexp(-1)
+    losses = (others - 1 / SPAN_TEMPERATURE) * is_there
+    return losses.sum(-1) / is_there.sum(-1).clamp_min(1)
+
+
 PENALTIES: dict[str, Callable[[View, Penalty], Tensor]] = {
     "lb_mixtral": _mixtral,
     "lb_mola": _mola,
@@ -232,6 +268,7 @@ PENALTIES: dict[str, Callable[[View, Penalty], Tensor]] = {
     "localized_balance": _localized,
     "router_ce": _cross_entropy,
     "base_or_expert": _base_or_expert,
+    "span_contrast": _span_contrast,
 }
 # These tell rows apart, whatever the penalty says.
 BY_ROW = frozenset({"localized_balance"})

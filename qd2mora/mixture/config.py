@@ -8,12 +8,11 @@ from typing import Any, get_args
 from peft import PeftConfig
 
 from qd2mora.errors import InputRefused, nearest
-from qd2mora.mixture import balance
+from qd2mora.mixture import balance, sections
 from qd2mora.mixture.method import Method, Penalty, check_counts, check_gate, experts_by_layer
 from qd2mora.mixture.penalties import WEIGHT_PENALTIES
 from qd2mora.mixture.presets import find_method
 from qd2mora.mixture.registration import QD2MORA
-from qd2mora.mixture.sections import check_attention_rank, check_core, check_ranks, check_shared
 from qd2mora.mixture.start_folder import KEY as START
 from qd2mora.mixture.start_folder import OF_A_RUN, alike, start_settings
 from qd2mora.mixture.trained_experts import experts_given
@@ -52,6 +51,7 @@ class MixtureConfig(PeftConfig):
     shared: dict[str, float | str] | None = field(
         default=None, metadata={"help": '{"rank": r, "alpha": a, "init": name}'}
     )
+    experts: str | None = field(default=None, metadata={"help": "dora: each expert has a magnitude"})
     init: DownInit | None = field(default=None, metadata={"help": "how down experts start"})
     num_tasks: int | None = field(default=None, metadata={"help": "tasks that a task-routed method tells apart"})
     task_embedding: int | None = field(default=None, metadata={"help": "width of the task embedding"})
@@ -210,7 +210,7 @@ class MixtureConfig(PeftConfig):
     def to_dict(self) -> dict[str, object]:
         """Return plain values; sets become sorted lists so that files compare equal."""
         content = super().to_dict()
-        for key in ("core", "attention_rank"):
+        for key in ("core", "attention_rank", "experts"):
             if content[key] is None:  # as adapters from before it have it
                 del content[key]
         return {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
@@ -274,7 +274,8 @@ class MixtureConfig(PeftConfig):
 
     def _grown(self, number: int) -> "MixtureConfig":
         """Return the configuration with as many more experts in each bank. Raises InputRefused."""
-        if self.allocation is not None or self.row.stages or self.row.placement != "linear" or not self.routers:
+        is_special = self.allocation is not None or self.row.stages or self.row.placement != "linear"
+        if is_special or not self.routers or self.routers.reads_spans:
             raise InputRefused(f"adapter.grow: the experts of {self.method} are not ones that others stand beside")
         ranks = self.ranks
         if ranks is not None:
@@ -310,14 +311,16 @@ class MixtureConfig(PeftConfig):
         for name, bank in (("down", self.down), ("up", self.up)):
             if not isinstance(bank, dict) or set(bank) != {"experts"} or bank["experts"] < 1:
                 raise InputRefused(f'adapter.{name}: {bank} will not do: write {{"experts": 4}}')
-        check_core(self.core, method)
-        check_attention_rank(self.attention_rank, method)
+        sections.check_core(self.core, method)
+        sections.check_attention_rank(self.attention_rank, method)
+        sections.check_experts(self.experts, method, self.shared)
         check_counts(method, self.num_down, self.num_up)
         self._check_ranks(method)
         self._check_gates(method)
         self._check_task(method)
-        check_shared(self.shared)
-        self._check_backend(method)
+        sections.check_shared(self.shared)
+        given = {"shared": self.shared, "gates": self.gates, "allocation": self.allocation, "penalties": self.penalties}
+        sections.check_backend(given, method)
         if self.init not in get_args(DownInit):
             raise InputRefused(f"adapter.init: unknown '{self.init}'; {nearest(str(self.init), get_args(DownInit))}")
         for kind in self.penalties or {}:
@@ -326,13 +329,14 @@ class MixtureConfig(PeftConfig):
                 raise InputRefused(f"adapter.penalties: unknown penalty '{kind}'; {nearest(kind, known)}")
             if kind in balance.PENALTIES and not self.routers:
                 raise InputRefused(f"adapter.penalties: {kind} reads a router, and {method.name} has none")
+        sections.check_spans(self.routing_penalties, self.routers, method)
 
     def _check_ranks(self, method: Method) -> None:
         if self.allocation is not None:
             if method.pairing == "chain" and method.gate_up is None:
                 raise InputRefused(f"adapter.allocation: {method.name} has one up expert everywhere")
             experts_by_layer(self.allocation, 1 << 16)  # of any depth: the model is not known yet
-        check_ranks(self.ranks, self.num_down, method)
+        sections.check_ranks(self.ranks, self.num_down, method)
         if self.ranks is not None and self.allocation is not None:
             raise InputRefused("adapter.ranks: give ranks or an allocation, not both")
 
@@ -369,7 +373,7 @@ class MixtureConfig(PeftConfig):
             return
         if self.num_tasks is None or self.num_tasks < 1:
             raise InputRefused(f"adapter: {method.name} routes by task and needs num_tasks, at least 1")
-        if any(gate.select == "fixed" for gate in self.routers.values()):
+        if any(gate.select == "fixed" and gate.input == "task" for gate in self.routers.values()):
             if self.num_tasks > self.num_down:
                 raise InputRefused(
                     f"adapter.down.experts: {method.name} gives each task its own expert; {self.num_tasks} tasks, "
@@ -377,14 +381,6 @@ class MixtureConfig(PeftConfig):
                 )
         elif self.task_embedding is None or self.task_embedding < 1:
             raise InputRefused(f"adapter.task_embedding: {self.task_embedding} will not do: at least 1")
-
-    def _check_backend(self, method: Method) -> None:
-        if method.backend == "ours":
-            return
-        given = {"shared": self.shared, "gates": self.gates, "allocation": self.allocation, "penalties": self.penalties}
-        for key, value in given.items():
-            if value is not None:
-                raise InputRefused(f"adapter.{key}: {method.name} runs on PEFT's own implementation, which has none")
 
 
 def _changed(gate: Gate, changes: GateChanges) -> Gate:

@@ -17,7 +17,7 @@ Shapes: T tokens, D d_in, O d_out, F all rows that read x, P all ranks of the up
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -125,6 +125,12 @@ def backward(
         dx = _input_gradient(call, base, dy_TO, du_TF, downs, x)
     grads = [*ddowns, *dups, *dsmall]
     return dx, [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+class Watch(Protocol):
+    """Shown u = [A; routers of x] x (..., Q + S + E) and v = K_t u (..., P + S); `small`: what gates read beside u."""
+
+    def __call__(self, u: Tensor, v: Tensor, *, small: dict[str, Tensor]) -> None: ...
 
 
 class _FusedMixture(torch.autograd.Function):
@@ -268,4 +274,4 @@ def _input_gradient(
     return dx_TD.view(x.shape).to(x.dtype)
 
 
-__all__ = ["Dropout", "FusedCall", "Observe", "add_mixture", "backward", "forward", "mixed_linear"]
+__all__ = ["Dropout", "FusedCall", "Observe", "Watch", "add_mixture", "backward", "forward", "mixed_linear"]

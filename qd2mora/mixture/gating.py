@@ -1,4 +1,4 @@
-"""Scores that do not come out of a linear's one product: of the task, a row's vector, a first pass, or a block.
+"""Scores that do not come out of a linear's one product: of the task, a span, a row's vector, a first pass, a block.
 
 Routers that read a token's x stand in the product u = [A; routers] x, and those that read z come after it; for both
 `ops.RankStep` needs nothing from here. All others are scored before the step, which takes their logits as given.
@@ -25,7 +25,7 @@ def given_logits(
 ) -> Tensor:
     """Return logits that broadcast to (..., E), of a router that `is_given`.
 
-    Raises ValueError where the pass does not say what the gate reads: the task, the vector, the prompt.
+    Raises ValueError where the pass does not say what the gate reads: the task, the marks, the vector, the prompt.
     """
     gate, place = spec.gate(role), spec.place
     assert gate is not None
@@ -45,6 +45,8 @@ def _scores(role: str, x: Tensor, tensors: dict[str, Tensor], routing: Routing, 
     if gate.input == "none":
         # One row of logits that broadcasts over all tokens.
         return tensors[f"mixture_logits_{role}"]
+    if gate.input == "span":
+        return _span_scores(tensors.get(f"mixture_logits_{role}"), x, routing, spec.counts[role])
     if gate.select == "fixed":
         # The row's number is the choice; an embedding has nothing to add.
         return _one_hot(_known_tasks(x, routing, spec), spec.counts[role], x)
@@ -94,6 +96,27 @@ def _task_scores(x: Tensor, tensors: dict[str, Tensor], routing: Routing, spec: 
     with ops.unlowered(table):
         logits = F.linear(ops.wide(table[index]), ops.wide(tensors["mixture_router_task"]))
     return logits.view(logits.shape[0], *([1] * (x.dim() - 2)), logits.shape[1])
+
+
+def _span_scores(table: Tensor | None, x: Tensor, routing: Routing, num_experts: int) -> Tensor:
+    """Return (B, T, E): each token's row of the table by its mark, or the mark's own expert; all -inf at mark 0."""
+    marks = _marks(x, routing, num_experts)
+    if table is None:
+        experts = torch.arange(1, num_experts + 1, device=x.device)
+        return torch.where(marks.unsqueeze(-1) == experts, 0.0, -torch.inf)
+    rows = ops.wide(table)[(marks - 1).clamp_min(0)]
+    return torch.where((marks > 0).unsqueeze(-1), rows, torch.full_like(rows, -torch.inf))
+
+
+def _marks(x: Tensor, routing: Routing, num_experts: int) -> Tensor:
+    """Return the mark of each token of x, (B, T); of an answer that is written, the one it is written under."""
+    told, answer = routing.marks_among(num_experts), routing.answer_mark
+    if routing.is_decoding and answer is not None:
+        told = answer.unsqueeze(-1).expand(-1, x.shape[1])
+    marks = _for_rows(told.to(x.device), x)
+    if marks.shape != x.shape[:2]:
+        raise ValueError(f"marks of {tuple(marks.shape)} tokens, and the text has {tuple(x.shape[:2])}")
+    return marks
 
 
 def _one_hot(index: Tensor, num_experts: int, x: Tensor) -> Tensor:

@@ -63,8 +63,10 @@ def shortcuts(model: nn.Module, gates_every: int = 1) -> Iterator[None]:
 
 def _the_one_adapter(layer: MixtureLinear) -> str | None:
     names = [name for name in layer.active_adapters if name in layer.mixture_spec]
-    # A block's output may not be added into, and slots of whole MLPs are an axis more.
+    # A block's output may not be added into, and slots of whole MLPs are an axis more; magnitudes scale the base.
     if len(names) != 1 or not isinstance(layer.get_base_layer(), nn.Linear) or layer.mixes_whole_mlps(names[0]):
+        return None
+    if "mixture_magnitude" in layer.mixture_spec[names[0]].shapes:
         return None
     return names[0]
 

@@ -38,6 +38,9 @@ def initial_tensor(name: str, shape: tuple[int, ...], config: MixtureConfig, spe
     if name == "mixture_task_embedding":
         # As nn.Embedding starts.
         return nn.init.normal_(tensor)
+    if name.startswith("mixture_logits") and len(shape) == 2:
+        # Each mark starts at the expert of its own number, more than at the others.
+        return tensor.copy_(2 * torch.eye(shape[0], device=tensor.device))
     if name.startswith("mixture_logits"):
         # CAT's weights start at random (its code: randn, then softmax), ScaleZero's scales 1 + 0.2 tanh(0) at 1.
         return tensor.zero_() if row.base_scale else tensor.normal_()

@@ -8,23 +8,24 @@ mixture_A (M, r, d_in), mixture_B (N, d_out, r), or (Q, d_in) and (d_out, P) whe
 (M, d_in), mixture_router_up (N, r) or (N, d_in) where it reads x; mixture_core; mixture_task_embedding
 (tasks + 1, width) and mixture_router_task (E, width); mixture_bias_*, mixture_out_*, mixture_logits_* and
 mixture_select_bias_* of a gate; mixture_shared_A (r, d_in), mixture_shared_B (d_out, r), and mixture_start_A,
-mixture_start_B (negated), the frozen start of a shared expert that does not begin at zero; mixture_base_scale (1).
+mixture_start_B (negated), the frozen start of a shared expert that does not begin at zero; mixture_base_scale (1);
+mixture_magnitude (E, d_out) of experts that are DoRAs.
 """
 
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from qd2mora.mixture import compiled, frozen
+from qd2mora.mixture import compiled, frozen, magnitude
 from qd2mora.mixture.config import MixtureConfig
 from qd2mora.mixture.draws import Draws
-from qd2mora.mixture.fused import Dropout, FusedCall, add_mixture, mixed_linear
+from qd2mora.mixture.fused import Dropout, FusedCall, Watch, add_mixture, mixed_linear
 from qd2mora.mixture.gating import given_logits, is_given
 from qd2mora.mixture.initialisers import initial_tensor
 from qd2mora.mixture.low_rank import LowRank
@@ -35,12 +36,6 @@ from qd2mora.mixture.spec import LinearSpec, Place, linear_spec
 from qd2mora.routed import ops
 from qd2mora.routed.gate import STATIC
 from qd2mora.routed.routers import Gating
-
-
-class Watch(Protocol):
-    """Shown u = [A; routers of x] x (..., Q + S + E) and v = K_t u (..., P + S); `small`: what gates read beside u."""
-
-    def __call__(self, u: Tensor, v: Tensor, *, small: dict[str, Tensor]) -> None: ...
 
 
 class MixtureLinear(nn.Module, BaseTunerLayer):
@@ -88,6 +83,8 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self.mixture_config[adapter_name], self.mixture_spec[adapter_name] = config, spec
         for name, shape in spec.shapes.items():
             getattr(self, name)[adapter_name] = nn.Parameter(initial_tensor(name, shape, config, spec))
+        for name in spec.shapes.keys() & {magnitude.NAME}:
+            getattr(self, name)[adapter_name].data = magnitude.start(self.get_base_layer(), spec.shapes[name][0])
         # Drawn on the CPU and moved: one seed gives one start on every device.
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -199,7 +196,18 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             y = self.base_layer(x, *args, **kwargs)
         for name in names:
             y = self._added(self.base_scaled(y, name), x, name)
+            y = self.magnified(y, y.new_ones(1), name)
         return y
+
+    def magnified(self, y: Tensor, which: Tensor, name: str) -> Tensor:
+        """Return y (..., O) at the magnitude of the expert that `which` (..., E) tells, where experts have one."""
+        spec, trained = self.mixture_spec[name], self.tensors(name).get(magnitude.NAME)
+        if trained is None:
+            return y
+        if len(self.active_adapters) > 1:
+            raise ValueError(f"adapter '{name}' scales the base's own output and runs alone on it")
+        banks = self.rows(name), self.columns(name), spec.step.ranks_down
+        return magnitude.magnified(y, which, trained, magnitude.norms(self.get_base_layer(), *banks, spec.scaling))
 
     def _layout_to_fuse(self, x: Tensor, names: list[str]) -> frozen.WeightLayout | None:
         """Return the frozen base's layout where its product joins the first adapter's autograd function."""
@@ -209,7 +217,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         tensors = self.tensors(names[0])
         if names[0] in self.static_updates:
             tensors |= self.static_updates[names[0]].tensors()
-        if "mixture_base_scale" in tensors or torch.is_autocast_enabled(x.device.type):
+        if tensors.keys() & {"mixture_base_scale", magnitude.NAME} or torch.is_autocast_enabled(x.device.type):
             return None
         # Where nothing needs a gradient, nothing is saved either, and the base's own forward is as good.
         if not (x.requires_grad or any(tensor.requires_grad for tensor in tensors.values())):
@@ -270,7 +278,8 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
 
     def _draws(self, is_random: bool) -> Callable[[], Draws | None]:
         # Holds no layer: the operators of `compiled` keep it for as long as the layer lives, and no longer.
-        return partial(_draws_of, self.routing, self.layer_key, is_random)
+        routing, key = self.routing, self.layer_key
+        return lambda: routing.draws(key) if is_random else None
 
     def _observer(self, name: str) -> Callable[[Tensor], Observer | None]:
         return partial(Observer.of, self.mixture_spec[name], self.routing, name if self.training else None)
@@ -372,7 +381,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
 
     def _dense_weight(self, name: str) -> Tensor:
         linear = self.get_base_layer()
-        if "mixture_base_scale" in self.tensors(name) or not isinstance(linear, nn.Linear):
+        if self.tensors(name).keys() & {"mixture_base_scale", magnitude.NAME} or not isinstance(linear, nn.Linear):
             raise ValueError("this adapter scales its base or stands beside a block; use `qd2mora merge`")
         if not linear.weight.is_floating_point():
             raise ValueError("a 4-bit base cannot take a merge: the update is lost in rounding; use `qd2mora merge`")
@@ -386,10 +395,6 @@ def mixture_layers(model: nn.Module) -> dict[str, MixtureLinear]:
     """Return the adapted linears by their name in the base model."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, MixtureLinear)}
     return {name.removeprefix("base_model.model."): module for name, module in found.items()}
-
-
-def _draws_of(routing: Routing, layer_key: int, is_random: bool) -> Draws | None:
-    return routing.draws(layer_key) if is_random else None
 
 
 __all__ = ["MixtureLinear", "mixture_layers"]

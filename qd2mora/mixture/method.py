@@ -188,7 +188,7 @@ def _choosing_problems(gate: Gate, num_experts: int) -> Iterator[str]:
 
 def _reading_problems(gate: Gate, role: str) -> Iterator[str]:
     """Yield what a router cannot read, or cannot make of what it reads."""
-    scores = {"none": ["static"], "self": ["activation"], "task": ["linear"]}
+    scores = {"none": ["static"], "self": ["activation"], "task": ["linear"], "span": ["linear"]}
     scores["task+x"] = ["linear", "bias", "mlp", "prototype"]
     possible = scores.get(gate.input, ["linear", "bias", "mlp", "noisy", "prototype"])
     if gate.input == "z" and role in ("down", "rank"):
@@ -197,8 +197,10 @@ def _reading_problems(gate: Gate, role: str) -> Iterator[str]:
         yield f"input: self will not do for the {role} router: only ranks choose themselves"
     if gate.score not in possible:
         yield f"score: {gate.score} will not do with input: {gate.input}; {' or '.join(possible)} will"
-    if gate.select == "fixed" and gate.input != "task":
-        yield f"select: fixed gives each task its own expert; it goes with input: task, not {gate.input}"
+    if gate.select == "fixed" and gate.input not in ("task", "span"):
+        yield f"select: fixed gives each task its own expert; it goes with input: task or span, not {gate.input}"
+    if gate.input == "span" and (gate.select not in ("all", "fixed", "top_k") or gate.weight == "bounded"):
+        yield f"select: {gate.select} with weight: {gate.weight} will not do with input: span; all, top_k or fixed will"
     if gate.granularity == "sequence" and gate.input not in ("x", "hidden", "external"):
         yield f"granularity: {gate.granularity} averages x or hidden, not {gate.input}"
     if gate.granularity == "task" and gate.input != "task":

@@ -17,6 +17,10 @@ activation, the product, its second factor and down_proj read) beside 4 for one 
 no activated gate (memory.lean); a dropped input once more where there is dropout, masks never. In rank space, a rank of
 a bank a token, in all three linears together: 24 k + 2 bytes in 16 bits, 28 k + 4 in float32 (measured).
 
+Experts that are DoRAs (`magnitude`) scale the rows of all that comes out of their weight, the base's part too: gate and
+up scale each slot's own, and down_proj runs its base on k T tokens, because a scale of its rows keeps slots apart.
+Saved besides, in the dtype of x: what is scaled, k in gate and up, and two k of the hidden width in down_proj.
+
 Deviations: one dropout mask a linear by default, one for each slot with `dropout_per_expert`, where each published
 expert draws its own; every router is balanced by itself (see `balance`).
 
@@ -30,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from qd2mora.errors import InputRefused
+from qd2mora.mixture import magnitude
 from qd2mora.mixture.config import MixtureConfig
 from qd2mora.mixture.gating import given_logits
 from qd2mora.mixture.layer import MixtureLinear
@@ -101,6 +106,7 @@ class MixtureMLPLinear(MixtureLinear):
         slots = self._slots(name)
         u = self._slot_features(x, name, y.dtype, slots)
         stacked = ops.up_product(slots.ranks(spec.step) * u, self.columns(name), spec.scaling, y.dtype) + y
+        stacked = self.magnified(stacked, slots.which, name)
         if not (spec.place.owns_router and self.training):
             return stacked
         observer = Observer.of(spec, self.routing, name, x)
@@ -112,6 +118,8 @@ class MixtureMLPLinear(MixtureLinear):
 
     def _close(self, h: Tensor, name: str) -> Tensor:
         """Sum over slots before the base: sum_k g_k W2 h_k = W2 (sum_k g_k h_k), because W2 is linear."""
+        if magnitude.NAME in self.tensors(name):
+            return self._close_magnified(h, name)
         spec, slots = self.mixture_spec[name], self._slots(name)
         y: Tensor = self.base_layer(slots.mean(h))
         linear = self.get_base_layer()
@@ -123,6 +131,16 @@ class MixtureMLPLinear(MixtureLinear):
         # The slots are done with: what keeps the graph of this pass alive ends here.
         del self.routing.slots[_key(spec.place, name)]
         return y + ops.up_product(v, self.columns(name), spec.scaling, y.dtype)
+
+    def _close_magnified(self, h: Tensor, name: str) -> Tensor:
+        """Run the base in every slot, and mix after each expert's own scale of its rows: sum_k g_k c_k (W_k h_k)."""
+        spec, slots = self.mixture_spec[name], self._slots(name)
+        y: Tensor = self.base_layer(h)
+        u = self._slot_features(h, name, y.dtype, slots)
+        stacked = ops.up_product(slots.ranks(spec.step) * u, self.columns(name), spec.scaling, y.dtype) + y
+        mixed = slots.mean(self.magnified(stacked, slots.which, name))
+        del self.routing.slots[_key(spec.place, name)]
+        return mixed
 
     def _slot_features(self, x: Tensor, name: str, dtype: torch.dtype, slots: Slots) -> Tensor:
         """Return A x of every rank, (..., Q) or (K, ..., Q), at least float32; x dropped in training."""

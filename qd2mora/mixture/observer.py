@@ -76,7 +76,8 @@ class Observer:
         name, ids = needed.get(penalty.kind, ("", self.counted))
         if ids is None:
             raise ValueError(f"the penalty {penalty.kind} needs {name}=(batch,) of the rows")
-        seen = balance.view(gating, self.counted, by_row, self.group, ids if name == "better" else self.task)
+        of_row = ids if name == "better" else self.task
+        seen = balance.view(gating, self.counted, by_row, self.group, of_row, self.routing.marks)
         if penalty.pool == "router":
             value = balance.PENALTIES[penalty.kind](seen, penalty).mean()
         else:

@@ -61,7 +61,7 @@ PAIRS = (
         equation="y = sum_e g_e W2_e (silu(W1_e x) * W3_e x), W_e = W + s B_e A_e; attention: y += s B A x",
         source="arXiv 2404.15159; github TUDB-Labs/MixLoRA",
         note="the balance loss is one mean over all routers, as in the code; attention_rank gives attention a rank of "
-        "its own; experts that are DoRAs are left out",
+        "its own; adapter.experts=dora makes all of its LoRAs DoRAs",
         pairing="tied",
         placement="mlp",
         gate_down=Gate("x", scope="block", select="top_k", weight="renorm", top_k=2),
@@ -322,6 +322,21 @@ PAIRS = (
         rank=16,
         down=8,
         up=8,
+    ),
+    Method(
+        name="clora",
+        title="CLoRA's spans: every marked span of the text has its own expert",
+        equation="y_t += s B_m(t) A_m(t) x_t in a span with the mark m, nothing in none",
+        source="abstract only",
+        mark="part",
+        note="image editing's masks carried over to spans of a text: outside each linear adds nothing, exactly; with "
+        "adapter.gates.down.select=all and weight=softmax a mark learns gates over all experts, which the penalty "
+        "span_contrast parts",
+        pairing="tied",
+        gate_down=Gate("span", select="fixed", weight="one"),
+        rank=16,
+        down=4,
+        up=4,
     ),
     Method(
         name="sketchassist",

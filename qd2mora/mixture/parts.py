@@ -13,6 +13,7 @@ TENSORS = (
     "mixture_start_A",
     "mixture_start_B",
     "mixture_base_scale",
+    "mixture_magnitude",
     "mixture_task_embedding",
     "mixture_router_task",
     *(f"mixture_{what}_{role}" for role in ROLES for what in ("router", "bias", "out", "logits", "select_bias")),

@@ -20,19 +20,23 @@ from qd2mora.routed.text import Key, Text
 class Routing(Text):
     """The rows of the pass that runs: their text, and what a run says of them.
 
-    task_index, group: (B,) int64. external: (B, W). rows, lengths: a key for each row's random numbers, and its
-    length without padding. places: where rows are packed, the line and the place where each begins. share: this
-    micro batch's share of the step's tokens and rows, which a routing penalty counts by; loss_scale: what the loss
-    is multiplied with before the backward pass. advantage: (B,), how much worse than its rivals a sampled routing
-    did, loss scale included. better: (B,) int64, 1 where an expert does better on a row than the base. stage: the
-    expert trained now, where a method grows. phase: what gates are like while they are learned. is_counted: False
-    where the rows run for the company of other processes alone. slots: of MLPs whose experts are mixed, until their
-    last linear ran. pooled: a router's layer, and means of what it decided in this pass. values: what penalties
-    added to the loss since they were taken. counts: how often each expert was used in this step.
+    task_index, group: (B,) int64. marks: (B, T) int64, the number of the span's adapter, from 1, at each token; 0
+    in no span. answer_mark: (B,) int64, that of tokens of an answer that is written after it. external: (B, W).
+    rows, lengths: a key for each row's random numbers, and its length without padding. places: where rows are
+    packed, the line and the place where each begins. share: this micro batch's share of the step's tokens and rows,
+    which a routing penalty counts by; loss_scale: what the loss is multiplied with before the backward pass.
+    advantage: (B,), how much worse than its rivals a sampled routing did, loss scale included. better: (B,) int64,
+    1 where an expert does better on a row than the base. stage: the expert trained now, where a method grows.
+    phase: what gates are like while they are learned. is_counted: False where the rows run for the company of other
+    processes alone. slots: of MLPs whose experts are mixed, until their last linear ran. pooled: a router's layer,
+    and means of what it decided in this pass. values: what penalties added to the loss since they were taken.
+    counts: how often each expert was used in this step.
     """
 
     task_index: Tensor | None = None
     group: Tensor | None = None
+    marks: Tensor | None = None
+    answer_mark: Tensor | None = None
     external: Tensor | None = None
     rows: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
@@ -49,12 +53,14 @@ class Routing(Text):
     values: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[Key, Tensor] = field(default_factory=dict)
     _known: tuple[Tensor, int] | None = None
+    _known_marks: tuple[Tensor, int] | None = None
     _drawn: Rows | None = None
 
     def read(self, batch: Mapping[str, Tensor]) -> None:
         """Take what a collated batch says of its rows; labels tell the prompt."""
         self.task_index = batch.get("task_index")
         self.group = batch.get("group")
+        self.marks, self.answer_mark = batch.get("marks"), batch.get("answer_mark")
         self.external = batch.get("external")
         self.segments = batch.get("segments")
         self.real = batch.get("attended")
@@ -81,6 +87,22 @@ class Routing(Text):
                 raise ValueError(f"task_index {index.tolist()} is outside the {num_tasks} tasks of this adapter")
             self._known = (index, num_tasks)
         return index
+
+    def marks_among(self, num_experts: int) -> Tensor:
+        """Return marks, looked at once a pass for each number of experts. Raises ValueError."""
+        marks = self.marks
+        if marks is None:
+            raise ValueError(
+                "this adapter acts in spans of the text: pass marks=(batch, length) to the model's forward"
+            )
+        known = self._known_marks
+        is_known = known is not None and known[0] is marks and known[1] <= num_experts
+        if not is_known and not torch.compiler.is_compiling():
+            most = int(marks.max()) if self.answer_mark is None else max(int(marks.max()), int(self.answer_mark.max()))
+            if most > num_experts or int(marks.min()) < 0:
+                raise ValueError(f"marks up to {most} for the {num_experts} adapters that spans of this one may have")
+            self._known_marks = (marks, num_experts)
+        return marks
 
     def draws(self, layer_key: int) -> Draws:
         """Return the keys of one layer's random numbers in this pass; without row keys, one from torch's generator."""

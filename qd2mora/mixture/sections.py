@@ -1,11 +1,19 @@
-"""What is wrong with the small sections of a configuration: routed cores, ranks, the expert that no gate touches."""
+"""What is wrong with small parts of a configuration: routed cores, ranks, the expert that no gate touches, spans."""
 
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
 from qd2mora.errors import InputRefused, nearest
-from qd2mora.mixture.method import Method
+from qd2mora.mixture.method import Method, Penalty
 from qd2mora.recipe.adapter import SharedInit
+from qd2mora.routed.gate import Gates
+
+
+def check_backend(given: Mapping[str, object], method: Method) -> None:
+    """Refuse what PEFT's own implementation of a method does not have. Raises InputRefused."""
+    for key, value in given.items():
+        if value is not None and method.backend != "ours":
+            raise InputRefused(f"adapter.{key}: {method.name} runs on PEFT's own implementation, which has none")
 
 
 def check_core(core: Mapping[str, int] | None, method: Method) -> None:
@@ -26,6 +34,21 @@ def check_attention_rank(rank: int | None, method: Method) -> None:
         raise InputRefused(f"adapter.attention_rank: {method.name} has experts in every linear; mixlora has not")
     if rank < 1:
         raise InputRefused(f"adapter.attention_rank: {rank} will not do: at least 1")
+
+
+def check_experts(kind: str | None, method: Method, shared: Mapping[str, float | str] | None) -> None:
+    """Refuse magnitudes where experts share one base output, and beside what no expert owns. Raises InputRefused."""
+    if kind is None:
+        return
+    if kind != "dora":
+        raise InputRefused(f"adapter.experts: unknown '{kind}'; dora, or leave it out")
+    if method.placement != "mlp" or not method.one_expert:
+        raise InputRefused(
+            f"adapter.experts: dora scales the base's output of each expert, and those of {method.name} share one; "
+            "mixlora's are whole MLPs"
+        )
+    if shared is not None:
+        raise InputRefused("adapter.experts: dora has no place for adapter.shared, which is no expert's; leave one out")
 
 
 def check_ranks(ranks: Sequence[int] | None, num_experts: int, method: Method) -> None:
@@ -56,4 +79,20 @@ def check_shared(shared: Mapping[str, float | str] | None) -> None:
         raise InputRefused(f"adapter.shared.init: unknown '{init}'; {nearest(init, get_args(SharedInit))}")
 
 
-__all__ = ["check_attention_rank", "check_core", "check_ranks", "check_shared"]
+def check_spans(penalties: Sequence[Penalty], routers: Gates, method: Method) -> None:
+    """Refuse penalties that would count tokens outside of spans, and the contrast of gates that know no spans."""
+    for kind in (each.kind for each in penalties):
+        if (kind == "span_contrast") != routers.reads_spans:
+            wanted = "a gate with input: span" if kind == "span_contrast" else "gates that are open at every token"
+            raise InputRefused(f"adapter.penalties.{kind}: it needs {wanted}, and {method.name} has other ones")
+
+
+__all__ = [
+    "check_attention_rank",
+    "check_backend",
+    "check_core",
+    "check_experts",
+    "check_ranks",
+    "check_shared",
+    "check_spans",
+]

@@ -177,6 +177,8 @@ def _bank_shapes(config: MixtureConfig, place: Place, experts: _Experts) -> dict
     for name in config.shared_banks:
         shapes[f"mixture_{name}_A"] = (config.shared_rank, place.d_in)
         shapes[f"mixture_{name}_B"] = (place.d_out, config.shared_rank)
+    if config.experts == "dora":
+        shapes["mixture_magnitude"] = (experts.down, place.d_out)
     if row.base_scale:
         shapes["mixture_base_scale"] = (1,)
     return shapes
@@ -193,6 +195,9 @@ def _router_shapes(config: MixtureConfig, place: Place, role: str, gate: Gate, n
     if gate.input == "none":
         # Where nothing is read, the logits themselves are trained: CAT's weights, ScaleZero's scales.
         return shapes | {f"mixture_logits_{role}": (num,)}
+    if gate.input == "span" and gate.select != "fixed":
+        # A row of logits for each mark; there are as many marks as experts.
+        return shapes | {f"mixture_logits_{role}": (num, num)}
     if gate.input == "self" or gate.select == "fixed":
         return shapes  # ranks score themselves, and a task's number is its expert
     if gate.input in ("task", "task+x"):

@@ -33,7 +33,8 @@ class MixtureModel(BaseTuner):
     """PEFT's tuner for MixtureConfig.
 
     The model's forward takes, beside its own arguments, `task_index` (batch,), `group` (batch,), `external` (batch,
-    width) and `prompt_mask` (batch, length), where a method reads them; labels tell the prompt too.
+    width), `marks` (batch, length) and `prompt_mask` (batch, length), where a method reads them; labels tell the prompt
+    too.
     """
 
     prefix = PREFIX
@@ -130,6 +131,7 @@ class MixtureModel(BaseTuner):
         task_index: Tensor | None = None,
         group: Tensor | None = None,
         external: Tensor | None = None,
+        marks: Tensor | None = None,
         prompt_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> object:
@@ -137,6 +139,7 @@ class MixtureModel(BaseTuner):
         routing = self.routing
         # All are set anew, None too: what an earlier batch said must not route this one.
         routing.task_index, routing.group, routing.external = task_index, group, external
+        routing.marks, routing.answer_mark = marks, None
         routing.segments = routing.real = None
         if prompt_mask is None:
             routing.read_labels(kwargs.get("labels"), kwargs.get("attention_mask"))
@@ -145,7 +148,12 @@ class MixtureModel(BaseTuner):
         return self.model.forward(*args, **kwargs)
 
     def generate(
-        self, *args: object, task_index: Tensor | None = None, external: Tensor | None = None, **kwargs: object
+        self,
+        *args: object,
+        task_index: Tensor | None = None,
+        external: Tensor | None = None,
+        marks: Tensor | None = None,
+        **kwargs: object,
     ) -> object:
         """Continue texts with the routed adapter inside; the whole input is the prompt, whose routing is kept.
 
@@ -156,6 +164,8 @@ class MixtureModel(BaseTuner):
             routing.task_index = task_index
         if external is not None:
             routing.external = external
+        if marks is not None:
+            routing.marks, routing.answer_mark = marks, marks.new_zeros(len(marks))
         routing.prompt = None
         return self.model.generate(*args, **kwargs)
 

@@ -139,6 +139,8 @@ class Adapter(Section):
     """Weights of penalties by kind, the method's own or others."""
     shared: Shared | None = None
     """One expert more that no gate touches."""
+    experts: Literal["dora"] | None = None
+    """Experts of `mixlora`, attention's too, that are DoRAs: each has a trained magnitude of its weight's rows."""
     init: DownInit | None = None
     """How down experts start; up experts start at zero. `svd`: at slices of the weight's right singular vectors, the
     first expert at the strongest, so that experts differ from the start; `split`: each at the strongest of its own part

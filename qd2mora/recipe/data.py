@@ -89,6 +89,11 @@ class Data(Section):
     """Rows of a step share lines of max_length tokens; attention keeps them apart, and the result is the same."""
     mask_prompt: bool = True
     """Learn the answer only."""
+    spans: (
+        Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]], Field(min_length=1)] | None
+    ) = None
+    """Names of the adapters that spans of `completion` and `chat` rows may be marked with, in the order of the experts
+    (docs/data.md), for methods whose experts act inside of spans."""
     on_bad_row: Literal["error", "skip"] = "error"
     """`error`: the first row that cannot be learned from stops the run; `skip`: such rows are left out and counted."""
 
@@ -98,6 +103,10 @@ class Data(Section):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise ValueError(f"two tasks are called '{twice}'")
+        named = self.spans or []
+        again = next((name for name in named if named.count(name) > 1), None)
+        if again:
+            raise ValueError(f"spans: '{again}' is named twice")
         if len({task.weight is None for task in self.tasks}) > 1:
             raise ValueError("give a weight to every task or to none")
         if self.mix == "tokens" and self.tasks[0].weight is None:

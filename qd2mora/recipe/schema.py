@@ -121,6 +121,8 @@ class Recipe(Section):
             ("train", "growth"),
             ("adapter", "core"),
             ("adapter", "attention_rank"),
+            ("adapter", "experts"),
+            ("data", "spans"),
         ):
             if content[section][key] is None:
                 del content[section][key]

@@ -69,8 +69,9 @@ class LearnedRouting(Section):
 class Stage(Section):
     """Steps in which a part of the adapter is trained; the rest keeps its bits."""
 
-    train: Literal["experts", "routers", "all"]
-    """`experts`: all but the routers; `routers`: with their biases, static weights and task embeddings; `all`."""
+    train: Literal["experts", "cores", "routers", "all"]
+    """`experts`: all but the routers; `cores`: what lies between down and up alone, where a method has it (`moslora`,
+    `comol`); `routers`: with their biases, static weights and task embeddings; `all`."""
     steps: Count | None = None
     """How many; stages that leave it out share what is left of the run, in equal parts."""
 

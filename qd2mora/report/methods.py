@@ -105,6 +105,8 @@ def _export_word(method: Method) -> str:
         return "none"
     if method.gates.reads_vector:
         return "exact per vector"
+    if method.gates.reads_spans:
+        return "none"
     return EXPORT[method.gates.depends_on]
 
 

@@ -52,6 +52,8 @@ def _class(role: str, gate: Gate) -> str:
 def _selection(gate: Gate) -> str:
     if gate.select in ("top_k", "sample"):
         return f"{'top' if gate.select == 'top_k' else 'sampled'}-{gate.top_k}"
+    if gate.input == "span":
+        return "by span"
     return {"entropy": f"top-p, {gate.top_k} at least", "fixed": "by task"}.get(gate.select, gate.select)
 
 

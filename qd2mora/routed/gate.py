@@ -10,7 +10,7 @@ from typing import Literal, TypedDict, cast, get_args, get_type_hints
 STATIC, TASK, TOKEN = "static", "task", "token"
 
 Role = Literal["down", "up", "core", "rank"]
-Input = Literal["x", "z", "self", "task", "task+x", "external", "hidden", "none"]
+Input = Literal["x", "z", "self", "task", "task+x", "span", "external", "hidden", "none"]
 Granularity = Literal["token", "sequence", "task"]
 Scope = Literal["module", "block"]
 Score = Literal["linear", "bias", "mlp", "noisy", "prototype", "static", "activation"]
@@ -31,7 +31,8 @@ class Gate:
     """A router by six fields, and the numbers they take; `metadata` is a number's range, in pydantic's words.
 
     input: `x` the linear's input, undropped; `z` the mixed code in rank space; `self` the rank units' own activations;
-        `task` an embedding of the row's task; `task+x` both; `external` a vector of the row; `hidden` the last hidden
+        `task` an embedding of the row's task; `task+x` both; `span` the mark of the span a token lies in, with gates of
+        0 in none; `external` a vector of the row; `hidden` the last hidden
         states of a first pass without adapters; `none`.
     granularity: `token`; `sequence`, the mean over the prompt's tokens, kept while decoding; `task`. A mean over the
         batch does not exist: it would let rows see each other.
@@ -96,7 +97,8 @@ class Gate:
 
     def is_constant(self, num_experts: int) -> bool:
         """Whether the weights are 1 whatever is read."""
-        return num_experts == 1 and self.weight in _SUM_TO_ONE
+        # Outside of spans even a single expert counts 0.
+        return num_experts == 1 and self.weight in _SUM_TO_ONE and self.input != "span"
 
 
 class Gates(dict[str, Gate]):
@@ -116,6 +118,11 @@ class Gates(dict[str, Gate]):
     def reads_task(self) -> bool:
         """Whether one needs the row's task, alone or beside x."""
         return any(gate.input in ("task", "task+x") for gate in self.values())
+
+    @property
+    def reads_spans(self) -> bool:
+        """Whether one needs the marks of the spans that tokens lie in."""
+        return any(gate.input == "span" for gate in self.values())
 
     @property
     def reads_vector(self) -> bool:

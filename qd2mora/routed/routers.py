@@ -56,7 +56,22 @@ def decide(
     For the score `activation` the logits are the rank units' activations u: selected by |u + bias|, weighed by
     softmax(|u| / (|u|_2 T)) where weights are asked for. For the weight `sigmoid_renorm` sigmoid(l) + bias is both what
     is selected by and what is weighed, as in SMoRA's code. `kept` (..., E): 0 where an expert is left out, else 1.
+    A token in no span has logits of -inf at all experts, and the weight 0 for each.
     """
+    if gate.input == "span":
+        return _inside(gate, logits, bias, noise, kept)
+    return _decided(gate, logits, bias, noise, kept)
+
+
+def _inside(gate: Gate, logits: Tensor, bias: Tensor | None, noise: Tensor | None, kept: Tensor | None) -> Gating:
+    """Return the gating of tokens in spans; of others everything is 0, exactly, the scores among it."""
+    is_inside = (logits > -torch.inf).any(-1, keepdim=True)
+    found = _decided(gate, torch.where(is_inside, logits, torch.zeros_like(logits)), bias, noise, kept)
+    inside = is_inside.to(found.weight.dtype)
+    return Gating(found.weight * inside, found.probs * inside, found.logits, found.used * inside, found.order)
+
+
+def _decided(gate: Gate, logits: Tensor, bias: Tensor | None, noise: Tensor | None, kept: Tensor | None) -> Gating:
     if kept is not None:
         return _among(gate, logits, kept, bias, noise)
     # The bias steers who is chosen, and so the load, without changing what the chosen ones weigh.
@@ -86,7 +101,7 @@ def decide(
 def _among(gate: Gate, logits: Tensor, kept: Tensor, bias: Tensor | None, noise: Tensor | None) -> Gating:
     """Return the gating among the experts that are kept; a token that would keep none keeps all."""
     kept = torch.where(kept.sum(-1, keepdim=True) > 0, kept, torch.ones_like(kept))
-    found = decide(gate, logits.masked_fill(kept == 0, -torch.inf), bias=bias, noise=noise)
+    found = _decided(gate, logits.masked_fill(kept == 0, -torch.inf), bias, noise, None)
     # Penalties read the scores themselves, which are finite.
     logits = logits.expand(found.probs.shape)
     drawn_by = logits if bias is None else logits + bias

@@ -14,7 +14,7 @@ from pathlib import Path
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.prompting import Messages, Prompting
 from qd2mora.evaluation.shared_bases import SharedBases
-from qd2mora.evaluation.subject import Subject, open_subject
+from qd2mora.evaluation.subject import SPANS_ARE_MISSING, Subject, open_subject
 from qd2mora.evaluation.talking import task_number
 
 BASE = "base"
@@ -56,6 +56,8 @@ def _entries(
 ) -> Sequence[Served]:
     if subject.run is None:
         return [_entry(name, subject, None, template, stack)]
+    if subject.reads_spans:
+        raise InputRefused(f"'{name}': {SPANS_ARE_MISSING}")
     run = subject.run
     tasks = [task.name for task in run.recipe.data.tasks]
     found = []

@@ -3,6 +3,8 @@
 Every function raises InputRefused, naming the key, the value and what would do.
 """
 
+import logging
+
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from qd2mora.data import TaskRows
@@ -14,6 +16,8 @@ from qd2mora.mixture import MixtureConfig
 from qd2mora.recipe import Recipe, Train
 from qd2mora.recipe.optimizers import may_be_blockwise
 from qd2mora.recipe.train import LearnedRouting
+
+_log = logging.getLogger(__name__)
 
 
 def check_stages(config: MixtureConfig, train: Train) -> None:
@@ -112,6 +116,31 @@ def check_rows(config: MixtureConfig, tasks: list[TaskRows]) -> None:
             _check_vectors(name, config, task)
 
 
+def check_spans(config: MixtureConfig, recipe: Recipe, tasks: list[TaskRows]) -> None:
+    """Refuse marks without adapters and adapters without marks; say where marks change nothing."""
+    names, method = recipe.data.spans, config.method
+    if not config.routers.reads_spans:
+        if names is not None:
+            _log.warning("data.spans: %s reads no marks; spans change nothing", method)
+        return
+    if names is None:
+        raise InputRefused(
+            f"data.spans: {method} acts in marked spans alone; name their adapters: data.spans=[code,quote]"
+        )
+    counts = config.row.experts_of(config.num_down, config.num_up, config.rank or 1, config.num_cores)
+    number = min(counts[role] for role, gate in config.routers.items() if gate.input == "span")
+    if len(names) > number:
+        raise InputRefused(f"data.spans: {len(names)} names, and {method} has {number} experts: one for each name")
+    if len(names) < number:
+        _log.warning(
+            "data.spans: %d of the %d experts of %s have no name and learn nothing", number - len(names), number, method
+        )
+    if recipe.objective.kind == "grpo":
+        raise InputRefused("objective.kind: grpo writes answers of its own, in which nothing marks a span; sft")
+    if not any(row.marks for task in tasks for row in task.train):
+        raise InputRefused(f"data.spans: no row marks a span, and {method} acts in no other place (docs/data.md)")
+
+
 def check_limits(tasks: list[TaskRows], tokenizer: PreTrainedTokenizerBase, base: LlamaConfig) -> None:
     """Refuse rows that are longer than the base was made for, or hold tokens that it does not know."""
     for problem in beyond(tasks, tokenizer, base):
@@ -165,6 +194,7 @@ __all__ = [
     "check_packing",
     "check_prompts",
     "check_rows",
+    "check_spans",
     "check_stages",
     "check_tasks",
     "tasks_to_score",

@@ -51,6 +51,7 @@ from qd2mora.training.recipe_checks import (
     check_prompts,
     check_routing,
     check_rows,
+    check_spans,
     check_stages,
     check_tasks,
     tasks_to_score,
@@ -185,6 +186,7 @@ def _read_inputs(start: Start) -> Inputs:
     tasks = prepare(recipe.data, tokenizer, recipe.train.seed, clock)
     config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
     check_rows(config, tasks)
+    check_spans(config, recipe, tasks)
     check_limits(tasks, tokenizer, read)
     check_judging(recipe, tasks)
     check_prompts(recipe, tasks)

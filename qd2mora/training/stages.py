@@ -56,12 +56,14 @@ class Stages:
         """Tell whether a parameter is trained in an update; what is no router counts as an expert."""
         if not self.trained:
             return True
-        told = self.trained[self.number(update)]
-        return told == "all" or (told == "routers") == (part_of(parameter) == "router")
+        told, part = self.trained[self.number(update)], part_of(parameter)
+        if told == "cores":
+            return part == "core"
+        return told == "all" or (told == "routers") == (part == "router")
 
     def moves_routers(self, update: int) -> bool:
         """Tell whether routers change in an update, the selection biases that nothing trains included."""
-        return not self.trained or self.trained[self.number(update)] != "experts"
+        return not self.trained or self.trained[self.number(update)] in ("routers", "all")
 
     def freeze(self, parameters: dict[str, nn.Parameter], update: int) -> None:
         """Take the gradients of what this update leaves as it is."""
@@ -92,6 +94,7 @@ class Stages:
             return ""
         told = self.trained[self.number(update)]
         rest = {"experts": ", routers stay as they are", "routers": ", experts stay as they are", "all": ""}
+        rest["cores"] = ", all else stays as it is"
         return f"step {update + 1}: from here on {told} are trained{rest[told]}".replace("all are", "all is")
 
 

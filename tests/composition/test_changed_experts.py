@@ -48,6 +48,37 @@ def test_a_mixture_without_an_expert_is_the_one_whose_logit_is_masked(base: Path
     assert (logits(base, five) - logits(base, five, (1, 3))).abs().max() > 1e-3
 
 
+def test_pruning_the_experts_that_do_nothing_is_dropping_them(base: Path, tmp_path: Path) -> None:
+    changes = {key: FIVE[key] for key in ("down", "up")}
+    model = adapted(Base(model=str(base), quantization="none"), "scalezero", **changes)
+    for name, tensor in model.named_parameters():
+        if "mixture_B" in name:
+            tensor.data[[1, 3]] = 0  # never opened
+    model.save_pretrained(tmp_path / "five")
+    compose("prune", [str(tmp_path / "five")], tmp_path / "pruned", ComposeOptions(experts=3))
+    compose("drop-expert", [str(tmp_path / "five")], tmp_path / "dropped", ComposeOptions(expert="1,3"))
+    torch.testing.assert_close(logits(base, tmp_path / "pruned"), logits(base, tmp_path / "five"), **CLOSE)
+    (ours, pruned), (theirs, dropped) = (read_mixture(str(tmp_path / name)) for name in ("pruned", "dropped"))
+    assert ours == theirs
+    for name, tensors in dropped.items():
+        assert tensors.keys() == pruned[name].keys()
+        assert all(torch.equal(pruned[name][kind], tensor) for kind, tensor in tensors.items())
+    with pytest.raises(InputRefused, match="adds experts of its own"):
+        compose("add-expert", [str(tmp_path / "five")] * 2, tmp_path / "out")
+
+
+def test_an_expert_that_is_a_dora_leaves_with_its_magnitude(base: Path, tmp_path: Path) -> None:
+    model = adapted(Base(model=str(base), quantization="none"), "mixlora", experts="dora")
+    model.save_pretrained(tmp_path / "all")
+    compose("drop-expert", [str(tmp_path / "all")], tmp_path / "some", ComposeOptions(expert="0,5"))
+    before, after = (read_mixture(str(tmp_path / name))[1] for name in ("all", "some"))
+    for name, tensors in after.items():
+        kept = [1, 2, 3, 4, 6, 7] if ".mlp." in name else [0]
+        assert torch.equal(tensors["mixture_magnitude"], before[name]["mixture_magnitude"][kept])
+    with pytest.raises(InputRefused, match="prune: mixlora has no experts of one rank in every linear"):
+        compose("prune", [str(tmp_path / "all")], tmp_path / "out", ComposeOptions(experts=6))
+
+
 def test_experts_of_two_mixtures_stand_side_by_side_with_their_routers_rows(
     base: Path, five: Path, tmp_path: Path
 ) -> None:

@@ -73,6 +73,17 @@ def test_kept_activations_are_right_for_every_method(method: str) -> None:
     assert planned == pytest.approx(saved, rel=0.05)
 
 
+def test_what_magnitudes_keep_besides_is_what_they_are_planned_to_keep() -> None:
+    def kept(**more: object) -> tuple[int, int]:
+        recipe = recipe_of(max_length=96, adapter={"method": "mixlora", "rank": 8, "penalty": 0.0, **more})
+        model, batch = adapted(WIDE, recipe), padded_batch(4, 96, WIDE.vocab)
+        saved = saved_bytes(lambda: labelled_states(model, batch), model)
+        return saved, every_item(cpu_ledger(WIDE, recipe, 4, False, torch.float32))["activations"]
+
+    (plain, plain_planned), (dora, dora_planned) = kept(), kept(experts="dora")
+    assert dora_planned - plain_planned == pytest.approx(dora - plain, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("checkpointing", "dtype"),
     [

@@ -46,7 +46,7 @@ MORE_GATES = {
     "fixed": {"num_tasks": 3, "gates": {"down": {"input": "task", "granularity": "task", "select": "fixed"}}},
     "none": {"gates": {"up": {"input": "none", "score": "static"}}},
 }
-ROUTED = sorted(name for name, row in METHODS.items() if row.gates.depends_on == "token")
+ROUTED = sorted(name for name, row in METHODS.items() if row.gates.depends_on == "token" and name != "clora")
 WHOLE_TEXT = ("base_gate", "sequence", "xlora")
 
 

@@ -49,6 +49,7 @@ def routing_for_rows() -> Routing:
     generator = torch.Generator().manual_seed(5)
     return Routing(
         task_index=torch.tensor([2, 0, 1]),
+        marks=torch.tensor([[0, 1, 1, 0, 2], [3, 3, 0, 4, 4], [0, 0, 0, 0, 1]]),
         group=torch.tensor([0, 1, 1]),
         external=torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64),
         prompt=torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool(),

@@ -139,6 +139,7 @@ FORMULAS: dict[str, tuple[tuple[str, ...], int]] = {
     "scalezero": (QKV, over(QKV, paired(16, 4, lambda d, o: 4 + 1))),
     "base_gate": (QKV, over(QKV, paired(16, 1, lambda d, o: d + 1))),
     "peam": (QKV, over(QKV, paired(16, 8, lambda d, o: 0))),
+    "clora": (QKV, over(QKV, paired(16, 4, lambda d, o: 0))),
     "sketchassist": (QKV, over(QKV, paired(8, 4, lambda d, o: 4 * d + 9 * 32 + 4 * 32))),
 }
 

@@ -50,6 +50,8 @@ def test_one_expert_is_plain_lora(method: str) -> None:
     wanted = plain(*first(layer), x)
     if method == "peam":
         layer.routing.task_index = torch.zeros(3, dtype=torch.long)
+    elif method == "clora":
+        layer.routing.marks = torch.ones(3, 5, dtype=torch.long)
     elif method == "scalezero":
         wanted = wanted * (1 + 0.2 * tensors["mixture_logits_down"].tanh())
     elif method == "base_gate":

@@ -24,7 +24,15 @@ EXACT = {"rtol": 1e-9, "atol": 1e-11}
 def rows_of(layer: MixtureLinear, x: Tensor) -> list[twin.Row]:
     told = layer.routing
     return [
-        twin.Row(x[b], int(told.task_index[b]), told.external[b], told.hidden[b], told.prompt[b].tolist())
+        twin.Row(
+            x[b],
+            int(told.task_index[b]),
+            told.external[b],
+            told.hidden[b],
+            told.prompt[b].tolist(),
+            None,
+            told.marks[b].tolist(),
+        )
         for b in range(len(x))
     ]
 
@@ -322,6 +330,7 @@ DIFFERENTIABLE: list[tuple[str, dict[str, dict[str, object]]]] = [
     ("reclora", {"down": {"score": "mlp", "width": 3}}),
     ("sketchassist", {"down": {"score": "mlp", "width": 3, **ANY, "weight": "renorm"}}),
     ("ept", {"down": ANY | {"weight": "renorm"}}),
+    ("clora", {"down": {"select": "all", "weight": "softmax"}}),
 ]
 
 

@@ -86,8 +86,17 @@ def batch_of(name: str, rows: list[int], side: str = "right", width: int | None 
         batch["task_index"] = torch.tensor([2, 0, 1])[rows]
     if METHODS[method].gates.reads_vector:
         batch["external"] = torch.eye(3)[rows]
+    if METHODS[method].gates.reads_spans:
+        # A span in each prompt, from its second token on.
+        batch["marks"] = (prompt & (mask.cumsum(-1) > 1)) * torch.tensor([1, 2, 4])[rows].unsqueeze(1)
     batch["group"] = torch.tensor([0, 1, 1])[rows]
     return batch
+
+
+def told_of(batch: dict[str, Tensor], start: int = 0, stop: int | None = None) -> dict[str, Tensor]:
+    """What is said of the rows of a batch to a pass over some of its tokens."""
+    told = {key: batch[key] for key in ("task_index", "external") if key in batch}
+    return told | {key: batch[key][:, start:stop] for key in ("marks",) if key in batch}
 
 
 def logits(model: PeftModel, batch: dict[str, Tensor]) -> list[Tensor]:
@@ -134,10 +143,10 @@ def test_decoding_from_a_cache_equals_one_pass(name: str) -> None:
     """The first four tokens at once, then one by one; the routing of the prompt is kept."""
     model, batch = adapted(name), batch_of(name, [0])
     whole, cache = logits(model, batch)[0], None
-    told = {key: batch[key] for key in ("task_index", "external") if key in batch}
     pieces = []
     for start, stop in [(0, 4), *((place, place + 1) for place in range(4, 10))]:
         with torch.no_grad():
+            told = told_of(batch, start, stop)
             out = model(batch["input_ids"][:, start:stop], past_key_values=cache, use_cache=True, **told)
         cache = out.past_key_values
         pieces.append(out.logits[0])
@@ -152,7 +161,7 @@ def greedy(model: PeftModel, name: str, number: int) -> list[list[int]]:
         for _ in range(number):
             batch = batch_of(name, [row])
             prompt = torch.arange(ids.shape[1])[None] < PROMPTS[row]
-            told = {key: batch[key] for key in ("task_index", "external") if key in batch}
+            told = told_of(batch, stop=ids.shape[1])
             with torch.no_grad():
                 out = model(input_ids=ids, prompt_mask=prompt, use_cache=False, **told).logits
             ids = torch.cat([ids, out[:, -1].argmax(-1, keepdim=True)], -1)
@@ -160,7 +169,9 @@ def greedy(model: PeftModel, name: str, number: int) -> list[list[int]]:
     return rows
 
 
-@pytest.mark.parametrize("name", ["d2mora", "moelora", "reclora", "base_gate", "sequence", "llava_mole", "xlora"])
+@pytest.mark.parametrize(
+    "name", ["d2mora", "moelora", "reclora", "base_gate", "sequence", "llava_mole", "xlora", "clora"]
+)
 def test_generate_gives_what_whole_passes_give(name: str) -> None:
     model = adapted(name)
     wanted = greedy(model, name, 4)
@@ -169,8 +180,9 @@ def test_generate_gives_what_whole_passes_give(name: str) -> None:
     for row in range(3):
         ids[row, width - PROMPTS[row] :] = IDS[row, : PROMPTS[row]]
         mask[row, width - PROMPTS[row] :] = 1
-    batch = batch_of(name, [0, 1, 2])
-    told = {key: batch[key] for key in ("task_index", "external") if key in batch}
+    told = told_of(batch_of(name, [0, 1, 2]))
+    if "marks" in told:
+        told["marks"] = (mask.cumsum(-1) > 1) * torch.tensor([[1], [2], [4]])
     settings = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 3, "eos_token_id": None}
     out = model.generate(input_ids=ids, attention_mask=mask, use_cache=name != "xlora", **settings, **told)
     assert out[:, width:].tolist() == wanted

@@ -28,6 +28,7 @@ SETTINGS: dict[str, list[str]] = {
     "smora": ["adapter.gates={rank: {top_k: 2}}"],
     "mora": ["adapter.gates={rank: {top_k: 2}}"],
     "flylora": ["adapter.gates={rank: {top_k: 2}}"],
+    "clora": tiny.SPANNED,
 }
 
 
@@ -91,6 +92,10 @@ def check_run(folder: Path, method: str) -> None:
     open_run(folder / "run")
     task, vector = "first" if row.gates.reads_task else None, [0.0, 1.0, 0.0] if row.gates.reads_vector else None
     generate(folder / "run", "Say the first word.", TalkOptions(task, vector, max_new_tokens=2))
+    if row.gates.reads_spans:
+        with pytest.raises(InputRefused, match="acts in marked spans alone, which an export"):
+            merge(folder / "run", folder / "out")
+        return
     if row.placement == "block":
         with pytest.raises(InputRefused, match="no weight can take its update"):
             merge(folder / "run", folder / "out")
@@ -211,3 +216,19 @@ def test_the_split_into_micro_batches_changes_nothing_under_dropout_and_routing_
     for name, one in ends[0].items():
         # Three updates of AdamW at 5e-3 from gradients that are equal to float32 rounding.
         torch.testing.assert_close(one, ends[1][name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_dora_experts_train_answer_and_go_on_from_where_they_stopped(made: Path, tmp_path: Path) -> None:
+    settings = recipe(made, tmp_path / "run", "mixlora", "adapter.experts=dora", "adapter.targets=null")
+    train(settings)
+    before = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    moved = [tensor for name, tensor in before.items() if name.endswith("mixture_magnitude")]
+    assert len(moved) == 14 and all(torch.isfinite(tensor).all() for tensor in moved)
+    generate(tmp_path / "run", "Say the first word.", TalkOptions(max_new_tokens=2))
+    for to in ("hf", "exact"):
+        with pytest.raises(InputRefused, match="DoRA experts, which scale the base's own output"):
+            merge(tmp_path / "run", tmp_path / "out", ExportOptions(to=to))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-3")
+    train(settings, resume=True)
+    again = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in before.items())
