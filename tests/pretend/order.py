@@ -124,17 +124,17 @@ MUTANTS: dict[str, tuple[type, str, str, tuple[bool, int, bool]]] = {
 }
 
 
-def main() -> None:
-    """Print races of each case and mutant."""
+def main(names: list[str]) -> None:
+    """Print races of each case named, all without a name, and of each mutant."""
     torch.set_num_threads(1)
     for name in streams.FAKES:
         setattr(torch.cuda, name, streams.FAKES[name])
-    for name, case in WHOLE.items():
-        print(json.dumps({"case": name, "races": races(*case)}), flush=True)
+    for name in names or WHOLE:
+        print(json.dumps({"case": name, "races": races(*WHOLE[name])}), flush=True)
     for name, (owner, function, line, case) in MUTANTS.items():
         with without(owner, function, line):
             print(json.dumps({"mutant": name, "races": races(*case)}), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
