@@ -4,7 +4,8 @@ Counted from what autograd saves in a LLaMA decoder layer with a frozen base: 4-
 norm saves its input (in float32 where the layer is not `lean`), attention its rotated q, k, v and its output, the MLP
 its gate and up (and the activated gate, not `lean`). An adapter saves its input, which linears that read one tensor
 share, and its features in rank space.
-Everything is linear in tokens but the mask of padded rows, which every batch has: widths are rounded up.
+Everything is linear in tokens but the mask of padded rows, which every batch has (widths are rounded up) unless a
+card's kernel is quicker without.
 """
 
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ class Pass:
     length: int
     item: int
     dropout: bool
+    masks: bool = True
+    """Whether attention is given a mask of padding."""
 
     @property
     def tokens(self) -> int:
@@ -81,13 +84,16 @@ def layer_bytes(layer: LayerShapes, done: Pass) -> int:
 def _attention(layer: LayerShapes, done: Pass) -> int:
     """Return the bytes a token that attention keeps: rotated q, k and v for each head, what it gives, and the mask."""
     # Padding brings a mask; with one, keys and values are repeated for each head, and it is cast to the compute dtype.
+    # Without, they may stay as few as they are; that is not counted, so that the plan is never too small.
     kept = done.item * 4 * layer.heads_width
     if layer.fused_width:
         kept += done.item * (layer.fused_width - layer.heads_width)
     # Fused attention keeps one float32 logsumexp a head and token in the place of scores.
     if layer.keeps_scores:
         return kept + _scores(layer, done)
-    return kept + done.item * done.length + FLOAT * layer.heads
+    if done.masks:
+        kept += done.item * done.length
+    return kept + FLOAT * layer.heads
 
 
 def _scores(layer: LayerShapes, done: Pass) -> int:
@@ -114,7 +120,7 @@ def kept_bytes(layer: LayerShapes, done: Pass, num_kept: int, is_whole: bool) ->
 
 def layer_inputs_bytes(layer: LayerShapes, done: Pass, num_layers: int) -> int:
     """Return what stays of each layer where it is recomputed: its input, and for all the boolean mask."""
-    mask = done.tokens * done.length
+    mask = done.tokens * done.length if done.masks else 0
     return num_layers * done.tokens * done.item * layer.hidden + mask + _rotary(layer, done)
 
 

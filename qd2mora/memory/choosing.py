@@ -89,7 +89,7 @@ class Search:
         options = [technique.options(self.case, technique.asked(self.case.recipe)) for technique in TECHNIQUES]
         for micro_batch in self._micro_batches():
             for values in product(*options):
-                layout = Layout(micro_batch, 0, self.case.dtype, self.case.on_gpu)
+                layout = Layout(micro_batch, 0, self.case.dtype, self.case.on_gpu, masks=self.case.masks)
                 for technique, value in zip(TECHNIQUES, values, strict=True):
                     layout = technique.applied(layout, value)
                 yield replace(layout, recomputed=self._recomputed(layout)[0], resident=self._most_to_stay(layout))

@@ -57,6 +57,7 @@ def ledger(shapes: Shapes, recipe: Recipe, layout: Layout) -> Ledger:
         length=recipe.data.max_length,
         item=layout.dtype.itemsize,
         dropout=recipe.adapter.dropout > 0,
+        masks=layout.masks,
     )
     static = weight_bytes(shapes, recipe, done.item)
     host = _leave_for_host(static, shapes, recipe, layout)

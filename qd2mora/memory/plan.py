@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from transformers import AutoConfig
 
+from qd2mora.base.device import has_flash_attention
 from qd2mora.base.host_memory import available_bytes
 from qd2mora.base.loading import planning_config
 from qd2mora.errors import InputRefused
@@ -192,7 +193,18 @@ def _built(config: str, adapter: str, num_tasks: int, first_top_k: int | None) -
 
 
 def _search(recipe: Recipe, place: Place) -> Search:
-    return Search(Case(_shapes(recipe), recipe, place.dtype(recipe), place.on_gpu))
+    dtype = place.dtype(recipe)
+    return Search(Case(_shapes(recipe), recipe, dtype, place.on_gpu, _masks(recipe, place, dtype)))
+
+
+def _masks(recipe: Recipe, place: Place, dtype: torch.dtype) -> bool:
+    """Tell whether training's attention is given a mask; of a card that is not here it is taken to be.
+
+    Packed lines and windows that slide have masks of their own, which are not of padding alone.
+    """
+    if not (place.is_here and has_flash_attention(place.device, dtype)) or recipe.data.packing:
+        return True
+    return bool(getattr(planning_config(recipe.base), "sliding_window", None))
 
 
 __all__ = ["Plan", "parse_size", "plan"]

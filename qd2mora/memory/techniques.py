@@ -42,6 +42,8 @@ class Layout:
     stream: bool = False
     resident: int = 0
     """Decoder layers that stay on the device while the others are streamed."""
+    masks: bool = True
+    """Whether attention is given a mask, as it is where no kernel is quicker without; not the planner's to choose."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Case:
     recipe: Recipe
     dtype: torch.dtype
     on_gpu: bool
+    masks: bool = True
 
     @property
     def ties_head(self) -> bool:

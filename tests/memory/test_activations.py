@@ -63,6 +63,23 @@ def test_kept_activations_are_what_autograd_saves(shape: Shape, targets: list[st
     assert planned + last_norm == pytest.approx(saved, rel=0.005)
 
 
+@pytest.mark.parametrize("length", [96, 192])
+def test_without_a_mask_less_is_kept_and_no_more_than_is_planned(length: int) -> None:
+    recipe = recipe_of(max_length=length, adapter={**PAPER, "targets": QKV})
+    model = adapted(WIDE, recipe)
+    batch = padded_batch(4, length, WIDE.vocab)
+    with_mask = saved_bytes(lambda: labelled_states(model, batch), model)
+    del batch["attention_mask"]
+    without = saved_bytes(lambda: labelled_states(model, batch), model)
+    masked, plain = (
+        every_item(cpu_ledger(WIDE, recipe, 4, False, torch.float32, masks=masks))["activations"]
+        for masks in (True, False)
+    )
+    # In float32 a token's mask has as many entries as the line has tokens, in each of the layers.
+    assert masked - plain == WIDE.layers * 4 * length * 4 * length
+    assert with_mask - without >= masked - plain and plain + 4 * length * (4 * WIDE.hidden + 4) >= without
+
+
 @pytest.mark.parametrize("method", ["lora", "hydralora", "moslora", "moelora"])
 def test_kept_activations_are_right_for_every_method(method: str) -> None:
     recipe = recipe_of(max_length=96, adapter={"method": method, "rank": 8, "targets": QKV})

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-
 EVERYTHING_AWAY = "streamed, recomputed, inputs away"
 
 
