@@ -28,9 +28,12 @@ _TEKKEN = (
 )
 PATTERNS = {"llama-bpe": _LLAMA_3, "qwen2": _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}"), "tekken": _TEKKEN}
 """Rules for cutting text that are one pattern, by llama.cpp's names; its `gpt-2` is GPT-2's own, `smollm` that with
-each digit by itself."""
+each digit by itself. Tekken's is Mistral's: llama.cpp, whose patterns know no case beyond ASCII and no marks, puts
+another near it."""
+_GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT_2, r"\p{N}+", "[0-9][0-9][0-9]")
+"""llama.cpp's rule for a file that names none, older than its names for rules: each pattern cuts what the last left."""
 _SAME = {
-    "default": "gpt-2",
     "llama3": "llama-bpe",
     "llama-v3": "llama-bpe",
     "dbrx": "llama-bpe",
@@ -38,26 +41,27 @@ _SAME = {
     "refact": "smollm",
     "starcoder": "smollm",
 }
-_WHOLE_WORDS = ("llama-bpe", "tekken")
-"""Rules after which a word that is a token is taken whole, whatever the merges say; they put a first token in front."""
+_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")
+"""Names with which a word that is a token is taken whole, whatever the merges say, and a first token put in front; with
+`dbrx`, which cuts as they do, neither."""
 
 
 def tokenizer_of(content: Mapping[str, Any], path: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer that a header holds. Raises InputRefused."""
     where = f"base.model: '{path}'"
     _check_vocabulary(content, f"{where}: its vocabulary")
-    kind, cut = content.get("tokenizer.ggml.model"), content.get("tokenizer.ggml.pre", "default")
-    cut = _SAME.get(cut, cut)
+    kind, pre = content.get("tokenizer.ggml.model"), str(content.get("tokenizer.ggml.pre") or "default")
+    cut = _SAME.get(pre, pre)
     if kind == "llama":
         try:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         except UNLOADABLE as error:
             raise InputRefused(f"{where}: no tokenizer: {first_line(error)}") from error
-    elif kind == "gpt2" and (cut in PATTERNS or cut in ("gpt-2", "smollm")):
-        tokenizer = _of_bytes(content, cut)
+    elif kind == "gpt2" and (cut in PATTERNS or cut in ("default", "gpt-2", "smollm")):
+        tokenizer = _of_bytes(content, cut, takes_whole_words=pre in _WHOLE_WORDS)
     else:
         raise InputRefused(
-            f"{where}: a tokenizer {str(kind)[:40]!r} that cuts text by {str(cut)[:40]!r} is not read; "
+            f"{where}: a tokenizer {str(kind)[:40]!r} that cuts text by {str(pre)[:40]!r} is not read; "
             "name the model's own folder"
         )
     template = content.get("tokenizer.chat_template")
@@ -66,7 +70,7 @@ def tokenizer_of(content: Mapping[str, Any], path: Path) -> PreTrainedTokenizerB
     return tokenizer
 
 
-def _of_bytes(content: Mapping[str, Any], cut: str) -> PreTrainedTokenizerBase:
+def _of_bytes(content: Mapping[str, Any], cut: str, *, takes_whole_words: bool) -> PreTrainedTokenizerBase:
     """Return a byte-level tokenizer of a file's lists.
 
     transformers' own (5.24) makes GPT-2's of them, which brings an end token of GPT-2's where a file has none.
@@ -74,7 +78,7 @@ def _of_bytes(content: Mapping[str, Any], cut: str) -> PreTrainedTokenizerBase:
     tokens, kinds = content["tokenizer.ggml.tokens"], content.get("tokenizer.ggml.token_type", [])
     merges = [tuple(merge.split(" ")) for merge in content.get("tokenizer.ggml.merges", [])]
     vocabulary = {token: place for place, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=cut in _WHOLE_WORDS))
+    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=takes_whole_words))
     backend.pre_tokenizer = _cutting(cut)
     backend.decoder = decoders.ByteLevel()
     # Qwen's own tokenizer composes letters before it cuts text, which no key of a file says.
@@ -86,7 +90,7 @@ def _of_bytes(content: Mapping[str, Any], cut: str) -> PreTrainedTokenizerBase:
     backend.add_tokens([AddedToken(token, normalized=False) for token in plain])
     numbers = {name: content.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL}
     names = {name: tokens[number] for name, number in numbers.items() if number is not None}
-    if content.get("tokenizer.ggml.add_bos_token", cut in _WHOLE_WORDS) and "bos_token" in names:
+    if content.get("tokenizer.ggml.add_bos_token", takes_whole_words) and "bos_token" in names:
         first = names["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
             single=f"{first} $A", pair=f"{first} $A {first}:1 $B:1", special_tokens=[(first, vocabulary[first])]
@@ -98,9 +102,12 @@ _SPECIAL = (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown")
 
 
 def _cutting(cut: str) -> Any:
-    if cut in PATTERNS:
-        split = pre_tokenizers.Split(Regex(PATTERNS[cut]), behavior="isolated")
-        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    patterns: tuple[str, ...] = (PATTERNS[cut],) if cut in PATTERNS else ()
+    if cut == "default":
+        patterns = _DEFAULT
+    if patterns:
+        splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+        return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     by_gpt_2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if cut == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), by_gpt_2])
