@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
-from qd2mora.base.passes import OutputHead, labelled, output_head
-from qd2mora.memory.checkpointing import enable_checkpointing
+from qd2mora.base.passes import OutputHead, device_of, labelled, output_head
+from qd2mora.memory.checkpointing import recompute_layers
 from qd2mora.merging.static_updates import replaced
 from qd2mora.merging.statistics import decode
 from qd2mora.merging.strategy_inputs import Batches, StrategyInputs
@@ -72,8 +72,7 @@ def distill(inputs: StrategyInputs, start: Mapping[str, LowRank], steps: int) ->
     per_step = max(1, round(ROWS_A_STEP / max(1, len(batches[0]["labels"]))))
     # States are kept only where a batch comes twice.
     teacher = Teacher(model, keeps=steps * per_step > len(batches))
-    if inputs.recomputes:
-        enable_checkpointing(model.get_base_model())
+    recompute_layers(model.get_base_model(), inputs.recomputed, False, device_of(model))
     for step in paced("distilling, steps", range(steps)):
         numbers = [place % len(batches) for place in range(step * per_step, (step + 1) * per_step)]
         for group in optimizer.param_groups:
@@ -146,7 +145,7 @@ def _add_gradients(
 @contextmanager
 def _recomputing(inputs: StrategyInputs) -> Iterator[None]:
     """Recompute activations where training did; transformers' layers do so in training mode alone."""
-    inputs.model.train(inputs.recomputes)
+    inputs.model.train(inputs.recomputed > 0)
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from torch import Tensor
 from qd2mora.base.passes import device_of
 from qd2mora.data import Row
 from qd2mora.errors import InputRefused
+from qd2mora.memory.checkpointing import decoder_layers
 from qd2mora.merging.fidelity import Fidelity, measure, missed
 from qd2mora.merging.kept_updates import Measured, Shelf, Solution
 from qd2mora.merging.original_base import on_original, why_not_original
@@ -182,28 +183,32 @@ def constant_mixing(
 def strategy_inputs_of(opened: OpenRun, rows: Sample, vector: list[float] | None) -> StrategyInputs:
     """Return what strategies work with, for rows of one run."""
     train = opened.recipe.train
-    micro_batch, recomputes = _as_trained(opened)
+    micro_batch, recomputed = _as_trained(opened)
     return StrategyInputs(
         model=opened.model,
         calibration=batches_of(opened, rows.calibration, vector),
         checking=batches_of(opened, rows.checking, vector),
         training=shuffled_batches(opened, rows.training, min(micro_batch, ROWS_AT_ONCE), vector),
         trained_rows=rows.trained_rows,
-        recomputes=recomputes,
+        recomputed=recomputed,
         eight_bit="8bit" in train.optimizer,
     )
 
 
-def _as_trained(opened: OpenRun) -> tuple[int, bool]:
-    """Return the micro batch of the training, and whether it recomputed activations: what its memory was planned for.
+def _as_trained(opened: OpenRun) -> tuple[int, int]:
+    """Return the micro batch of the training, and the layers that it recomputed: what its memory was planned for.
 
     From the run's manifest; a run without one is taken for the smallest.
     """
     # An export should fit where the training did: it takes the training's micro batch and recomputing.
+    every = len(decoder_layers(opened.model.get_base_model()))
     if not opened.folder.manifest.is_file():
-        return 1, True
+        return 1, every
     choices = json.loads(opened.folder.manifest.read_text(encoding="utf-8"))["plan"]["choices"]
-    return int(choices["train.micro_batch"]["value"]), choices["memory.checkpointing"]["value"] == "on"
+    recomputed = choices["memory.checkpointing"]["value"]
+    # A number where the plan recomputes the first layers alone (`memory/reasons.py`).
+    number = {"off": 0, "on": every}.get(recomputed, recomputed)
+    return int(choices["train.micro_batch"]["value"]), int(number)
 
 
 def task_number(opened: OpenRun, task: str | None, *, is_routed: bool = False) -> int | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from peft import PeftModel
 from torch import Tensor
 
+from qd2mora.memory.checkpointing import decoder_layers
 from qd2mora.merging.statistics import Moments, balanced, collect
 from qd2mora.mixture.low_rank import LowRank
 
@@ -18,8 +19,8 @@ class StrategyInputs:
 
     calibration: batches that statistics come from. checking: others, for choosing between results. training: all but
     those that check, in random order, for strategies that learn. trained_rows: rows the training went forward and
-    backward over, the unit of cost. recomputes: whether training recomputed activations, which a student then does
-    too. eight_bit: whether its optimiser kept 8-bit moments. notes: what the report should say of the work.
+    backward over, the unit of cost. recomputed: decoder layers whose activations training recomputed, which a student
+    then does too. eight_bit: whether its optimiser kept 8-bit moments. notes: what the report should say of the work.
     """
 
     model: PeftModel
@@ -27,7 +28,7 @@ class StrategyInputs:
     checking: Batches
     training: Batches
     trained_rows: int
-    recomputes: bool = False
+    recomputed: int = 0
     eight_bit: bool = False
     notes: dict[str, object] = field(default_factory=dict)
     _moments: dict[str, Moments] = field(default_factory=dict)
@@ -37,9 +38,9 @@ class StrategyInputs:
     def forward(self) -> float:
         """Cost of a row's forward pass, where the training's forward and backward over a frozen base are 1.
 
-        The base has no gradients of weights, so backward costs what forward does, and twice that where it recomputes.
+        The base has no gradients of weights, so backward costs what forward does, and of a recomputed layer twice that.
         """
-        return 1 / 3 if self.recomputes else 1 / 2
+        return 1 / (2 + self.recomputed / len(decoder_layers(self.model.get_base_model())))
 
     def moments(self, *, with_mixing: bool = False) -> dict[str, Moments]:
         """Return the moments of every linear, from one pass over the calibration rows however often they are asked.

@@ -1,6 +1,7 @@
 """Strategies: what each promises of the static updates it makes, on a small routed run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from qd2mora.adapter_folder import base_identity, save_adapter
 from qd2mora.base import load_base, load_tokenizer
 from qd2mora.errors import InputRefused
+from qd2mora.memory.checkpointing import decoder_layers
 from qd2mora.memory.loss import RowLoss
 from qd2mora.merging import ExportOptions, core_lsq, make_static, mean_gate, merge, merge_tasks
 from qd2mora.merging.auto import affordable_steps, auto
@@ -30,7 +32,7 @@ from qd2mora.mixture.low_rank import LowRank
 from qd2mora.recipe import load_recipe
 from qd2mora.report import verdict
 from qd2mora.report.exports import warning
-from qd2mora.run_folder import OpenRun, open_run
+from qd2mora.run_folder import OpenRun, RunFolder, open_run
 
 PLAN = {"choices": {"train.micro_batch": {"value": 4}, "memory.checkpointing": {"value": "off"}}}
 
@@ -177,10 +179,24 @@ def test_distillation_begins_where_it_is_told(setting: StrategyInputs) -> None:
 
 def test_distillation_recomputes_activations_where_training_did_with_the_same_result(setting: StrategyInputs) -> None:
     start = closed_form(setting)
-    kept = distill(setting, start, 2)
-    setting.recomputes = True
-    for name, static in distill(setting, start, 2).items():
-        torch.testing.assert_close(static.dense(), kept[name].dense(), rtol=1e-4, atol=1e-5)
+    kept, layers = distill(setting, start, 2), decoder_layers(setting.model.get_base_model())
+    for recomputed in (1, 2):
+        setting.recomputed = recomputed
+        for name, static in distill(setting, start, 2).items():
+            torch.testing.assert_close(static.dense(), kept[name].dense(), rtol=1e-4, atol=1e-5)
+        assert [layer.gradient_checkpointing for layer in layers] == [True, recomputed == 2]
+
+
+@pytest.mark.parametrize(("told", "recomputed"), [("off", 0), (1, 1), ("on", 2)])
+def test_distillation_recomputes_as_many_layers_as_the_training_was_planned_with(
+    opened: OpenRun, tmp_path: Path, told: object, recomputed: int
+) -> None:
+    choices = PLAN["choices"] | {"memory.checkpointing": {"value": told}}
+    (tmp_path / "manifest.json").write_text(json.dumps({"plan": {"choices": choices}}), encoding="utf-8")
+    elsewhere = replace(opened, folder=RunFolder(tmp_path))
+    made = strategy_inputs_of(elsewhere, sample_rows(opened, None), None)
+    assert made.recomputed == recomputed
+    assert made.forward == pytest.approx(1 / (2 + recomputed / 2))
 
 
 def test_a_step_of_distillation_takes_no_more_memory_than_one_of_training(setting: StrategyInputs, run: Path) -> None:
@@ -227,7 +243,7 @@ def test_auto_spends_a_fifth_of_the_training_at_most(setting: StrategyInputs) ->
     handle.remove()
     assert 0.1 * setting.trained_rows < cost <= 0.2 * setting.trained_rows
     before = affordable_steps(setting)
-    setting.recomputes = True  # the training's own forward pass is a smaller part of what it cost
+    setting.recomputed = 2  # the training's own forward pass is a smaller part of what it cost
     assert affordable_steps(setting) > before
     setting.trained_rows = 100
     assert affordable_steps(setting) < 0
