@@ -56,18 +56,25 @@ def _ranks_of(tensor: StoredTensor) -> list[int]:
     return [math.prod(tensor.shape[:-1]), *tensor.shape]
 
 
-def _sizes_of(content: JsonObject) -> list[tuple[str, int]]:
+def _sizes_of(content: JsonObject) -> list[tuple[str, int | float]]:
     """Return the sizes that a checked configuration asks for."""
-    single = [(key, content.get(key)) for key in ("r", "rank", "num_tasks", "task_embedding", "external_width")]
-    several = [("rank_pattern", _values(content.get("rank_pattern"))), ("ranks", content.get("ranks"))]
-    several += [(key, _values(content.get(key))) for key in ("down", "up")]
-    shared = content.get("shared")
-    if isinstance(shared, dict):
-        single.append(("shared.rank", shared.get("rank")))
-    found = [(key, size) for key, size in single if isinstance(size, int)]
+    single = ("r", "rank", "attention_rank", "num_tasks", "task_embedding", "external_width")
+    found = [(key, content.get(key)) for key in single]
+    several = [(key, _values(content.get(key))) for key in ("rank_pattern", "down", "up", "core")]
     for key, sizes in several:
-        found += [(key, size) for size in (sizes if isinstance(sizes, list) else []) if isinstance(size, int)]
-    return found
+        found += [(key, size) for size in sizes]
+    if isinstance(ranks := content.get("ranks"), list):
+        # Experts of several ranks stand in one tensor, one after another.
+        found.append(("the sum of ranks", sum(rank for rank in ranks if isinstance(rank, int))))
+    if isinstance(shared := content.get("shared"), dict):
+        found.append(("shared.rank", shared.get("rank")))
+    # A router that is a network has a hidden layer of its own width.
+    gates = content.get("gates")
+    for role, gate in gates.items() if isinstance(gates, dict) else ():
+        found.append((f"gates.{str(role)[:40]}.width", gate.get("width") if isinstance(gate, dict) else None))
+    if isinstance(allocation := content.get("allocation"), str):
+        found += [("allocation", int(part)) for part in allocation.split("-")]
+    return [(key, size) for key, size in found if isinstance(size, int | float)]
 
 
 def _values(mapping: object) -> list[object]:
@@ -188,7 +195,7 @@ _MIXTURE: dict[str, _Rule] = {
     "dropout": _FRACTION,
     "dropout_per_expert": _FLAG,
     "train_experts": _FLAG,
-    **dict.fromkeys(("down", "up", "shared", "gates", "penalties"), _CONTENT),
+    **dict.fromkeys(("down", "up", "core", "shared", "gates", "penalties"), _CONTENT),
     "allocation": (
         lambda value: isinstance(value, str) and re.fullmatch(r"\d{1,4}(-\d{1,4}){0,255}", value) is not None,
         "experts by depth are needed, such as 2-4-6-8",

@@ -54,22 +54,22 @@ _LORA_KEYS: dict[str, list[Any]] = {
     },
 }
 _MIXTURE_KEYS: dict[str, list[Any]] = {
-    **{key: [10**9, 2**20, 3] for key in ("rank", "num_tasks", "task_embedding", "external_width")},
+    **{key: [10**9, 2**20, 3] for key in ("rank", "attention_rank", "num_tasks", "task_embedding", "external_width")},
     **{
         key: [{"experts": 10**9}, {"experts": 4000}, {"experts": 0}, {"experts": 2.5}, {"x": 1}]
-        for key in ("down", "up")
+        for key in ("down", "up", "core")
     },
     "ranks": [[10**9, 4], [4, 4, 4], [4] * 5_000, ["4"]],
     "gates": [
         {"down": {"select": "zz"}},
         {"down": {"top_k": 10**9}},
         {"x": {}},
-        {"down": {"width": 2**20}},
+        *({"down": {"width": 2**20}}, {"down": {"score": "mlp", "width": 10**7}}),
         {"down": 5},
     ],
     "shared": [{"rank": 10**9}, {"rank": 4, "init": "pissa"}, {"rank": 0}, {"rank": "x"}],
     "penalties": [{"zz": 1}, {"orthogonality": float("nan")}],
-    "allocation": ["2-99999999999", "9" * 400, "2-4", "0", "-".join(["1"] * 10_000)],
+    "allocation": ["2-99999999999", "4000", "9" * 400, "2-4", "0", "-".join(["1"] * 10_000)],
     "method": ["loramoe", "lora", "dora", "mola", "task", "zz", "flylora", "smora", "mixlora"],
     "target_modules": _NAMES,
     **{key: [] for key in ("alpha", "dropout", "init", "train_experts", "rank_stabilized", "task_type", "peft_type")},
@@ -185,6 +185,7 @@ FILES: dict[str, tuple[dict[str, list[Any]], tuple[str, ...]]] = {
     "base/tokenizer_config.json": (_TOKENIZER_CONFIG_KEYS, ("preview", "generate base")),
     "base/tokenizer.json": (_TOKENIZER_KEYS, ("preview", "generate base")),
 }
+_COMOL: dict[str, Any] = {"method": "comol", "down": {"experts": 1}, "up": {"experts": 1}}
 TELLING: list[tuple[str, str, dict[str, Any]]] = [
     ("lora/adapter_config.json", "generate lora", {"alpha_pattern": {"((([a-z._0-9]+)+)+)+Z": 4}}),
     ("lora/adapter_config.json", "generate lora", {"init_lora_weights": "pissa_niter_1000000000"}),
@@ -194,6 +195,11 @@ TELLING: list[tuple[str, str, dict[str, Any]]] = [
     ("lora/adapter_config.json", "upcycle", {"r": 2}),
     ("lora/adapter_config.json", "upcycle", {"r": None}),
     ("pairs/adapter_config.json", "generate pairs", {"down": {"experts": 4000}, "up": {"experts": 4000}}),
+    ("pairs/adapter_config.json", "generate pairs", _COMOL | {"core": {"experts": 2 * 10**7}}),
+    ("pairs/adapter_config.json", "generate pairs", {"ranks": [120] * 4096, "down": None, "up": None}),
+    ("pairs/adapter_config.json", "generate pairs", {"gates": {"down": {"score": "mlp", "width": 2 * 10**6}}}),
+    ("pairs/adapter_config.json", "generate pairs", {"method": "mixlora", "attention_rank": 2**20}),
+    ("pairs/adapter_config.json", "generate pairs", {"allocation": "4000", "down": None, "up": None}),
     ("base/config.json", "plan", {"num_hidden_layers": 10**6}),
     ("base/config.json", "plan", {"id2label": {str(number): "x" for number in range(100_000)}}),
     ("base/config.json", "plan", {"rope_parameters": {"rope_type": "zz"}}),
