@@ -27,11 +27,11 @@ from qd2mora.data import Row
 from qd2mora.data.file_rows import BadRow, rows_of
 from qd2mora.data.pair import Pair
 from qd2mora.disk.durable import write_atomically
-from qd2mora.disk.tensor_file import stored_tensors, tensor_at_hand, write_tensors
+from qd2mora.disk.tensor_file import encoded, stored_tensors
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation import Subject
 from qd2mora.recipe import Recipe, Task
-from qd2mora.safekeeping.places import check_place
+from qd2mora.safekeeping.places import already_there, check_place, write_beside
 
 MOST_TOKENS = 256
 """Of an item, or of what is asked; the rest of a longer one is passed over."""
@@ -84,8 +84,8 @@ def histories(recipe: Recipe, rows_file: Path, options: HistoryOptions, out: Pat
     basis_file = out.with_suffix(".basis.safetensors")
     for place in (out, basis_file):
         check_place(place, "--out")
-        if place.exists():
-            raise InputRefused(f"--out: '{place}' is there already; name a new file, or remove that one")
+    if out.exists():
+        raise already_there(out, "--out")
     rows = read_rows(rows_file, options)
     subject = Subject(load_base(recipe.base), load_tokenizer(recipe.base.model))
     parts = both_parts(subject, rows, options)
@@ -103,7 +103,8 @@ def histories(recipe: Recipe, rows_file: Path, options: HistoryOptions, out: Pat
         told = {name: value for name, value in row.items() if name != options.field}
         lines.append(json.dumps(told | {"vector": [round(each, 6) for each in vector]}, ensure_ascii=False) + "\n")
     named = {"mean": basis.mean, "directions": basis.directions, "scale": basis.scale}
-    write_tensors(basis_file, [tensor_at_hand(name, tensor.contiguous()) for name, tensor in named.items()])
+    content = b"".join(encoded({name: tensor.contiguous() for name, tensor in named.items()}))
+    write_beside(basis_file, content, "--out")
     write_atomically(out, "".join(lines))
     return Histories(len(rows), int((~has_history).sum()), vectors.shape[1], basis_file, kept)
 

@@ -24,7 +24,7 @@ from qd2mora.errors import InputRefused, StopError
 from qd2mora.evaluation import Score, Subject, ask_held_out, score_all
 from qd2mora.mixture.trained_loras import TrainedLora, find_adapter
 from qd2mora.recipe import Adapter, Recipe, Task
-from qd2mora.safekeeping.places import check_place
+from qd2mora.safekeeping.places import already_there, check_place, write_beside
 
 MOST_ROWS = 50
 """Labelled rows that a bank is scored on; of more the first are taken."""
@@ -69,8 +69,8 @@ def select(recipe: Recipe, options: SelectOptions, out: Path) -> Selection:
     rows_file = out.with_suffix(".rows.jsonl")
     for place in (out, rows_file):
         check_place(place, "--out")
-        if place.exists():
-            raise InputRefused(f"--out: '{place}' is there already; name a new file, or remove that one")
+    if out.exists():
+        raise already_there(out, "--out")
     loras, unread = read_bank(options.bank, recipe)
     subject = Subject(load_base(recipe.base), load_tokenizer(recipe.base.model))
     tasks = _few(prepare(recipe.data, subject.tokenizer, recipe.train.seed))
@@ -81,7 +81,7 @@ def select(recipe: Recipe, options: SelectOptions, out: Path) -> Selection:
     picked = [] if options.pool is None else _picked(subject, recipe, tasks, options)
     if picked:
         lines = [json.dumps({"prompt": row.pair.prompt, "completion": row.pair.answer}) + "\n" for row in picked]
-        write_atomically(rows_file, "".join(lines))
+        write_beside(rows_file, "".join(lines).encode(), "--out")
     adapters = [candidates[number].folder for number in chosen.numbers]
     write_atomically(out, composed_recipe(recipe, adapters, rows_file if picked else None).dump_yaml())
     shots = sum(len(task.validation) for task in tasks)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qd2mora.disk.durable import write_bytes_atomically
 from qd2mora.disk.lock import is_held_here, lock_beside, locked
 from qd2mora.disk.sealed import MANIFEST, read_manifest
 from qd2mora.errors import DamagedFile, InputRefused
@@ -132,4 +133,23 @@ def _unsealed_holder(folder: Path, name: str) -> str | None:
     return None
 
 
-__all__ = ["COMPARISON", "check_file", "check_new_folder", "check_place", "taken", "writing"]
+def write_beside(path: Path, content: bytes, what: str) -> None:
+    """Write the first of two files, the second of which says that both are there. Raises InputRefused.
+
+    A kill between them leaves this one: the next try finds the same content and goes on; any other is somebody's.
+    """
+    if not os.path.lexists(path):
+        write_bytes_atomically(path, content)
+    elif not path.is_file() or path.read_bytes() != content:
+        raise already_there(path, what)
+
+
+def already_there(path: Path, what: str) -> InputRefused:
+    """Return the refusal of an output that would take the place of something."""
+    return InputRefused(f"{what}: '{path}' is there already; name a new file, or remove that one")
+
+
+__all__ = [
+    *("COMPARISON", "already_there", "check_file", "check_new_folder", "check_place", "taken", "write_beside"),
+    "writing",
+]

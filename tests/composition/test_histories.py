@@ -90,7 +90,20 @@ def test_users_are_told_apart_by_their_history_and_later_rows_get_the_same_vecto
     basis = tmp_path / "vectors.basis.safetensors"
     run(monkeypatch, recipe, later, "--long", 2, "--short", 2, "--basis", basis, "--out", new)
     torch.testing.assert_close(vectors_of(new), found[2:4], atol=1e-4, rtol=1e-4)
+    # A process that is killed between its two files leaves the directions: they stay, and the next try writes the rows.
+    rows_before, basis_before = out.read_bytes(), basis.read_bytes()
+    out.unlink()
+    run(monkeypatch, recipe, data, "--width", 3, "--long", 2, "--short", 2, "--out", out)
+    assert out.read_bytes() == rows_before and basis.read_bytes() == basis_before
     assert train(load_recipe(recipe)).steps == 1
+    # Directions of other rows are somebody's: they are kept, and nothing is written beside them.
+    out.unlink()
+    given = ["histories", recipe, data, "--width", 1, "--out", out]
+    monkeypatch.setattr(sys, "argv", ["qd2mora", *map(str, given)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and f"'{basis}' is there already" in capsys.readouterr().err
+    assert basis.read_bytes() == basis_before and not out.exists()
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,15 @@ def test_the_best_is_chosen_and_its_copy_and_a_guesser_are_not(
 
 @pytest.mark.long
 def test_the_recipe_that_is_written_trains(folder: Path, tmp_path: Path) -> None:
-    select(load_recipe(folder / "my.yaml"), SelectOptions(folder / "bank", folder / "pool.jsonl"), tmp_path / "r.yaml")
+    asked = load_recipe(folder / "my.yaml"), SelectOptions(folder / "bank", folder / "pool.jsonl"), tmp_path / "r.yaml"
+    select(*asked)
+    # As a kill between the two files leaves it: the rows alone, which stay, and the next try goes on.
+    (tmp_path / "r.yaml").unlink()
+    select(*asked)
+    (tmp_path / "s.rows.jsonl").write_text("somebody's\n", encoding="utf-8")
+    with pytest.raises(InputRefused, match=r"s\.rows\.jsonl' is there already"):
+        select(*asked[:2], tmp_path / "s.yaml")
+    assert not (tmp_path / "s.yaml").exists()
     train(load_recipe(tmp_path / "r.yaml", (f"output={tmp_path / 'run'}", "train.steps=2")))
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
