@@ -26,7 +26,7 @@ from qd2mora.disk.untrusted import check_adapter, check_config, check_weights
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.ends import Ends, ends_of
 from qd2mora.evaluation.next_token import RefuseNotFinite
-from qd2mora.mixture import MixtureConfig, forgoes_cache, read_rows, shortcuts
+from qd2mora.mixture import MixtureConfig, adapter_off, forgoes_cache, read_rows, shortcuts
 from qd2mora.recipe import Base
 from qd2mora.routed.gate import TOKEN
 from qd2mora.routed.modeling_mixture import CONFIGS, SUFFIX, MixtureForCausalLM, auto_map, classes_of
@@ -147,7 +147,7 @@ class Subject:
     def without_adapter(self) -> Iterator[None]:
         """Be the base while the block runs."""
         assert self.is_adapted
-        with self.model.disable_adapter():
+        with adapter_off(self.model):
             yield
 
     @contextmanager

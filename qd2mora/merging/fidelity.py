@@ -12,7 +12,7 @@ from qd2mora.base.passes import OutputHead, labelled, labels_of, output_head
 from qd2mora.memory.loss import labelled_states
 from qd2mora.merging.static_updates import Statics, replaced
 from qd2mora.merging.statistics import Moments, decode, observed
-from qd2mora.mixture import MixtureLinear, mixture_layers
+from qd2mora.mixture import MixtureLinear, adapter_off, mixture_layers
 from qd2mora.terminal.pace import paced
 
 # Of three models, with a vocabulary of 128,000: 0.4 GB of float32 log-probabilities at once.
@@ -128,7 +128,7 @@ def measure(
             routed = labelled_states(model, batch)
             with replaced(other, statics):
                 static = labelled_states(other, batch)
-            with other.disable_adapter():
+            with adapter_off(other):
                 base = labelled_states(other, batch)
             compared = compare((base, routed, static), (output_head(model),) * 3, targets)
             sums.index_add_(0, task_of_token(batch, len(tasks)), compared)

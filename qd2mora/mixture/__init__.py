@@ -10,6 +10,7 @@ from qd2mora.mixture.registration import register
 from qd2mora.mixture.routing import Routing
 from qd2mora.mixture.tuner import (
     MixtureModel,
+    adapter_off,
     adapter_tensors,
     add_adapter,
     after_step,
@@ -29,6 +30,7 @@ __all__ = [
     "MixtureLinear",
     "MixtureModel",
     "Routing",
+    "adapter_off",
     "adapter_tensors",
     "add_adapter",
     "after_step",

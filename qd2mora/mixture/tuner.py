@@ -252,6 +252,19 @@ def load_experts(layers: dict[str, MixtureLinear], loras: list[TrainedLora], ada
             tensors["mixture_B"].copy_(ops.unstack_columns(torch.cat(ups, -1), tensors["mixture_B"].shape))
 
 
+@contextmanager
+def adapter_off(model: PeftModel) -> Iterator[None]:
+    """Be the base while the block runs; afterwards each tensor is trained or frozen as before."""
+    trained = {name: tensor.requires_grad for name, tensor in model.named_parameters()}
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        # PEFT (0.21) lets every tensor of an adapter that comes back be trained, frozen ones too.
+        for name, tensor in model.named_parameters():
+            tensor.requires_grad_(trained[name])
+
+
 def routing_of(model: nn.Module) -> Routing | None:
     """Return what a PEFT model's routers are told, None where its adapters are not mixtures."""
     tuner = getattr(model, "base_model", None)
@@ -322,6 +335,7 @@ def _tensors(model: nn.Module, adapter_name: str, name: str) -> list[Tensor]:
 
 __all__ = [
     "MixtureModel",
+    "adapter_off",
     "adapter_tensors",
     "add_adapter",
     "after_step",

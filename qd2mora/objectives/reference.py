@@ -25,7 +25,7 @@ from qd2mora.disk.passing import passing_name, remove_passing
 from qd2mora.disk.sealed import seal_whole_folder, verify_folder
 from qd2mora.disk.tensor_file import stored_tensors, tensor_at_hand, write_tensors
 from qd2mora.errors import DamagedFile
-from qd2mora.mixture import routing_of, selection_biases
+from qd2mora.mixture import adapter_off, routing_of, selection_biases
 
 CHUNK = 512
 """Rows of an entry."""
@@ -57,7 +57,7 @@ class Reference:
         is_counted = routing is not None and routing.is_counted
         with ExitStack() as held:
             held.enter_context(torch.no_grad())
-            held.enter_context(self._swapped() if self.start else _without_adapter(self.model))
+            held.enter_context(self._swapped() if self.start else adapter_off(self.model))
             self.model.eval()
             if routing is not None:
                 routing.is_counted = False
@@ -90,18 +90,6 @@ class Reference:
         finally:
             for name, tensor in now.items():
                 tensor.data = held[name]
-
-
-@contextmanager
-def _without_adapter(model: PeftModel) -> Iterator[None]:
-    trained = {name: tensor.requires_grad for name, tensor in model.named_parameters()}
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        # PEFT lets every tensor of an adapter that comes back be trained, frozen ones too.
-        for name, tensor in model.named_parameters():
-            tensor.requires_grad_(trained[name])
 
 
 def _changing(model: PeftModel) -> dict[str, nn.Parameter]:

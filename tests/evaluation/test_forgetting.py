@@ -7,7 +7,9 @@ from pathlib import Path
 import asking
 import numpy as np
 import pytest
+import tiny
 
+from qd2mora.base import load_base, load_tokenizer
 from qd2mora.cli import main
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation import EvalOptions, Exam, Record, Score, Subject, evaluate
@@ -15,6 +17,8 @@ from qd2mora.evaluation import composite as composite_prompts
 from qd2mora.evaluation.change import BASE, Change, change_of, evaluate_against
 from qd2mora.evaluation.composite import evaluate_composite, split_answers
 from qd2mora.evaluation.sequence import RunsInTurn, evaluate_sequence
+from qd2mora.mixture import MixtureConfig, add_adapter
+from qd2mora.recipe import Base
 
 
 def score_of(values: list[float], metric: str = "exact") -> Score:
@@ -48,6 +52,22 @@ def test_a_run_is_compared_with_its_base_and_with_another_run(made: Path, tmp_pa
     assert evaluate_against(later, str(run), losses, EvalOptions(out=tmp_path / "changes.json")) == changes
     with pytest.raises(InputRefused, match="holds answers to another question"):
         evaluate_against(later, BASE, losses, EvalOptions(out=tmp_path / "changes.json"))
+
+
+@pytest.mark.parametrize("method", ["dora", "flylora"])
+def test_what_was_frozen_is_frozen_after_the_adapter_was_off(method: str, tmp_path: Path) -> None:
+    base = Base(model=str(tiny.save_base(tmp_path)), quantization="none")
+    config = MixtureConfig(method=method, rank=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    subject = Subject(add_adapter(load_base(base), config, 0), load_tokenizer(base.model))
+    before = {name: tensor.requires_grad for name, tensor in subject.model.named_parameters()}
+    assert {trained for name, trained in before.items() if "lora_" in name or "mixture_" in name} == {True, False}
+    with subject.without_adapter():
+        pass
+    assert {name: tensor.requires_grad for name, tensor in subject.model.named_parameters()} == before
+    subject.model.requires_grad_(False)
+    with subject.without_adapter():
+        pass
+    assert not any(tensor.requires_grad for tensor in subject.model.parameters())
 
 
 def test_the_base_of_a_run_is_the_run_with_its_adapter_off(made: Path, subject: Subject) -> None:
