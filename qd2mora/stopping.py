@@ -21,6 +21,7 @@ SIGNALS = tuple(each for each in signal.Signals if each.name in ("SIGINT", "SIGT
 """Windows has no SIGUSR1."""
 AGAIN = "nothing was lost, run the command again"
 AFTER_THE_STEP = "the step or evaluation ends and a checkpoint is saved, then --resume goes on from it"
+BEFORE_A_STEP = "nothing is learned yet and nothing saved, --resume begins anew"
 
 
 @dataclass
@@ -33,6 +34,8 @@ class StopRequest:
     """Whether SignalStop was raised on the spot."""
     then: str = AGAIN
     """How the work is gone on with."""
+    then_deferred: str = AFTER_THE_STEP
+    """The same, of a signal that is only noted."""
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -43,6 +46,15 @@ class StopRequest:
             yield
         finally:
             self.is_deferred = False
+
+    @contextmanager
+    def before_a_step(self) -> Iterator[None]:
+        """Tell of a signal while the block runs that nothing is to be saved; the block looks for one itself."""
+        self.then_deferred = BEFORE_A_STEP
+        try:
+            yield
+        finally:
+            self.then_deferred = AFTER_THE_STEP
 
     def check(self) -> None:
         """Raise SignalStop where a signal was noted, or was swallowed by a library."""
@@ -56,7 +68,7 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.number = number
-        _acknowledge(number, AFTER_THE_STEP if self.is_deferred else self.then)
+        _acknowledge(number, self.then_deferred if self.is_deferred else self.then)
         if not self.is_deferred:
             self.was_raised = True
             self.check()
@@ -93,4 +105,4 @@ def listening(then: str = AGAIN) -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-__all__ = ["AFTER_THE_STEP", "AGAIN", "SIGNALS", "StopRequest", "listening"]
+__all__ = ["AFTER_THE_STEP", "AGAIN", "BEFORE_A_STEP", "SIGNALS", "StopRequest", "listening"]

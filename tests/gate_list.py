@@ -313,7 +313,7 @@ GATES: dict[str, Gate] = {
             without("training/clock.py:Watchdog._watch", "_last", "before"),
             never("training/clock.py:Watchdog._watch", "BUSY"),
             ignoring("training/clock.py:Watchdog._watch", "is_on_cpu", as_if=True),
-            doing("training/held_out.py:HeldOut._each", "alive", by="self.watchdog.beat()"),
+            doing("training/held_out.py:HeldOut.goes_on", "alive", by="self.watchdog.beat()"),
             doing("training/loop.py:Training._step", "alive", by="self.watchdog.beat()"),
             ignoring("memory/faults.py:is_lost", "not"),
         ),

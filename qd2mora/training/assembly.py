@@ -1,6 +1,6 @@
 """A run put together: what a start is given, what it has read, and the loop made of both."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,9 +125,9 @@ def training_of(
     subject = Subject(model, inputs.tokenizer, templates=named_templates(inputs.recipe.data))
     live = LiveRouting(model, inputs.tasks)
 
-    def score() -> dict[str, Score]:
+    def score(goes_on: Callable[[], bool]) -> dict[str, Score]:
         pace = journal.pace("rows asked", sum(len(task.rows) for task in inputs.asked))
-        return score_together(subject, inputs.asked, processes, pace)
+        return score_together(subject, inputs.asked, processes, pace, goes_on)
 
     rollouts = None
     if inputs.recipe.objective.kind == "grpo":
@@ -150,7 +150,7 @@ def training_of(
             stages,
             rollouts,
         ),
-        held_out=HeldOut(batches, inputs.tasks, live, score, watchdog, journal.pace, rollouts),
+        held_out=HeldOut(batches, inputs.tasks, live, score, watchdog, journal.pace, rollouts, start.stop),
         saver=Saver(folder.checkpoints, settings.keep_checkpoints, batches.updater, processes.is_main),
         best=best,
         journal=journal,

@@ -75,6 +75,11 @@ class Watchdog:
         """Give a sign of life of another kind, which says nothing of how long a micro batch of training takes."""
         self._began = self._last = time.monotonic()
 
+    def goes_on(self) -> bool:
+        """Give a sign of life of another kind; what gives it may go on."""
+        self.alive()
+        return True
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Do not watch while the block does what may take long: a slow disk, scores, other processes that do these.

@@ -19,6 +19,7 @@ from qd2mora.mixture import MixtureConfig, mixture_layers, penalty_terms
 from qd2mora.mixture.parts import part_of
 from qd2mora.objectives import told
 from qd2mora.recipe.train import LearnedRouting
+from qd2mora.training.clock import Watchdog
 from qd2mora.training.estimator import backward_over_draws
 from qd2mora.training.labels import KIND, expert_is_better
 from qd2mora.training.micro_batches import Course, MicroBatches, key_of
@@ -62,14 +63,16 @@ class StepGradient:
     """What the objective measured of the step's micro batches, on this process."""
     _baseline: float = 0.0
 
-    def prepare(self, rows: list[Row]) -> list[Row]:
+    def prepare(self, rows: list[Row], watchdog: Watchdog) -> list[Row]:
         """Take what the objective needs of a step as a whole, before its gradient; return the rows that are learned.
 
         Raises WillNotFit, InputRefused.
         """
         if self.rollouts is not None:
-            return self.rollouts.of(rows, self.course.first_of(self.batches.progress.step))
-        self._baseline = self.batches.baseline(rows)
+            # Answers are written token by token, at no pace that a micro batch of training could tell.
+            with watchdog.paused():
+                return self.rollouts.of(rows, self.course.first_of(self.batches.progress.step))
+        self._baseline = self.batches.baseline(rows, watchdog.goes_on)
         return rows
 
     def accumulate(self, rows: list[Row], beat: Callable[[], None]) -> Tensor:

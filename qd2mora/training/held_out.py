@@ -5,12 +5,13 @@ Nothing is changed by an evaluation, so one that ran out of memory is done again
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
 
 from qd2mora.data import MicroBatch, Row, TaskRows
+from qd2mora.errors import SignalStop
 from qd2mora.evaluation import AskedTask, Record, Score, Subject
 from qd2mora.evaluation.score import refuse_not_finite
 from qd2mora.evaluation.scoring import ROWS_AT_ONCE, batches_of, score_batch
@@ -19,6 +20,7 @@ from qd2mora.inspection.finished_run import TRAINING_ROWS, rows_seen, rows_to_wa
 from qd2mora.inspection.routing_summary import measured
 from qd2mora.memory.loss import labelled_states
 from qd2mora.objectives import Measures, told
+from qd2mora.stopping import BEFORE_A_STEP, StopRequest
 from qd2mora.terminal.pace import Pace
 from qd2mora.training.clock import Watchdog
 from qd2mora.training.micro_batches import MicroBatches
@@ -93,16 +95,18 @@ class HeldOut:
     batches: MicroBatches
     tasks: list[TaskRows]
     live: LiveRouting
-    score: Callable[[], dict[str, Score]]
-    """Scores the tasks that name a metric."""
+    score: Callable[[Callable[[], bool]], dict[str, Score]]
+    """Scores the tasks that name a metric; asks after each batch whether the next is wanted."""
     watchdog: Watchdog
     pace: Callable[[str, float], Pace] = lambda what, total: Pace(what, total, lambda line: None)
     """Makes what tells how far an evaluation is."""
     rollouts: Rollouts | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
 
     def evaluate(self) -> Evaluation:
-        """Evaluate the model as it is. Raises WillNotFit."""
+        """Evaluate the model as it is. Raises WillNotFit, and SignalStop before the first step alone."""
         (losses, measures), scores = self.losses(), self._scores()
+        self._refuse_broken_off()
         routing, alarm = self.live.take(self.batches.progress.step, self.batches.processes)
         return Evaluation(losses, measures, scores, routing, alarm)
 
@@ -111,13 +115,14 @@ class HeldOut:
         batches = self.batches
         batches.model.eval()
         doing = f"the evaluation after step {batches.progress.step}"
-        baselines = {task.task.name: batches.baseline(task.validation, doing) for task in self.tasks}
+        baselines = {task.task.name: batches.baseline(task.validation, self.goes_on, doing) for task in self.tasks}
         sums = batches.until_it_fits(lambda: self._sums(baselines), doing)
         batches.model.train()
         names = [task.task.name for task in self.tasks if task.validation]
         summed, measured = batches.processes.sum_numbers(sums), batches.objective.names
         width = 2 + 2 * len(measured)
         by_task = {name: summed[place * width : (place + 1) * width] for place, name in enumerate(names)}
+        self._refuse_broken_off()
         losses = {name: total / counted for name, (total, counted, *_) in by_task.items()}
         if self.rollouts is not None:
             with self.watchdog.paused():
@@ -129,13 +134,41 @@ class HeldOut:
             }
         return losses, {name: told(measured, rest) for name, (_, _, *rest) in by_task.items() if measured}
 
+    def goes_on(self) -> bool:
+        """Give a sign of life; tell whether the next batch is wanted.
+
+        It is after a step, whose checkpoint is judged by what is found. Before the first nothing is at stake, and a
+        signal ends the pass.
+        """
+        self.watchdog.alive()
+        if self.batches.progress.step > 0:
+            return True
+        asked = float(self.stop.number is not None)
+        # Processes that share weights run each batch together, and leave together; others meet at the pass's end.
+        if self.batches.updater.shares_weights:
+            (asked,) = self.batches.processes.sum_numbers([asked])
+        return not asked
+
+    def _goes_on_asking(self) -> bool:
+        """Tell the same of what is scored, of which processes have unlike numbers of batches."""
+        return self.batches.progress.step > 0 or self.batches.updater.shares_weights or self.stop.number is None
+
+    def _refuse_broken_off(self) -> None:
+        """Raise SignalStop, on every process, where one has left a pass: its numbers are of a part of the rows."""
+        if self.batches.progress.step > 0:
+            return
+        (asked,) = self.batches.processes.sum_numbers([float(self.stop.number is not None)])
+        if asked:
+            by = "a signal to another process" if self.stop.number is None else f"signal {self.stop.number}"
+            raise SignalStop(f"stopped by {by} before the first step; {BEFORE_A_STEP}")
+
     def _scores(self) -> dict[str, Score]:
         # A prompt that is answered has no row of the run, and must not draw by the last one's key.
         self.batches.forget_rows()
         self.batches.model.eval()
         # Answers are written token by token, at no pace that a micro batch of training could tell.
         with self.watchdog.paused():
-            scores = self.score()
+            scores = self.score(self._goes_on_asking)
         self.batches.model.train()
         return scores
 
@@ -188,21 +221,29 @@ class HeldOut:
             self.batches.tell_routers(part)
             with torch.no_grad():
                 act(part)
-            self.watchdog.alive()
             pace.advance(len(part.rows) / self.batches.objective.lines)
+            if not self.goes_on():
+                break
 
 
 def score_together(
-    subject: Subject, asked: list[AskedTask], processes: Processes, pace: Pace | None = None
+    subject: Subject,
+    asked: list[AskedTask],
+    processes: Processes,
+    pace: Pace | None = None,
+    goes_on: Callable[[], bool] = lambda: True,
 ) -> dict[str, Score]:
     """Score tasks; what was written stays with the process that asked. Raises NotFinite, on every process.
 
-    Batches are those of one process, so that the numbers are the same for any number of processes.
+    `goes_on`: asked after each batch; False ends it, and the numbers are of no use. Batches are those of one process,
+    so that the numbers are the same for any number of processes.
     """
-    return {task.name: _score(subject, task, processes, pace) for task in asked}
+    return {task.name: _score(subject, task, processes, pace, goes_on) for task in asked}
 
 
-def _score(subject: Subject, task: AskedTask, processes: Processes, pace: Pace | None) -> Score:
+def _score(
+    subject: Subject, task: AskedTask, processes: Processes, pace: Pace | None, goes_on: Callable[[], bool]
+) -> Score:
     # A place for every row: each process fills in its own, and the sum is all of them, in the rows' order.
     numbers = [0.0] * (3 * len(task.rows))
     for batch in list(batches_of(task, (), ROWS_AT_ONCE))[processes.index :: processes.count]:
@@ -210,6 +251,8 @@ def _score(subject: Subject, task: AskedTask, processes: Processes, pace: Pace |
             numbers[3 * record.row : 3 * record.row + 3] = record.value, record.loss, record.labels
         if pace is not None:
             pace.advance(len(batch) * processes.count)
+        if not goes_on():
+            break
     summed = processes.sum_numbers(numbers)
     records = [
         Record(row, summed[3 * row], summed[3 * row + 1], round(summed[3 * row + 2])) for row in range(len(task.rows))

@@ -63,7 +63,8 @@ class Training:
         with as_lost(), self.saver, self.watchdog:
             if self.progress.step == 0:
                 # What the start scores: every later number is read against it.
-                losses = self._evaluate()
+                with self.stop.before_a_step():
+                    losses = self._evaluate()
             while self.progress.step < self.course.total_steps and not self.has_stalled:
                 began = time.monotonic()
                 self._log(self._step())
@@ -89,7 +90,7 @@ class Training:
         self.opening.enter(update)
         enter_phase(self.batches.model, self.train, update)
         self._tell(self.gradient.stages.news(update))
-        rows = self.gradient.prepare(rows)
+        rows = self.gradient.prepare(rows, self.watchdog)
         loss, norm, penalties = self._whole_gradient(rows)
         load = max_load(self.batches.model, self.processes)
         # By applied updates: steps that are passed over take nothing off the schedule's length.

@@ -192,26 +192,32 @@ class MicroBatches:
         )
         return Said(by_line[0], part.rows, divergence=by_line[1])
 
-    def baseline(self, rows: Sequence[Row], doing: str = "") -> float:
-        """Return what the objective takes of all rows of a step, or of an evaluation. Raises WillNotFit."""
+    def baseline(self, rows: Sequence[Row], goes_on: Callable[[], bool], doing: str = "") -> float:
+        """Return what the objective takes of all rows of a step, or of an evaluation.
+
+        `goes_on` is asked after each micro batch; False ends the pass, of whose result nothing is made then. Raises
+        WillNotFit.
+        """
         if not self.objective.has_baseline or len(rows) < 2:
             return 0.0
         others = mismatched(list(rows), max(row.width for row in rows))
         is_training = self.model.training
         self.model.eval()
-        sums = self.until_it_fits(lambda: self._log_ratios(others), doing)
+        sums = self.until_it_fits(lambda: self._log_ratios(others, goes_on), doing)
         self.model.train(is_training)
         total, number = self.processes.sum_numbers(sums)
         return max(0.0, total / number)
 
     @torch.no_grad()
-    def _log_ratios(self, rows: list[Row]) -> list[float]:
+    def _log_ratios(self, rows: list[Row], goes_on: Callable[[], bool]) -> list[float]:
         """Return the summed log-ratios of this process's rows, and how many they are."""
         sums = torch.zeros(2, dtype=torch.float64)
         for part in self.of(rows, 0):
             self.tell_routers(part)
             ratios = self.said(part).log_ratios.double().cpu()
             sums += part.weight * torch.stack([ratios.sum(), torch.tensor(float(len(ratios)), dtype=torch.float64)])
+            if not goes_on():
+                break
         return sums.tolist()
 
     def attempt(self, act: Callable[[], T]) -> T | None:

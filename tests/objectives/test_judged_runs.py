@@ -1,6 +1,8 @@
 """What holds for a run holds for each objective: resumes, splits, memory that runs out, evaluations, the best one."""
 
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,14 @@ import tiny
 import torch
 from interrupted import train_in_two
 
-from qd2mora.errors import InputRefused
+from qd2mora.errors import InputRefused, SignalStop
 from qd2mora.memory.loss import RowLoss
 from qd2mora.objectives import reference as references
 from qd2mora.objectives.head import RowScore
+from qd2mora.stopping import BEFORE_A_STEP
 from qd2mora.training import train
+from qd2mora.training.clock import Watchdog
+from qd2mora.training.micro_batches import MicroBatches
 
 LIVE = "objective.reference=live"
 LONG = pytest.mark.long
@@ -160,3 +165,45 @@ def test_other_methods_learn_a_preference_too(method: str, made: Path, tmp_path:
     lines = runs.lines_of(tmp_path / "run")
     assert lines[0]["eval_loss"]["pick"] == pytest.approx(0.6931472, abs=1e-5)
     assert lines[-1]["eval_loss"]["pick"] < 0.6931472
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_signal_before_the_first_step_ends_the_evaluation_at_its_next_batch(
+    kind: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, said = runs.recipe_of(made, tmp_path / "run", kind, "train.micro_batch=1", LIVE), MicroBatches.said
+    seen: list[int] = []
+
+    def interrupted(self: MicroBatches, *given: Any) -> Any:
+        seen.append(self.progress.step)
+        if len(seen) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return said(self, *given)
+
+    with monkeypatch.context() as patched, pytest.raises(SignalStop, match=f"before the first step; {BEFORE_A_STEP}"):
+        patched.setattr(MicroBatches, "said", interrupted)
+        train(recipe)
+    # The rehearsal of the largest batch, and of an evaluation one batch of each of its two passes at most.
+    assert len(seen) <= 2 and BEFORE_A_STEP in capsys.readouterr().err
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    train(recipe, resume=True)
+    assert [line["step"] for line in runs.lines_of(tmp_path / "run") if "eval_loss" in line] == [0, 3, 6]
+
+
+def test_the_pass_for_the_baseline_gives_a_sign_of_life_with_each_micro_batch(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signs: list[int] = []
+    alive, baseline = Watchdog.alive, MicroBatches.baseline
+    counts: list[tuple[int, int]] = []
+
+    def counted(self: MicroBatches, rows: Any, *given: Any) -> float:
+        before = len(signs)
+        found = baseline(self, rows, *given)
+        counts.append((len(signs) - before, len(rows)))
+        return found
+
+    monkeypatch.setattr(Watchdog, "alive", lambda self: (signs.append(1), alive(self))[1])
+    monkeypatch.setattr(MicroBatches, "baseline", counted)
+    train(runs.recipe_of(made, tmp_path / "run", "kto", "train.micro_batch=1", "train.steps=2", LIVE))
+    assert len(counts) > 2 and all(signs == number > 1 for signs, number in counts)
