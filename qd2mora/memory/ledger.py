@@ -83,7 +83,9 @@ def ledger(shapes: Shapes, recipe: Recipe, layout: Layout) -> Ledger:
 
 def _phases(shapes: Shapes, recipe: Recipe, layout: Layout, done: Pass) -> dict[Phase, dict[str, int]]:
     """Return what is alive in each phase besides weights, adapters, gradients and moments."""
-    layer, chunk = shapes.layer, layout.loss_chunk
+    layer, chunk, vocab = shapes.layer, layout.loss_chunk, shapes.vocab
+    if not recipe.objective.needs.has_logits:
+        chunk = vocab = 0
     num_kept = shapes.num_layers - layout.recomputed
     num_inputs, inputs, kept, gradients, dequantised = layout.recomputed, {}, {}, {}, 0
     if layout.offload_activations:
@@ -99,10 +101,10 @@ def _phases(shapes: Shapes, recipe: Recipe, layout: Layout, done: Pass) -> dict[
         gradients = {"row norms of weights": 4 * shapes.normed * done.item}
     gradients |= backward_bytes(layer, done, dequantised)
     phases: dict[Phase, dict[str, int]] = {
-        "loss": inputs | kept | {"logits and loss": loss_bytes(layer, shapes.vocab, done, chunk)},
+        "loss": inputs | kept | {"logits and loss": loss_bytes(layer, vocab, done, chunk)},
         # Activations are gone by then: the penalty's gradient is added after the last micro batch.
         "penalty": {"orthogonality penalty": penalty_bytes(shapes.penalised, shapes.penalty_weight)},
-        "evaluation": {"evaluation": evaluation_bytes(layer, shapes.vocab, done, chunk, dequantised)},
+        "evaluation": {"evaluation": evaluation_bytes(layer, vocab, done, chunk, dequantised)},
     }
     if kept:
         phases["backward"] = inputs | kept | gradients

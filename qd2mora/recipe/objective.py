@@ -18,12 +18,14 @@ class Needs:
     """What a kind of objective asks of the rest of a recipe.
 
     `settings`: its keys with their defaults. `format`: of rows that it alone learns from, None: it learns answers.
-    `lines`: texts of a row that run through the model together.
+    `lines`: texts of a row that run through the model together. `has_logits`: its loss is of next tokens; False: of a
+    score, which a head makes of one state of each text.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     format: str | None = None
     lines: int = 1
+    has_logits: bool = True
 
 
 KINDS: dict[str, Needs] = {
@@ -37,7 +39,7 @@ KINDS: dict[str, Needs] = {
     "peam": Needs(
         {"beta": 0.1, "contrast": 1.0, "consolidate": "all", "reference": "kept"}, format=PREFERENCE, lines=2
     ),
-    "reward": Needs({"head": "linear"}, format=PREFERENCE, lines=2),
+    "reward": Needs({"head": "linear"}, format=PREFERENCE, lines=2, has_logits=False),
     "grpo": Needs(
         {
             "rule": "exact",

@@ -11,6 +11,8 @@ from torch import Tensor
 from qd2mora.base import SHAPES, Shape
 from qd2mora.memory.ledger import Ledger
 from qd2mora.memory.loss import RowLoss, labelled_states
+from qd2mora.objectives.head import RowScore, add_head
+from qd2mora.recipe import Recipe
 
 WIDE = Shape(256, 688, 4, 4, 2, vocab=600)
 WORDY = Shape(128, 352, 2, 2, 2, vocab=8000)
@@ -133,6 +135,26 @@ def test_the_planned_peak_of_a_step_is_the_measured_one(
     planned = sum(size for name, size in written.items.items() if name not in STATIC)
     # The backward pass frees and makes tensors in an order that no formula of a few terms follows.
     assert planned == pytest.approx(measured, rel=0.04)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_reward_head_makes_no_logits_in_the_plan_as_in_a_step(checkpointing: bool) -> None:
+    def recipe(kind: str) -> Recipe:
+        rows = {"tasks": [{"name": "one", "path": "one.jsonl", "format": "preference"}], "max_length": 64}
+        return recipe_of(adapter={**PAPER, "penalty": 0.0}, data=rows, objective={"kind": kind})
+
+    def planned(kind: str) -> int:
+        written = cpu_ledger(WORDY, recipe(kind), 2, checkpointing, torch.float32)
+        return sum(size for name, size in written.items.items() if name not in STATIC)
+
+    model = adapted(WORDY, recipe("reward"), "float32", checkpointing)
+    add_head(model, 0)
+    for tensor in model.parameters():
+        tensor.grad = torch.zeros_like(tensor) if tensor.requires_grad else None
+    batch = padded_batch(4, 64, WORDY.vocab)
+    measured = peak_bytes(lambda: RowScore(model)(batch).sum().backward())
+    assert planned("reward") == pytest.approx(measured, rel=0.04)
+    assert planned("reward") < planned("dpo")
 
 
 def test_recomputing_layers_keeps_less() -> None:
