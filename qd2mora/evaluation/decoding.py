@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qd2mora.base.passes import CachedText, device_of, last_states, output_head, read_on
-from qd2mora.errors import NotFinite
+from qd2mora.errors import InputRefused, NotFinite
 from qd2mora.evaluation.ends import HALF_LETTER, Ends
 from qd2mora.evaluation.subject import Subject
 from qd2mora.mixture import forgoes_cache
@@ -110,6 +110,14 @@ class Answer:
         written = self.ends.before([each.token for each in self.chosen])
         text: str = self._tokenizer.decode(written, skip_special_tokens=True)
         return text
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature that nothing can be drawn at. Raises InputRefused."""
+    # Nearer to 0, logits divided by it are no float32 any more.
+    if temperature != 0 and not 1e-3 <= temperature <= 1e3:
+        fits = "at most 1000" if temperature > 1e3 else "0 for the likeliest token, or at least 0.001"
+        raise InputRefused(f"--temperature: {temperature} will not do: {fits}")
 
 
 def drawn(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
@@ -244,4 +252,4 @@ class Decoding:
         self._route()
 
 
-__all__ = ["Answer", "Chosen", "Decoding", "Wanted"]
+__all__ = ["Answer", "Chosen", "Decoding", "Wanted", "check_temperature"]

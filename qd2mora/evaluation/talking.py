@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.asked_spans import NOTHING_MARKED, AskedSpans, asked_spans
-from qd2mora.evaluation.decoding import Wanted
+from qd2mora.evaluation.decoding import Wanted, check_temperature
 from qd2mora.evaluation.prompting import Prompting, tokens_of_text
 from qd2mora.evaluation.subject import SPANS_ARE_MISSING, Subject
 from qd2mora.evaluation.votes import Vote
@@ -44,11 +44,7 @@ class TalkOptions:
     """How it writes, where not alone and once; drawn as said here."""
 
     def __post_init__(self) -> None:
-        # Nearer to 0, logits divided by it are no float32 any more.
-        if self.temperature != 0 and not 1e-3 <= self.temperature <= 1e3:
-            raise InputRefused(
-                f"--temperature: {self.temperature} will not do: 0 for the likeliest token, or 0.001 to 1000"
-            )
+        check_temperature(self.temperature)
         if not 0 < self.top_p <= 1:
             raise InputRefused(f"--top-p: {self.top_p} will not do: above 0, up to 1")
         if self.top_p < 1 and self.temperature == 0:

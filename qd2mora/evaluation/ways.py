@@ -15,7 +15,7 @@ from qd2mora.disk.file_hash import hash_of_file
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.answering import Weighed, answer_losses, weigh_apart, weigh_choices
 from qd2mora.evaluation.contrast import Contrast
-from qd2mora.evaluation.decoding import Decoding, Wanted
+from qd2mora.evaluation.decoding import Decoding, Wanted, check_temperature
 from qd2mora.evaluation.ensemble import Ensemble, EnsembleOptions, calibrations, read_triggers
 from qd2mora.evaluation.joint import JointDecoding
 from qd2mora.evaluation.shared_bases import SharedBases
@@ -46,6 +46,7 @@ class Way:
 
     def __post_init__(self) -> None:
         check_pattern(self.extract)
+        check_temperature(self.temperature)
         if self.contrast is not None and self.ensemble is not None:
             raise InputRefused("--contrast: one adapter is set apart from its weak form; leave out --ensemble")
         if self.gates_every > 1 and (self.contrast is not None or self.ensemble is not None):

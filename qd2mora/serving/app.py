@@ -5,7 +5,7 @@ import hmac
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -16,7 +16,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation.decoding import Wanted
 from qd2mora.evaluation.prompting import Messages
-from qd2mora.evaluation.talking import check_vector
+from qd2mora.evaluation.talking import TalkOptions
 from qd2mora.serving.bodies import Body, ChatBody, CompletionBody, Kind, read_body
 from qd2mora.serving.engine import Engine, Job, Piece
 from qd2mora.serving.served import Served
@@ -162,14 +162,13 @@ class _Desk:
             raise Refused(400, f"max_tokens: {most} is more than this server writes, {limits.max_tokens}")
         wanted, num_read = list[Wanted](), 0
         try:
-            check_vector(served.subject, body.vector)
             for each in asked:
                 # Words may take a template's child a second, for which nobody else waits.
                 ids = await asyncio.to_thread(served.ids_of, each)
                 num_read += len(ids)
                 wanted += _wanted(served, body, ids, most or limits.max_tokens, num_top or 0)
         except InputRefused as error:
-            raise Refused(400, str(error)) from None
+            raise Refused(400, str(error).removeprefix("--")) from None  # options there are fields here
         pieces: asyncio.Queue[Piece] = asyncio.Queue()
         deadline = time.monotonic() + limits.timeout_s
 
@@ -217,26 +216,15 @@ def _checked(kind: type[Kind], content: bytes) -> Kind:
 
 def _wanted(served: Served, body: Body, ids: list[int], most: int, num_top: int) -> list[Wanted]:
     """Return the answers to one prompt, each drawn by a seed of its own."""
-    room = int(served.subject.plain.config.max_position_embeddings) - len(ids)
+    temperature, top_p = body.temperature or 0.0, body.top_p or 1.0
+    if temperature == 0:
+        top_p = 1.0  # clients name both, and nothing is drawn
+    options = TalkOptions(
+        task=served.task, vector=body.vector, max_new_tokens=most, temperature=temperature, top_p=top_p
+    )
+    one = replace(options.wanted(served.subject, ids), ends=served.prompting.ends, stops=body.stops, num_top=num_top)
     seed = secrets.randbits(31) if body.seed is None else body.seed
-    temperature = body.temperature or 0.0
-    if 0 < temperature < 1e-3:  # nearer to 0, logits divided by it are no float32 any more
-        raise InputRefused(f"temperature: {temperature} will not do: 0 for the likeliest token, or 0.001 to 2")
-    return [
-        Wanted(
-            ids,
-            served.prompting.ends,
-            min(most, room),
-            temperature=temperature,
-            top_p=1.0 if body.top_p is None else body.top_p,
-            seed=(seed + number) % 2**32,
-            stops=body.stops,
-            num_top=num_top,
-            task=served.task,
-            vector=None if body.vector is None else tuple(body.vector),
-        )
-        for number in range(body.n or 1)
-    ]
+    return [replace(one, seed=(seed + number) % 2**32) for number in range(body.n or 1)]
 
 
 def _take(asked: Asked, piece: Piece) -> None:

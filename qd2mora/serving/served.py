@@ -29,7 +29,7 @@ class Served:
     prompting: Prompting
     lock: threading.Lock
     """Of the wording: its template's child and its tokenizer serve one at a time."""
-    task: int = 0
+    task: str | None = None
 
     def ids_of(self, asked: Messages | str) -> list[int]:
         """Return the tokens of a conversation, or of a text to be continued. Raises InputRefused."""
@@ -67,16 +67,16 @@ def _entries(
     base = Subject(bases(run.folder.base(run.recipe)), subject.tokenizer, templates=subject.templates)
     # Worded as the run is, so that both are asked the same.
     prompting = found[0].prompting
-    found.append(replace(found[0], name=f"{name}:{BASE}", subject=base, prompting=prompting, task=0))
+    found.append(replace(found[0], name=f"{name}:{BASE}", subject=base, prompting=prompting, task=None))
     return found
 
 
 def _entry(name: str, subject: Subject, task: str | None, template: str | None, stack: ExitStack) -> Served:
-    number = task_number(subject, task)
+    task_number(subject, task)
     # Words are made in another thread than answers, and a tokenizer is no thing to share.
     apart = replace(subject, tokenizer=copy.deepcopy(subject.tokenizer))
     prompting = stack.enter_context(Prompting(apart, template, task))
-    return Served(name, subject, prompting, threading.Lock(), number)
+    return Served(name, subject, prompting, threading.Lock(), task)
 
 
 __all__ = ["Served", "open_all"]

@@ -1,6 +1,7 @@
 """Contrast decoding and self-consistency: nothing to contrast is greedy decoding, and planted scores and votes win."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -231,3 +232,10 @@ def test_ways_that_will_not_do_are_one_line(
         main()
     assert ended.value.code == 2
     assert [words in line for line in capsys.readouterr().err.strip().splitlines()] == [True]
+
+
+@pytest.mark.parametrize("temperature", [-1.0, 1e-9, 1e9, math.nan])
+def test_samples_are_drawn_at_a_temperature_that_can_be_drawn_at(temperature: float) -> None:
+    for make in (lambda: Way(samples=3, temperature=temperature), lambda: TalkOptions(temperature=temperature)):
+        with pytest.raises(InputRefused, match=f"--temperature: {temperature} will not do"):
+            make()

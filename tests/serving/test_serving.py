@@ -313,6 +313,15 @@ for name, values in FIELDS.items():
         MALFORMED.append(("/v1/completions", {"model": RUN, "prompt": "a", name: each}, status))
 
 
+def test_fields_of_drawing_mean_what_they_mean_in_a_terminal(server: Server) -> None:
+    # Clients name both; at temperature 0 nothing is drawn.
+    assert server.complete(RUN, "red sun", temperature=0, top_p=0.5) == server.complete(RUN, "red sun")
+    status, content = server.send("/v1/completions", {"model": RUN, "prompt": "a", "temperature": 1e-9})
+    assert status == 400 and content["error"]["message"].startswith("temperature: 1e-09 will not do: 0 for the like")
+    status, content = server.send("/v1/completions", {"model": RUN, "prompt": "a", "vector": [1.0]})
+    assert status == 400 and content["error"]["message"] == "vector: this model reads none"
+
+
 def test_what_is_malformed_is_told_so_and_never_a_traceback(server: Server) -> None:
     for path, body, status in MALFORMED:
         found, content = server.send(path, body)
