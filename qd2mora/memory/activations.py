@@ -23,6 +23,8 @@ class LayerShapes:
     intermediate: int
     heads: int
     heads_width: int
+    cached_width: int
+    """Entries of a token's keys, and of its values."""
     adapter_inputs: int
     adapter_features: int
     magnified: int

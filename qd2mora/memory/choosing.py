@@ -14,6 +14,7 @@ from itertools import product
 from qd2mora.memory.ledger import ledger
 from qd2mora.memory.streaming import SLOTS
 from qd2mora.memory.techniques import TECHNIQUES, Case, Layout, refuse_unfit
+from qd2mora.memory.writing import texts_at_first
 
 GIB = 1 << 30
 LARGEST_MICRO_BATCH = 8
@@ -54,6 +55,17 @@ class Search:
     def peak(self, layout: Layout) -> int:
         """Return the bytes of a layout's peak."""
         return ledger(self.case.shapes, self.case.recipe, layout).peak_bytes
+
+    def texts(self, layout: Layout, limit: int | None) -> int:
+        """Return how many answers are written at once where that fits; halved as a run does it that runs out."""
+        texts = texts_at_first(self.case.recipe)
+        while texts > 1 and limit is not None and self.writing_peak(layout, texts) > limit:
+            texts = -(-texts // 2)
+        return texts
+
+    def writing_peak(self, layout: Layout, texts: int) -> int:
+        """Return the bytes of a layout's peak where so many answers are written at once."""
+        return ledger(self.case.shapes, self.case.recipe, layout, texts).peak_bytes
 
     def cost(self, layout: Layout) -> float:
         """Return the predicted time of a token."""

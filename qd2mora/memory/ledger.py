@@ -1,16 +1,18 @@
 """The ledger: what a run keeps in memory, item by item in bytes, from shapes alone.
 
 A step has phases that can be its peak: the loss, the backward pass through the last layer that was kept, that through
-a recomputed one, and the gradient of the orthogonality penalty; a run evaluates and saves besides. What is alive at the
+a recomputed one, and the gradient of the orthogonality penalty; a run evaluates and saves besides, and may write its
+answers itself. What is alive at the
 greatest of them is the plan; the others' items are told apart. Host memory is counted by itself on a GPU; on a CPU it
 is the same memory.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
 from qd2mora.memory.activations import (
+    FLOAT,
     IN_FLIGHT,
     Pass,
     backward_bytes,
@@ -24,6 +26,7 @@ from qd2mora.memory.shapes import Shapes
 from qd2mora.memory.sizes import block_maxima, dequantised_bytes, nf4_bytes, penalty_bytes, trainable_bytes
 from qd2mora.memory.streaming import SLOTS, aligned, streamed_layers
 from qd2mora.memory.techniques import Layout
+from qd2mora.memory.writing import writing_bytes
 from qd2mora.recipe import Recipe
 
 CUDA_CONTEXT = 512 << 20
@@ -33,7 +36,7 @@ CHECKPOINT_COPY = "copy of a checkpoint"
 STREAMED, EMBEDDINGS, INPUTS = "streamed layers (host)", "embeddings (host)", "layer inputs (host)"
 """What lives in host memory beside a GPU."""
 
-Phase = Literal["loss", "backward", "recomputing", "penalty", "evaluation"]
+Phase = Literal["loss", "backward", "recomputing", "penalty", "evaluation", "writing"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,11 @@ class Ledger:
         return sum(self.items.values())
 
 
-def ledger(shapes: Shapes, recipe: Recipe, layout: Layout) -> Ledger:
-    """Return the bytes of every item of a run on rows of `data.max_length` tokens, all of them labelled."""
+def ledger(shapes: Shapes, recipe: Recipe, layout: Layout, texts: int = 1) -> Ledger:
+    """Return the bytes of every item of a run on rows of `data.max_length` tokens, all of them labelled.
+
+    `texts`: how many answers are written at once, where the run writes them itself.
+    """
     done = Pass(
         rows=layout.micro_batch * recipe.objective.needs.lines,
         length=recipe.data.max_length,
@@ -63,11 +69,14 @@ def ledger(shapes: Shapes, recipe: Recipe, layout: Layout) -> Ledger:
     host = _leave_for_host(static, shapes, recipe, layout)
     trained = trainable_bytes(shapes.trainable, layout.optimizer)
     static |= trained
+    static["adapters"] += FLOAT * shapes.still
     if layout.on_gpu:
         static["CUDA context"] = CUDA_CONTEXT
     if layout.offload_activations:
         host[INPUTS] = layout.recomputed * done.tokens * done.item * shapes.layer.hidden
     phases = _phases(shapes, recipe, layout, done)
+    if recipe.objective.kind == "grpo":
+        phases["writing"] = writing_bytes(shapes, recipe, replace(done, rows=texts))
     # Made where there is room beside the run; where there is none, training waits for the disk instead.
     host[CHECKPOINT_COPY] = trained["adapters"] + trained["optimizer state"]
     # Phases follow each other and never overlap: the greatest is the peak, and their sum would refuse runs that fit.
@@ -100,11 +109,14 @@ def _phases(shapes: Shapes, recipe: Recipe, layout: Layout, done: Pass) -> dict[
         # PEFT's DoRA holds the weight, the update, the update scaled and their sum at once.
         gradients = {"row norms of weights": 4 * shapes.normed * done.item}
     gradients |= backward_bytes(layer, done, dequantised)
+    evaluation = {"evaluation": evaluation_bytes(layer, vocab, done, chunk, dequantised)}
+    if shapes.still:  # every pass is one of evaluation, and what is trained stands above the last states
+        return {"evaluation": evaluation}
     phases: dict[Phase, dict[str, int]] = {
         "loss": inputs | kept | {"logits and loss": loss_bytes(layer, vocab, done, chunk)},
         # Activations are gone by then: the penalty's gradient is added after the last micro batch.
         "penalty": {"orthogonality penalty": penalty_bytes(shapes.penalised, shapes.penalty_weight)},
-        "evaluation": {"evaluation": evaluation_bytes(layer, vocab, done, chunk, dequantised)},
+        "evaluation": evaluation,
     }
     if kept:
         phases["backward"] = inputs | kept | gradients

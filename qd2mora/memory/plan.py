@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -22,6 +22,7 @@ from qd2mora.memory.ways_out import ways_out
 from qd2mora.mixture import MixtureConfig
 from qd2mora.recipe import Adapter, Recipe
 from qd2mora.recipe.memory import SIZE, SIZE_UNITS
+from qd2mora.recipe.objective import HEAD_WIDTH
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def plan(
     search = _search(recipe, place)
     # Free memory changes from start to start; on a CPU it decides what is recomputed, and the adapter stays the same.
     chosen, is_within = search.choose(limit.usable, keeps_batch=limit.is_found and not place.on_gpu)
-    written = ledger(search.case.shapes, recipe, chosen)
+    written = ledger(search.case.shapes, recipe, chosen, search.texts(chosen, limit.usable))
     ways: tuple[str, ...] = ()
     if limit.usable is not None and not is_within:
         ways = ways_out(search, limit.usable, written.peak_bytes, lambda changed: _search(changed, place))
@@ -175,12 +176,23 @@ def _host_room(place: Place) -> int | None:
 
 def _shapes(recipe: Recipe) -> Shapes:
     config = planning_config(recipe.base)
-    return _built(
+    shapes = _built(
         config.to_json_string(use_diff=False),
         recipe.adapter.model_dump_json(exclude_unset=True),
         len(recipe.data.tasks),
         recipe.train.routing.top_k if recipe.train.routing is not None else None,
     )
+    return shapes if recipe.objective.kind != "reward" else _with_head(shapes, recipe)
+
+
+def _with_head(shapes: Shapes, recipe: Recipe) -> Shapes:
+    """Add the head of a reward model; over experts it alone is trained, and no gradient passes the adapter."""
+    over, hidden = recipe.tasks_over_experts, shapes.layer.hidden
+    if over is None:
+        return replace(shapes, trainable=(*shapes.trainable, hidden))
+    experts = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks)).num_tasks or 1
+    of_network = (over * HEAD_WIDTH * experts, over * HEAD_WIDTH, over, over * HEAD_WIDTH)
+    return replace(shapes, trainable=of_network, still=sum(shapes.trainable) + hidden)
 
 
 @lru_cache(maxsize=16)

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from qd2mora.memory.choosing import GIB, KEPT_WITHOUT_BUDGET, LARGEST_MICRO_BATCH, Search
 from qd2mora.memory.place import Limit
 from qd2mora.memory.techniques import TECHNIQUES, Layout, Technique
+from qd2mora.memory.writing import TEXTS_AT_ONCE, texts_at_first
+
+TEXTS = "answers at once"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ def reasons(search: Search, chosen: Layout, limit: Limit, is_within: bool) -> di
     }
     for row in TECHNIQUES:
         choices[row.key] = choice(row.asked(recipe), row.told(chosen), _reason(search, chosen, row, limit))
+    if recipe.objective.kind == "grpo":
+        choices[TEXTS] = _texts_choice(search, chosen, limit)
     choices["base.compute_dtype"] = _dtype_choice(search, chosen)
     return choices
 
@@ -64,6 +69,14 @@ def _recomputing(search: Search, chosen: Layout, room: str) -> tuple[object, str
     if number == num_layers:
         return "on", dropped
     return number, f"{dropped} but for {num_layers - number} layers"
+
+
+def _texts_choice(search: Search, chosen: Layout, limit: Limit) -> Choice:
+    first, fit = texts_at_first(search.case.recipe), search.texts(chosen, limit.usable)
+    if fit == first:
+        return Choice(first, f"all of a step or of a task's held-out rows, up to {TEXTS_AT_ONCE}")
+    needs = f"{first} at once would need {search.writing_peak(chosen, first) / GIB:.2f} GiB"
+    return Choice(fit, f"{needs}: the run begins with them, and halves their number where memory runs out")
 
 
 def _dtype_choice(search: Search, chosen: Layout) -> Choice:

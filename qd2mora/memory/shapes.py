@@ -53,6 +53,8 @@ class Shapes:
     penalty_weight: float
     normed: int = 0
     """Entries of the largest weight whose row norms DoRA takes in every pass."""
+    still: int = 0
+    """Entries of adapters that are passed through and not trained, nor anything below them."""
 
     def __hash__(self) -> int:
         """Hash a few fields: ledgers of one model ask for its bytes again and again."""
@@ -143,6 +145,7 @@ def _layer_shapes(
         heads=config.num_attention_heads,
         # Heads may be wider together than the states (Qwen 3, Gemma): what o_proj reads tells in every family.
         heads_width=kinds["o_proj"].d_in,
+        cached_width=kinds["o_proj"].d_in * config.num_key_value_heads // config.num_attention_heads,
         adapter_inputs=-(-sum(inputs.values()) // config.num_hidden_layers),
         adapter_features=-(-sum(step.features for step in steps) // config.num_hidden_layers),
         magnified=-(-_magnified(layers, slots) // config.num_hidden_layers),

@@ -25,10 +25,9 @@ from qd2mora.base.passes import IGNORE, device_of, last_states
 from qd2mora.disk.tensor_file import stored_tensors
 from qd2mora.errors import InputRefused
 from qd2mora.mixture import MixtureConfig, read_rows
+from qd2mora.recipe.objective import HEAD_WIDTH
 
 NAME = "reward_head"
-WIDTH = 16
-"""Of the network over experts' scores."""
 Batch = Mapping[str, Tensor]
 
 
@@ -38,10 +37,10 @@ class OverExperts(nn.Module):
     def __init__(self, weight: Tensor, num_tasks: int, num_experts: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.inner = nn.Parameter(torch.zeros(num_tasks, WIDTH, num_experts))
-        self.bias = nn.Parameter(torch.zeros(num_tasks, WIDTH))
+        self.inner = nn.Parameter(torch.zeros(num_tasks, HEAD_WIDTH, num_experts))
+        self.bias = nn.Parameter(torch.zeros(num_tasks, HEAD_WIDTH))
         self.slope = nn.Parameter(torch.full((num_tasks,), 0.25))
-        self.outer = nn.Parameter(torch.zeros(num_tasks, WIDTH))
+        self.outer = nn.Parameter(torch.zeros(num_tasks, HEAD_WIDTH))
 
     def forward(self, scores_RE: Tensor, task_R: Tensor) -> Tensor:
         """Return the reward of each row, (rows,) float32."""

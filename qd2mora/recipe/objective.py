@@ -9,6 +9,8 @@ from pydantic import Field, field_validator, model_validator
 from qd2mora.recipe.section import NotNegative, Positive, Section, Size
 
 Kind = Literal["sft", "dpo", "orpo", "simpo", "kto", "peam", "reward", "grpo"]
+HEAD_WIDTH = 16
+"""Units of the network over experts' scores."""
 PREFERENCE, RATED = "preference", "rated"
 """Formats of rows whose answers are judged."""
 
@@ -157,4 +159,4 @@ class Objective(Section):
         return {name: getattr(self, name) for name in self.needs.settings if name not in NOT_OF_THE_LOSS}
 
 
-__all__ = ["KINDS", "PREFERENCE", "RATED", "Needs", "Objective"]
+__all__ = ["HEAD_WIDTH", "KINDS", "PREFERENCE", "RATED", "Needs", "Objective"]

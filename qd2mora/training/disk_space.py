@@ -47,7 +47,7 @@ def bytes_to_write(recipe: Recipe, planned: Plan) -> int:
     # The result, and the best: there, about to be, and where every task has its own, those.
     adapters = {"none": 1, "overall": 3, "tasks": 3 + len(recipe.data.tasks)}[recipe.train.keep_best]
     checkpoints = (recipe.train.keep_checkpoints + 1) * checkpoint_bytes(planned)
-    return checkpoints + adapters * 4 * planned.trainable_parameters + export
+    return checkpoints + adapters * planned.items["adapters"] + export
 
 
 def take_and_give_back(folder: Path, size: int) -> None:

@@ -15,12 +15,11 @@ from qd2mora.errors import InputRefused, WillNotFit
 from qd2mora.evaluation import Subject
 from qd2mora.evaluation.decoding import Decoding, Wanted
 from qd2mora.memory.faults import tried
+from qd2mora.memory.writing import TEXTS_AT_ONCE
 from qd2mora.objectives.grpo import advantages
 from qd2mora.objectives.rules import RewardError, Rule
 from qd2mora.recipe import Recipe
 from qd2mora.training.micro_batches import MicroBatches, key_of
-
-TEXTS_AT_ONCE = 64
 
 Written = tuple[list[int], float | None]
 """An answer's tokens, its end among them, and its reward; None where that could not be had."""

@@ -14,8 +14,10 @@ from torch import Tensor
 from qd2mora.errors import InputRefused
 from qd2mora.evaluation import evaluate
 from qd2mora.evaluation.rewards import score_answers
+from qd2mora.memory.plan import plan
 from qd2mora.objectives.head import OverExperts, scored, stored_head
 from qd2mora.recipe import Recipe, load_recipe
+from qd2mora.run_folder import read_recipe
 from qd2mora.training import train
 
 WORTH = {"suns": (1, 0), "cats": (0, 1), "light": (1, -1), "pets": (-1, 1)}
@@ -79,6 +81,18 @@ def test_kinds_of_task_that_want_opposite_things_are_both_learned_over_experts_t
         assert last["eval_loss"][task] < 0.5 * first["eval_loss"][task]
         found = evaluate(made / "outer")[task]
         assert found.loss == pytest.approx(last["eval_loss"][task], rel=1e-3)
+
+
+def test_the_plan_counts_what_is_trained_and_what_is_passed_through(made: Path) -> None:
+    adapter = sum(tensor.numel() for tensor in runs.adapter_of(made / "inner").values())
+    head = load_file(made / "outer" / "adapter" / "reward_head.safetensors")
+    network = sum(tensor.numel() for name, tensor in head.items() if name != "weight")
+    inner, outer = (plan(read_recipe(made / name), "1GiB", torch.device("cpu")) for name in ("inner", "outer"))
+    assert inner.trainable_parameters == adapter + 64 and outer.trainable_parameters == network
+    assert inner.items["adapters"] == 4 * (adapter + 64)
+    assert outer.items["adapters"] == 4 * (network + adapter + 64)
+    assert outer.items["gradients"] == 4 * network and "activations" in inner.items | inner.elsewhere
+    assert not {"activations", "layer inputs", "gradients in a layer"} & (outer.items | outer.elsewhere).keys()
 
 
 def test_answers_are_scored_as_rows_of_the_task_that_is_named(made: Path, tmp_path: Path) -> None:

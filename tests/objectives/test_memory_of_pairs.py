@@ -8,11 +8,18 @@ import pytest
 import tiny
 import torch
 from live_bytes import peak_bytes
+from transformers import AutoTokenizer
 
-from qd2mora.base import SHAPES, random_base
+from qd2mora.base import SHAPES, base_config, random_base
 from qd2mora.data import Pair, Row, collate
+from qd2mora.evaluation import Subject
+from qd2mora.evaluation.decoding import Decoding, Wanted
+from qd2mora.evaluation.ends import Ends
+from qd2mora.memory.activations import Pass
 from qd2mora.memory.loss import RowLoss
 from qd2mora.memory.plan import plan
+from qd2mora.memory.shapes import read_shapes
+from qd2mora.memory.writing import writing_bytes
 from qd2mora.mixture import MixtureConfig, add_adapter
 from qd2mora.objectives import Objective, Reference, Said
 from qd2mora.objectives.dpo import Dpo
@@ -58,6 +65,53 @@ def test_the_bytes_alive_in_a_step_are_those_of_answers_at_the_same_tokens() -> 
         model.zero_grad()
 
     assert peak_bytes(lambda: step(Dpo(0.1))) <= 1.15 * peak_bytes(lambda: step(Sft()))
+
+
+ANSWERS = {
+    "base": {"model": "random:tiny", "compute_dtype": "float32"},
+    "data": {"tasks": [{"name": "a", "path": "a.jsonl", "format": "instruction"}], "max_length": 64},
+    "objective": {"kind": "grpo", "samples": 8, "max_new_tokens": 40},
+    "train": {"steps": 1, "micro_batch": 1, "global_batch": 4},
+    "output": "run",
+}
+
+
+def test_answers_that_are_written_take_what_the_plan_says_of_them(tmp_path: Path) -> None:
+    recipe = parse_recipe(ANSWERS)
+    config = MixtureConfig.from_recipe(recipe.adapter, 1)
+    planned = writing_bytes(read_shapes(base_config(recipe.base), config), recipe, Pass(32, 64, 4, False))
+    tiny.save_tokenizer(tmp_path)
+    base = random_base(SHAPES["tiny"], recipe.base, CPU)
+    model = add_adapter(base, config, seed=0).eval()
+    subject = Subject(model, AutoTokenizer.from_pretrained(tmp_path))
+    wanted = [Wanted(list(range(4, 64)), Ends(()), 4) for _ in range(32)]
+    alive: list[int] = []
+
+    def write() -> None:
+        decoding = Decoding(subject, wanted)
+        while not decoding.is_done:
+            decoding.step()
+            if decoding._cached is not None:
+                cached = decoding._cached.cache.layers
+                alive.append(sum(layer.keys.nbytes + layer.values.nbytes for layer in cached))
+
+    least = sum(planned.values())
+    assert 0.5 * least < peak_bytes(write) <= least
+    # Of two layers, without the copy of one; answers leave with their last token, and the one before is read by then.
+    assert max(alive) == planned["keys and values of answers"] * 4 // 5 * 62 // 64
+
+
+def test_where_answers_do_not_fit_at_once_the_plan_says_that_the_run_writes_fewer_and_refuses_none() -> None:
+    recipe = parse_recipe(ANSWERS)
+    whole = plan(recipe, "1GiB", CPU)
+    assert whole.choices["answers at once"].value == 32 and whole.fits
+    cached = (whole.items | whole.elsewhere)["keys and values of answers"]
+    tight = plan(recipe, (whole.peak_bytes - cached // 4) * 8 // 7, CPU)  # an eighth stays in reserve
+    assert tight.fits and tight.choices["answers at once"].value == 16
+    assert "the run begins with them, and halves" in tight.choices["answers at once"].reason
+    assert (tight.items | tight.elsewhere)["keys and values of answers"] == cached // 2
+    imitating = parse_recipe({**ANSWERS, "objective": "sft"})
+    assert "answers at once" not in plan(imitating, "1GiB", CPU).choices
 
 
 def test_logits_stand_a_chunk_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
