@@ -2,7 +2,8 @@
 
 LoRAs come out as PEFT's own folders, mixtures as this package's. Operations, see their files: cat, linear, lego
 (several LoRAs to one), average (several FlyLoRAs to one), sub (a mixture to a smaller one), upcycle (a LoRA
-to a mixture), fit_router (several LoRAs to a mixture), experts (a mixture with others, fewer, or smaller ones), extract
+to a mixture), fit_router (several LoRAs to a mixture), experts (a mixture with others, fewer, or smaller ones),
+gated_ranks (fewer ranks), extract
 (two checkpoints to a LoRA), imagine (several tasks' cores to those of another).
 """
 
@@ -19,6 +20,7 @@ from qd2mora.composition.calibration import ROWS, sampled
 from qd2mora.composition.expert_use import ExpertUse, measured_use
 from qd2mora.composition.extract import extract
 from qd2mora.composition.fit_router import fit_router
+from qd2mora.composition.gated_ranks import pruned_ranks
 from qd2mora.composition.imagine import imagine
 from qd2mora.composition.inputs import (
     PREFIX,
@@ -239,16 +241,22 @@ def _write_experts(
 
 def _prune(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
     assert options.experts is not None
-    (folder,) = inputs
-    mixture = _cut("prune", folder)
-    if options.on is not None and mixture.config.routers["down"].input == "none":
-        raise InputRefused(f"--on: the gate of {mixture.config.method} reads no row; leave it out")
+    (folder,), number = inputs, options.experts
+    config, linears = read_mixture(folder)
+    is_of_ranks = "rank" in config.routers
+    mixture = None if is_of_ranks else _cut("prune", folder)
+    if options.on is not None and "down" in config.routers and config.routers["down"].input == "none":
+        raise InputRefused(f"--on: the gate of {config.method} reads no row; leave it out")
     use = None if options.on is None else measured_use(folder, recipe_of(options.on))
-    left = experts.pruned(mixture, options.experts, lambda name: _shares(use, name))
+    if mixture is None:
+        left = pruned_ranks(config, linears, number, lambda name: _shares(use, name))
+    else:
+        left = experts.pruned(mixture, number, lambda name: _shares(use, name))
     _write_experts(left.config, left.linears, base_of(inputs), inputs, stage)
+    what = f"{config.rank} ranks" if is_of_ranks else f"{config.num_down} experts"
     words = (
-        f"{mixture.config.num_down} experts became {options.experts}; those left out did "
-        f"{sum(left.lost) / len(left.lost):.2%} of what all do, in one linear up to {max(left.lost):.2%}"
+        f"{what} became {number}; those left out did {sum(left.lost) / len(left.lost):.2%} of what all do, "
+        f"in one linear up to {max(left.lost):.2%}"
     )
     if use is None:
         return f"{words}; by their size alone"

@@ -48,7 +48,7 @@ def check_engine(recipe: Recipe, config: MixtureConfig) -> None:
             f"memory.zero_stage: 3 cannot score '{judged[0]}' while training: its processes write answers of their own "
             "lengths, and gather weights together; metric: loss, or zero_stage: 2"
         )
-    if config.row.stages:
+    if config.row.stages or recipe.train.growth is not None:
         raise InputRefused(f"memory.engine: deepspeed flattens the moments that {config.method} resets; none")
 
 

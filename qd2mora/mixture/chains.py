@@ -138,7 +138,8 @@ CHAINS = (
         equation="u = A x; g = top_k softmax(|u| / (|u|_2 T)); y += s B (g * u)",
         source="arXiv 2506.21035",
         mark="reconstruction",
-        note="normalisation inferred; growth and pruning by task are left out. Not the square-matrix MoRA",
+        note="normalisation inferred; ranks open when held-out losses rest (train.growth), where the paper adds some "
+        "for each task, and are pruned by size and use (compose prune). Not the square-matrix MoRA",
         gate_rank=Gate("self", score="activation", select="top_k", weight="softmax", top_k=8, temperature=0.1),
         rank=32,
         alpha=64.0,

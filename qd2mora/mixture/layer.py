@@ -116,7 +116,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
 
     def banks(self, adapter_name: str) -> tuple[list[Tensor], list[Tensor]]:
         """Return the down banks, (M, r, d_in) or (ranks, d_in), and the up banks, (N, d_out, r) or (d_out, ranks)."""
-        spec, tensors = self.mixture_spec[adapter_name], self._staged(adapter_name)
+        spec, tensors = self.mixture_spec[adapter_name], self.tensors(adapter_name)
         down, up = tensors["mixture_A"], tensors["mixture_B"]
         if spec.step.core == "kron":
             down, up = ops.kron_banks(down[0], up[0], spec.step.scales)
@@ -320,7 +320,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
 
     def own_small(self, name: str) -> dict[str, Tensor]:
         """Return what of it no pass changes."""
-        spec, tensors = self.mixture_spec[name], self._staged(name)
+        spec, tensors = self.mixture_spec[name], self.tensors(name)
         own = {}
         if "mixture_core" in tensors:
             own["core"] = tensors["mixture_core"]
@@ -334,20 +334,9 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
 
     def given_small(self, x: Tensor, name: str) -> dict[str, Tensor]:
         """Return what of it a pass brings: logits of routers that read something else than a token."""
-        spec, tensors = self.mixture_spec[name], self._staged(name)
+        spec, tensors = self.mixture_spec[name], self.tensors(name)
         given = (role for role, gate in spec.step.gates if is_given(gate))
         return {f"logits_{role}": given_logits(role, x, tensors, self.routing, name, spec) for role in given}
-
-    def _staged(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors; where a method grows in stages, with gradients for what this stage trains alone."""
-        tensors = self.tensors(name)
-        if not self.mixture_config[name].row.stages or self.routing.stage is None:
-            return tensors
-        number = torch.arange(tensors["mixture_A"].shape[0], device=tensors["mixture_A"].device)
-        # Experts of later stages are zero (B starts there) and take no part.
-        now, before = number == self.routing.stage, number < self.routing.stage
-        trained = {"mixture_A": now.view(-1, 1, 1), "mixture_B": now.view(-1, 1, 1), "mixture_logits_down": before}
-        return tensors | {key: torch.where(mask, tensors[key], tensors[key].detach()) for key, mask in trained.items()}
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return s B K A, (d_out, d_in) float32. Raises ValueError where K depends on the token or the task."""

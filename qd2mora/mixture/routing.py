@@ -26,11 +26,10 @@ class Routing(Text):
     packed, the line and the place where each begins. share: this micro batch's share of the step's tokens and rows,
     which a routing penalty counts by; loss_scale: what the loss is multiplied with before the backward pass.
     advantage: (B,), how much worse than its rivals a sampled routing did, loss scale included. better: (B,) int64,
-    1 where an expert does better on a row than the base. stage: the expert trained now, where a method grows.
-    phase: what gates are like while they are learned. is_counted: False where the rows run for the company of other
-    processes alone. slots: of MLPs whose experts are mixed, until their last linear ran. pooled: a router's layer,
-    and means of what it decided in this pass. values: what penalties added to the loss since they were taken.
-    counts: how often each expert was used in this step.
+    1 where an expert does better on a row than the base. phase: what gates are like while they are learned.
+    is_counted: False where the rows run for the company of other processes alone. slots: of MLPs whose experts are
+    mixed, until their last linear ran. pooled: a router's layer, and means of what it decided in this pass. values:
+    what penalties added to the loss since they were taken. counts: how often each expert was used in this step.
     """
 
     task_index: Tensor | None = None
@@ -44,7 +43,6 @@ class Routing(Text):
     share: tuple[float, float] = (1.0, 1.0)
     is_counted: bool = True
     loss_scale: float = 1.0
-    stage: int | None = None
     phase: Phase = PLAIN
     advantage: Tensor | None = None
     better: Tensor | None = None

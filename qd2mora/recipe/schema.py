@@ -127,12 +127,14 @@ class Recipe(Section):
             if content[section][key] is None:
                 del content[section][key]
         objective, routing = content.get("objective", {}), content["train"].get("routing", {})
+        growth = content["train"].get("growth", {})
         for told, key, before in (
             (objective, "contrast", None),
             (objective, "consolidate", None),
             (objective, "kl", 0.0),
             (objective, "head", "linear"),
             (routing, "estimator", "rloo"),
+            (growth, "ranks", None),
         ):
             if told.get(key) in (None, before):
                 told.pop(key, None)

@@ -77,12 +77,15 @@ class Stage(Section):
 
 
 class Growth(Section):
-    """When a method that adds its experts one by one (`scalezero`) opens the next."""
+    """When the next expert opens, or the next ranks where ranks are gated (`mora`, `smora`, `flylora`)."""
 
     patience: Count = 2
-    """Evaluations in a row in which a task's held-out loss is to rest; each task that does opens one expert."""
+    """Evaluations in a row in which a task's held-out loss is to rest; each task that does opens one expert, or as many
+    ranks as open at a time."""
     gain: Fraction = 0.01
     """The share of its best loss that a loss has to fall by, not to rest."""
+    ranks: Count | None = None
+    """Of gated ranks: how many open at a time; as many as a token uses (its gate's `top_k`) where left out."""
 
 
 class Train(Section):
@@ -105,7 +108,8 @@ class Train(Section):
     stages: Annotated[list[Stage], Field(min_length=1)] | None = None
     """Which part of the adapter is trained in which steps, one stage after another; all in all where left out."""
     growth: Growth | None = None
-    """Open experts when held-out losses come to rest; in equal parts of the run where left out."""
+    """Open experts or ranks when held-out losses come to rest; where left out all are open, but of `scalezero`, which
+    opens its experts in equal parts of the run."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls to zero, or that it does not."""
     warmup_steps: Whole = 0

@@ -23,7 +23,7 @@ from qd2mora.training.best import BestKeeper
 from qd2mora.training.checkpoint import Saver, steps_on_disk
 from qd2mora.training.clock import TimeLimit, Watchdog
 from qd2mora.training.gradient import StepGradient
-from qd2mora.training.growth import Opening
+from qd2mora.training.growth import Opening, Parts
 from qd2mora.training.held_out import HeldOut, LiveRouting, score_together
 from qd2mora.training.identity import Ancestry, Manifest
 from qd2mora.training.journal import Journal
@@ -121,7 +121,7 @@ def training_of(
     folder, settings = start.folder, inputs.recipe.train
     best = BestKeeper(folder.best, settings.keep_best, lambda place: save_whole(model, place, mark), processes.is_main)
     best.resumed(progress)
-    grows = inputs.config.num_down if inputs.config.row.stages else 1
+    parts = Parts.of_run(inputs.config, settings.growth)
     subject = Subject(model, inputs.tokenizer, templates=named_templates(inputs.recipe.data))
     live = LiveRouting(model, inputs.tasks)
 
@@ -147,6 +147,7 @@ def training_of(
             inputs.config,
             settings.max_grad_norm,
             settings.routing or LearnedRouting(),
+            Opening(model, batches.updater, progress, settings.growth, parts, course.total_steps),
             stages,
             rollouts,
         ),
@@ -156,7 +157,6 @@ def training_of(
         journal=journal,
         stop=start.stop,
         time_limit=start.time_limit,
-        opening=Opening(model, batches.updater, progress, settings.growth, grows, course.total_steps),
     )
 
 

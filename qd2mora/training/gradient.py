@@ -21,6 +21,7 @@ from qd2mora.objectives import told
 from qd2mora.recipe.train import LearnedRouting
 from qd2mora.training.clock import Watchdog
 from qd2mora.training.estimator import backward_over_draws
+from qd2mora.training.growth import Opening
 from qd2mora.training.labels import KIND, expert_is_better
 from qd2mora.training.micro_batches import Course, MicroBatches, key_of
 from qd2mora.training.progress import Progress
@@ -56,6 +57,7 @@ class StepGradient:
     max_norm: float | None
     learned: LearnedRouting
     """How routers that sample learn of their draws."""
+    opening: Opening
     stages: Stages = field(default_factory=Stages)
     rollouts: Rollouts | None = None
     """Where the rows of a step are answers that the run writes itself."""
@@ -151,6 +153,7 @@ class StepGradient:
             prove_flow(self.batches.model, self.batches.updater.parameters, self.batches.progress)
         penalties = self._add_penalties()
         self.stages.freeze(self.batches.updater.parameters, self.batches.progress.step)
+        self.opening.freeze(self.batches.progress.step)
         parameters = list(self.batches.updater.parameters.values())
         # A limit of infinity clips nothing and measures the norm all the same.
         return float(nn.utils.clip_grad_norm_(parameters, self.max_norm or math.inf)), penalties
@@ -248,8 +251,6 @@ def prove_flow(model: nn.Module, parameters: dict[str, nn.Parameter], progress: 
         id(layer.tensors(name)[bank])
         for layer in mixture_layers(model).values()
         for name in layer.active_adapters
-        # A method that grows may begin its next stage at update 1, with an up expert that is zero again.
-        if not layer.mixture_config[name].row.stages
         for bank in ("mixture_A", "mixture_B")
     }
     for name, tensor in parameters.items():

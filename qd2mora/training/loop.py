@@ -22,7 +22,6 @@ from qd2mora.training.checkpoint import Saver
 from qd2mora.training.clock import TimeLimit
 from qd2mora.training.disk_space import as_trouble
 from qd2mora.training.gradient import Penalties, StepGradient, is_too_bad, lower_scale, raise_scale
-from qd2mora.training.growth import Opening
 from qd2mora.training.held_out import Evaluation, HeldOut
 from qd2mora.training.journal import Journal
 from qd2mora.training.load import max_load
@@ -45,11 +44,11 @@ class Training:
     journal: Journal
     stop: StopRequest
     time_limit: TimeLimit
-    opening: Opening
 
     def __post_init__(self) -> None:
         self.batches = self.gradient.batches
         self.updater, self.processes = self.batches.updater, self.batches.processes
+        self.opening = self.gradient.opening
         self.watchdog = self.held_out.watchdog
         self._why_stop = ""
 
@@ -86,8 +85,6 @@ class Training:
         began, update, total = time.perf_counter(), self.progress.step, self.course.total_steps
         computing = self._computed_s()
         rows = self.course.rows(update)
-        # Before the pass, which hands gradients to this stage's expert alone.
-        self.opening.enter(update)
         enter_phase(self.batches.model, self.train, update)
         self._tell(self.gradient.stages.news(update))
         rows = self.gradient.prepare(rows, self.watchdog)

@@ -16,22 +16,26 @@ from qd2mora.mixture import MixtureConfig
 from qd2mora.recipe import Recipe, Train
 from qd2mora.recipe.optimizers import may_be_blockwise
 from qd2mora.recipe.train import LearnedRouting
+from qd2mora.training.growth import Parts
 
 _log = logging.getLogger(__name__)
 
 
-def check_stages(config: MixtureConfig, train: Train) -> None:
-    """Refuse what would move the frozen experts of a method that grows."""
-    if not config.row.stages:
-        if train.growth is not None:
-            raise InputRefused(f"train.growth: {config.method} has all its experts from the start; leave it out")
+def check_stages(config: MixtureConfig, recipe: Recipe) -> None:
+    """Refuse growth that an adapter cannot have, and what would move experts that are closed."""
+    train = recipe.train
+    if Parts.of_run(config, train.growth).number == 1:
         return
+    if not config.row.stages and (recipe.adapter.start is not None or recipe.adapter.adapters):
+        raise InputRefused(
+            "train.growth: experts that are given are no zeros, as those that are to open must be; leave it out"
+        )
     if train.stages is not None:
-        raise InputRefused(f"train.stages: {config.method} adds its experts in stages of its own; leave it out")
+        raise InputRefused(f"train.stages: {config.method} opens its experts in stages of its own; leave it out")
     # AdamW's decay moves a tensor whose gradient and moments are zero.
     if train.weight_decay:
         raise InputRefused(
-            f"train.weight_decay: {train.weight_decay:g} would move frozen experts of {config.method}; 0"
+            f"train.weight_decay: {train.weight_decay:g} would move closed experts of {config.method}; 0"
         )
     if may_be_blockwise(train.optimizer):
         raise InputRefused(

@@ -126,7 +126,7 @@ def _checked(recipe: Recipe) -> Recipe:
     config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
     if recipe.adapter.start is not None:
         recipe = recipe.model_copy(update={"adapter": config.as_section(recipe.adapter)})
-    check_stages(config, recipe.train)
+    check_stages(config, recipe)
     check_tasks(config, recipe)
     check_routing(config, recipe.train)
     if recipe.data.packing:

@@ -67,6 +67,30 @@ def test_pruning_the_experts_that_do_nothing_is_dropping_them(base: Path, tmp_pa
         compose("add-expert", [str(tmp_path / "five")] * 2, tmp_path / "out")
 
 
+@pytest.mark.parametrize("method", ["mora", "smora", "flylora"])
+def test_pruning_ranks_that_never_opened_changes_what_their_places_take_alone(
+    method: str, base: Path, tmp_path: Path
+) -> None:
+    model = adapted(Base(model=str(base), quantization="none"), method, rank=12, gates={"rank": {"top_k": 4}})
+    for name, tensor in model.named_parameters():
+        if "mixture_B" in name:
+            tensor.data[..., [0, 3, 5, 7, 8, 9, 11]] = 0
+    model.save_pretrained(tmp_path / "all")
+    done = compose("prune", [str(tmp_path / "all")], tmp_path / "some", ComposeOptions(experts=5))
+    assert "12 ranks became 5; those left out did 0.00%" in done.words
+    (config, before), (less, after) = (read_mixture(str(tmp_path / name)) for name in ("all", "some"))
+    assert less.rank == 5 and less.scaling == pytest.approx(config.scaling)
+    kept = [1, 2, 4, 6, 10]
+    for name, tensors in after.items():
+        assert torch.equal(tensors["mixture_A"], before[name]["mixture_A"][:, kept])
+        assert torch.equal(tensors["mixture_B"], before[name]["mixture_B"][..., kept])
+        for key in tensors.keys() - {"mixture_A", "mixture_B"}:
+            assert torch.equal(tensors[key], before[name][key][kept]), key
+    assert logits(base, tmp_path / "some").isfinite().all()
+    with pytest.raises(InputRefused, match="--experts: 3 will not do: from the 4 ranks that a token uses to the 12"):
+        compose("prune", [str(tmp_path / "all")], tmp_path / "few", ComposeOptions(experts=3))
+
+
 def test_an_expert_that_is_a_dora_leaves_with_its_magnitude(base: Path, tmp_path: Path) -> None:
     model = adapted(Base(model=str(base), quantization="none"), "mixlora", experts="dora")
     model.save_pretrained(tmp_path / "all")

@@ -255,20 +255,10 @@ def test_a_closed_base_gate_is_the_base_and_an_open_one_is_lora() -> None:
     torch.testing.assert_close(update_of(layer, x), plain(*first(layer), x), **CLOSE)
 
 
-def test_entering_a_stage_changes_nothing_and_trains_its_expert_and_older_ones_weights() -> None:
+def test_the_scale_of_a_base_is_bounded_and_trained() -> None:
     layer, x = made.layer_of("scalezero").train(), made.input_for("scalezero")
-    layer.tensors("default")["mixture_B"].data[2:] = 0
-    outputs = []
-    for stage in (1, 2):
-        layer.routing.stage = stage
-        outputs.append(layer(x))
-    assert torch.equal(*outputs)
-    outputs[1].square().sum().backward()
-    gradients = {name: tensor.grad for name, tensor in layer.tensors("default").items()}
-    assert gradients["mixture_B"][2].any() and not gradients["mixture_B"][[0, 1, 3]].any()
-    assert not gradients["mixture_A"][[0, 1, 3]].any()
-    assert gradients["mixture_logits_down"][:2].all() and not gradients["mixture_logits_down"][2:].any()
-    assert gradients["mixture_base_scale"].any()
+    layer(x).square().sum().backward()
+    assert layer.tensors("default")["mixture_base_scale"].grad.any()
     for value in (-1e3, 1e3):
         layer.tensors("default")["mixture_base_scale"].data.fill_(value)
         ratio = layer.base_scaled(layer.base_layer(x), "default") / layer.base_layer(x)

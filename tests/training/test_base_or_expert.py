@@ -14,8 +14,10 @@ from qd2mora.mixture import MixtureConfig, add_adapter
 from qd2mora.mixture.parts import part_of
 from qd2mora.objectives import objective_of
 from qd2mora.recipe import Recipe
+from qd2mora.recipe.train import LearnedRouting
 from qd2mora.training import train
 from qd2mora.training.gradient import StepGradient
+from qd2mora.training.growth import Opening, Parts
 from qd2mora.training.labels import expert_is_better
 from qd2mora.training.micro_batches import Course, MicroBatches
 from qd2mora.training.processes import Processes
@@ -42,7 +44,8 @@ def gradient_of(settings: Recipe) -> StepGradient:
         model, updater, processes, Progress(), print, 8, 0, tokenizer.pad_token_id, 64, objective_of(settings.objective)
     )
     course = Course(TaskMix(settings.data, tasks, 0), tasks, 8, 4, None)
-    return StepGradient(batches, course, config, None, 1)
+    opening = Opening(model, updater, batches.progress, None, Parts(), 4)
+    return StepGradient(batches, course, config, None, LearnedRouting(), opening)
 
 
 def set_gates(gradient: StepGradient, bias: float) -> None:
