@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from qd2mora.base import load_base
@@ -18,6 +19,7 @@ from qd2mora.data import Row
 from qd2mora.evaluation.answering import answer_losses, batch_of
 from qd2mora.evaluation.score import Record
 from qd2mora.evaluation.subject import Subject
+from qd2mora.mixture import initial_tensors
 from qd2mora.mixture.start_folder import PREFIX, start_tensors
 from qd2mora.objectives import Objective, Said, mismatched, objective_of
 from qd2mora.objectives.head import Head, scored, stored_head, width_of
@@ -88,9 +90,6 @@ def judge_of(recipe: Recipe, subject: Subject, rows: Sequence[Row]) -> Judge | N
         return Judge(objective, head=stored_head(subject.run.folder.adapter, width_of(subject.model)))
     if not objective.has_reference:
         return Judge(objective, others=others)
-    if recipe.adapter.grow is not None:
-        _log.warning("judged answers are not scored: adapter.grow added experts, and nothing holds the start with them")
-        return None
     known: dict[int, float] = {}
     with _reference(recipe, subject) as asked:
         for lines in _batches([*(line for row in rows for line in row.lines), *others]):
@@ -122,14 +121,24 @@ def _reference(recipe: Recipe, subject: Subject) -> Iterator[Subject]:
     with ExitStack() as held:
         reference = Reference(subject.model, has_start=False)
         if subject.run is not None and start is not None:
-            stored = start_tensors(start)
-            reference.start = {
-                name: stored[name.removeprefix(PREFIX).replace(".default", "")].to(tensor.device)
-                for name, tensor in subject.model.named_parameters()
-                if name.removeprefix(PREFIX).replace(".default", "") in stored
-            }
+            reference.start = _start(start, subject.model, recipe)
         held.enter_context(reference.speaking())
         yield subject
+
+
+def _start(start: str, model: PeftModel, recipe: Recipe) -> dict[str, Tensor]:
+    """Return what an adapter held at the start of its run, by its parameters' names."""
+    stored, found = start_tensors(start), dict[str, Tensor]()
+    # Experts that were added began as the seed draws them.
+    drawn = initial_tensors(model, recipe.train.seed) if recipe.adapter.grow is not None else {}
+    for name, tensor in model.named_parameters():
+        key = name.removeprefix(PREFIX).replace(".default", "")
+        if key in stored:
+            found[name] = stored[key].to(tensor.device)
+            if stored[key].numel() < tensor.numel():
+                found[name] = drawn[name]
+                found[name][: len(stored[key])] = stored[key]
+    return found
 
 
 def _batches(lines: Sequence[Row]) -> Iterator[list[Row]]:

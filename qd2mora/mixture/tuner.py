@@ -28,6 +28,9 @@ from qd2mora.routed import ops
 from qd2mora.routed.gate import STATIC, FirstPass, Gate
 from qd2mora.routed.text import watch_passes
 
+FRESH = "qd2mora_fresh"
+"""An adapter that is drawn to be looked at."""
+
 
 class MixtureModel(BaseTuner):
     """PEFT's tuner for MixtureConfig.
@@ -221,6 +224,19 @@ def add_adapter(model: nn.Module, config: MixtureConfig, seed: int) -> PeftModel
     return adapted
 
 
+def initial_tensors(model: PeftModel, seed: int) -> dict[str, Tensor]:
+    """Return what `add_adapter` gave the tensors of an adapted model at first, by name; the adapter stays as it is."""
+    config = model.peft_config["default"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.add_adapter(FRESH, replace(config, inference_mode=False))
+    try:
+        named = ((name, tensor) for name, tensor in model.named_parameters() if f".{FRESH}" in name)
+        return {name.replace(f".{FRESH}", ".default"): tensor.detach().clone() for name, tensor in named}
+    finally:
+        model.delete_adapter(FRESH)
+
+
 def load_experts(layers: dict[str, MixtureLinear], loras: list[TrainedLora], adapter_name: str = "default") -> None:
     """Copy trained LoRAs into the paired banks of adapted linears, expert e from the e-th.
 
@@ -340,6 +356,7 @@ __all__ = [
     "add_adapter",
     "after_step",
     "forgoes_cache",
+    "initial_tensors",
     "load_experts",
     "orthogonality",
     "penalty_terms",

@@ -59,6 +59,18 @@ def test_a_run_that_went_on_is_compared_with_its_start(kind: str, made: Path, tm
     assert score.loss == pytest.approx(last_of(tmp_path / "next")["loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["dpo", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("kto", "peam"))])
+def test_a_run_that_added_experts_is_compared_with_its_start_among_them(kind: str, made: Path, tmp_path: Path) -> None:
+    """New experts take a share of the gates from the first step on: the start is not the adapter alone."""
+    train(runs.recipe_of(made, tmp_path / "start", "orpo"))
+    adapter = f"{{start: {tmp_path / 'start'}, grow: 1}}"
+    train(runs.recipe_of(made, tmp_path / "next", kind, "train.seed=3", adapter=adapter))
+    told, score = last_of(tmp_path / "next"), evaluate(tmp_path / "next")["pick"]
+    assert score.loss == pytest.approx(told["loss"], rel=1e-4) and score.mean == pytest.approx(told["accuracy"])
+    if kind != "kto":
+        assert score.margin == pytest.approx(told["margin"], rel=1e-3)
+
+
 @pytest.mark.long
 def test_a_run_is_scored_beside_its_base_which_prefers_nothing(made: Path, tmp_path: Path) -> None:
     train(runs.recipe_of(made, tmp_path / "run", "dpo"))
