@@ -82,11 +82,16 @@ class RouterSums:
 
 @dataclass
 class RoutingWatch:
-    """The routers of one adapter, and their sums since `start`."""
+    """The routers of one adapter, and their sums since `start`.
+
+    asks_all: a head asks every expert of each row (`objective.head: experts`), so that no router decides anything, and
+    none is watched.
+    """
 
     model: nn.Module
     num_tasks: int
     adapter: str = "default"
+    asks_all: bool = False
     routers: dict[tuple[str, str], RouterSums] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -97,7 +102,7 @@ class RoutingWatch:
         self.routers = {}
         for name, layer in mixture_layers(self.model).items():
             spec = layer.mixture_spec.get(self.adapter)
-            if spec is None:
+            if spec is None or self.asks_all:
                 continue
             for role, gate in spec.step.gates:
                 # A router that several linears share is counted once, where it stands.

@@ -29,7 +29,7 @@ def inspect_run(run: str | Path, *, rows: int = ROWS_OF_A_TASK, allow_changed: C
     opened = open_run(run, allow_changed=allow_changed)
     tasks = prepare(opened.recipe.data, opened.tokenizer, opened.recipe.train.seed, opened.clock)
     chosen = [rows_to_watch(task, rows) for task in tasks]
-    watch = RoutingWatch(opened.model, len(tasks))
+    watch = RoutingWatch(opened.model, len(tasks), asks_all=opened.recipe.tasks_over_experts is not None)
     if watch.routers:
         with watch.watching(), torch.no_grad():
             _run_through([row for part in chosen for row in part], opened.model, opened.tokenizer.pad_token_id)

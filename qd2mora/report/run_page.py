@@ -145,22 +145,23 @@ def _curves(run: RunContents) -> str:
     rates = Series("learning rate", run.curve(lambda line: line.learning_rate))
     scores = line_chart("scores by task", _task_lines(run, lambda line: line.eval_score), low=0.0)
     unit = NATS if run.recipe.objective.is_sft else f"of {run.recipe.objective.kind}, a row"
-    preferred, margins = (
+    preferred, margins, rewards = (
         line_chart(f"{name} by task", _task_lines(run, partial(_measured, name=name)), low=0.0)
-        for name in ("accuracy", "margin")
+        for name in ("accuracy", "margin", "reward")
     )
     charts = [
         (training_chart(run), f"{unit}; faint: each step"),
         (held_out_chart(run), unit),
         (preferred, "better answers preferred, or ratings agreed with"),
         (margins, "of the better answers' rewards"),
+        (rewards, "of greedy answers, by the rule; their held-out loss is minus that"),
         (scores, "of the task's own metric"),
         (line_chart("learning rate", [rates], low=0.0), ""),
         (norms, "before clipping; faint: each step"),
         (speeds, "faint: each step"),
     ]
     # Scores are there only where a task names a metric, and preferences where they are learned; others always are.
-    rare = (preferred, margins, scores)
+    rare = (preferred, margins, rewards, scores)
     return grid(card(chart.title, chart.html(), note) for chart, note in charts if chart.drawing or chart not in rare)
 
 

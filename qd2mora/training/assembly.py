@@ -123,7 +123,7 @@ def training_of(
     best.resumed(progress)
     parts = Parts.of_run(inputs.config, settings.growth)
     subject = Subject(model, inputs.tokenizer, templates=named_templates(inputs.recipe.data))
-    live = LiveRouting(model, inputs.tasks)
+    live = LiveRouting(model, inputs.tasks, inputs.recipe.tasks_over_experts is not None)
 
     def score(goes_on: Callable[[], bool]) -> dict[str, Score]:
         pace = journal.pace("rows asked", sum(len(task.rows) for task in inputs.asked))

@@ -45,9 +45,9 @@ class Evaluation:
 class LiveRouting:
     """Watches the routers of a run whenever it is evaluated; where a method has none, does nothing."""
 
-    def __init__(self, model: PeftModel, tasks: list[TaskRows]) -> None:
+    def __init__(self, model: PeftModel, tasks: list[TaskRows], asks_all: bool = False) -> None:
         self.model, self.tasks = model, tasks
-        self.watch = RoutingWatch(model, len(tasks))
+        self.watch = RoutingWatch(model, len(tasks), asks_all=asks_all)
         self.step: int | None = None
         self._num_told = 0.0
 

@@ -25,7 +25,7 @@ from qd2mora.terminal.pace import EVERY_S, Pace
 from qd2mora.training.held_out import Evaluation
 
 GIB = 1 << 30
-SHOWN = ("accuracy", "margin")
+SHOWN = ("accuracy", "margin", "reward")
 """What of an objective's measures the screen shows; all of them are written."""
 WIDE = 110
 """Columns of a terminal from which on the line has room for a bar and the penalty."""

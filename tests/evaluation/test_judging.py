@@ -13,6 +13,9 @@ from qd2mora.merging import ExportOptions, merge
 from qd2mora.run_folder import RunFolder, read_recipe
 from qd2mora.training import train
 
+JUDGED = ("dpo", "orpo", "simpo", "reward", "kto", "peam")
+"""Heads over experts are in `test_capabilities`; grpo is evaluated as answers are."""
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -32,7 +35,7 @@ def last_of(run: Path) -> dict[str, Any]:
     return {"loss": line["eval_loss"]["pick"], **line["eval_measures"]["pick"]}
 
 
-@pytest.mark.parametrize("kind", ["dpo", *(pytest.param(kind, marks=pytest.mark.long) for kind in runs.KINDS[1:])])
+@pytest.mark.parametrize("kind", ["dpo", *(pytest.param(kind, marks=pytest.mark.long) for kind in JUDGED[1:])])
 def test_eval_says_what_training_said_and_of_an_export_about_the_same(kind: str, made: Path, tmp_path: Path) -> None:
     run, export = tmp_path / "run", tmp_path / "export"
     train(runs.recipe_of(made, run, kind, "base.quantization=none"))

@@ -14,8 +14,11 @@ from interrupted import train_in_two
 
 from qd2mora.errors import InputRefused, SignalStop
 from qd2mora.memory.loss import RowLoss
+from qd2mora.objectives import objective_of
 from qd2mora.objectives import reference as references
 from qd2mora.objectives.head import RowScore
+from qd2mora.report.run_contents import read_run
+from qd2mora.report.run_page import run_page
 from qd2mora.stopping import BEFORE_A_STEP
 from qd2mora.training import train
 from qd2mora.training.clock import Watchdog
@@ -40,40 +43,53 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.fixture
+def started(made: Path, request: pytest.FixtureRequest) -> Path:
+    """What is made, with the run that a head over experts goes on from where the test's kind is that."""
+    if request.getfixturevalue("kind") == "experts" and not (made / "inner").exists():
+        train(runs.inner_of(made))
+    return made
+
+
 @pytest.mark.parametrize("kind", ["dpo", *(pytest.param(kind, marks=LONG) for kind in runs.KINDS[1:])])
 def test_a_resumed_run_is_the_unbroken_one_and_says_what_it_measured(
-    kind: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dropout = "adapter.dropout=0.1"
-    train(runs.recipe_of(made, tmp_path / "whole", kind, dropout))
-    train_in_two(runs.recipe_of(made, tmp_path / "two", kind, dropout), 3, monkeypatch)
+    dropout, recipe = "adapter.dropout=0.1", runs.recipe_of(started, tmp_path / "whole", kind, "adapter.dropout=0.1")
+    train(recipe)
+    train_in_two(runs.recipe_of(started, tmp_path / "two", kind, dropout), 3, monkeypatch)
     assert runs.bytes_of(tmp_path / "two") == runs.bytes_of(tmp_path / "whole")
-    lines = runs.lines_of(tmp_path / "whole")
+    measured, lines = runs.measured_of(recipe), runs.lines_of(tmp_path / "whole")
     evaluations = [line for line in lines if "eval_loss" in line]
     assert [line["step"] for line in evaluations] == [0, 3, 6]
-    assert all(0 <= line["eval_measures"]["pick"]["accuracy"] <= 1 for line in evaluations)
-    assert evaluations[-1]["eval_loss"]["pick"] < evaluations[0]["eval_loss"]["pick"]
-    # Of nine rows that it never saw; those that weigh means of tokens are not done in six steps.
-    least = 0.85 if kind in ("orpo", "simpo") else 0.95
-    assert evaluations[-1]["eval_measures"]["pick"]["accuracy"] >= least
+    assert all(0 <= line["eval_measures"]["pick"][measured] <= 1 for line in evaluations)
+    if measured == "accuracy":
+        assert evaluations[-1]["eval_loss"]["pick"] < evaluations[0]["eval_loss"]["pick"]
+        # Of nine rows that it never saw; those that weigh means of tokens are not done in six steps.
+        least = 0.85 if kind in ("orpo", "simpo") else 0.95
+        assert evaluations[-1]["eval_measures"]["pick"][measured] >= least
     steps = [line for line in lines if "loss" in line]
-    assert len(steps) == 6 and all("accuracy" in line for line in steps)
+    assert len(steps) == 6 and all(measured in line for line in steps)
     kept = next((tmp_path / "whole" / "best").glob("step-*"))
     assert kept.name == f"step-{min(evaluations[1:], key=lambda line: line['eval_loss']['pick'])['step']}"
-    changed = "train.warmup_steps" if kind == "reward" else "objective.beta"
+    seen = run_page(read_run(tmp_path / "whole"))
+    assert f"{measured} by task" in seen and "held-out loss by task" in seen and "Not shown" not in seen
+    changed = "objective.beta" if recipe.objective.beta else "train.warmup_steps"
     with pytest.raises(InputRefused, match=rf"{re.escape(changed)} changed since the run began"):
-        train(runs.recipe_of(made, tmp_path / "whole", kind, dropout, f"{changed}=1"), resume=True)
+        train(runs.recipe_of(started, tmp_path / "whole", kind, dropout, f"{changed}=1"), resume=True)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", runs.KINDS)
 def test_micro_batches_of_any_size_make_the_same_step(
-    kind: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And so does one that ran out of memory, which is halved."""
-    train(runs.recipe_of(made, tmp_path / "one", kind, "train.micro_batch=1", "train.steps=3"))
-    runs_rows = RowScore if kind == "reward" else RowLoss
-    forward, calls = runs_rows.forward, []
+    recipe = runs.recipe_of(started, tmp_path / "one", kind, "train.micro_batch=1", "train.steps=3")
+    train(recipe)
+    objective = objective_of(recipe.objective)
+    runs_rows, name = (RowScore, "forward") if objective.has_head else (RowLoss, "by_token")
+    forward, calls = getattr(runs_rows, name), []
 
     def failing(self: Any, batch: dict[str, Any]) -> Any:
         if torch.is_grad_enabled():
@@ -82,15 +98,15 @@ def test_micro_batches_of_any_size_make_the_same_step(
                 raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, batch)
 
-    monkeypatch.setattr(runs_rows, "forward", failing)
-    train(runs.recipe_of(made, tmp_path / "four", kind, "train.micro_batch=4", "train.steps=3"))
-    lines = 1 if kind == "kto" else 2
-    assert calls[:5] == [4 * lines, 4 * lines, 4 * lines, 2 * lines, 2 * lines]
-    one, four = runs.adapter_of(tmp_path / "one"), runs.adapter_of(tmp_path / "four")
+    monkeypatch.setattr(runs_rows, name, failing)
+    train(runs.recipe_of(started, tmp_path / "four", kind, "train.micro_batch=4", "train.steps=3"))
+    lines = objective.lines
+    assert calls[:3] == [4 * lines] * 3 and calls[3:5] == [2 * lines] * 2
+    one, four = runs.trained_of(tmp_path / "one"), runs.trained_of(tmp_path / "four")
     # Adam's first steps are signs of gradients: near zero, rounding decides.
     assert all(torch.allclose(one[name], four[name], atol=2e-3) for name in one)
     first = [next(line for line in runs.lines_of(tmp_path / name) if "loss" in line) for name in ("one", "four")]
-    for name in {"loss", "grad_norm", "accuracy"}:
+    for name in {"loss", "grad_norm", runs.measured_of(recipe)}:
         assert first[0][name] == pytest.approx(first[1][name], rel=1e-4), name
 
 
@@ -106,10 +122,17 @@ def test_a_kept_reference_says_what_a_live_one_does(kind: str, made: Path, tmp_p
 
 
 @LONG
-def test_a_rehearsed_run_is_the_same_run(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", runs.KINDS)
+def test_a_rehearsed_run_is_the_same_run(kind: str, started: Path, tmp_path: Path) -> None:
     for switch in ("on", "off"):
-        train(runs.recipe_of(made, tmp_path / switch, "dpo", LIVE, f"memory.rehearsal={switch}", "train.steps=2"))
+        train(runs.recipe_of(started, tmp_path / switch, kind, f"memory.rehearsal={switch}", "train.steps=2"))
     assert runs.bytes_of(tmp_path / "on") == runs.bytes_of(tmp_path / "off")
+
+
+@pytest.mark.parametrize("kind", runs.KINDS)
+def test_rows_that_are_judged_or_answered_as_a_whole_are_not_packed(kind: str, made: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match=r"data(\.packing)?: .*(as a whole)"):
+        runs.recipe_of(made, tmp_path / "run", kind, "data.packing=true")
 
 
 @LONG
