@@ -16,6 +16,7 @@ WIDE = Shape(256, 688, 4, 4, 2, vocab=600)
 WORDY = Shape(128, 352, 2, 2, 2, vocab=8000)
 QKVUD = [*QKV, "up_proj", "down_proj"]
 ALL = [*QKVUD, "o_proj", "gate_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
 STATIC = {
     "4-bit weights",
     "quantisation state",
@@ -71,6 +72,34 @@ def test_kept_activations_are_right_for_every_method(method: str) -> None:
     saved = saved_bytes(lambda: labelled_states(model, batch), model)
     planned = every_item(cpu_ledger(WIDE, recipe, 4, False, torch.float32))["activations"]
     assert planned == pytest.approx(saved, rel=0.05)
+
+
+FLEX = {"method": "flexmore", "ranks": [0, 8, 4], "targets": MLP}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"method": "mixlora"},
+        {"method": "mixlora", "targets": MLP, "gates": {"down": {"score": "mlp", "width": 32}}},
+        {"method": "mixlora", "dropout": 0.1, "dropout_per_expert": True},
+        {"method": "mixlora", "dropout": 0.1, "experts": "dora", "attention_rank": 2},
+        {"method": "noisy_top_k", "targets": MLP},
+        FLEX,
+        {**FLEX, "dropout": 0.1},
+    ],
+    ids=["pairs", "a deep router", "a mask for each slot", "magnitudes", "a router a block", "ranks", "dropped ranks"],
+)
+def test_mixtures_of_mlps_are_never_planned_to_keep_less_than_they_do(adapter: dict[str, Any], dtype: str) -> None:
+    recipe = recipe_of(max_length=128, adapter={"rank": 8, "targets": ALL, **adapter})
+    model, batch = adapted(WIDE, recipe, dtype), padded_batch(4, 128, WIDE.vocab)
+    saved = saved_bytes(lambda: labelled_states(model, batch), model)
+    item = getattr(torch, dtype)
+    planned = every_item(cpu_ledger(WIDE, recipe, 4, False, item))["activations"]
+    # The last norm's input, and which states are labelled, belong to the loss in the ledger.
+    of_loss = 4 * 128 * (item.itemsize * WIDE.hidden + 4 + 8)
+    assert saved <= planned + of_loss <= 1.03 * saved
 
 
 def test_what_magnitudes_keep_besides_is_what_they_are_planned_to_keep() -> None:
