@@ -179,10 +179,20 @@ def backward_bytes(layer: LayerShapes, done: Pass, dequantised: int) -> dict[str
     gradients = hidden + 3 * wide
     if layer.scales_blocks:
         gradients += hidden
-    if layer.adapts_down:
+    is_mixed = layer.mixed != MixedMLPs()
+    if is_mixed:
+        gradients += done.tokens * FLOAT * layer.mixed.entries
+    # Where whole MLPs are mixed, the last linear's input has two gradients, of the mean and of the features, beside it:
+    # dropped, it is gone before them, and with magnitudes it has one.
+    if layer.adapts_down and (not is_mixed or layer.magnified or done.dropout):
         gradients -= wide
         if done.dropout:
             gradients += done.tokens * FLOAT * layer.rank_space
+    if is_mixed and not layer.magnified and done.item < FLOAT:
+        # The mean over slots goes backward in float32, slot by slot: its gradient, the first slot, and of each other
+        # the difference and its product, beside what is made for all slots and what the features gave them.
+        a_slot = done.tokens * layer.intermediate * (done.item + 4 * FLOAT)
+        gradients = max(gradients, hidden + 2 * wide + a_slot)
     if layer.keeps_scores:
         # Later, with the MLP's own gone: gradients of scores in float32, and twice in the compute dtype.
         scores = done.tokens * layer.heads * done.length * (FLOAT + 2 * done.item)
