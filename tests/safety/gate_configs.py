@@ -54,11 +54,12 @@ _LORA_KEYS: dict[str, list[Any]] = {
     },
 }
 _MIXTURE_KEYS: dict[str, list[Any]] = {
-    **{key: [10**9, 2**20, 3] for key in ("rank", "num_tasks", "task_embedding", "external_width")},
+    **{key: [10**9, 2**20, 3] for key in ("rank", "attention_rank", "num_tasks", "task_embedding", "external_width")},
     **{
         key: [{"experts": 10**9}, {"experts": 4000}, {"experts": 0}, {"experts": 2.5}, {"x": 1}]
-        for key in ("down", "up")
+        for key in ("down", "up", "core")
     },
+    "experts": ["dora", "lora", 1],
     "ranks": [[10**9, 4], [4, 4, 4], [4] * 5_000, ["4"]],
     "gates": [
         {"down": {"select": "zz"}},
