@@ -572,4 +572,55 @@ GATES: dict[str, Gate] = {
             never("data/file_rows.py:_txt_rows", "MAX_ROW_BYTES"),
         ),
     ),
+    "SP1": Gate(
+        "a span outside of its text, over another or of an unknown adapter is refused, in rows and typed",
+        (
+            "tests/data/test_marked_spans.py::test_spans_that_will_not_do_are_refused_by_their_row_or_left_out_and_counted",
+            "tests/data/test_marked_spans.py::test_spans_of_messages_that_will_not_do_are_refused",
+            "tests/training/test_span_runs.py::test_spans_of_a_prompt_that_will_not_do_are_refused",
+            "tests/training/test_span_runs.py::test_what_cannot_mark_spans_is_refused_in_one_line",
+            "tests/mixture/test_span_gates.py::test_marks_that_are_missing_or_name_no_expert_are_refused",
+        ),
+        {},
+        {},
+        (
+            never("data/spans.py:_span", "stop", "text"),
+            never("data/spans.py:_span", "adapter", "names"),
+            never("data/spans.py:_span", "place", "list"),
+            never("data/spans.py:_span", "bool", "end"),
+            never("data/spans.py:read_spans", "other", "one"),
+            never("data/spans.py:signed", "strip"),
+            never("evaluation/asked_spans.py:asked_spans", "name", "names"),
+            never("evaluation/asked_spans.py:asked_spans", "answer_mark"),
+            never("mixture/routing.py:Routing.marks_among", "most"),
+        ),
+    ),
+    "DX1": Gate(
+        "a run whose experts are DoRAs is not exported, and its experts never stand beside plain ones",
+        (
+            "tests/training/test_every_method.py::test_dora_experts_train_answer_and_go_on_from_where_they_stopped",
+            "tests/composition/test_changed_experts.py::test_doras_and_plain_experts_do_not_stand_in_one_mixture",
+        ),
+        {},
+        {},
+        (
+            never("merging/__init__.py:_refuse_unfit", "experts", "config"),
+            without("composition/experts.py:added", "_refuse_unlike"),
+        ),
+    ),
+    "CO1": Gate(
+        "a folder that lacks a tensor, or whose configuration cannot be read, is refused by every operation of compose",
+        (
+            "tests/composition/test_changed_experts.py::test_a_folder_that_lacks_a_tensor_is_refused",
+            "tests/composition/test_changed_experts.py::test_a_configuration_that_is_no_json_is_refused_before_it_is_read",
+        ),
+        {},
+        {},
+        (
+            never("composition/experts.py:refuse_lacking", "key", "tensors"),
+            uncaught("composition/__init__.py:_cut", "LookupError"),
+            uncaught("composition/__init__.py:_sub", "LookupError"),
+            without("composition/__init__.py:_sub", "refuse_lacking"),
+        ),
+    ),
 }

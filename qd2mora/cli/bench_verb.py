@@ -30,7 +30,7 @@ def bench(
     from qd2mora.safekeeping.places import check_file
 
     if out is not None:
-        check_file(out, "--out", b"{", "JSON")
+        check_file(out, "--out", b'{\n "model"', "a measurement")
     options = BenchOptions(requests, rows_at_once, prompt_tokens, new_tokens)
     with listening("nothing is kept of a measurement, run the command again"):
         found = run_bench(model, options, with_plan=with_plan)

@@ -43,7 +43,7 @@ class Wish:
 def read_arms(path: Path, recipe: Recipe) -> dict[str, Wish]:
     """Return the arms of a file by name, in its order. Raises InputRefused with file, arm and key."""
     arms: dict[str, Wish] = {}
-    for name, content in read_mapping(path).items():
+    for name, content in read_mapping(path, "--arms").items():
         where = f"{path}: {name}"
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise InputRefused(f"{where} will not do: an arm's name is letters, digits, dots, - and _, at most 64")

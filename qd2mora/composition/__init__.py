@@ -179,6 +179,8 @@ def _sub(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
     sub_moe.refuse_unfit(config, number, rank)
     use = None if options.on is None else measured_use(folder, recipe_of(options.on))
     try:
+        for name, each in linears.items():
+            experts.refuse_lacking(config, name, each)
         tensors = {
             f"{name}.{kind}": tensor
             for name, each in linears.items()

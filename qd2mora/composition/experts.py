@@ -61,7 +61,12 @@ def cut(operation: str, config: MixtureConfig, linears: Linears) -> Mixture:
     is_pairs = row.pairing == "tied" and row.core == "none" and gate is not None
     if row.stages and operation not in TAKES_OUT:
         raise InputRefused(f"{operation}: {config.method} adds experts of its own; drop-expert and prune take them out")
-    if not is_pairs or gate is None or config.allocation is not None:
+    if config.allocation is not None:
+        raise InputRefused(
+            f"{operation}: adapter.allocation {config.allocation} gives layers different numbers of experts; a mixture "
+            "of as many in each will do"
+        )
+    if not is_pairs or gate is None:
         raise InputRefused(f"{operation}: {config.method} has no pairs of one number in every layer; mola, flexmore do")
     if gate.score not in ("linear", "bias", "static", "prototype") or gate.input in ("task", "task+x", "span"):
         raise InputRefused(f"{operation}: the router of {config.method} has no row for each expert that stands alone")
@@ -76,12 +81,27 @@ def cut(operation: str, config: MixtureConfig, linears: Linears) -> Mixture:
         downs = down.flatten(0, 1).split(ranks) if down.dim() == 3 else down.split(ranks)
         ups = up.unbind() if up.dim() == 3 else up.split(ranks, -1)
         entries = {key: tensors[key] for key in ROWS if key in tensors}
+        refuse_lacking(config, name, tensors)
         experts[name] = [
             Expert(downs[number], ups[number], {key: rows[number] for key, rows in entries.items()})
             for number in range(len(ranks))
         ]
         rest[name] = {key: each for key, each in tensors.items() if key not in ("mixture_A", "mixture_B", *ROWS)}
     return Mixture(config, experts, rest)
+
+
+def refuse_lacking(config: MixtureConfig, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise LookupError where a linear lacks what each of its experts has an entry in."""
+    gate, needed = config.routers["down"], []
+    # Where linears share a router, it stands in the first of them.
+    if gate.scope == "module" and gate.input != "self":
+        needed.append("mixture_logits_down" if gate.input == "none" else "mixture_router_down")
+        needed += ["mixture_bias_down"] if gate.score == "bias" else []
+    if config.experts == "dora":
+        needed.append("mixture_magnitude")
+    for key in needed:
+        if key not in tensors:
+            raise LookupError(f"{name} has no {key}")
 
 
 def joined(
@@ -154,14 +174,14 @@ def pruned(mixture: Mixture, experts: int, shares: Callable[[str], Tensor | None
 def _refuse_to_prune(config: MixtureConfig, experts: int) -> None:
     """Refuse mixtures whose linears cannot each keep experts of their own, and sizes that grow. Raises InputRefused."""
     gate = config.routers["down"]
-    if config.ranks or config.row.one_expert:
-        raise InputRefused(
-            f"prune: {config.method} has no experts of one rank in every linear; loramoe, scalezero have"
-        )
+    if config.ranks:
+        raise InputRefused(f"prune: the experts of {config.method} differ in rank (adapter.ranks); drop-expert will do")
     if gate.scope != "module":
         raise InputRefused(
             f"prune: linears of {config.method} share a router; drop-expert takes experts out of all alike"
         )
+    if config.row.one_expert:
+        raise InputRefused(f"prune: {config.method} has one expert in attention; drop-expert takes experts out of MLPs")
     if not 1 <= experts <= config.num_down:
         raise InputRefused(f"--experts: {experts} will not do: from 1 to the {config.num_down} there are")
     if gate.top_k is not None and gate.top_k > experts:
@@ -198,14 +218,21 @@ def added(mixture: Mixture, others: Sequence[Mixture | TrainedLora]) -> tuple[Mi
             ranks.append(other.rank)
             _add_lora(experts, other, mixture.config.scaling)
             continue
-        if other.config.routers != mixture.config.routers or other.experts.keys() != mixture.experts.keys():
-            raise InputRefused(f"add-expert: a {other.config.method} with other gates or linears; they must be alike")
+        _refuse_unlike(mixture, other)
         first = int(other.config.row.has_public)  # the base is there once
         ranks += other.ranks[first:]
         scale = other.config.scaling / mixture.config.scaling
         for name, found in other.experts.items():
             experts[name] += [replace(each, up=each.up * scale) for each in found[first:]]
     return joined(mixture, ranks, experts)
+
+
+def _refuse_unlike(mixture: Mixture, other: Mixture) -> None:
+    if other.config.routers != mixture.config.routers or other.experts.keys() != mixture.experts.keys():
+        raise InputRefused(f"add-expert: a {other.config.method} with other gates or linears; they must be alike")
+    # Experts of one mixture all have a magnitude, or none.
+    if other.config.experts != mixture.config.experts:
+        raise InputRefused("add-expert: experts of one mixture are DoRAs (adapter.experts), the other's are not")
 
 
 def _add_lora(experts: dict[str, list[Expert]], lora: TrainedLora, scaling: float) -> None:
@@ -278,4 +305,4 @@ def _truncated(expert: Expert, spectrum: Spectrum, rank: int) -> Expert:
     return replace(expert, down=down.float(), up=up.float())
 
 
-__all__ = ["Mixture", "Pruned", "added", "cut", "dropped", "joined", "picked", "pruned"]
+__all__ = ["Mixture", "Pruned", "added", "cut", "dropped", "joined", "picked", "pruned", "refuse_lacking"]

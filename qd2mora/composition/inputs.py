@@ -1,6 +1,5 @@
 """What is composed: folders of LoRAs and mixtures, and the weights they are given."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qd2mora.disk.sealed import read_manifest, verify_where_ours
-from qd2mora.disk.untrusted import check_adapter
+from qd2mora.disk.untrusted import adapter_settings, check_adapter
 from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.trained_loras import TrainedLora, find_adapter, read_trained_loras
@@ -41,8 +40,7 @@ def base_of(folders: Sequence[str]) -> str:
     """Return the base that adapters name. Raises InputRefused where they name several."""
     names = []
     for folder in map(adapter_folder, folders):
-        content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        names.append(str(content.get("base_model_name_or_path") or ""))
+        names.append(str(adapter_settings(folder).get("base_model_name_or_path") or ""))
     if len(set(names)) > 1:
         raise InputRefused(f"compose: the adapters are of different bases: {', '.join(sorted(set(names)))}")
     return names[0]
@@ -70,7 +68,7 @@ def check_base(key: str, recipe: Recipe, base: str) -> None:
 
 def is_mixture(folder: str) -> bool:
     """Tell whether a folder holds a mixture of this package's, and no plain LoRA."""
-    content = json.loads((adapter_folder(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    content = adapter_settings(adapter_folder(folder))
     return content.get("peft_type") == "QD2MORA" and content.get("method") != "lora"
 
 
@@ -79,8 +77,7 @@ def read_mixture(folder: str) -> tuple[MixtureConfig, dict[str, dict[str, Tensor
     path = adapter_folder(folder)
     verify_where_ours(path)
     check_adapter(path)
-    content = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    if content.get("peft_type") != "QD2MORA":
+    if adapter_settings(path).get("peft_type") != "QD2MORA":
         raise InputRefused(f"'{folder}' is a plain LoRA; a mixture is needed")
     try:
         tensors = load_file(path / "adapter_model.safetensors")

@@ -20,7 +20,7 @@ from qd2mora.recipe.yaml_file import read_mapping
 
 def read_descriptions(path: Path, folders: Sequence[str]) -> dict[str, str]:
     """Read a YAML file of adapters and what each is for. Raises InputRefused where one has no description."""
-    content, found = read_mapping(path), {}
+    content, found = read_mapping(path, "--describe"), {}
     for folder in folders:
         text = content.get(folder)
         if not isinstance(text, str) or not text.strip():

@@ -19,6 +19,7 @@ MOST_PATTERNS = 1024
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,299}")
 # PEFT compiles the keys of its patterns: plain names, with dots escaped and anchors, cannot be matched for ever.
 _PATTERN = re.compile(r"\^?[A-Za-z0-9_][A-Za-z0-9_.\\-]{0,299}\$?")
+_SIZES = ("r", "rank", "attention_rank", "num_tasks", "task_embedding", "external_width")
 _BUILDS_MORE = (
     *("megatron_config", "layer_replication", "arrow_config", "corda_config", "lora_ga_config", "velora_config"),
     *("monteclora_config", "kasa_config", "use_bdlora", "use_qalora", "alora_invocation_tokens", "runtime_config"),
@@ -58,8 +59,7 @@ def _ranks_of(tensor: StoredTensor) -> list[int]:
 
 def _sizes_of(content: JsonObject) -> list[tuple[str, int | float]]:
     """Return the sizes that a checked configuration asks for."""
-    single = ("r", "rank", "attention_rank", "num_tasks", "task_embedding", "external_width")
-    found = [(key, content.get(key)) for key in single]
+    found = [(key, content.get(key)) for key in _SIZES]
     several = [(key, _values(content.get(key))) for key in ("rank_pattern", "down", "up", "core")]
     for key, sizes in several:
         found += [(key, size) for size in sizes]

@@ -86,6 +86,17 @@ def check_tokenizer(folder: Path) -> None:
 
 def check_adapter(folder: Path) -> None:
     """Check an adapter: one of ours, or a LoRA of PEFT's. Raises InputRefused, DamagedFile."""
+    config, content = folder / "adapter_config.json", adapter_settings(folder)
+    patterns = [key for key in ("target_modules", "exclude_modules") if isinstance(content.get(key), str)]
+    if patterns:  # PEFT takes a text as a regular expression, which may never end
+        raise InputRefused(f"{config}: {patterns[0]} is a pattern; a list of names is needed")
+    weights = folder / "adapter_model.safetensors"
+    check_adapter_config(content, config, weights)
+    check_finite(weights)
+
+
+def adapter_settings(folder: Path) -> JsonObject:
+    """Return an adapter's configuration, of which its kind alone was looked at. Raises InputRefused, DamagedFile."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not is_there(folder, name):
             raise InputRefused(f"'{folder}' holds no {name}")
@@ -93,12 +104,7 @@ def check_adapter(folder: Path) -> None:
     content = _checked_json(config)
     if content.get("peft_type") not in ("QD2MORA", "LORA"):
         raise InputRefused(f"{config}: peft_type is {str(content.get('peft_type'))[:80]!r}, not 'QD2MORA' or 'LORA'")
-    patterns = [key for key in ("target_modules", "exclude_modules") if isinstance(content.get(key), str)]
-    if patterns:  # PEFT takes a text as a regular expression, which may never end
-        raise InputRefused(f"{config}: {patterns[0]} is a pattern; a list of names is needed")
-    weights = folder / "adapter_model.safetensors"
-    check_adapter_config(content, config, weights)
-    check_finite(weights)
+    return content
 
 
 def is_there(folder: Path, name: str) -> bool:

@@ -94,7 +94,10 @@ def _request(subject: Subject, options: BenchOptions, rows: int) -> Timed:
     most = min(1000, subject.plain.get_input_embeddings().num_embeddings)
     # From 3 on: past the tokens that LLaMA's kind of vocabulary has for unknown, begin and end.
     ids = torch.randint(3, most, (rows, options.prompt), generator=torch.Generator().manual_seed(0)).tolist()
-    decoding = Decoding(subject, [Wanted(each, _NEVER, options.tokens) for each in ids])
+    # Any vector costs what a row's own does.
+    width = None if subject.run is None else subject.run.recipe.adapter.external_width
+    vector = (0.0,) * width if width else None
+    decoding = Decoding(subject, [Wanted(each, _NEVER, options.tokens, vector=vector) for each in ids])
     seconds = []
     with subject.writing():
         while not decoding.is_done:

@@ -182,7 +182,7 @@ def calibrations(members: Sequence[Subject], path: Path) -> list[Calibration]:
 
 def read_triggers(path: Path, names: Sequence[str], tokenizer: Subject) -> list[list[list[int]]]:
     """Read each member's trigger words as tokens, as they stand within a text. Raises InputRefused."""
-    content, found = read_mapping(path), []
+    content, found = read_mapping(path, "--triggers"), []
     for name in names:
         words = content.get(name)
         if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,31 @@ def score_answers(run: str | Path, file: Path, out: Path | None = None, task: st
     if kind != "reward":
         raise InputRefused(f"'{run}' is no reward model: it was trained with objective: {kind}")
     if out is not None:
-        check_file(out, "--out", b"{", "scored answers")
+        _check_out(out, file)
     with writing("--out", out):
         found = _ranked(*_rewards(run, file, task))
         if out is not None:
             write_atomically(out, "".join(json.dumps(asdict(each)) + "\n" for each in found))
     return found
+
+
+def _check_out(out: Path, file: Path) -> None:
+    """Refuse to write over the rows themselves, or over what is no earlier result. Raises InputRefused."""
+    check_file(out, "--out", b"{", "scored answers")
+    if not out.is_file() or not out.stat().st_size:
+        return
+    if file.exists() and out.samefile(file):
+        raise InputRefused(f"--out: '{out}' is --file itself; name a new file")
+    with out.open("rb") as lines:
+        first = lines.readline()
+    try:
+        before = json.loads(first)
+    except ValueError:
+        before = None
+    if not isinstance(before, dict) or not {each.name for each in fields(Scored)} <= before.keys():
+        raise InputRefused(
+            f"--out: '{out}' is there and holds no scored answers; name another file, or remove that one"
+        )
 
 
 def _rewards(run: str | Path, file: Path, task: str | None) -> tuple[list[_Answer], list[float]]:

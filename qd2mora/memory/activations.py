@@ -16,6 +16,33 @@ IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
+class MixedMLPs:
+    """What one layer keeps where whole MLPs are mixed, which run as plain operations and not fused (`mlp_layer`)."""
+
+    entries: int = 0
+    """Entries a token, as wide as products: what goes to the up products."""
+    dropped: int = 0
+    """Entries a token, as wide as products, of dropped inputs; kept where there is dropout."""
+    floats: int = 0
+    """Float32 entries a token: masks of ranks, features, the router's numbers."""
+    widened: int = 0
+    """Entries a token that the router reads in float32: a copy where products are narrower."""
+    copies: int = 0
+    """Entries of banks laid side by side, as wide as products, whatever the tokens."""
+    norms: int = 0
+    """Float32 norms of the rows that experts with magnitudes scale."""
+
+    def bytes_kept(self, done: "Pass") -> int:
+        """Return what is kept of them for the backward pass."""
+        a_token = done.item * self.entries + FLOAT * self.floats
+        if done.dropout:
+            a_token += done.item * self.dropped
+        if done.item < FLOAT:
+            a_token += FLOAT * self.widened
+        return done.tokens * a_token + done.item * self.copies + FLOAT * self.norms
+
+
+@dataclass(frozen=True)
 class LayerShapes:
     """Widths of one decoder layer; adapters' are sums over its linears."""
 
@@ -29,9 +56,12 @@ class LayerShapes:
     adapter_features: int
     magnified: int
     """Entries a token that experts with magnitudes scale, and what is mixed after that."""
+    mixed: MixedMLPs
+    """What mixtures of whole MLPs keep besides."""
     rank_space: int
     """Floats a token while one adapter's step in rank space runs backward."""
     adapts_down: bool
+    adapts_attention: bool = True
     is_lean: bool = True
     slots: int = 1
     """Copies of a token between an MLP's linears: the experts it chose, where whole MLPs are mixed."""
@@ -80,7 +110,7 @@ def layer_bytes(layer: LayerShapes, done: Pass) -> int:
     mlp = done.item * (2 if layer.is_lean else 3) * layer.slots * layer.intermediate
     # x once where q, k and v read the same tensor, and u: all that the fused function saves.
     adapters = done.item * (layer.adapter_inputs + layer.adapter_features + layer.magnified)
-    return done.tokens * (norms + attention + mlp + adapters)
+    return done.tokens * (norms + attention + mlp + adapters) + layer.mixed.bytes_kept(done)
 
 
 def _attention(layer: LayerShapes, done: Pass) -> int:
@@ -110,14 +140,24 @@ def kept_bytes(layer: LayerShapes, done: Pass, num_kept: int, is_whole: bool) ->
     """Return what layers that are not recomputed keep.
 
     `is_whole`: the first layer is among them; its first norm reads embeddings, which need no gradient, and keeps
-    nothing, and the rotary tables are counted with it.
+    nothing, and the rotary tables are counted with it. Where attention has no adapter, no gradient passes its own
+    either, up to the first MLP.
     """
     size = num_kept * layer_bytes(layer, done)
     if is_whole:
         size += _rotary(layer, done)
-        if layer.norms_first:
-            size -= done.tokens * _norm(layer, done)
+        size -= done.tokens * _before_gradients(layer, done)
     return size
+
+
+def _before_gradients(layer: LayerShapes, done: Pass) -> int:
+    """Return the bytes a token of what the first layer's parts do not keep, before its first adapter."""
+    if layer.adapts_attention:
+        return _norm(layer, done) if layer.norms_first else 0
+    # The norms up to the MLP: in a block the half of them, and one where the residual stream itself is normed first.
+    norms = layer.norms - layer.norms // 2 + layer.norms_first
+    heads = done.item * layer.head_norms + FLOAT * layer.head_factors
+    return norms * _norm(layer, done) + _attention(layer, done) + heads
 
 
 def layer_inputs_bytes(layer: LayerShapes, done: Pass, num_layers: int) -> int:
@@ -147,10 +187,20 @@ def backward_bytes(layer: LayerShapes, done: Pass, dequantised: int) -> dict[str
     gradients = hidden + 3 * wide
     if layer.scales_blocks:
         gradients += hidden
-    if layer.adapts_down:
+    is_mixed = layer.mixed != MixedMLPs()
+    if is_mixed:
+        gradients += done.tokens * FLOAT * layer.mixed.entries
+    # Where whole MLPs are mixed, the last linear's input has two gradients, of the mean and of the features, beside it:
+    # dropped, it is gone before them, and with magnitudes it has one.
+    if layer.adapts_down and (not is_mixed or layer.magnified or done.dropout):
         gradients -= wide
         if done.dropout:
             gradients += done.tokens * FLOAT * layer.rank_space
+    if is_mixed and not layer.magnified and done.item < FLOAT:
+        # The mean over slots goes backward in float32, slot by slot: its gradient, the first slot, and of each other
+        # the difference and its product, beside what is made for all slots and what the features gave them.
+        a_slot = done.tokens * layer.intermediate * (done.item + 4 * FLOAT)
+        gradients = max(gradients, hidden + 2 * wide + a_slot)
     if layer.keeps_scores:
         # Later, with the MLP's own gone: gradients of scores in float32, and twice in the compute dtype.
         scores = done.tokens * layer.heads * done.length * (FLOAT + 2 * done.item)

@@ -5,18 +5,19 @@ trainable tensors are right by construction; no weight is read.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from qd2mora.memory.activations import LayerShapes
+from qd2mora.memory.activations import LayerShapes, MixedMLPs
 from qd2mora.memory.checkpointing import decoder_layers
 from qd2mora.memory.lean import is_lean
 from qd2mora.mixture import MixtureConfig, MixtureLinear, add_adapter, mixture_layers
 from qd2mora.mixture.dora import dora_config, magnitudes_alone
+from qd2mora.mixture.method import MLP
 from qd2mora.mixture.penalties import groups_of
 from qd2mora.mixture.slots import num_slots
 
@@ -135,6 +136,7 @@ def _layer_shapes(
     slots = {name: _slots(layer, first) for name, layer in layers.items()}
     config, adapted = model.config, _inputs(layers, slots)
     steps = [layer.mixture_spec["default"].step for layer in layers.values()]
+    fused = [layer.mixture_spec["default"].step.features for layer in layers.values() if not _is_mixed(layer)]
     kinds = {linear.name.rpartition(".")[2]: linear for linear in linears}
     # o_proj reads what attention keeps anyway.
     inputs = {_input_of(name): d_in for name, d_in in adapted.items() if not name.endswith(".o_proj")}
@@ -147,11 +149,14 @@ def _layer_shapes(
         heads_width=kinds["o_proj"].d_in,
         cached_width=kinds["o_proj"].d_in * config.num_key_value_heads // config.num_attention_heads,
         adapter_inputs=-(-sum(inputs.values()) // config.num_hidden_layers),
-        adapter_features=-(-sum(step.features for step in steps) // config.num_hidden_layers),
+        # Where whole MLPs are mixed no function keeps u itself: what is kept instead is in `mixed`.
+        adapter_features=-(-sum(fused) // config.num_hidden_layers),
+        mixed=_mixed_mlps(layers, slots, config.num_hidden_layers),
         magnified=-(-_magnified(layers, slots) // config.num_hidden_layers),
         # The code, its gradient and its gated parts; then what goes to the up product, and its gradient.
         rank_space=max(3 * step.features + 2 * step.width_up for step in steps),
         adapts_down=any(name.endswith(".down_proj") for name in adapted),
+        adapts_attention=any(name.rpartition(".")[2] not in MLP for name in adapted),
         is_lean=is_lean(model),
         slots=max(slots.values()),
     )
@@ -199,6 +204,49 @@ def _magnified(layers: dict[str, MixtureLinear], slots: dict[str, int]) -> int:
             mixes = name.endswith(".down_proj") and slots[name] > 1
             total += (2 if mixes else 1) * slots[name] * layer.out_features
     return total
+
+
+def _mixed_mlps(layers: dict[str, MixtureLinear], slots: dict[str, int], num_layers: int) -> MixedMLPs:
+    """Return what one layer keeps where whole MLPs are mixed, a mean over the layers."""
+    parts = [_mixed_linear(layer, slots[name]) for name, layer in layers.items() if _is_mixed(layer)]
+    totals = {each.name: sum(getattr(part, each.name) for part in parts) for each in fields(MixedMLPs)}
+    return MixedMLPs(**{name: -(-total // num_layers) for name, total in totals.items()})
+
+
+def _mixed_linear(layer: MixtureLinear, slots: int) -> MixedMLPs:
+    """Return what one linear keeps of it, as `mlp_layer` and `slots` save it; K slots, Q ranks, E experts."""
+    config, spec = layer.mixture_config["default"], layer.mixture_spec["default"]
+    ranks, gate = spec.step.width_down + spec.step.shared, spec.gate("down")
+    assert gate is not None
+    is_last, has_magnitudes = spec.place.kind == "down_proj", "mixture_magnitude" in spec.shapes
+    slot_ranks = slots * ranks
+    # The last one mixes in rank space before its up product, where no magnitude keeps slots apart.
+    entries, floats = slot_ranks, slot_ranks
+    if is_last and not has_magnitudes:
+        entries, floats = ranks, 3 * slot_ranks
+    num_experts, widened = spec.counts["down"], 0
+    if spec.place.owns_router:
+        # Its logits and weights and what they came from, what is gathered for each slot with its 64-bit index, and an
+        # MLP's hidden layer.
+        floats += 5 * num_experts + 4 * slots + 4
+        rows = spec.shapes.get("mixture_router_down", (0,))[0]
+        floats += 3 * rows if gate.score in ("mlp", "noisy") else 0
+        floats += slots * num_experts if has_magnitudes else 0
+        widened = layer.in_features if gate.input in ("x", "task+x") else 0
+    masks = slots if is_last or config.dropout_per_expert else 1
+    return MixedMLPs(
+        entries=entries,
+        floats=floats,
+        # Where magnitudes keep slots apart nothing reads what was not dropped, which is counted as an input.
+        dropped=0 if is_last and has_magnitudes else layer.in_features * masks,
+        widened=widened,
+        copies=ranks * (layer.in_features + layer.out_features),
+        norms=num_experts * layer.out_features if has_magnitudes else 0,
+    )
+
+
+def _is_mixed(layer: MixtureLinear) -> bool:
+    return layer.mixes_whole_mlps("default")
 
 
 def _slots(layer: MixtureLinear, first: int) -> int:

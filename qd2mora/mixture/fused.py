@@ -16,7 +16,7 @@ Shapes: T tokens, D d_in, O d_out, F all rows that read x, P all ranks of the up
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -147,7 +147,8 @@ class _FusedMixture(torch.autograd.Function):
         u = forward(call, y, x, tensors)
         ctx.save_for_backward(x, u, *tensors)
         # Frozen, so not among what is saved: hooks that move saved tensors away would move weights.
-        ctx.call, ctx.base = call, base
+        # Who watches the forward pass may hold x, which a layer that is recomputed must let go of.
+        ctx.call, ctx.base = replace(call, watch=None), base
         return y
 
     @staticmethod

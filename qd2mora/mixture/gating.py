@@ -33,10 +33,19 @@ def given_logits(
         return _scores(role, x, tensors, routing, (adapter, f"{place.key}:{role}"), spec)
     # One router for a block: its first adapted linear runs first, scores, and leaves the scores to the others.
     # By adapter: two of them in one model may share a block, and each has routers of its own.
-    key = (adapter, f"{place.scope_key(gate.scope)}:{role}")
+    block = f"{place.scope_key(gate.scope)}:"
+    key = (adapter, f"{block}{role}")
     if place.owns_router:
+        _forget_others(routing, adapter, block)
         routing.scores[key] = _scores(role, x, tensors, routing, key, spec)
     return routing.scores[key]
+
+
+def _forget_others(routing: Routing, adapter: str, block: str) -> None:
+    """Drop the scores of blocks that ran before."""
+    # They hold the graph that they came from: of each recomputed layer what it made again, up to the next pass.
+    for key in [key for key in routing.scores if key[0] == adapter and not key[1].startswith(block)]:
+        del routing.scores[key]
 
 
 def _scores(role: str, x: Tensor, tensors: dict[str, Tensor], routing: Routing, key: Key, spec: LinearSpec) -> Tensor:

@@ -57,13 +57,14 @@ class _Magnified(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        # Once: where the layer is recomputed, what was unpacked is gone.
         y, which, magnitude, norms = ctx.saved_tensors
         dmagnitude = None
         if ctx.needs_input_grad[2]:
             tokens = (dy * y).flatten(0, -2).to(norms.dtype)
-            which = which.expand(*dy.shape[:-1], -1).flatten(0, -2).to(norms.dtype)
-            dmagnitude = (which.T @ tokens / norms).to(magnitude.dtype)
-        return dy * _scale(ctx.saved_tensors[1], magnitude, norms).to(dy.dtype), None, dmagnitude, None
+            chosen = which.expand(*dy.shape[:-1], -1).flatten(0, -2).to(norms.dtype)
+            dmagnitude = (chosen.T @ tokens / norms).to(magnitude.dtype)
+        return dy * _scale(which, magnitude, norms).to(dy.dtype), None, dmagnitude, None
 
 
 def _scale(which: Tensor, magnitude: Tensor, norms: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class MixtureMLPLinear(MixtureLinear):
         """Sum over slots before the base: sum_k g_k W2 h_k = W2 (sum_k g_k h_k), because W2 is linear."""
         if magnitude.NAME in self.tensors(name):
             return self._close_magnified(h, name)
-        spec, slots = self.mixture_spec[name], self._slots(name)
+        spec, slots = self.mixture_spec[name], self._last_slots(name)
         y: Tensor = self.base_layer(slots.mean(h))
         linear = self.get_base_layer()
         assert isinstance(linear, nn.Linear)
@@ -128,19 +128,15 @@ class MixtureMLPLinear(MixtureLinear):
             # The base added its bias once; every slot has it, as often as the slot counts.
             y = y + ((slots.weight.sum(0) - 1).unsqueeze(-1) * linear.bias).to(y.dtype)
         v = slots.mixed(spec.step, self._slot_features(h, name, y.dtype, slots))
-        # The slots are done with: what keeps the graph of this pass alive ends here.
-        del self.routing.slots[_key(spec.place, name)]
         return y + ops.up_product(v, self.columns(name), spec.scaling, y.dtype)
 
     def _close_magnified(self, h: Tensor, name: str) -> Tensor:
         """Run the base in every slot, and mix after each expert's own scale of its rows: sum_k g_k c_k (W_k h_k)."""
-        spec, slots = self.mixture_spec[name], self._slots(name)
+        spec, slots = self.mixture_spec[name], self._last_slots(name)
         y: Tensor = self.base_layer(h)
         u = self._slot_features(h, name, y.dtype, slots)
         stacked = ops.up_product(slots.ranks(spec.step) * u, self.columns(name), spec.scaling, y.dtype) + y
-        mixed = slots.mean(self.magnified(stacked, slots.which, name))
-        del self.routing.slots[_key(spec.place, name)]
-        return mixed
+        return slots.mean(self.magnified(stacked, slots.which, name))
 
     def _slot_features(self, x: Tensor, name: str, dtype: torch.dtype, slots: Slots) -> Tensor:
         """Return A x of every rank, (..., Q) or (K, ..., Q), at least float32; x dropped in training."""
@@ -175,6 +171,13 @@ class MixtureMLPLinear(MixtureLinear):
     def _closes(self, name: str) -> bool:
         place = self.mixture_spec[name].place
         return place.kind == LAST and self.mixes_whole_mlps(name) and _key(place, name) in self.routing.slots
+
+    def _last_slots(self, name: str) -> Slots:
+        """Return the slots and let go of them: they hold the graph of this pass."""
+        # At the start: a recomputed pass ends as soon as the last tensor that is asked for is there.
+        slots = self._slots(name)
+        del self.routing.slots[_key(self.mixture_spec[name].place, name)]
+        return slots
 
     def _slots(self, name: str) -> Slots:
         place = self.mixture_spec[name].place

@@ -109,8 +109,17 @@ def dump_yaml(content: dict[str, object]) -> str:
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120)
 
 
-def read_mapping(path: Path) -> dict[str, object]:
-    """Read a recipe file into a plain mapping. Raises InputRefused."""
+def read_mapping(path: Path, key: str | None = None) -> dict[str, object]:
+    """Read a YAML file into a plain mapping: a recipe, or what an option `key` names. Raises InputRefused."""
+    try:
+        return _mapping(path)
+    except FileNotFoundError:
+        if key is not None:
+            raise InputRefused(f"{key}: no file '{path}'") from None
+        raise InputRefused(f"{path}: no such recipe; `qd2mora recipes` lists those that come along") from None
+
+
+def _mapping(path: Path) -> dict[str, object]:
     try:
         size = path.stat().st_size
         if not path.is_file():
@@ -119,7 +128,7 @@ def read_mapping(path: Path) -> dict[str, object]:
             raise InputRefused(f"{path}: {size} bytes is too long for a recipe (limit {MAX_BYTES})")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputRefused(f"{path}: no such recipe; `qd2mora recipes` lists those that come along") from None
+        raise
     except UnicodeDecodeError as error:
         place = _end_of(error.object[: error.start].decode(errors="replace"))
         raise InputRefused(f"{path}, {place}: not UTF-8; save it as UTF-8") from error

@@ -69,8 +69,9 @@ def check_routing(config: MixtureConfig, train: Train) -> None:
     if told.top_k is not None:
         own = [gate.top_k for gate in config.routers.values() if gate.select == "top_k" and gate.top_k is not None]
         if not own or told.top_k <= max(own):
+            ways = "falls to the gates' own number" if own else "is for a method that chooses one, such as mixlora"
             uses = f"uses {max(own)} already" if own else "chooses no top k"
-            raise InputRefused(f"train.routing.top_k: {told.top_k}, but {config.method} {uses}; it falls to the gates'")
+            raise InputRefused(f"train.routing.top_k: {told.top_k}, but {config.method} {uses}; it {ways}")
     draws = any(gate.select == "sample" for gate in config.routers.values())
     for key in ("draws", "estimator"):
         if getattr(told, key) != getattr(LearnedRouting(), key) and not draws:

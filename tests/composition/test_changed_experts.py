@@ -1,5 +1,6 @@
 """Experts of a mixture put in, taken out and made smaller: what stays the same, and what is refused."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,13 @@ import tiny
 import torch
 from exported import adapted
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qd2mora.composition import ComposeOptions, compose
 from qd2mora.composition.inputs import read_mixture
-from qd2mora.errors import InputRefused
+from qd2mora.errors import InputRefused, StopError
 from qd2mora.recipe import Base
 
 IDS = torch.arange(4, 24).view(2, 10)
@@ -99,7 +101,7 @@ def test_an_expert_that_is_a_dora_leaves_with_its_magnitude(base: Path, tmp_path
     for name, tensors in after.items():
         kept = [1, 2, 3, 4, 6, 7] if ".mlp." in name else [0]
         assert torch.equal(tensors["mixture_magnitude"], before[name]["mixture_magnitude"][kept])
-    with pytest.raises(InputRefused, match="prune: mixlora has no experts of one rank in every linear"):
+    with pytest.raises(InputRefused, match="prune: linears of mixlora share a router; drop-expert"):
         compose("prune", [str(tmp_path / "all")], tmp_path / "out", ComposeOptions(experts=6))
 
 
@@ -188,6 +190,48 @@ def test_the_base_stays_the_first_expert_of_flexmore_whatever_is_done(base: Path
     assert read_mixture(str(tmp_path / "twice"))[0].ranks == [0, 3, 3]
     with pytest.raises(InputRefused, match="--expert: 0 will not do: from 1 to 2"):
         compose("drop-expert", [str(tmp_path / "three")], tmp_path / "none", ComposeOptions(expert="0"))
+
+
+def test_doras_and_plain_experts_do_not_stand_in_one_mixture(base: Path, tmp_path: Path) -> None:
+    mlp = {"target_modules": ["gate_proj", "up_proj", "down_proj"]}
+    for name, more in (("dora", {"experts": "dora"}), ("plain", {})):
+        adapted(Base(model=str(base), quantization="none"), "mixlora", **mlp, **more).save_pretrained(tmp_path / name)
+    for pair in (("dora", "plain"), ("plain", "dora")):
+        with pytest.raises(InputRefused, match="experts of one mixture are DoRAs"):
+            compose("add-expert", [str(tmp_path / name) for name in pair], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("operation", ["drop-expert", "prune", "pick-ranks", "add-expert", "sub"])
+@pytest.mark.parametrize("lost", ["mixture_B", "mixture_router_down", "mixture_bias_down"])
+def test_a_folder_that_lacks_a_tensor_is_refused(operation: str, lost: str, five: Path, tmp_path: Path) -> None:
+    shutil.copytree(five, tmp_path / "five")
+    weights = tmp_path / "five" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    first = next(name for name in tensors if name.endswith(lost))
+    del tensors[first]
+    save_file(tensors, weights)
+    given = {"drop-expert": {"expert": "1"}, "pick-ranks": {"energy": 0.9}, "add-expert": {}}
+    options = ComposeOptions(**given.get(operation, {"experts": 3}))
+    with pytest.raises(InputRefused, match="does not hold the tensors that its config asks for"):
+        compose(operation, [str(tmp_path / "five")] * (1 + (operation == "add-expert")), tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_that_is_no_json_is_refused_before_it_is_read(five: Path, tmp_path: Path) -> None:
+    shutil.copytree(five, tmp_path / "five")
+    (tmp_path / "five" / "adapter_config.json").write_text("{", encoding="utf-8")
+    for operation in ("add-expert", "linear", "average"):
+        with pytest.raises(StopError, match=r"adapter_config\.json"):
+            compose(operation, [str(tmp_path / "five")] * 2, tmp_path / "out")
+
+
+def test_layers_with_different_numbers_of_experts_are_told_apart_from_what_has_no_pairs(
+    base: Path, tmp_path: Path
+) -> None:
+    adapted(Base(model=str(base), quantization="none"), "mola", allocation="2-4").save_pretrained(tmp_path / "mola")
+    with pytest.raises(InputRefused, match=r"adapter\.allocation 2-4 gives layers different numbers of experts"):
+        compose("prune", [str(tmp_path / "mola")], tmp_path / "out", ComposeOptions(experts=2))
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,20 @@ def test_what_is_not_there_is_said(
     assert (energy["joules_per_token"] is None) == energy["source"].startswith("absent")
 
 
+def test_a_run_that_reads_a_vector_is_measured_and_rows_are_no_measurement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_run(tmp_path, "reclora", adapter="external_width: 3,")
+    assert bench(made, FEW)["written_tokens"] == 20
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a"}\n', encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["qd2mora", "bench", str(made), "--out", str(rows)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "is not a measurement" in capsys.readouterr().err
+    assert rows.read_text(encoding="utf-8") == '{"prompt": "a"}\n'
+
+
 def test_four_bit_weights_are_counted_by_the_numbers_they_hold(run: Path) -> None:
     whole = _compression(open_subject(run.parent / "base"))
     packed = _compression(Subject(open_subject(run).model.get_base_model(), open_subject(run).tokenizer))

@@ -122,6 +122,24 @@ def test_the_verb_prints_the_best_and_refuses_another_run(
     assert "is no reward model" in capsys.readouterr().err
 
 
+def test_scores_replace_earlier_scores_and_nothing_else(made: Path, tmp_path: Path) -> None:
+    path, out = tmp_path / "answers.jsonl", tmp_path / "out.jsonl"
+    row = json.dumps({"prompt": "Say one: ", "answer": "moon"}) + "\n"
+    for each in (path, out):
+        each.write_text(row, encoding="utf-8")
+    with pytest.raises(InputRefused, match="is --file itself"):
+        score_answers(made / "run", path, path)
+    with pytest.raises(InputRefused, match="holds no scored answers"):
+        score_answers(made / "run", path, out)
+    assert path.read_text(encoding="utf-8") == out.read_text(encoding="utf-8") == row
+    out.unlink()
+    for _ in range(2):
+        assert len(score_answers(made / "run", path, out)) == 1
+    # Scored answers are rows too.
+    with pytest.raises(InputRefused, match="is --file itself"):
+        score_answers(made / "run", out, out)
+
+
 def test_an_export_of_it_is_refused(made: Path, tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match="no place for the head"):
         merge(made / "run", tmp_path / "export")

@@ -59,6 +59,7 @@ _MIXTURE_KEYS: dict[str, list[Any]] = {
         key: [{"experts": 10**9}, {"experts": 4000}, {"experts": 0}, {"experts": 2.5}, {"x": 1}]
         for key in ("down", "up", "core")
     },
+    "experts": ["dora", "lora", 1],
     "ranks": [[10**9, 4], [4, 4, 4], [4] * 5_000, ["4"]],
     "gates": [
         {"down": {"select": "zz"}},
