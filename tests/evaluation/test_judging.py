@@ -13,8 +13,8 @@ from qd2mora.merging import ExportOptions, merge
 from qd2mora.run_folder import RunFolder, read_recipe
 from qd2mora.training import train
 
-JUDGED = ("dpo", "orpo", "simpo", "reward", "kto", "peam")
-"""Heads over experts are in `test_capabilities`; grpo is evaluated as answers are."""
+JUDGED = ("dpo", "orpo", "simpo", "kto", "peam")
+"""Heads, which no export has, are in `test_rewards` and `test_capabilities`; grpo is evaluated as answers are."""
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ def test_stages_without_steps_share_what_is_left(
             r"train.stages.1.train: routers, but this adapter trains none",
         ),
         ("[{train: routers}, {train: all}]", "d2mora", r"routers of a fresh adapter have nothing to choose among"),
-        ("[{train: experts}, {train: all}]", "scalezero", r"scalezero adds its experts in stages of its own"),
+        ("[{train: experts}, {train: all}]", "scalezero", r"scalezero opens its experts in stages of its own"),
     ],
 )
 def test_stages_that_cannot_be_are_refused_before_anything_is_written(
