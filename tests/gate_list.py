@@ -605,7 +605,7 @@ GATES: dict[str, Gate] = {
         {},
         (
             never("merging/__init__.py:_refuse_unfit", "experts", "config"),
-            without("composition/experts.py:added", "_refuse_unlike"),
+            never("composition/experts.py:_refuse_unlike", "kinds"),
         ),
     ),
     "CO1": Gate(

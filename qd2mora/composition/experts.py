@@ -231,7 +231,8 @@ def _refuse_unlike(mixture: Mixture, other: Mixture) -> None:
     if other.config.routers != mixture.config.routers or other.experts.keys() != mixture.experts.keys():
         raise InputRefused(f"add-expert: a {other.config.method} with other gates or linears; they must be alike")
     # Experts of one mixture all have a magnitude, or none.
-    if other.config.experts != mixture.config.experts:
+    kinds = {each.config.experts for each in (mixture, other)}
+    if len(kinds) > 1:
         raise InputRefused("add-expert: experts of one mixture are DoRAs (adapter.experts), the other's are not")
 
 
