@@ -83,6 +83,7 @@ def test_the_pull_to_the_reference_is_the_papers_estimator_and_nothing_at_the_re
     assert not divergence(theirs[0], theirs[0]).any()
 
 
+@pytest.mark.long
 def test_a_run_that_is_pulled_stays_nearer_to_its_reference_and_ends_with_the_same_bytes_when_broken_off(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

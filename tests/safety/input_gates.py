@@ -46,7 +46,7 @@ GATES: dict[str, Callable[[Path, Path, Size], Result]] = {
     "V1": lambda made, folder, size: gate_files.gate_names(made, folder, {"brief": 10, "quick": 5, "long": 1}[size]),
     "Y1": lambda made, folder, size: gate_files.gate_tricks(made, folder),
     "J1": lambda made, folder, size: gate_templates.gate({"brief": 26, "quick": 13, "long": 1}[size]),
-    "BM1": lambda made, folder, size: gate_bombs.gate_bombs(made, folder, 1000 if size == "long" else 60),
+    "BM1": lambda made, folder, size: gate_bombs.gate_bombs(made, folder, 1000 if size == "long" else 40),
     "NB1": lambda made, folder, size: gate_numbers.gate(made, folder, 1 if size == "long" else 61),
     "CF1": lambda made, folder, size: gate_configs.gate(made, folder, {"brief": 5, "quick": 12, "long": 5_000}[size]),
     "NF1": lambda made, folder, size: gate_finite.gate(made, folder, 1 if size == "long" else 3),
