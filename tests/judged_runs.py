@@ -45,7 +45,7 @@ def recipe_of(made: Path, output: Path, kind: str, *changes: str, adapter: str |
     form = FORMS.get(kind, "preference")
     start = f"{{start: {made / 'inner'}}}" if kind == "experts" else ADAPTER
     task = f"{{name: pick, path: {made / 'data' / form}.jsonl, format: {form}, validation: 9}}"
-    return _recipe(made, output, [task], OBJECTIVES[kind], adapter or start, changes)
+    return recipe_over(made, output, [task], OBJECTIVES[kind], adapter or start, changes)
 
 
 def inner_of(made: Path) -> Recipe:
@@ -53,12 +53,13 @@ def inner_of(made: Path) -> Recipe:
     rows = f"path: {made / 'data' / 'preference.jsonl'}, format: preference, validation: 9"
     tasks = [f"{{name: {name}, {rows}}}" for name in ("pick", "choose")]
     adapter = ADAPTER.replace("d2mora", "peam")
-    return _recipe(made, made / "inner", tasks, OBJECTIVES["reward"], adapter, ["train.steps=3"])
+    return recipe_over(made, made / "inner", tasks, OBJECTIVES["reward"], adapter, ["train.steps=3"])
 
 
-def _recipe(
+def recipe_over(
     made: Path, output: Path, tasks: Sequence[str], objective: str, adapter: str, changes: Sequence[str]
 ) -> Recipe:
+    """Return a recipe of an objective and an adapter over tasks, each a line of YAML."""
     path = output.with_suffix(".yaml")
     listed = "".join(f"\n    - {task}" for task in tasks)
     path.write_text(

@@ -90,17 +90,12 @@ def generate(
     prompt = spans.signed(prompt)
     if raw:
         say(Wording(AS_IT_IS, None, "--raw").line)
-        text, places = spans.taken_out(prompt)
-        ids = tokens_of_text(subject, text)
-        wanted = spans.told(subject, text, options.wanted(subject, ids), places)
-        text, vote = _written(subject, options, wanted, write)
+        text, vote = _written(subject, options, _wanted(subject, options, spans, prompt), write)
     else:
         with Prompting(subject, options.template, options.task, is_conversation=False) as prompting:
             say(prompting.line)
             worded, is_rendered = prompting.worded([{"role": "user", "content": prompt}])
-            text, places = spans.taken_out(worded)
-            ids = prompting.of_text(text, is_rendered=is_rendered)
-            wanted = spans.told(subject, text, options.wanted(prompting.subject, ids), places)
+            wanted = _wanted(prompting.subject, options, spans, worded, is_rendered=is_rendered)
             text, vote = _written(prompting.subject, options, wanted, write)
     if vote is not None:
         say(vote.line)
@@ -161,6 +156,15 @@ def _asked_spans(subject: Subject, options: TalkOptions, prompt: str, say: Write
     if spans == AskedSpans():
         say(NOTHING_MARKED)
     return spans
+
+
+def _wanted(
+    subject: Subject, options: TalkOptions, spans: AskedSpans, signed: str, *, is_rendered: bool = False
+) -> Wanted:
+    """Return what is wanted of a worded text with signs around its spans. Raises InputRefused."""
+    text, places = spans.taken_out(signed)
+    ids = tokens_of_text(subject, text, is_rendered=is_rendered)
+    return spans.told(subject, text, options.wanted(subject, ids), places)
 
 
 def _written(subject: Subject, options: TalkOptions, wanted: Wanted, write: Write) -> tuple[str, Vote | None]:

@@ -12,12 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from qd2mora.base.families import NormForm
+from qd2mora.mixture.kernels import OPTIONS
 
 WIDEST = 1 << 16
 """Entries of the longest row that one program holds."""
 BLOCK = 1024
 _FORMS: dict[NormForm, int] = {"rounded first": 0, "weighed first": 1, "one more than its weight": 2}
-OPTIONS = {"enable_fp_fusion": True}
 
 
 def try_out(device: torch.device) -> None:
@@ -32,14 +32,14 @@ def norm(x: Tensor, weight: Tensor, eps: float, form: NormForm, dtype: torch.dty
     """Return w x f (T, D) in `dtype` and f (T, 1) float32, f = 1 / sqrt(mean(x^2) + eps), of x (T, D) contiguous."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     factor = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
-    _norm[(len(x),)](x, weight, out, factor, eps, **_constants(x, form))
+    _norm[(len(x),)](x, weight, out, factor, eps, **norm_constants(x.shape[1], form))
     return out, factor
 
 
 def norm_back(dy: Tensor, x: Tensor, factor: Tensor, weight: Tensor, form: NormForm) -> Tensor:
     """Return the gradient of x (T, D) in its dtype; dy is (T, D) contiguous."""
     dx = torch.empty_like(x)
-    _norm_back[(len(x),)](dy, x, factor, weight, dx, **_constants(x, form))
+    _norm_back[(len(x),)](dy, x, factor, weight, dx, **norm_constants(x.shape[1], form))
     return dx
 
 
@@ -64,11 +64,12 @@ def _grid(rows: Tensor) -> tuple[int, int]:
     return len(rows), triton.cdiv(rows.shape[1], BLOCK)
 
 
-def _constants(x: Tensor, form: NormForm) -> dict[str, int | bool]:
-    width = triton.next_power_of_2(x.shape[1])
+def norm_constants(width: int, form: NormForm) -> dict[str, int | bool]:
+    """Return what a norm's kernels are compiled for."""
+    power = triton.next_power_of_2(width)
     # A warp for each 512 entries, within what a block may have.
-    warps = min(16, max(1, width // 512))
-    return {"D": x.shape[1], "DP": width, "FORM": _FORMS[form], "num_warps": warps, **OPTIONS}
+    warps = min(16, max(1, power // 512))
+    return {"D": width, "DP": power, "FORM": _FORMS[form], "num_warps": warps, **OPTIONS}
 
 
 @triton.jit
@@ -160,4 +161,4 @@ def _gated_back(  # type: ignore[no-untyped-def]
     tl.store(dup_ptr + row * D + d, active.to(gate.dtype).to(tl.float32) * dy, mask=d < D)
 
 
-__all__ = ["WIDEST", "gated", "gated_back", "norm", "norm_back", "try_out"]
+__all__ = ["WIDEST", "gated", "gated_back", "norm", "norm_back", "norm_constants", "try_out"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from qd2mora.base.device import has_flash_attention
 from qd2mora.base.host_memory import available_bytes
@@ -122,13 +122,14 @@ def plan(
     """
     place = Place.of(device, budget is not None or recipe.memory.budget is not None, agreed)
     limit = _limit(recipe, budget, place)
-    search = _search(recipe, place)
+    config = planning_config(recipe.base)
+    search = _search(recipe, place, config)
     # Free memory changes from start to start; on a CPU it decides what is recomputed, and the adapter stays the same.
     chosen, is_within = search.choose(limit.usable, keeps_batch=limit.is_found and not place.on_gpu)
     written = ledger(search.case.shapes, recipe, chosen, search.texts(chosen, limit.usable))
     ways: tuple[str, ...] = ()
     if limit.usable is not None and not is_within:
-        ways = ways_out(search, limit.usable, written.peak_bytes, lambda changed: _search(changed, place))
+        ways = ways_out(search, limit.usable, written.peak_bytes, lambda changed: _search(changed, place, config))
     return Plan(
         items=written.items,
         elsewhere=written.elsewhere,
@@ -174,8 +175,7 @@ def _host_room(place: Place) -> int | None:
     return available_bytes()
 
 
-def _shapes(recipe: Recipe) -> Shapes:
-    config = planning_config(recipe.base)
+def _shapes(recipe: Recipe, config: PreTrainedConfig) -> Shapes:
     shapes = _built(
         config.to_json_string(use_diff=False),
         recipe.adapter.model_dump_json(exclude_unset=True),
@@ -204,19 +204,19 @@ def _built(config: str, adapter: str, num_tasks: int, first_top_k: int | None) -
     return read_shapes(AutoConfig.for_model(content.pop("model_type"), **content), mixture, first_top_k)
 
 
-def _search(recipe: Recipe, place: Place) -> Search:
+def _search(recipe: Recipe, place: Place, config: PreTrainedConfig) -> Search:
     dtype = place.dtype(recipe)
-    return Search(Case(_shapes(recipe), recipe, dtype, place.on_gpu, _masks(recipe, place, dtype)))
+    return Search(Case(_shapes(recipe, config), recipe, dtype, place.on_gpu, _masks(recipe, place, dtype, config)))
 
 
-def _masks(recipe: Recipe, place: Place, dtype: torch.dtype) -> bool:
+def _masks(recipe: Recipe, place: Place, dtype: torch.dtype, config: PreTrainedConfig) -> bool:
     """Tell whether training's attention is given a mask; of a card that is not here it is taken to be.
 
     Packed lines and windows that slide have masks of their own, which are not of padding alone.
     """
     if not (place.is_here and has_flash_attention(place.device, dtype)) or recipe.data.packing:
         return True
-    return bool(getattr(planning_config(recipe.base), "sliding_window", None))
+    return bool(getattr(config, "sliding_window", None))
 
 
 __all__ = ["Plan", "parse_size", "plan"]

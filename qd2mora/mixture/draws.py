@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qd2mora.mixture import masks
 from qd2mora.mixture.kernels import kernels_for
+from qd2mora.mixture.masks import Span
 
 # splitmix64's increment, 2^64 over the golden ratio; a torch generator takes seeds of 63 bits.
 _PRIME = 0x9E3779B97F4A7C15
@@ -35,10 +36,16 @@ class Rows:
     keys: tuple[int, ...]
     lengths: tuple[int, ...] | None = None
     places: tuple[tuple[int, int], ...] | None = None
+    _spans: dict[int, list[Span]] = field(default_factory=dict, repr=False, compare=False)
     _tables: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def spans(self, tokens: int) -> list[tuple[int, int, int, int]]:
-        """Return key, line, first token and tokens of each row in lines of so many tokens."""
+    def spans(self, tokens: int) -> list[Span]:
+        """Return key, line, first token and tokens of each row in lines of so many tokens; made once a pass."""
+        if tokens not in self._spans:
+            self._spans[tokens] = self._spans_in(tokens)
+        return self._spans[tokens]
+
+    def _spans_in(self, tokens: int) -> list[Span]:
         if self.lengths is None:
             return [(self.keys[0], 0, 0, tokens)]
         places = self.places or tuple((row, 0) for row in range(len(self.keys)))

@@ -12,6 +12,9 @@ from torch import Tensor
 
 _log = logging.getLogger(__name__)
 
+OPTIONS = {"enable_fp_fusion": True}
+"""Said, because Triton 3.10 changes what it takes where nothing is said: sums would round otherwise after an update."""
+
 
 def runs_kernels(tensor: Tensor) -> bool:
     """Tell whether a tensor lies where kernels run: really on a GPU, not a stand-in for shapes alone."""
@@ -46,4 +49,4 @@ def working_kernel(device: torch.device, name: str = "mixture.rank_kernel") -> M
     return kernel
 
 
-__all__ = ["kernels_for", "runs_kernels", "working_kernel"]
+__all__ = ["OPTIONS", "kernels_for", "runs_kernels", "working_kernel"]

@@ -17,16 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qd2mora.mixture.kernels import OPTIONS
 from qd2mora.routed.gate import Gate
 from qd2mora.routed.ops import RankStep, Small
 
 TILE = 4096
 """Entries of the largest tile a program holds; a token that needs more takes the twin."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-OPTIONS = {"enable_fp_fusion": True}
-"""Said, because Triton 3.10 changes what it takes where nothing is said: sums would round otherwise after an update."""
 
 
 def covers(step: RankStep, small: Small, dtype: torch.dtype) -> bool:

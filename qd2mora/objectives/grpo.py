@@ -54,9 +54,13 @@ def advantages(rewards: list[float]) -> list[float]:
     """Return how much better each answer of a group is than the group, in standard deviations; one alone has none."""
     if len(rewards) < 2:
         return [0.0] * len(rewards)
-    values = torch.tensor(rewards, dtype=torch.float64)
-    found: list[float] = ((values - values.mean()) / (values.std() + 1e-4)).tolist()
+    found: list[float] = in_deviations(torch.tensor(rewards, dtype=torch.float64)).tolist()
     return found
 
 
-__all__ = ["Grpo", "advantages"]
+def in_deviations(values: Tensor) -> Tensor:
+    """Return (v - mean) / (std + 1e-4) along the first axis, over which a group lies; zero where all are the same."""
+    return (values - values.mean(0)) / (values.std(0) + 1e-4)
+
+
+__all__ = ["Grpo", "advantages", "in_deviations"]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qd2mora.mixture import Routing
 from qd2mora.mixture.draws import mixed
+from qd2mora.objectives.grpo import in_deviations
 
 Estimator = Literal["rloo", "grpo"]
 
@@ -31,11 +32,6 @@ def leave_one_out(losses_NB: Tensor) -> Tensor:
     """Return L_m - mean of the others, (N, B), which is n / (n - 1) times L_m - mean; sums to zero over draws."""
     num = losses_NB.shape[0]
     return (losses_NB - losses_NB.mean(0)) * (num / (num - 1))
-
-
-def in_deviations(losses_NB: Tensor) -> Tensor:
-    """Return (L_m - mean) / (std + 1e-4) of each row's draws, (N, B); zero where they are all the same."""
-    return (losses_NB - losses_NB.mean(0)) / (losses_NB.std(0) + 1e-4)
 
 
 def backward_over_draws(
@@ -81,4 +77,4 @@ def _run(row_losses: Callable[[], Tensor], routing: Routing, rows: tuple[int, ..
     return row_losses()
 
 
-__all__ = ["Estimator", "backward_over_draws", "in_deviations", "leave_one_out"]
+__all__ = ["Estimator", "backward_over_draws", "leave_one_out"]

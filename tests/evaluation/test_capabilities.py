@@ -17,7 +17,7 @@ from qd2mora.evaluation.rewards import score_answers
 from qd2mora.inspection import inspect_run
 from qd2mora.memory.plan import plan
 from qd2mora.objectives.head import OverExperts, scored, stored_head
-from qd2mora.recipe import Recipe, load_recipe
+from qd2mora.recipe import Recipe
 from qd2mora.run_folder import read_recipe
 from qd2mora.training import train
 
@@ -59,25 +59,15 @@ def test_fewer_tasks_than_experts_are_trained_and_inspected(made: Path, tmp_path
 EXPERTS = "{kind: reward, head: experts}"
 
 
+LONGER = [
+    *("train.steps=60", "train.micro_batch=8", "train.global_batch=8", "train.learning_rate=1e-2"),
+    *("train.save_every=60", "train.eval_every=60"),
+]
+
+
 def recipe_of(made: Path, output: Path, tasks: tuple[str, ...], adapter: str, objective: str, *changes: str) -> Recipe:
-    path = output.with_suffix(".yaml")
-    listed = "".join(
-        f"\n    - {{name: {name}, path: {made / name}.jsonl, format: preference, validation: 20}}" for name in tasks
-    )
-    path.write_text(
-        f"""
-base: {{model: {made / "base"}}}
-adapter: {adapter}
-data:
-  max_length: 64
-  tasks:{listed}
-objective: {objective}
-train: {{steps: 60, micro_batch: 8, global_batch: 8, learning_rate: 1e-2, save_every: 60, eval_every: 60}}
-output: {output}
-""",
-        encoding="utf-8",
-    )
-    return load_recipe(path, list(changes))
+    listed = [f"{{name: {name}, path: {made / name}.jsonl, format: preference, validation: 20}}" for name in tasks]
+    return runs.recipe_over(made, output, listed, objective, adapter, [*LONGER, *changes])
 
 
 def test_kinds_of_task_that_want_opposite_things_are_both_learned_over_experts_that_keep_their_bits(made: Path) -> None:

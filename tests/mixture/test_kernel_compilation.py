@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qd2mora.mixture.kernels import OPTIONS
 from qd2mora.routed.gate import Gate
 from qd2mora.routed.ops import RankStep
 
@@ -47,7 +48,7 @@ def compiled(kernel: Any, step: RankStep, features: str, is_backward: bool, capa
     return built(kernel, pointers, rank_kernel._KernelConstants.of(step).constants, capability)
 
 
-def built(kernel: Any, kinds: dict[str, str], constants: dict[str, Any], capability: int, num_warps: int = 4) -> Any:
+def built(kernel: Any, kinds: dict[str, str], constants: dict[str, Any], capability: int) -> Any:
     """Compile a kernel whose arguments are of these kinds, for a card that is not here."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -59,8 +60,10 @@ def built(kernel: Any, kinds: dict[str, str], constants: dict[str, Any], capabil
         for place, name in enumerate(kernel.arg_names)
         if kinds.get(name, "").startswith("*")
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    given = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=given, attrs=aligned)
+    # What a launch is told besides stands among its constants.
+    options = {"num_warps": 4, **OPTIONS} | {name: constants[name] for name in constants.keys() - given.keys()}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -103,10 +106,9 @@ def test_norms_compile_without_spills(width: int, capability: int) -> None:
     kind = "*fp16" if capability < 80 else "*bf16"
     shared = {"x_ptr": kind, "weight_ptr": kind, "factor_ptr": "*fp32"}
     there, back = shared | {"out_ptr": kind, "eps": "fp32"}, shared | {"dy_ptr": kind, "dx_ptr": kind}
-    constants = {"D": width, "DP": width, "FORM": 0}
-    warps = min(16, max(1, width // 512))
-    assert_within(built(lean_kernel._norm, there, constants, capability, warps), capability)
-    assert_within(built(lean_kernel._norm_back, back, constants, capability, warps), capability)
+    constants = lean_kernel.norm_constants(width, "rounded first")
+    assert_within(built(lean_kernel._norm, there, constants, capability), capability)
+    assert_within(built(lean_kernel._norm_back, back, constants, capability), capability)
 
 
 @pytest.mark.parametrize("capability", CARDS)

@@ -1,13 +1,11 @@
 """The kernel pair equals its plain twin: interpreted here, compiled where there is a GPU."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import run_cases
 
 from qd2mora.mixture.kernels import working_kernel
 
@@ -15,24 +13,16 @@ CASES = Path(__file__).with_name("rank_kernel_cases.py")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
-def run_cases(device: str, **environment: str) -> str:
-    run = subprocess.run(
-        [sys.executable, str(CASES), device], env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return run.stdout
-
-
 @needs_triton
 def test_interpreted_kernels_equal_the_twin() -> None:
-    assert "9 steps and 4 layers" in run_cases("cpu", TRITON_INTERPRET="1")
+    assert "9 steps and 4 layers" in run_cases(CASES, "cpu", TRITON_INTERPRET="1")
 
 
 @needs_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_compiled_kernels_equal_the_twin() -> None:
-    assert "9 steps and 4 layers" in run_cases("cuda")
+    assert "9 steps and 4 layers" in run_cases(CASES, "cuda")
 
 
 @needs_triton

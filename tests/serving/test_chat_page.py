@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,12 +16,14 @@ from exported import make_run
 
 from qd2mora.merging import ExportOptions, merge
 
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 
-from qd2mora.serving.app import Limits, build_app  # noqa: E402
-from qd2mora.serving.engine import Engine  # noqa: E402
-from qd2mora.serving.served import open_all  # noqa: E402
+from in_thread import in_thread
+
+from qd2mora.serving.app import Limits, build_app
+from qd2mora.serving.engine import Engine
+from qd2mora.serving.served import open_all
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -115,16 +116,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path
         models = open_all(run, {"exported": folder / "hf"}, None, stack)
         engine = Engine()
         app = build_app(models, engine, Limits(max_tokens=64), None, ["127.0.0.1"])
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
-        engine.start()
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield server.servers[0].sockets[0].getsockname()[1], folder
-        server.should_exit = True
-        thread.join()
-        engine.stop()
+        yield stack.enter_context(in_thread(app, engine)), folder
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,13 +24,15 @@ from qd2mora.errors import InputRefused
 from qd2mora.evaluation import TalkOptions, generate
 from qd2mora.merging import ExportOptions, merge
 
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 
-from qd2mora.serving.app import Limits, build_app  # noqa: E402
-from qd2mora.serving.engine import Engine  # noqa: E402
-from qd2mora.serving.running import ServerOptions  # noqa: E402
-from qd2mora.serving.served import Served, open_all  # noqa: E402
+from in_thread import in_thread
+
+from qd2mora.serving.app import Limits, build_app
+from qd2mora.serving.engine import Engine
+from qd2mora.serving.running import ServerOptions
+from qd2mora.serving.served import Served, open_all
 
 TEXTS = ["red sun", "one two three", "moon", "blue " * 20, "bird", "green cat dog", "two", "star star"]
 KEY = "a-key-of-the-tests"
@@ -92,20 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def running(served: dict[str, Served], stack: ExitStack, limits: Limits, key: str | None = None) -> Server:
     engine = Engine(rows_at_once=8, max_waiting=64)
     app = build_app(served, engine, limits, key, None if key else ["127.0.0.1"])
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
-    engine.start()
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-
-    def end() -> None:
-        server.should_exit = True
-        thread.join()
-        engine.stop()
-
-    stack.callback(end)
-    return Server(server.servers[0].sockets[0].getsockname()[1], engine, served)
+    return Server(stack.enter_context(in_thread(app, engine)), engine, served)
 
 
 @pytest.fixture(scope="module")

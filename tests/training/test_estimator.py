@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from qd2mora.mixture import MixtureConfig, MixtureLinear, Routing
 from qd2mora.mixture.draws import mixed
 from qd2mora.mixture.moved_bias import moved_bias
+from qd2mora.objectives.grpo import in_deviations
 from qd2mora.routed.gate import Gate
-from qd2mora.training.estimator import Estimator, backward_over_draws, in_deviations, leave_one_out
+from qd2mora.training.estimator import Estimator, backward_over_draws, leave_one_out
 
 
 def test_advantages_sum_to_zero_and_stretch_the_distance_from_the_mean() -> None:
