@@ -30,6 +30,7 @@ Suite = Annotated[str | None, typer.Option(help="Test on a published suite: comm
 SuiteData = Annotated[Path | None, typer.Option(help="Folder of the suite's test files.")]
 SuiteTasks = Annotated[str | None, typer.Option(help="Tasks of the suite, with commas; all where left out.")]
 Scoring = Annotated[str, typer.Option(help="Of the suite: generate or likelihood.")]
+Prompt = Annotated[str, typer.Option(help="Of the suite: published, training's own, or cloze.")]
 Limit = Annotated[int | None, typer.Option(help="Test rows of each task.", min=1, max=MOST)]
 Out = Annotated[Path | None, typer.Option(help="Folder; the recipe's output and -compare where left out.")]
 PlanOnly = Annotated[bool, typer.Option("--plan", help="Say what would be done and how long it may take, no more.")]
@@ -56,6 +57,7 @@ def compare(
     data: SuiteData = None,
     tasks: SuiteTasks = None,
     scoring: Scoring = ComparisonSettings.scoring,
+    prompt: Prompt = ComparisonSettings.prompt,
     equal_time: EqualTime = False,
     limit: Limit = ComparisonSettings.limit,
     out: Out = None,
@@ -94,6 +96,7 @@ def compare(
             data=None if data is None else str(data.resolve()),
             tasks=words(tasks),
             scoring=scoring,
+            prompt=prompt,
         )
         if plan:
             from qd2mora.comparison.forecast import forecast

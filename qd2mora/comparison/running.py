@@ -171,7 +171,8 @@ def _check_suite(
 
 
 def _suite_exam(settings: ComparisonSettings) -> Exam:
-    return Exam(None, settings.suite, settings.data, settings.tasks, settings.limit, settings.scoring)
+    asked = settings.scoring, settings.prompt
+    return Exam(None, settings.suite, settings.data, settings.tasks, settings.limit, *asked)
 
 
 def _steps(trials: Trials, arms: list[Arm]) -> int | None:

@@ -16,10 +16,11 @@ class ComparisonSettings:
     the others where None. minutes: time for all training that is left to do; steps follow from it, equal for all arms.
     choose_rows: rows of each task apart from training and test, to choose rate and export by. strategies: exports
     tried. export: score each run's best static export too. suite: test on its files in the folder `data`, of `tasks` or
-    of all, not on the recipe's held-out rows. limit: test rows of each task. targets: each method's own linears, or the
-    recipe's for all. space: what is swept besides (`tuning.Setting`), with its values. tries: settings that every arm
-    tries of all there are, by successive halving; all of them at full length where None. equal_time: train every arm
-    once more for as long as the first one's steps take.
+    of all, not on the recipe's held-out rows; scoring and prompt: how it is asked (`evaluation.Exam`). limit: test rows
+    of each task. targets: each method's own linears, or the recipe's for all. space: what is swept besides
+    (`tuning.Setting`), with its values. tries: settings that every arm tries of all there are, by successive halving;
+    all of them at full length where None. equal_time: train every arm once more for as long as the first one's steps
+    take.
     """
 
     methods: tuple[str, ...] = ("d2mora", "lora", "hydralora")
@@ -35,6 +36,7 @@ class ComparisonSettings:
     data: str | None = None
     tasks: tuple[str, ...] = ()
     scoring: str = "generate"
+    prompt: str = "published"
     targets: Linears = "own"
     space: dict[str, tuple[float, ...]] = field(default_factory=dict)
     tries: int | None = None
@@ -45,6 +47,9 @@ class ComparisonSettings:
         content: dict[str, object] = json.loads(json.dumps(asdict(self)))
         for name in ("methods", "seeds", "minutes", "equal_time"):
             del content[name]
+        # Comparisons of before there was a choice go on.
+        if self.prompt == "published":
+            del content["prompt"]
         return content
 
 

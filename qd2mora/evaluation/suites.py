@@ -154,7 +154,7 @@ def _item(suite: Suite, task: SuiteTask, row: Any, prompt: str) -> Item:
     choices = _offered(task, row["instruction"], label)
     if prompt == "cloze":
         asked, texts = _cloze(row["instruction"], choices)
-        return Item(Pair(asked, texts[choices.index(label)], starts_word=True), label, choices, texts)
+        return Item(Pair(asked, texts[choices.index(label)]), label, choices, texts)
     right = suite.answer.replace("{label}", label)
     if prompt == "training":
         asked = instruction.split({"instruction": row["instruction"], "output": right})[0]
@@ -177,9 +177,9 @@ def _cloze(text: str, choices: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
         raise BadRow("no question with its choices", "; give them as `Answer1: ... Answer2: ...`")
     question = question.removeprefix("question: ").strip()
     if "given sentence" not in task:
-        return f"Question: {question}\nAnswer:", tuple(words[: len(choices)])
+        return f"Question: {question}\nAnswer:", tuple(f" {each}" for each in words[: len(choices)])
     question, _, rest = question.partition("_")
-    return question.strip(), tuple(f"{each}{rest}" for each in words[: len(choices)])
+    return question.strip(), tuple(f" {each}{rest}" for each in words[: len(choices)])
 
 
 def _offered(task: SuiteTask, text: str, label: str) -> tuple[str, ...]:

@@ -79,7 +79,7 @@ def test_files_and_suites_that_are_not_there_are_named(tmp_path: Path) -> None:
             "Answer format: true/false",
             "true",
             "Question: is ice cold?\nAnswer:",
-            ("true", "false"),
+            (" true", " false"),
         ),
         (
             "arc_e",
@@ -87,7 +87,7 @@ def test_files_and_suites_that_are_not_there_are_named(tmp_path: Path) -> None:
             "Answer format: answer1/answer2",
             "answer1",
             "Question: What melts: ice?\nAnswer:",
-            ("ice", "a stone"),
+            (" ice", " a stone"),
         ),
         (
             "hellaswag",
@@ -96,7 +96,7 @@ def test_files_and_suites_that_are_not_there_are_named(tmp_path: Path) -> None:
             "Answer format: ending1/ending2/ending3/ending4",
             "ending3",
             "Ice: Then it",
-            ("melts.", "burns.", "sings.", "flies."),
+            (" melts.", " burns.", " sings.", " flies."),
         ),
         (
             "winogrande",
@@ -105,7 +105,7 @@ def test_files_and_suites_that_are_not_there_are_named(tmp_path: Path) -> None:
             "Option1: Ann Option2: Bo Answer format: option1/option2",
             "option2",
             "Ann saw Bo as",
-            ("Ann ran.", "Bo ran."),
+            (" Ann ran.", " Bo ran."),
         ),
     ],
 )
