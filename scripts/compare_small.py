@@ -82,7 +82,8 @@ def conflicting(data: Path, folder: Path, name: str = "creak", number: int = 100
 def cloze(data: Path, folder: Path, number: int = 1000) -> list[dict[str, object]]:
     """Write rows to learn as the suite's cloze words them; return the tasks. What is tested are the suite's files."""
     suite, tasks = find_suite("commonsense"), list[dict[str, object]]()
-    (folder / "pool").mkdir(parents=True, exist_ok=True)
+    for name in ("pool", "rows"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     for task in suite.tasks:
         with gzip.open(data / "commonsense" / "train" / f"{task.file}.json.gz", "rt", encoding="utf-8") as source:
             pool = json.load(source)
