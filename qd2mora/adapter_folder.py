@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
@@ -21,6 +21,9 @@ from qd2mora.disk.sealed import open_manifest, read_listed, seal_folder
 from qd2mora.disk.staged import staged_folder
 from qd2mora.disk.tensor_file import stored_tensors, tensor_at_hand, write_tensors
 from qd2mora.errors import DamagedFile, InputRefused, NotFinite
+from qd2mora.mixture import MixtureConfig
+from qd2mora.mixture.counts import other_sizes
+from qd2mora.mixture.registration import MODEL_PREFIX
 from qd2mora.recipe import Base
 from qd2mora.safekeeping.inventory import ADAPTER_NAMES, HEAD
 
@@ -103,8 +106,10 @@ def load_adapter(model: nn.Module, base: Base, folder: Path, allow_changed: Coll
 
 def load_foreign_adapter(model: nn.Module, folder: Path) -> PeftModel:
     """Put an adapter that anybody may have written on a base. Raises InputRefused where they do not go together."""
-    there = stored_tensors([folder / WEIGHTS]).keys()
+    stored = stored_tensors([folder / WEIGHTS])
+    there = stored.keys()
     try:
+        _refuse_other_sizes(model, folder, {name: tensor.shape for name, tensor in stored.items()})
         with warnings.catch_warnings():
             # What is missing is refused below; of merging and training nothing is asked.
             warnings.simplefilter("ignore")
@@ -119,6 +124,19 @@ def load_foreign_adapter(model: nn.Module, folder: Path) -> PeftModel:
     if unread:
         raise InputRefused(f"{folder / WEIGHTS} holds '{unread[0]}', which {CONFIG} leaves out")
     return adapted
+
+
+def _refuse_other_sizes(model: nn.Module, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a mixture whose configuration asks for other tensors than lie beside it, before any is made."""
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, MixtureConfig):
+        return
+    known = {name.removeprefix(MODEL_PREFIX): shape for name, shape in shapes.items()}
+    for name, shape, wanted in other_sizes(config, model, known):
+        raise InputRefused(
+            f"{folder / WEIGHTS} holds '{name}' of {list(shape)}, and {CONFIG} asks for {list(wanted)}: one of the "
+            "two is of another adapter"
+        )
 
 
 def refuse_another_base(before: Mapping[str, str], now: Mapping[str, str], allowed: Collection[str]) -> None:

@@ -154,9 +154,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of the real data: commonsense/, multitask_cot/")
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder to write into, or to go on in")
-    parser.add_argument(
-        "--set", choices=SETS, default="reasoning"
-    )
+    parser.add_argument("--set", choices=SETS, default="reasoning")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--sweep-steps", type=int, default=75)
     parser.add_argument("--rank", type=int, default=4)

@@ -23,7 +23,6 @@ from qd2mora.composition.fit_router import fit_router
 from qd2mora.composition.gated_ranks import pruned_ranks
 from qd2mora.composition.imagine import imagine
 from qd2mora.composition.inputs import (
-    PREFIX,
     Settings,
     base_of,
     is_mixture,
@@ -44,6 +43,7 @@ from qd2mora.errors import InputRefused, NotFinite, nearest
 from qd2mora.merging.lora import WEIGHTS, write_lora
 from qd2mora.mixture import MixtureConfig
 from qd2mora.mixture.low_rank import LowRank
+from qd2mora.mixture.registration import MODEL_PREFIX
 from qd2mora.mixture.trained_loras import TrainedLora
 from qd2mora.recipe import Recipe, load_recipe
 from qd2mora.run_folder import is_run
@@ -359,7 +359,7 @@ def write_mixture(
     bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if bad:
         raise NotFinite(f"compose: '{bad[0]}' of the result is not finite: the numbers of the inputs are too large")
-    entries = [tensor_at_hand(PREFIX + name, tensor.contiguous()) for name, tensor in tensors.items()]
+    entries = [tensor_at_hand(MODEL_PREFIX + name, tensor.contiguous()) for name, tensor in tensors.items()]
     _seal(folder, {WEIGHTS: write_tensors(folder / WEIGHTS, entries)}, settings)
 
 

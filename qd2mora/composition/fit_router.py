@@ -23,7 +23,6 @@ from qd2mora.base import load_base, load_tokenizer
 from qd2mora.base.passes import last_states
 from qd2mora.composition.calibration import ROWS, parts_of, sampled
 from qd2mora.composition.inputs import (
-    PREFIX,
     adapter_folder,
     all_linears,
     check_base,
@@ -37,6 +36,7 @@ from qd2mora.errors import InputRefused
 from qd2mora.evaluation import Subject
 from qd2mora.evaluation.answering import answer_losses, batch_of
 from qd2mora.mixture import MixtureConfig, add_adapter, load_experts, mixture_layers
+from qd2mora.mixture.registration import MODEL_PREFIX
 from qd2mora.mixture.trained_loras import TrainedLora
 from qd2mora.recipe import Recipe
 
@@ -104,7 +104,7 @@ def fit_router(folders: Sequence[str], base: str, recipe: Recipe, kind: str) -> 
     routed = losses.gather(1, chosen[:, None]).mean()
     return Fitted(
         config=model.peft_config["default"],
-        tensors={name.removeprefix(PREFIX): each for name, each in get_peft_model_state_dict(model).items()},
+        tensors={name.removeprefix(MODEL_PREFIX): each for name, each in get_peft_model_state_dict(model).items()},
         rows=chosen.bincount(minlength=len(loras)).tolist(),
         single=float(losses.mean(0).min()),
         routed=float(routed),

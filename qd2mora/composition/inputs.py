@@ -11,11 +11,10 @@ from qd2mora.disk.sealed import read_manifest, verify_where_ours
 from qd2mora.disk.untrusted import adapter_settings, check_adapter
 from qd2mora.errors import DamagedFile, InputRefused
 from qd2mora.mixture import MixtureConfig
+from qd2mora.mixture.registration import MODEL_PREFIX
 from qd2mora.mixture.trained_loras import TrainedLora, find_adapter, read_trained_loras
 from qd2mora.recipe import Recipe
 from qd2mora.run_folder import is_run, read_recipe
-
-PREFIX = "base_model.model."
 
 Settings = dict[str, object]
 """A base with its quantisation, as a recipe's section names them."""
@@ -87,7 +86,7 @@ def read_mixture(folder: str) -> tuple[MixtureConfig, dict[str, dict[str, Tensor
     assert isinstance(config, MixtureConfig)
     linears: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        name, _, kind = key.removeprefix(PREFIX).rpartition(".")
+        name, _, kind = key.removeprefix(MODEL_PREFIX).rpartition(".")
         linears.setdefault(name, {})[kind] = tensor
     return config, linears
 
@@ -114,7 +113,6 @@ def read_weights(text: str | None, number: int) -> list[float]:
 
 
 __all__ = [
-    "PREFIX",
     "Settings",
     "adapter_folder",
     "all_linears",

@@ -20,7 +20,8 @@ from qd2mora.evaluation.answering import answer_losses, batch_of
 from qd2mora.evaluation.score import Record
 from qd2mora.evaluation.subject import Subject
 from qd2mora.mixture import initial_tensors
-from qd2mora.mixture.start_folder import PREFIX, start_tensors
+from qd2mora.mixture.registration import MODEL_PREFIX
+from qd2mora.mixture.start_folder import start_tensors
 from qd2mora.objectives import Objective, Said, mismatched, objective_of
 from qd2mora.objectives.head import Head, scored, stored_head, width_of
 from qd2mora.objectives.reference import Reference, line_key
@@ -132,7 +133,7 @@ def _start(start: str, model: PeftModel, recipe: Recipe) -> dict[str, Tensor]:
     # Experts that were added began as the seed draws them.
     drawn = initial_tensors(model, recipe.train.seed) if recipe.adapter.grow is not None else {}
     for name, tensor in model.named_parameters():
-        key = name.removeprefix(PREFIX).replace(".default", "")
+        key = name.removeprefix(MODEL_PREFIX).replace(".default", "")
         if key in stored:
             found[name] = stored[key].to(tensor.device)
             if stored[key].numel() < tensor.numel():

@@ -22,6 +22,7 @@ from qd2mora.merging.base_weights import BaseWeights
 from qd2mora.merging.rung import ExportForm, Rung, WriteFolder, Written
 from qd2mora.merging.static_updates import Statics
 from qd2mora.mixture.low_rank import LowRank
+from qd2mora.mixture.registration import MODEL_PREFIX
 from qd2mora.run_folder import OpenRun
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -42,8 +43,8 @@ def write_lora(
     rank, factors = factors_of(statics, "--to lora", dtype)
     tensors: dict[str, Tensor] = {}
     for name, (down, up) in factors.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = down
-        tensors[f"base_model.model.{name}.lora_B.weight"] = up
+        tensors[f"{MODEL_PREFIX}{name}.lora_A.weight"] = down
+        tensors[f"{MODEL_PREFIX}{name}.lora_B.weight"] = up
     targets = sorted(statics)
     if linears is not None:
         targets = targets_of(statics, linears)

@@ -18,6 +18,7 @@ from qd2mora.errors import InputRefused, NotFinite
 from qd2mora.merging.base_weights import BaseWeights
 from qd2mora.merging.static_updates import Statics
 from qd2mora.mixture.low_rank import LowRank
+from qd2mora.mixture.registration import MODEL_PREFIX
 
 OUTPUT = "lm_head.weight"
 INPUT = "model.embed_tokens.weight"
@@ -31,7 +32,7 @@ def weight_updates_of(model: PeftModel, statics: Statics, adapter_name: str = "d
     updates = {name: _low_rank(static.to(torch.device("cpu"))) for name, static in statics.items()}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and module.use_dora:
-            updates[name.removeprefix("base_model.model.")] = _dora(module, adapter_name)
+            updates[name.removeprefix(MODEL_PREFIX)] = _dora(module, adapter_name)
     return updates
 
 

@@ -1,8 +1,10 @@
-"""How many parameters a configuration trains, from sizes alone: no model, no weights."""
+"""How many parameters a configuration trains, and what sizes its tensors have: no model is built, no weight read."""
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+
+from torch import nn
 
 from qd2mora.mixture.config import MixtureConfig
 from qd2mora.mixture.spec import LinearSpec, Place, linear_spec
@@ -25,6 +27,34 @@ def trainable_parameters(
 def routed_linears(config: MixtureConfig, linears: Mapping[str, tuple[int, int]], num_layers: int, hidden: int) -> int:
     """Return how many linears have a gate that is not constant. Raises InputRefused."""
     return sum(bool(spec.step.gates) for spec in _specs(config, linears, num_layers, hidden))
+
+
+def other_sizes(
+    config: MixtureConfig, model: nn.Module, there: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Yield (name, shape in `there`, shape asked for) of stored tensors that a configuration would make otherwise.
+
+    `there`: shapes by name, such as `model.layers.0.self_attn.q_proj.mixture_A`. What is made is made before it is
+    compared: experts of a few kilobytes may be asked for by the thousand. Raises InputRefused.
+    """
+    sizes = getattr(model, "config", None)
+    num_layers, hidden = getattr(sizes, "num_hidden_layers", 1), getattr(sizes, "hidden_size", 0)
+    modules = dict(model.named_modules())
+    specs: dict[str, LinearSpec] = {}
+    for name, shape in there.items():
+        key, _, kind = name.rpartition(".")
+        module = modules.get(key)
+        if not kind.startswith("mixture_") or module is None:
+            continue
+        if key not in specs:
+            # Blocks take and give hidden states.
+            d_in = d_out = hidden
+            if isinstance(module, nn.Linear):
+                d_in, d_out = module.in_features, module.out_features
+            specs[key] = linear_spec(config, Place(key, d_in, d_out, num_layers, hidden))
+        wanted = specs[key].shapes.get(kind, shape)
+        if wanted != shape:
+            yield name, shape, wanted
 
 
 def _specs(
@@ -62,4 +92,4 @@ def llama_linears(hidden: int, intermediate: int, heads_width: int, kv_width: in
     }
 
 
-__all__ = ["llama_linears", "routed_linears", "trainable_parameters"]
+__all__ = ["llama_linears", "other_sizes", "routed_linears", "trainable_parameters"]

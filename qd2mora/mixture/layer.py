@@ -31,6 +31,7 @@ from qd2mora.mixture.initialisers import initial_tensor
 from qd2mora.mixture.low_rank import LowRank
 from qd2mora.mixture.observer import Observer, Pooling, pooling
 from qd2mora.mixture.parts import TENSORS
+from qd2mora.mixture.registration import MODEL_PREFIX
 from qd2mora.mixture.routing import Routing
 from qd2mora.mixture.spec import LinearSpec, Place, linear_spec
 from qd2mora.routed import ops
@@ -383,7 +384,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
 def mixture_layers(model: nn.Module) -> dict[str, MixtureLinear]:
     """Return the adapted linears by their name in the base model."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, MixtureLinear)}
-    return {name.removeprefix("base_model.model."): module for name, module in found.items()}
+    return {name.removeprefix(MODEL_PREFIX): module for name, module in found.items()}
 
 
 __all__ = ["MixtureLinear", "mixture_layers"]

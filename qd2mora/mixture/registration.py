@@ -7,6 +7,8 @@ from peft.utils.peft_types import PeftType
 
 NAME = "QD2MORA"
 PREFIX = "mixture_"
+MODEL_PREFIX = "base_model.model."
+"""What PEFT puts before the base's own names, in modules and in files."""
 
 
 def _extend_enum() -> PeftType:
@@ -33,4 +35,4 @@ def register(config_class: type[PeftConfig], model_class: type[BaseTuner]) -> No
     register_peft_method(name=NAME.lower(), config_cls=config_class, model_cls=model_class, prefix=PREFIX)
 
 
-__all__ = ["PREFIX", "QD2MORA", "register"]
+__all__ = ["MODEL_PREFIX", "PREFIX", "QD2MORA", "register"]

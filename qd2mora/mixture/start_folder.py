@@ -17,10 +17,10 @@ from torch import Tensor
 from qd2mora.disk.sealed import verify_where_ours
 from qd2mora.disk.untrusted import check_adapter
 from qd2mora.errors import InputRefused
+from qd2mora.mixture.registration import MODEL_PREFIX
 from qd2mora.mixture.trained_loras import find_adapter, read_trained_loras
 
 KEY = "adapter.start"
-PREFIX = "base_model.model."
 OF_A_RUN = {"dropout", "dropout_per_expert", "penalty", "penalties"}
 """Keys that a run may change of the adapter it goes on from: they are in none of its tensors."""
 _OF_PEFT = {each.name for each in fields(PeftConfig)} | {"peft_type", "inference_mode"}
@@ -67,7 +67,7 @@ def start_tensors(start: str) -> dict[str, Tensor]:
         pairs = lora.pairs.items()
         downs = {f"{name}.mixture_A": down for name, (down, _) in pairs}
         return downs | {f"{name}.mixture_B": up for name, (_, up) in pairs}
-    return {key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}
+    return {key.removeprefix(MODEL_PREFIX): tensor for key, tensor in stored.items()}
 
 
 def alike(one: object, other: object) -> bool:
@@ -77,4 +77,4 @@ def alike(one: object, other: object) -> bool:
     return one == other
 
 
-__all__ = ["KEY", "OF_A_RUN", "PREFIX", "alike", "start_folder", "start_settings", "start_tensors"]
+__all__ = ["KEY", "OF_A_RUN", "alike", "start_folder", "start_settings", "start_tensors"]

@@ -64,7 +64,7 @@ class Gate:
     bias_rate: float = field(default=0.0, metadata={"ge": 0})
     guidance: float = field(default=0.0, metadata={"ge": 0})
     dropout: float = field(default=0.0, metadata={"ge": 0, "le": 0.9})
-    draws: int = field(default=1, metadata={"ge": 1})
+    draws: int = field(default=1, metadata={"ge": 1, "le": 1024})
 
     @property
     def depends_on(self) -> str:

@@ -19,8 +19,9 @@ from qd2mora.disk.tensor_file import stored_tensors
 from qd2mora.errors import InputRefused
 from qd2mora.mixture import MixtureConfig, MixtureLinear, load_experts, mixture_layers, read_rows
 from qd2mora.mixture.initialisers import Activations, neuron_slices, olora, pissa, residual, singular_slices
+from qd2mora.mixture.registration import MODEL_PREFIX
 from qd2mora.mixture.start_folder import KEY as START
-from qd2mora.mixture.start_folder import PREFIX, start_tensors
+from qd2mora.mixture.start_folder import start_tensors
 from qd2mora.mixture.trained_loras import read_trained_loras
 from qd2mora.recipe import Recipe
 
@@ -70,7 +71,7 @@ def _take_over(model: PeftModel, start: str, grow: int | None) -> dict[str, Tens
     Raises InputRefused where one is missing or does not fit.
     """
     there = start_tensors(start)
-    wanted = {name.removeprefix(PREFIX): tensor for name, tensor in get_peft_model_state_dict(model).items()}
+    wanted = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in get_peft_model_state_dict(model).items()}
     for name, tensor in wanted.items():
         found = there.get(name)
         if found is None:
@@ -93,7 +94,7 @@ def _take_over(model: PeftModel, start: str, grow: int | None) -> dict[str, Tens
     if grow is None:
         return {}
     return _frozen(
-        model, {PREFIX + name: len(found.view(-1, *wanted[name].shape[1:])) for name, found in there.items()}
+        model, {MODEL_PREFIX + name: len(found.view(-1, *wanted[name].shape[1:])) for name, found in there.items()}
     )
 
 

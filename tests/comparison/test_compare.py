@@ -153,7 +153,7 @@ def test_arms_may_be_tested_on_the_files_of_a_suite(made: Path, tmp_path: Path) 
     assert all(np.isfinite(arm.stages[stage].loss.mean) for arm in found.arms for stage in ("trained", "export"))
     with pytest.raises(InputRefused, match="moelora routes by task and would not be trained on 'boolq'"):
         compare(settings(made), replace(asked, methods=("d2mora", "moelora")), tmp_path / "other")
-    with pytest.raises(InputRefused, match="boolq.json, row 1: no question with its choices"):
+    with pytest.raises(InputRefused, match=r"boolq\.json, row 1: no question with its choices"):
         compare(settings(made), replace(asked, prompt="cloze"), tmp_path / "cloze")
 
 

@@ -65,6 +65,7 @@ _MIXTURE_KEYS: dict[str, list[Any]] = {
         {"down": {"select": "zz"}},
         {"down": {"top_k": 10**9}},
         {"x": {}},
+        {"down": {"score": "mlp", "draws": 10**9}},
         *({"down": {"width": 2**20}}, {"down": {"score": "mlp", "width": 10**7}}),
         {"down": 5},
     ],
