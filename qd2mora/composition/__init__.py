@@ -89,7 +89,8 @@ class Composed:
 class Operation:
     """One way to make an adapter: `make` writes it into a folder and says in words what it is.
 
-    takes, needs: names of options; inputs: what it takes, where that is not any number of adapters.
+    takes, needs: names of options; inputs: what it takes, where that is not any number of adapters. distinct: the same
+    one twice would count as two things that it is not.
     """
 
     make: Callable[[Sequence[str], ComposeOptions, Path], str]
@@ -97,6 +98,7 @@ class Operation:
     needs: tuple[str, ...] = ()
     num_inputs: int | None = None
     inputs: str = "one adapter"
+    distinct: bool = False
 
 
 def compose(operation: str, inputs: Sequence[str], out: str | Path, options: ComposeOptions | None = None) -> Composed:
@@ -125,7 +127,7 @@ def _average(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str
     base = base_of(inputs)
     found = average(inputs, read_weights(options.weights, len(inputs)))
     write_mixture(found.config, found.tensors, base, stage, trained_on(inputs))
-    words = f"{len(inputs)} adapters of one frozen A"
+    words = f"adapters of one frozen A: {len(inputs)}"
     if found.bias_spread:
         return f"{words}; their selection biases differ by up to {found.bias_spread:.2g}, their mean chooses"
     return f"{words}, exact"
@@ -149,7 +151,7 @@ def _weighed(inputs: Sequence[str], options: ComposeOptions) -> tuple[list[Train
 
 def _write_sum(made: dict[str, LowRank], inputs: Sequence[str], stage: Path) -> str:
     _seal(stage, write_lora(made, base_of(inputs), None, stage), trained_on(inputs))
-    return f"{len(inputs)} LoRAs, rank {max(each.rank for each in made.values())}"
+    return f"LoRAs: {len(inputs)}, rank {max(each.rank for each in made.values())}"
 
 
 def _extract(inputs: Sequence[str], options: ComposeOptions, stage: Path) -> str:
@@ -298,6 +300,8 @@ def _shortlisted(inputs: Sequence[str], recipe: Recipe, options: ComposeOptions)
     if options.describe is None or options.keep is None:
         return list(inputs)
     tokenizer = load_tokenizer(recipe.base.model)
+    if options.keep > len(inputs):
+        raise InputRefused(f"--keep: {options.keep} of {len(inputs)} inputs; take fewer, or leave --keep out")
     descriptions = read_descriptions(options.describe, inputs)
     return shortlisted(descriptions, sampled(recipe, tokenizer, ROWS), tokenizer, options.keep)
 
@@ -318,12 +322,12 @@ OPERATIONS = {
     "lego": Operation(_lego, ("weights", "rank"), needs=("rank",)),
     "sub": Operation(_sub, ("experts", "rank", "on"), num_inputs=1),
     "prune": Operation(_prune, ("experts", "on"), needs=("experts",), num_inputs=1),
-    "fit-router": Operation(_fit_router, ("on", "router", "describe", "keep"), needs=("on",)),
+    "fit-router": Operation(_fit_router, ("on", "router", "describe", "keep"), needs=("on",), distinct=True),
     "add-expert": Operation(_add_expert, ()),
     "drop-expert": Operation(_drop_expert, ("expert",), needs=("expert",), num_inputs=1),
     "pick-ranks": Operation(_pick_ranks, ("energy", "rank"), needs=("energy",), num_inputs=1),
     "upcycle": Operation(_upcycle, ("experts",), needs=("experts",), num_inputs=1),
-    "imagine": Operation(_imagine, ("on",), needs=("on",)),
+    "imagine": Operation(_imagine, ("on",), needs=("on",), distinct=True),
     "extract": Operation(_extract, ("rank",), ("rank",), 2, "the tuned model and its base"),
 }
 
@@ -345,6 +349,10 @@ def _check(name: str, inputs: Sequence[str], options: ComposeOptions) -> None:
         raise InputRefused("--steps: nothing learns; name a recipe with --learn")
     if operation.num_inputs is not None and len(inputs) != operation.num_inputs:
         raise InputRefused(f"compose {name} takes {operation.inputs}, {len(inputs)} given")
+    places = [Path(each).resolve() for each in inputs]
+    twice = next((each for each, place in zip(inputs, places, strict=True) if places.count(place) > 1), None)
+    if operation.distinct and twice is not None:
+        raise InputRefused(f"compose {name}: '{twice}' is given twice; give each once")
 
 
 def write_mixture(

@@ -53,7 +53,7 @@ def updates(folder: str | Path, base: Path, x: Tensor) -> Tensor:
 def test_the_average_of_adapters_is_the_average_of_what_they_add(base: Path, tmp_path: Path) -> None:
     folders = [saved(trained(base, draw=draw), tmp_path / str(draw)) for draw in (1, 2, 3)]
     done = compose("average", folders, tmp_path / "out", ComposeOptions(weights="0.5,0.3,-0.4"))
-    assert done.words == "3 adapters of one frozen A, exact"
+    assert done.words == "adapters of one frozen A: 3, exact"
     x = torch.randn(2, 5, 64)
     weighed = zip((0.5, 0.3, -0.4), folders, strict=True)
     wanted = torch.stack([weight * updates(folder, base, x) for weight, folder in weighed]).sum(0)

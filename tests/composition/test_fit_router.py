@@ -1,6 +1,7 @@
 """Fitted routers: separable prompts all go to the expert that is best on them, prototypes grow and old ones stay."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,10 @@ def test_descriptions_shortlist_the_adapters_that_the_prompts_speak_of(folder: P
     (tmp_path / "d.yaml").write_text(json.dumps(texts), encoding="utf-8")
     with pytest.raises(InputRefused, match="has no description of"):
         compose("fit-router", runs, tmp_path / "other", options)
+    with pytest.raises(InputRefused, match="--keep: 5 of 3 inputs"):
+        compose("fit-router", runs, tmp_path / "other", replace(options, keep=5))
+    with pytest.raises(InputRefused, match="is given twice"):
+        compose("fit-router", [runs[0], *runs], tmp_path / "other", options)
 
 
 def test_clusters_get_experts_one_to_one_at_the_least_cost() -> None:

@@ -128,7 +128,8 @@ def test_what_is_imagined_is_an_adapter_of_the_shared_experts(runs: Path, tmp_pa
         (["one", "two"], "2 tasks show nothing of how cores follow a task; 3 or more"),
         (["one", "two", "shared/adapter"], "is no run, whose rows would tell its task"),
         (["one", "two", "apart"], "train cores alone over one adapter.start"),
-        (["plain", "plain", "plain"], "has no cores in"),
+        (["plain", "one", "two"], "has no cores in"),
+        (["one", "two", "one"], "is given twice; give each once"),
     ],
 )
 def test_what_cannot_be_imagined_from_is_refused(names: list[str], words: str, runs: Path, tmp_path: Path) -> None:
