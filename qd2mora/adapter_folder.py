@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load as load_tensors
@@ -52,7 +53,7 @@ def save_adapter(
     if bad:
         raise NotFinite(f"the adapter is not saved: {bad[0]} is not finite")
     with staged_folder(folder, ADAPTER_NAMES) as stage:
-        with _no_search_for_the_base():
+        with _no_search_for_the_base(), _no_card(model):
             save_pretrained(model, stage)
         names = [CONFIG, WEIGHTS]
         if head:
@@ -71,6 +72,19 @@ def save_adapter(
 def _tensors_of(model: PeftModel) -> dict[str, Tensor]:
     with _no_search_for_the_base():
         return dict(get_peft_model_state_dict(model))
+
+
+@contextmanager
+def _no_card(model: Any) -> Iterator[None]:
+    """Keep PEFT from rendering a card of blanks with each adapter, a tenth of a small run's time.
+
+    `push` writes one that tells of the run.
+    """
+    model.create_or_update_model_card = lambda folder: None
+    try:
+        yield
+    finally:
+        del model.create_or_update_model_card
 
 
 @contextmanager

@@ -49,6 +49,7 @@ def _copy(recipe: Path, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_a_resume_with_other_threads_gives_the_same_bytes_and_says_so(begun: Path, tmp_path: Path) -> None:
     found = {}
     for threads, allowed in ((1, ()), (2, ()), (2, ("threads",))):
