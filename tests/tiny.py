@@ -45,15 +45,15 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def save_base(folder: Path, *, tied: bool = True, seed: int = 0, hidden: int = 64) -> Path:
-    """Save a random LLaMA of two layers (GQA, odd intermediate size) with its tokenizer; return the folder."""
+def save_base(folder: Path, *, tied: bool = True, seed: int = 0, hidden: int = 64, layers: int = 2) -> Path:
+    """Save a random LLaMA (GQA, odd intermediate size) with its tokenizer; return the folder."""
     save_tokenizer(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=hidden,
         intermediate_size=172,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,

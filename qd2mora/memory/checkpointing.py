@@ -22,7 +22,7 @@ from qd2mora.memory.pinned import host_buffer
 
 
 class Boundaries:
-    """Host copies of layer inputs, by order of leaving: the last to leave comes back first."""
+    """Host copies of layer inputs, by order of leaving: those of the last layer come back first."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -31,7 +31,19 @@ class Boundaries:
             self._stream = torch.cuda.Stream(device)
         self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
         self._away: list[_Left] = []
+        self._layer, self._is_going_back = -1, False
+        self._starts: list[int] = []
+        """Of each layer the place of its first input: micro batches may go through a layer one after another."""
         self.most_away = 0
+
+    def enter(self, layer: int) -> None:
+        """Have what leaves next be of a layer: that of a new pass where it comes before the last, or after a return."""
+        # The last pass's backward is over, or never came.
+        if self._is_going_back or layer < self._layer:
+            self.forget()
+        if layer != self._layer:
+            self._layer = layer
+            self._starts.append(len(self._away))
 
     def leave(self, tensor: Tensor) -> "_Left":
         """Copy a tensor out; autograd drops the device's copy, which lives until the copy is made."""
@@ -53,10 +65,11 @@ class Boundaries:
 
     def come_back(self, left: "_Left") -> Tensor:
         """Return a tensor to the device, and start on the one that left before it."""
+        self._is_going_back = left.was_wanted = True
         self._start(left)
-        if left.place:
-            # The backward pass goes through the layers in reverse: this one is wanted next.
-            self._start(self._away[left.place - 1])
+        following = self._after(left.place)
+        if following is not None and not self._away[following].was_wanted:
+            self._start(self._away[following])
         tensor, left.here = left.here, None
         assert tensor is not None
         if left.arrived is not None:
@@ -74,6 +87,16 @@ class Boundaries:
             left.here = left.arrived = None
             self._free[(left.host.shape, left.host.dtype)].append(left.host)
         self._away.clear()
+        self._starts.clear()
+        self._layer, self._is_going_back = -1, False
+
+    def _after(self, place: int) -> int | None:
+        """Return what is wanted after an input: the next of its layer, or the first of the layer before."""
+        # The backward pass goes through the layers in reverse, and through the micro batches of each in order.
+        if place + 1 < len(self._away) and place + 1 not in self._starts:
+            return place + 1
+        earlier = [start for start in self._starts if start <= place][:-1]
+        return earlier[-1] if earlier else None
 
     def _start(self, left: "_Left") -> None:
         if left.here is not None:
@@ -102,6 +125,7 @@ class _Left:
         self.store, self.host, self.place = store, host, place
         self.here: Tensor | None = None
         self.arrived: torch.cuda.Event | None = None
+        self.was_wanted = False
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
@@ -135,8 +159,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def _recomputed(store: Boundaries, index: int, layer: Callable[..., object], *inputs: object) -> object:
-    if index == 0:
-        store.forget()  # a new pass: the last one's backward is over, or never came
+    store.enter(index)
     # The checkpoint's own hooks are the inner ones: of all that is saved its inputs alone come to these.
     with torch.autograd.graph.saved_tensors_hooks(store.leave, store.come_back):
         return checkpoint(layer, *inputs, use_reentrant=False)

@@ -3,7 +3,8 @@
 Predicted time a token, in passes over it on a busy device: a frozen base takes two, forward and backward, and
 recomputed layers their part of a third; each pass has work that does not grow with tokens (every weight is dequantised,
 kernels are launched), worth FIXED_TOKENS tokens. So keeping activations wins wherever its micro batch is not much the
-smaller. A streamed base is copied twice a micro batch, which hides behind the computing where there are tokens enough.
+smaller. A streamed base is copied twice a micro batch, or for all that take turns in each layer, which hides behind the
+computing where there are tokens enough.
 The other techniques cost little, and are taken in the order of what they cost.
 """
 
@@ -43,7 +44,8 @@ def _copying(layout: Layout, max_length: int, num_layers: int) -> float:
     """Return what copies of streamed layers take: all that do not stay, once forward and once backward."""
     if not layout.stream:
         return 0.0
-    return 2 * COPY_PASSES * (1 - layout.resident / num_layers) / (layout.micro_batch * max_length)
+    tokens = layout.at_once * layout.micro_batch * max_length
+    return 2 * COPY_PASSES * (1 - layout.resident / num_layers) / tokens
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,25 @@ class Search:
                 layout = Layout(micro_batch, 0, self.case.dtype, self.case.on_gpu, masks=self.case.masks)
                 for technique, value in zip(TECHNIQUES, values, strict=True):
                     layout = technique.applied(layout, value)
+                if not self._makes_sense(layout):
+                    continue
                 yield replace(layout, recomputed=self._recomputed(layout)[0], resident=self._most_to_stay(layout))
+
+    def _makes_sense(self, layout: Layout) -> bool:
+        """Tell whether micro batches take turns where there are several, and where that is asked for or saves copies.
+
+        Where it is asked for, and there is one, there is nothing to take turns.
+        """
+        recipe = self.case.recipe
+        if not layout.rows_by_layer:
+            return recipe.memory.accumulation != "layer" or layout.micro_batch == recipe.train.global_batch
+        return layout.at_once > 1 and (layout.stream or recipe.memory.accumulation == "layer")
 
     def _recomputed(self, layout: Layout) -> tuple[int, int]:
         """Return the fewest and the most layers that may be recomputed; only inputs of such can leave the device."""
         asked, num_layers = self.case.recipe.memory.checkpointing, self.case.shapes.num_layers
+        if layout.rows_by_layer:
+            return num_layers, num_layers
         if asked == "auto":
             return int(layout.offload_activations), num_layers
         if asked == "on":

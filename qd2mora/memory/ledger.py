@@ -14,6 +14,7 @@ from typing import Literal
 from qd2mora.memory.activations import (
     FLOAT,
     IN_FLIGHT,
+    LayerShapes,
     Pass,
     backward_bytes,
     evaluation_bytes,
@@ -73,7 +74,7 @@ def ledger(shapes: Shapes, recipe: Recipe, layout: Layout, texts: int = 1) -> Le
     if layout.on_gpu:
         static["CUDA context"] = CUDA_CONTEXT
     if layout.offload_activations:
-        host[INPUTS] = layout.recomputed * done.tokens * done.item * shapes.layer.hidden
+        host[INPUTS] = layout.at_once * layout.recomputed * done.tokens * done.item * shapes.layer.hidden
     phases = _phases(shapes, recipe, layout, done)
     if recipe.objective.kind == "grpo":
         phases["writing"] = writing_bytes(shapes, recipe, replace(done, rows=texts))
@@ -95,12 +96,8 @@ def _phases(shapes: Shapes, recipe: Recipe, layout: Layout, done: Pass) -> dict[
     layer, chunk, vocab = shapes.layer, layout.loss_chunk, shapes.vocab
     if not recipe.objective.needs.has_logits:
         chunk = vocab = 0
-    num_kept = shapes.num_layers - layout.recomputed
-    num_inputs, inputs, kept, gradients, dequantised = layout.recomputed, {}, {}, {}, 0
-    if layout.offload_activations:
-        num_inputs = min(IN_FLIGHT, num_inputs)
-    if num_inputs:
-        inputs = {"layer inputs": layer_inputs_bytes(layer, done, num_inputs)}
+    num_kept, kept, gradients, dequantised = shapes.num_layers - layout.recomputed, {}, {}, 0
+    inputs = _inputs(layer, done, layout)
     if num_kept:
         kept = {"activations": kept_bytes(layer, done, num_kept, is_whole=not inputs)}
     if recipe.base.quantization == "nf4":
@@ -123,6 +120,23 @@ def _phases(shapes: Shapes, recipe: Recipe, layout: Layout, done: Pass) -> dict[
     if inputs:
         phases["recomputing"] = inputs | {"one layer recomputed": recomputed_bytes(layer, done)} | gradients
     return phases
+
+
+def _inputs(layer: LayerShapes, done: Pass, layout: Layout) -> dict[str, int]:
+    """Return what stays on the device of layers that are recomputed."""
+    number = layout.recomputed
+    if layout.offload_activations:
+        number = min(IN_FLIGHT, number)
+    if not number:
+        return {}
+    inputs = {"layer inputs": layer_inputs_bytes(layer, done, number)}
+    if layout.at_once > 1:
+        # Of each that takes turns its inputs, or where these leave, its mask and tables; and its states, or their
+        # gradient, which wait for the others'.
+        staying = 0 if layout.offload_activations else number
+        inputs["layer inputs"] += (layout.at_once - 1) * layer_inputs_bytes(layer, done, staying)
+        inputs["states that wait their turn"] = layout.at_once * done.tokens * done.item * layer.hidden
+    return inputs
 
 
 def _leave_for_host(static: dict[str, int], shapes: Shapes, recipe: Recipe, layout: Layout) -> dict[str, int]:
@@ -168,6 +182,21 @@ def _weight_bytes(shapes: Shapes, is_nf4: bool, double_quant: bool, item: int) -
     return items
 
 
+def fetched_bytes(shapes: Shapes, recipe: Recipe, layout: Layout) -> int:
+    """Return what of the weights crosses to the device in a step, once steps follow each other.
+
+    Every streamed layer once forward and once backward, for each micro batch or all that take turns; but those in the
+    slots where the pass turns are not fetched again.
+    """
+    if not layout.stream:
+        return 0
+    is_nf4, number = recipe.base.quantization == "nf4", len(streamed_layers(shapes.num_layers, layout.resident))
+    *_, once = _streamed_bytes(shapes, is_nf4, recipe.base.double_quant, layout.dtype.itemsize, layout.resident)
+    rows = layout.at_once * layout.micro_batch
+    passes = -(-recipe.train.global_batch // rows)
+    return 2 * passes * once * max(0, number - SLOTS) // number
+
+
 @lru_cache(maxsize=64)
 def _streamed_bytes(
     shapes: Shapes, is_nf4: bool, double_quant: bool, item: int, resident: int
@@ -189,4 +218,14 @@ def _streamed_bytes(
     return weights, state, max(buffers), sum(buffers)
 
 
-__all__ = ["CHECKPOINT_COPY", "CUDA_CONTEXT", "EMBEDDINGS", "INPUTS", "STREAMED", "Ledger", "ledger", "weight_bytes"]
+__all__ = [
+    "CHECKPOINT_COPY",
+    "CUDA_CONTEXT",
+    "EMBEDDINGS",
+    "INPUTS",
+    "STREAMED",
+    "Ledger",
+    "fetched_bytes",
+    "ledger",
+    "weight_bytes",
+]

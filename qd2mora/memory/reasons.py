@@ -1,13 +1,15 @@
 """Why the plan is what it is, a line for each thing chosen."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qd2mora.memory.choosing import GIB, KEPT_WITHOUT_BUDGET, LARGEST_MICRO_BATCH, Search
+from qd2mora.memory.ledger import fetched_bytes
 from qd2mora.memory.place import Limit
 from qd2mora.memory.techniques import TECHNIQUES, Layout, Technique
 from qd2mora.memory.writing import TEXTS_AT_ONCE, texts_at_first
 
 TEXTS = "answers at once"
+ACCUMULATION = "memory.accumulation"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ def reasons(search: Search, chosen: Layout, limit: Limit, is_within: bool) -> di
     }
     for row in TECHNIQUES:
         choices[row.key] = choice(row.asked(recipe), row.told(chosen), _reason(search, chosen, row, limit))
+    if chosen.stream:
+        by_layer = choices[ACCUMULATION]
+        choices[ACCUMULATION] = Choice(by_layer.value, f"{by_layer.reason}; {_traffic(search, chosen)}")
     if recipe.objective.kind == "grpo":
         choices[TEXTS] = _texts_choice(search, chosen, limit)
     choices["base.compute_dtype"] = _dtype_choice(search, chosen)
@@ -58,6 +63,15 @@ def _reason(search: Search, chosen: Layout, technique: Technique, limit: Limit) 
         without = technique.applied(chosen, technique.plain)
         reason += f"; without it this plan needs {search.peak(without) / GIB:.2f} GiB"
     return reason
+
+
+def _traffic(search: Search, chosen: Layout) -> str:
+    """Return what is fetched of the weights in a step, and where micro batches take turns, without that."""
+    shapes, recipe = search.case.shapes, search.case.recipe
+    words = f"{fetched_bytes(shapes, recipe, chosen) / GIB:.2f} GiB of weights are fetched in a step"
+    if chosen.at_once > 1:
+        words += f", {fetched_bytes(shapes, recipe, replace(chosen, rows_by_layer=0)) / GIB:.2f} one after the other"
+    return words
 
 
 def _recomputing(search: Search, chosen: Layout, room: str) -> tuple[object, str]:

@@ -19,6 +19,7 @@ from qd2mora.memory.embedding import keep_embedding_on_host
 from qd2mora.memory.lean import make_lean
 from qd2mora.memory.shapes import Shapes
 from qd2mora.memory.streaming import LayerStream, move_unstreamed, streamed_layers
+from qd2mora.mixture import MixtureConfig
 from qd2mora.recipe import Recipe
 from qd2mora.recipe.optimizers import OPTIMIZERS, OptimizerName, possible
 
@@ -42,8 +43,15 @@ class Layout:
     stream: bool = False
     resident: int = 0
     """Decoder layers that stay on the device while the others are streamed."""
+    rows_by_layer: int = 0
+    """Rows of the micro batches that take turns in each layer, all of which are recomputed; 0: one after the other."""
     masks: bool = True
     """Whether attention is given a mask, as it is where no kernel is quicker without; not the planner's to choose."""
+
+    @property
+    def at_once(self) -> int:
+        """Micro batches that are under way together."""
+        return max(1, self.rows_by_layer // self.micro_batch)
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,8 @@ class Technique:
     why_not: Callable[[Case], str]
     words: dict[object, str] = field(default_factory=dict)
     """What the recipe calls the values, where it has other names."""
+    other: str | None = None
+    """What it calls all that are not among those."""
 
     @property
     def plain(self) -> object:
@@ -102,7 +112,7 @@ class Technique:
     def told(self, layout: Layout) -> object:
         """Return what a layout has, in the recipe's words."""
         value = getattr(layout, self.attribute)
-        return self.words.get(value, value)
+        return self.words.get(value, self.other or value)
 
     def applied(self, layout: Layout, value: object) -> Layout:
         """Return a layout that has another value."""
@@ -154,6 +164,48 @@ def _why_weights_here(case: Case) -> str:
     if reads_weights_at_start(case.recipe):
         return "the adapter is made of them"
     return _why_here(case)
+
+
+def why_not_by_layer(case: Case) -> str:
+    """Say why micro batches cannot take turns in each layer; nothing where they can."""
+    recipe, asked = case.recipe, case.recipe.memory.checkpointing
+    objective = recipe.objective
+    if case.has_engine:
+        return f"memory.engine: {recipe.memory.engine} runs the passes of a micro batch in one piece"
+    if asked == "off" or (isinstance(asked, int) and asked < case.shapes.num_layers):
+        return f"every layer is recomputed by it, and memory.checkpointing is {asked}"
+    if objective.reference == "live" or objective.kl or objective.head == "experts":
+        return f"objective: {objective.kind} asks a second model in the midst of a micro batch"
+    config = MixtureConfig.from_recipe(recipe.adapter, len(recipe.data.tasks))
+    if any(gate.select == "sample" for gate in config.routers.values()):
+        return "a router that samples runs a micro batch several times"
+    if any(penalty.kind == "base_or_expert" and penalty.weight for penalty in config.routing_penalties):
+        return "penalty base_or_expert runs a micro batch several times"
+    if config.routers.first_pass != "nothing":
+        return "a router reads a first pass over each micro batch"
+    if config.row.backend != "ours":
+        return f"dropout of method {config.method} is drawn in the order of layers"
+    return ""
+
+
+def _by_layer(case: Case, asked: object) -> Sequence[object]:
+    """Return how many rows may take turns in each layer: a step's, or a part of them, and 0 where none have to."""
+    if asked == "micro_batch" or (asked == "auto" and why_not_by_layer(case)):
+        return [0]
+    rows, found = case.recipe.train.global_batch, list[int]()
+    while rows > 1:
+        found.append(rows)
+        rows //= 2
+    return [*found, 0]
+
+
+def _why_one_after_the_other(case: Case) -> str:
+    why = why_not_by_layer(case)
+    if why:
+        return why
+    if case.recipe.memory.offload.weights == "none" or not case.on_gpu:
+        return "layers that are there need not be fetched"
+    return "nothing is waited for that it would save, or the plan is no faster with it"
 
 
 def _why_streamed(layout: Layout) -> str:
@@ -210,6 +262,16 @@ TECHNIQUES = (
         why_not=_why_weights_here,
         words={True: "stream", False: "none"},
     ),
+    Technique(
+        key="memory.accumulation",
+        attribute="rows_by_layer",
+        options=_by_layer,
+        share=lambda layout, recomputed: 0.0,
+        why=lambda layout: f"{layout.at_once} micro batches take turns in each layer, which is fetched once for all",
+        why_not=_why_one_after_the_other,
+        words={0: "micro_batch"},
+        other="layer",
+    ),
 )
 
 
@@ -260,6 +322,8 @@ def refuse_unfit(case: Case) -> None:
             "memory.offload.weights: stream will not do: this adapter is made of the frozen weights before training, "
             "which must all be there; use none"
         )
+    if memory.accumulation == "layer" and why_not_by_layer(case):
+        raise InputRefused(f"memory.accumulation: layer will not do: {why_not_by_layer(case)}; use micro_batch")
 
 
 def prepare_base(base: PreTrainedModel, layout: Layout, device: torch.device) -> LayerStream | None:
@@ -284,4 +348,13 @@ def prepare_base(base: PreTrainedModel, layout: Layout, device: torch.device) ->
     return stream
 
 
-__all__ = ["TECHNIQUES", "Case", "Layout", "Technique", "exact_changes", "prepare_base", "refuse_unfit"]
+__all__ = [
+    "TECHNIQUES",
+    "Case",
+    "Layout",
+    "Technique",
+    "exact_changes",
+    "prepare_base",
+    "refuse_unfit",
+    "why_not_by_layer",
+]

@@ -3,7 +3,8 @@
 The tuner fills it before a forward pass; it stays as it is for the backward pass of recomputed layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -66,6 +67,18 @@ class Routing(Text):
             self.real = self.segments >= 0  # padding is in no row
         # Told, not seen: a decoder's arguments hold no labels, and the prompt is what stands before the first of them.
         self.read_labels(batch.get("labels"), batch.get("attention_mask", batch.get("attended")))
+
+    def told(self) -> dict[str, object]:
+        """Return what has been said of the rows that are read next, with nothing left behind of them: for `within`."""
+        # `values` and `counts` add up over a step and stay the same for all its passes.
+        return {**vars(self), "scores": {}, "means": {}, "slots": {}, "pooled": {}}
+
+    @contextmanager
+    def within(self, told: dict[str, object]) -> Iterator[None]:
+        """Be in one of several passes while the block runs, where they take turns; keep what it leaves for its own."""
+        vars(self).update(told)
+        yield
+        told.update(vars(self))
 
     def pool_of(self, adapter: str, layer: int | None, num_experts: int, by_row: bool) -> Pooled:
         """Return the means of an adapter's routers among so many experts, of a layer or of all, as a pass left them."""

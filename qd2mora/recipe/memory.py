@@ -32,6 +32,10 @@ class Memory(Section):
     """The plan must fit this, for example 8GiB, and leave 4% of it, at least 256 MiB; left out: what is free."""
     checkpointing: Literal["auto", "on", "off"] | Count = "auto"
     """Recompute decoder layers in the backward pass: all, none, or the first N; auto: as few as the budget needs."""
+    accumulation: Literal["auto", "micro_batch", "layer"] = "auto"
+    """How the micro batches of a step follow each other: `micro_batch`, one through the whole model after the other;
+    `layer`, all through each layer in turn, so that a streamed layer is fetched once for all of them, with every layer
+    recomputed; `auto`: as is faster."""
     loss_chunk: Literal["auto"] | Count = "auto"
     """Labelled tokens whose logits are held at once."""
     offload: Offload = Offload()

@@ -80,7 +80,7 @@ def micro_batches_of(
     journal: Journal,
 ) -> MicroBatches:
     """Return what runs rows through the model, in the plan's micro batches, or smaller ones where memory ran out."""
-    planned, settings = inputs.planned.micro_batch, inputs.recipe.train
+    planned, settings, by_layer = inputs.planned.micro_batch, inputs.recipe.train, inputs.planned.layout.rows_by_layer
     return MicroBatches(
         model=model,
         updater=updater,
@@ -94,6 +94,7 @@ def micro_batches_of(
         pad=inputs.tokenizer.pad_token_id,
         loss_chunk=inputs.planned.layout.loss_chunk,
         objective=objective_of(inputs.recipe.objective),
+        rows_by_layer=by_layer if progress.rows_by_layer is None else min(by_layer, progress.rows_by_layer),
     )
 
 

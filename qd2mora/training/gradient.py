@@ -7,7 +7,7 @@ the step is counted.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qd2mora.data import MicroBatch, Row
 from qd2mora.errors import NotFinite
+from qd2mora.memory.by_layer import LayerByLayer
 from qd2mora.mixture import MixtureConfig, mixture_layers, penalty_terms
 from qd2mora.mixture.parts import part_of
 from qd2mora.objectives import told
@@ -80,7 +81,7 @@ class StepGradient:
     def accumulate(self, rows: list[Row], beat: Callable[[], None]) -> Tensor:
         """Add the gradients of this process's rows; return their part of the step's loss.
 
-        `beat` is called after each micro batch.
+        `beat` is called after each micro batch, or where they take turns in each layer, after each group of them.
         """
         batches, step = self.batches, self.batches.progress.step
         # Dropout draws from torch's generator: anew for each step, or a resumed run would draw other numbers.
@@ -92,16 +93,42 @@ class StepGradient:
         self._measures = []
         if batches.routing is not None:
             batches.routing.forget()
-        for part in batches.of(rows, self.course.first_of(step), self.course.capacity):
+
+        def tell(part: MicroBatch) -> None:
             batches.tell_routers(part)
             if batches.routing is not None:
                 # Penalties that read routing are means over tokens or rows; these shares make them the step's.
                 parts = (part.num_tokens / tokens, len(part.rows) / (len(rows) * batches.objective.lines))
                 batches.routing.share = (part.weight * parts[0], part.weight * parts[1])
                 batches.routing.loss_scale = batches.progress.loss_scale or 1.0
-            total += self.backward(part, share * part.weight)
+
+        for group in batches.in_groups(batches.of(rows, self.course.first_of(step), self.course.capacity)):
+            for loss in self.backward_by_layer(group, share, tell):
+                total += loss
             beat()
         return total
+
+    def backward_by_layer(
+        self, group: list[MicroBatch], share: float, tell: Callable[[MicroBatch], None]
+    ) -> Iterator[Tensor]:
+        """Add the gradients of micro batches that take turns in each layer, or of a single one; yield their losses.
+
+        `tell` has the routers know of a micro batch; `share` as in `backward`.
+        """
+        if len(group) == 1:
+            tell(group[0])
+            yield self.backward(group[0], share * group[0].weight)
+            return
+        layers = LayerByLayer(self.batches.model)
+        with self.batches.computing():
+            for part in group:
+                tell(part)
+                layers.read(self.batches.collated(part))
+            layers.forward()
+        for number, part in enumerate(group):
+            with layers.last_states_of(number):
+                yield self.backward(part, share * part.weight)
+        layers.backward()
 
     def backward(self, part: MicroBatch, share: float) -> Tensor:
         """Add the gradients of one micro batch; return its part of the loss. `share`: one over all that counts."""

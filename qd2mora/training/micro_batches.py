@@ -6,9 +6,10 @@ or after a resume, is the same step, and there is nothing to save of either.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -112,6 +113,8 @@ class MicroBatches:
     objective: Objective
     reference: Reference | None = None
     """The frozen model that the objective measures against."""
+    rows_by_layer: int = 0
+    """Rows, or packed lines, of the micro batches that take turns in each layer; 0: one after the other."""
 
     def __post_init__(self) -> None:
         self.row_loss: RowLoss | RowScore = RowLoss(self.model, self.loss_chunk)
@@ -137,6 +140,12 @@ class MicroBatches:
         ):
             yield micro_batch(rows, numbers, packs, self.seed, first, weight)
 
+    def in_groups(self, parts: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
+        """Yield micro batches in groups that take turns in each layer."""
+        rest = iter(parts)
+        while group := list(islice(rest, max(1, self.rows_by_layer // self.size))):
+            yield group
+
     def tell_routers(self, part: MicroBatch) -> None:
         """Say which rows run: chance in the adapters is a function of their keys, whatever the split."""
         if self.routing is not None:
@@ -160,11 +169,15 @@ class MicroBatches:
             batch["attended"] = batch.pop("attention_mask").bool()
         return {name: pinned(tensor).to(device, non_blocking=True) for name, tensor in batch.items()}
 
-    def row_losses(self, part: MicroBatch) -> Tensor:
-        """Return the summed loss of each line in nats, or its score where there is a head, (lines,) float32."""
+    def computing(self) -> torch.autocast:
+        """Return the context that products of a pass run in."""
         # Only float16 runs have a scale, and they alone need autocast: bases in other dtypes compute in their own.
         is_scaled = self.progress.loss_scale is not None
-        with torch.autocast(self.processes.device.type, torch.float16, enabled=is_scaled):
+        return torch.autocast(self.processes.device.type, torch.float16, enabled=is_scaled)
+
+    def row_losses(self, part: MicroBatch) -> Tensor:
+        """Return the summed loss of each line in nats, or its score where there is a head, (lines,) float32."""
+        with self.computing():
             losses: Tensor = self.row_loss(self.collated(part))
         return losses
 
@@ -182,8 +195,8 @@ class MicroBatches:
     def _said_by_token(self, part: MicroBatch) -> Said:
         """Return each line's loss and how far its tokens are from the reference, which is asked first, live."""
         assert self.reference is not None and isinstance(self.row_loss, RowLoss)
-        batch, is_scaled = self.collated(part), self.progress.loss_scale is not None
-        with torch.autocast(self.processes.device.type, torch.float16, enabled=is_scaled):
+        batch = self.collated(part)
+        with self.computing():
             with self.reference.speaking():
                 of_reference, *_ = self.row_loss.by_token(batch)
             losses, row_of_token, num_rows = self.row_loss.by_token(batch)
@@ -238,7 +251,7 @@ class MicroBatches:
             (short,) = self.processes.sum_numbers([float(result is None)])
             if result is not None and not short:
                 return result
-            self.halve(doing)
+            self.halve(doing, is_step=not doing)
 
     def let_go(self) -> None:
         """Drop what a try has left on the device."""
@@ -246,8 +259,18 @@ class MicroBatches:
         if self.processes.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def halve(self, doing: str = "") -> None:
-        """Go on with smaller micro batches, and say so. Raises WillNotFit where there are none, for what was done."""
+    def halve(self, doing: str = "", *, is_step: bool = True) -> None:
+        """Go on with less at once, and say so. Raises WillNotFit where there is no less, for what was done.
+
+        Where micro batches of a step take turns in each layer, fewer of them do at first.
+        """
+        self.updater.forget_gradients()
+        when = f"out of memory: from step {self.progress.step + 1} on"
+        if is_step and self.rows_by_layer > self.size:
+            number = self.rows_by_layer // self.size // 2
+            self.rows_by_layer = self.progress.rows_by_layer = number * self.size if number > 1 else 0
+            self.say(f"{when} {number} micro batches of {self.size} at a time in each layer")
+            return
         if self.size == 1:
             doing = doing or f"step {self.progress.step + 1}"
             raise WillNotFit(
@@ -256,8 +279,7 @@ class MicroBatches:
             )
         # In the progress too, so that a resume does not run out of memory once more.
         self.size = self.progress.micro_batch = self.size // 2
-        self.updater.forget_gradients()
-        self.say(f"out of memory: from step {self.progress.step + 1} on micro batches of {self.size}")
+        self.say(f"{when} micro batches of {self.size}")
 
 
 def micro_batch(

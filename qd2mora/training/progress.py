@@ -27,6 +27,8 @@ class Progress:
     bad_in_a_row: int = 0
     micro_batch: int | None = None
     """Rows in a forward pass, where memory forced it below the plan."""
+    rows_by_layer: int | None = None
+    """Rows of micro batches that take turns in each layer, where memory forced it below the plan."""
     loss_scale: float | None = None
     """Factor on the loss where gradients are float16."""
     applied_at_scale: int = 0
