@@ -60,8 +60,9 @@ def _reason(search: Search, chosen: Layout, technique: Technique, limit: Limit) 
     reason = technique.reason(search.case, chosen)
     if technique.is_used(chosen) and limit.size is not None:
         # The rest of the layout stays: what this one technique saves here, not what another plan would take.
-        without = technique.applied(chosen, technique.plain)
-        reason += f"; without it this plan needs {search.peak(without) / GIB:.2f} GiB"
+        needs = search.peak(technique.applied(chosen, technique.plain))
+        if needs > search.peak(chosen):  # turns in each layer save time, and take memory
+            reason += f"; without it this plan needs {needs / GIB:.2f} GiB"
     return reason
 
 
@@ -103,4 +104,4 @@ def _dtype_choice(search: Search, chosen: Layout) -> Choice:
     return Choice(str(chosen.dtype).removeprefix("torch."), reason)
 
 
-__all__ = ["Choice", "reasons"]
+__all__ = ["ACCUMULATION", "Choice", "reasons"]

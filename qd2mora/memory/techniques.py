@@ -200,12 +200,10 @@ def _by_layer(case: Case, asked: object) -> Sequence[object]:
 
 
 def _why_one_after_the_other(case: Case) -> str:
-    why = why_not_by_layer(case)
-    if why:
-        return why
-    if case.recipe.memory.offload.weights == "none" or not case.on_gpu:
+    asked = case.recipe.memory.offload.weights
+    if asked == "none" or (asked == "auto" and not case.on_gpu):
         return "layers that are there need not be fetched"
-    return "nothing is waited for that it would save, or the plan is no faster with it"
+    return why_not_by_layer(case) or "no copy would be waited for less"
 
 
 def _why_streamed(layout: Layout) -> str:

@@ -65,6 +65,8 @@ class StepGradient:
     _measures: list[Tensor] = field(default_factory=list)
     """What the objective measured of the step's micro batches, on this process."""
     _baseline: float = 0.0
+    _whole: tuple[int, int] = (1, 1)
+    """Tokens and lines of the step, on all processes."""
 
     def prepare(self, rows: list[Row], watchdog: Watchdog) -> list[Row]:
         """Take what the objective needs of a step as a whole, before its gradient; return the rows that are learned.
@@ -87,48 +89,44 @@ class StepGradient:
         # Dropout draws from torch's generator: anew for each step, or a resumed run would draw other numbers.
         torch.manual_seed(key_of(batches.seed, "step", step, batches.processes.index))
         # One over what all rows count, of all processes and micro batches: the split changes no row's weight.
-        share, tokens = 1 / sum(batches.objective.count(row) for row in rows), sum(row.num_tokens for row in rows)
+        share = 1 / sum(batches.objective.count(row) for row in rows)
+        self._whole = sum(row.num_tokens for row in rows), len(rows) * batches.objective.lines
         # A tensor on the device: a Python sum would wait for it after every micro batch.
         total = torch.zeros((), device=batches.processes.device)
         self._measures = []
         if batches.routing is not None:
             batches.routing.forget()
-
-        def tell(part: MicroBatch) -> None:
-            batches.tell_routers(part)
-            if batches.routing is not None:
-                # Penalties that read routing are means over tokens or rows; these shares make them the step's.
-                parts = (part.num_tokens / tokens, len(part.rows) / (len(rows) * batches.objective.lines))
-                batches.routing.share = (part.weight * parts[0], part.weight * parts[1])
-                batches.routing.loss_scale = batches.progress.loss_scale or 1.0
-
         for group in batches.in_groups(batches.of(rows, self.course.first_of(step), self.course.capacity)):
-            for loss in self.backward_by_layer(group, share, tell):
+            for loss in self.backward_by_layer(group, share):
                 total += loss
             beat()
         return total
 
-    def backward_by_layer(
-        self, group: list[MicroBatch], share: float, tell: Callable[[MicroBatch], None]
-    ) -> Iterator[Tensor]:
-        """Add the gradients of micro batches that take turns in each layer, or of a single one; yield their losses.
-
-        `tell` has the routers know of a micro batch; `share` as in `backward`.
-        """
+    def backward_by_layer(self, group: list[MicroBatch], share: float) -> Iterator[Tensor]:
+        """Add the gradients of micro batches that take turns in each layer, or of a single one; yield their losses."""
         if len(group) == 1:
-            tell(group[0])
+            self._tell_routers(group[0])
             yield self.backward(group[0], share * group[0].weight)
             return
         layers = LayerByLayer(self.batches.model)
         with self.batches.computing():
             for part in group:
-                tell(part)
+                self._tell_routers(part)
                 layers.read(self.batches.collated(part))
             layers.forward()
         for number, part in enumerate(group):
             with layers.last_states_of(number):
                 yield self.backward(part, share * part.weight)
         layers.backward()
+
+    def _tell_routers(self, part: MicroBatch) -> None:
+        batches, (tokens, lines) = self.batches, self._whole
+        batches.tell_routers(part)
+        if batches.routing is not None:
+            # Penalties that read routing are means over tokens or rows; these shares make them the step's.
+            parts = (part.num_tokens / tokens, len(part.rows) / lines)
+            batches.routing.share = (part.weight * parts[0], part.weight * parts[1])
+            batches.routing.loss_scale = batches.progress.loss_scale or 1.0
 
     def backward(self, part: MicroBatch, share: float) -> Tensor:
         """Add the gradients of one micro batch; return its part of the loss. `share`: one over all that counts."""

@@ -1,10 +1,10 @@
 """The worst of a run before its first step: what does not fit is found in its first minute, not in its fifth hour.
 
-The longest micro batch of all steps runs forward and backward beside whole gradients and stand-ins for the optimiser's
-moments, the longest held-out batch is evaluated, and a checkpoint's room on the disk is taken and given back. Where
-memory runs out, micro batches are halved as in a step. Nothing is left of it: gradients are dropped, random numbers are
-set back, and the optimiser, the progress and the rows' order are not touched, so the adapter is bit for bit that of a
-run without.
+The longest micro batch of all steps, or as many such as take turns in each layer, runs forward and backward beside
+whole gradients and stand-ins for the optimiser's moments, the longest held-out batch is evaluated, and a checkpoint's
+room on the disk is taken and given back. Where memory runs out, less runs at once, as in a step. Nothing is left of it:
+gradients are dropped, random numbers are set back, and the optimiser, the progress and the rows' order are not touched,
+so the adapter is bit for bit that of a run without.
 """
 
 import time
@@ -94,6 +94,12 @@ class Rehearsal:
         (_, (numbers, packs)), rows = max(found, key=lambda one: one[0][0])
         return micro_batch(rows, numbers, packs, batches.seed, 0)
 
+    def _group_of(self, longest: MicroBatch) -> list[MicroBatch]:
+        """Return as many such micro batches as take turns in each layer, at most as many as a step has here."""
+        batches = self.gradient.batches
+        number = -(-self.gradient.course.rows_a_step // (batches.size * batches.processes.count))
+        return next(batches.in_groups([longest] * max(1, number)))
+
     def _moments_to_come(self) -> int:
         """Return the bytes of moments that the device will hold; after a resume they are there.
 
@@ -120,8 +126,8 @@ class Rehearsal:
                 for parameter in batches.updater.parameters.values():
                     parameter.grad = torch.zeros_like(parameter)
             try:
-                batches.tell_routers(step)
-                self.gradient.backward(step, 1 / step.num_labels)  # any number: nothing is kept of it
+                for _ in self.gradient.backward_by_layer(self._group_of(step), 1 / step.num_labels):
+                    pass  # the share is any number: nothing is kept of it
                 if evaluation is not None:
                     batches.model.eval()
                     batches.tell_routers(evaluation)

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from qd2mora.data import TaskRows, share_lines
 from qd2mora.data.notes import ROWS_LOOKED_AT, notes
 from qd2mora.memory.plan import Plan
+from qd2mora.memory.reasons import ACCUMULATION
 from qd2mora.recipe.objective import PREFERENCE
 from qd2mora.training.loop import Training
 
@@ -38,6 +39,9 @@ def say_what_starts(training: Training, planned: Plan, tokenizer: PreTrainedToke
     layers = "kept"
     if planned.checkpointing:
         layers = f"recomputed in {planned.layout.recomputed} layers"
+    if planned.layout.stream or planned.layout.rows_by_layer:
+        choice = planned.choices[ACCUMULATION]
+        say(f"{ACCUMULATION}: {choice.value} ({choice.reason})")
     say(
         f"training {planned.trainable_parameters:,} parameters on {planned.device}, micro batch {training.batches.size}"
         f", activations {layers}, planned peak {planned.peak_bytes / 2**30:.2f} GiB; steps {training.progress.step} "

@@ -203,7 +203,7 @@ def test_a_plan_that_fits_leaves_a_reserve(size: int) -> None:
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
 @pytest.mark.parametrize("budget", ["3GiB", "80GiB"])
 def test_what_the_recipe_sets_stays(checkpointing: str, budget: str) -> None:
-    memory = {"checkpointing": checkpointing, "loss_chunk": 300, "offload": STAYING}
+    memory = {"checkpointing": checkpointing, "loss_chunk": 300, "offload": STAYING, "accumulation": "micro_batch"}
     planned = plan(paper(base={"compute_dtype": "float16"}, train={"micro_batch": 4}, memory=memory), budget)
     assert planned.layout == Layout(4, 32 if checkpointing == "on" else 0, torch.float16, True, 300)
     assert {choice.reason.partition(",")[0] for choice in planned.choices.values()} == {"as the recipe says"}

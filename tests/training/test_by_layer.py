@@ -139,3 +139,37 @@ def test_turns_in_each_layer_change_no_bit_of_a_step(case: str, longer: Path, tm
     settings = recipe(longer, tmp_path / "run", *overrides, method=method)
     wanted = step_of(settings, PLAIN)
     refuse_other(step_of(settings, AWAY), wanted)
+
+
+ROUTED = {
+    # Penalties of single routers, pooled in a layer, pooled in the model, and by row; loads that biases move by; routers
+    # that a block shares; tasks; whole MLPs.
+    name: (name, *more)
+    for name, *more in (
+        ("mixlora",),
+        ("flylora", "adapter.gates={rank: {top_k: 2}}"),
+        ("lora_mixer",),
+        ("llava_mole",),
+        ("hydralora",),
+        ("moelora",),
+        ("mola", "adapter.allocation=2-4"),
+        ("noisy_top_k", "adapter.targets=[mlp]"),
+    )
+}
+
+
+@pytest.mark.parametrize("case", list(ROUTED))
+def test_what_routers_leave_of_a_micro_batch_is_its_own(case: str, longer: Path, tmp_path: Path) -> None:
+    method, *overrides = ROUTED[case]
+    settings = recipe(longer, tmp_path / "run", "adapter.dropout=0.1", *overrides, method=method)
+    refuse_other(step_of(settings, AWAY), step_of(settings, PLAIN))
+
+
+def test_each_layer_is_fetched_once_in_either_direction_for_all_micro_batches(longer: Path, tmp_path: Path) -> None:
+    settings = recipe(longer, tmp_path / "run")
+    forward, backward = [0, 1, 2, 3, 4], [2, 1, 0]  # those in the two slots where the pass turns are there
+    for rows, groups in ((ROWS, 1), (ROWS // 2, 2), (0, 4)):
+        stream = step_of(settings, replace(AWAY, rows_by_layer=rows), steps=1).stream
+        assert stream is not None
+        again = [*forward[2:], *backward]  # the last pass left the first layers
+        assert stream.copied == [*forward, *backward, *again * (groups - 1)], rows
