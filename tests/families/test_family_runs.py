@@ -27,13 +27,13 @@ QUICKLY: dict[str, Any] = {"strategy": "mean_gate", "measured_rows": 0}
 IDS = torch.randint(4, 490, (2, 40), generator=torch.Generator().manual_seed(5))
 
 
-def recipe_of(folder: Path, output: str) -> Recipe:
+def recipe_of(folder: Path, output: str, *overrides: str) -> Recipe:
     text = tiny.recipe_text(folder / "base", folder / "data", folder / output)
     text = text.replace("targets: [q_proj, v_proj, down_proj]", "targets: all-linear").replace("steps: 6", "steps: 3")
     text = text.replace("validation: 8", "validation: 2").replace("eval_every: 3", "eval_every: 9")
     path = folder / f"{output}.yaml"
     path.write_text(text, encoding="utf-8")
-    return load_recipe(path)
+    return load_recipe(path, list(overrides))
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,16 @@ RESUMED = ("llama3.2", "gemma3", "phi3", "granite")
 
 TWO = [pytest.param(name, marks=[] if name in RESUMED[:2] else pytest.mark.long) for name in FAMILIES]
 SOME = [pytest.param(name, marks=[] if name in RESUMED else pytest.mark.long) for name in FAMILIES]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_micro_batches_that_take_turns_in_each_layer_train_the_same_adapter(name: str, home: Path) -> None:
+    folder = run_of(home, name)
+    changes = ("memory.offload.weights=stream", "memory.offload.activations=cpu", "memory.accumulation=layer")
+    train(recipe_of(folder, "turns", *changes))
+    ours, theirs = (load_file(folder / run / "adapter" / "adapter_model.safetensors") for run in ("turns", "run"))
+    assert all(torch.equal(tensor, ours[key]) for key, tensor in theirs.items())
 
 
 @pytest.mark.parametrize("name", TWO)
