@@ -112,6 +112,7 @@ def test_a_run_reserves_no_more_than_was_planned(small_run: Callable[..., Recipe
     "overrides",
     [
         ["memory.offload.weights=stream"],
+        ["memory.offload.weights=stream", "memory.accumulation=layer", "train.micro_batch=1"],
         ["memory.offload.embeddings=cpu"],
         ["memory.checkpointing=on", "memory.offload.activations=cpu"],
     ],

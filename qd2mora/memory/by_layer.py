@@ -7,6 +7,9 @@ each layer (on the host where these leave); besides, its last states, and then t
 
 The decoder itself makes what comes before its layers and after them. It runs twice a micro batch with stand-ins in the
 layers' places: first they note what it gives to each layer, later they give it the last states for the loss.
+
+Source: layered gradient accumulation (Lamy-Poirier, arXiv 2106.02679), there for what goes over a network, here for
+what goes over the bus.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -135,7 +135,8 @@ def _inputs(layer: LayerShapes, done: Pass, layout: Layout) -> dict[str, int]:
         # gradient, which wait for the others'.
         staying = 0 if layout.offload_activations else number
         inputs["layer inputs"] += (layout.at_once - 1) * layer_inputs_bytes(layer, done, staying)
-        inputs["states that wait their turn"] = layout.at_once * done.tokens * done.item * layer.hidden
+        # One more: the decoder runs again for each loss, and what it makes before its layers stands beside.
+        inputs["states that wait their turn"] = (layout.at_once + 1) * done.tokens * done.item * layer.hidden
     return inputs
 
 
