@@ -1,14 +1,19 @@
 """The command line: what it promises, and bad input answered with one line, exit code 2, and nothing written."""
 
+import inspect
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import tiny
+import typer
 
 from qd2mora.cli import main
+from qd2mora.cli.groups import grouped
 from qd2mora.recipe import load_recipe
 from qd2mora.recipe.shipped import shipped_recipes
 
@@ -188,6 +193,32 @@ def test_recipes_and_methods_print_what_there_is(
     assert run(monkeypatch, "methods") == 0
     assert run(monkeypatch, "methods", "d2mora") == 0
     assert "softmax(R1 x)" in capsys.readouterr().out
+
+
+@dataclass(frozen=True)
+class Size:
+    """Two options."""
+
+    wide: Annotated[int, typer.Option(help="How wide.")] = 3
+    high: int = 4
+
+
+def test_a_group_of_options_is_its_fields_in_their_place() -> None:
+    taken: list[object] = []
+
+    @grouped
+    def verb(name: str, size: Size, loud: bool = False) -> None:
+        taken.append((name, size, loud))
+
+    found = inspect.signature(verb).parameters
+    assert list(found) == ["name", "wide", "high", "loud"]
+    assert [found[name].default for name in ("wide", "high", "loud")] == [3, 4, False]
+    assert found["wide"].annotation == inspect.get_annotations(Size)["wide"]
+    verb("a", high=7)
+    verb("b", 1, 2, loud=True)
+    assert taken == [("a", Size(3, 7), False), ("b", Size(1, 2), True)]
+    with pytest.raises(TypeError, match="deep"):
+        verb("a", deep=1)
 
 
 def test_help_needs_no_torch() -> None:

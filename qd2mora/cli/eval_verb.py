@@ -2,85 +2,84 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from qd2mora.cli.app import MOST, AllowChanged, AsJson, ModelPath, app, words
-from qd2mora.cli.ways import (
-    Alpha,
-    Beta,
-    Calibrate,
-    Extract,
-    GatesEvery,
-    Mix,
-    Others,
-    Samples,
-    Triggers,
-    WeakModel,
-    asked_way,
-)
+from qd2mora.cli.groups import grouped
+from qd2mora.cli.ways import Extract, GatesEvery, Samples, WayOptions
 from qd2mora.errors import InputRefused
 from qd2mora.terminal import Screen
 
-ExamRecipe = Annotated[Path | None, typer.Option(help="Recipe whose held-out rows are asked.")]
-Suite = Annotated[str | None, typer.Option(help="Published tests to ask instead: commonsense.")]
-ExamData = Annotated[Path | None, typer.Option(help="Folder of the suite's test files or of harness tasks.")]
-ExamTasks = Annotated[str | None, typer.Option(help="Only these tasks, with commas between.")]
-Scoring = Annotated[str, typer.Option(help="Of a suite: generate, or likelihood of the choices.")]
-SuitePrompt = Annotated[str, typer.Option(help="Of a suite: published, training's own, or cloze.")]
-Beams = Annotated[int, typer.Option(help="1 is greedy; the commonsense tables use 4.", min=1, max=1024)]
-HarnessTasks = Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")]
-Limit = Annotated[int | None, typer.Option(help="Rows of each task.", min=1, max=MOST)]
-RowsAtOnce = Annotated[int, typer.Option(help="Rows of a batch; no score depends on it.", min=1, max=MOST)]
-SampleTemperature = Annotated[float, typer.Option(help="Of --samples; else 0.7.")]
-ScoresFile = Annotated[Path | None, typer.Option(help="JSON file for the scores; the same command goes on.")]
-Against = Annotated[str | None, typer.Option(help="Change per task from this run or model; base: adapter off.")]
-EarlierRuns = Annotated[str | None, typer.Option(help="Earlier runs, in order, with commas: what each forgot.")]
-Together = Annotated[int | None, typer.Option(help="So many tasks in one prompt, held-out rows.", min=2, max=64)]
+
+@dataclass(frozen=True)
+class QuestionOptions:
+    """What is asked, and how the model is to answer it."""
+
+    recipe: Annotated[Path | None, typer.Option(help="Recipe whose held-out rows are asked.")] = None
+    suite: Annotated[str | None, typer.Option(help="Published tests to ask instead: commonsense.")] = None
+    data: Annotated[Path | None, typer.Option(help="Folder of the suite's test files or of harness tasks.")] = None
+    tasks: Annotated[str | None, typer.Option(help="Only these tasks, with commas between.")] = None
+    scoring: Annotated[str, typer.Option(help="Of a suite: generate, or likelihood of the choices.")] = "generate"
+    prompt: Annotated[str, typer.Option(help="Of a suite: published, training's own, or cloze.")] = "published"
+    beams: Annotated[int, typer.Option(help="1 is greedy; the commonsense tables use 4.", min=1, max=1024)] = 1
+    harness: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")] = None
+    limit: Annotated[int | None, typer.Option(help="Rows of each task.", min=1, max=MOST)] = None
+    rows_at_once: Annotated[int, typer.Option(help="Rows of a batch; no score depends on it.", min=1, max=MOST)] = 32
+
+
+@dataclass(frozen=True)
+class AgainstOptions:
+    """What the model is measured beside; one of these at most."""
+
+    against: Annotated[str | None, typer.Option(help="Change per task from this run or model; base: adapter off.")] = (
+        None
+    )
+    sequence: Annotated[str | None, typer.Option(help="Earlier runs, in order, with commas: what each forgot.")] = None
+    composite: Annotated[
+        int | None, typer.Option(help="So many tasks in one prompt, held-out rows.", min=2, max=64)
+    ] = None
+
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """How often an answer is drawn, and what of it counts."""
+
+    samples: Samples = 1
+    temperature: Annotated[float, typer.Option(help="Of --samples; else 0.7.")] = 0.0
+    extract: Extract = None
+    gates_every: GatesEvery = 1
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where scores go, and what may differ."""
+
+    out: Annotated[Path | None, typer.Option(help="JSON file for the scores; the same command goes on.")] = None
+    as_json: AsJson = False
+    allow_changed: AllowChanged = None
 
 
 @app.command(name="eval")
+@grouped
 def score(
     model: ModelPath,
-    recipe: ExamRecipe = None,
-    suite: Suite = None,
-    data: ExamData = None,
-    tasks: ExamTasks = None,
-    scoring: Scoring = "generate",
-    prompt: SuitePrompt = "published",
-    beams: Beams = 1,
-    harness: HarnessTasks = None,
-    limit: Limit = None,
-    rows_at_once: RowsAtOnce = 32,
-    against: Against = None,
-    sequence: EarlierRuns = None,
-    composite: Together = None,
-    contrast: WeakModel = None,
-    beta: Beta = None,
-    alpha: Alpha = None,
-    ensemble: Others = None,
-    calibrate: Calibrate = None,
-    triggers: Triggers = None,
-    mix: Mix = None,
-    samples: Samples = 1,
-    temperature: SampleTemperature = 0.0,
-    extract: Extract = None,
-    gates_every: GatesEvery = 1,
-    out: ScoresFile = None,
-    as_json: AsJson = False,
-    allow_changed: AllowChanged = None,
+    asking: QuestionOptions,
+    others: AgainstOptions,
+    beside: WayOptions,
+    drawn: DrawOptions,
+    told: OutputOptions,
 ) -> None:
     """Score tasks: held-out rows by their own metric, a published suite, or the harness's tasks."""
     from qd2mora.evaluation import EvalOptions, Exam
 
-    settings = {"samples": samples, "gates_every": gates_every, "temperature": temperature, "extract": extract}
-    way = asked_way((contrast, beta, alpha), (ensemble, calibrate, triggers, mix), **settings)
-    exam = Exam(recipe, suite, data, words(tasks), limit, scoring, prompt, way)
-    how = EvalOptions(beams, rows_at_once, out, allow_changed or (), is_shown=True)
-    _ask(_Asked(str(model), exam, how, as_json), harness, against, sequence, composite)
+    way, tasks = beside.way(**asdict(drawn)), words(asking.tasks)
+    exam = Exam(asking.recipe, asking.suite, asking.data, tasks, asking.limit, asking.scoring, asking.prompt, way)
+    how = EvalOptions(asking.beams, asking.rows_at_once, told.out, told.allow_changed or (), is_shown=True)
+    _ask(_Asked(str(model), exam, how, told.as_json), asking.harness, others)
 
 
 @dataclass(frozen=True)
@@ -99,20 +98,19 @@ class _Asked:
         return self.as_json
 
 
-def _ask(asked: _Asked, harness: str | None, against: str | None, sequence: str | None, composite: int | None) -> None:
+def _ask(asked: _Asked, harness: str | None, others: AgainstOptions) -> None:
     """Ask in the one way that was named. Raises InputRefused where several were."""
-    given = {"--against": against, "--sequence": sequence, "--composite": composite}
-    told = [name for name, value in given.items() if value is not None]
+    told = [f"--{name}" for name, value in asdict(others).items() if value is not None]
     if len(told) > 1 or (harness is not None and told not in ([], ["--against"])):
         raise InputRefused(f"{told[-1]}: is asked alone; leave out {', '.join(told[:-1]) or '--harness'}")
     if harness is not None:
-        _ask_harness(asked, words(harness), against)
-    elif against is not None:
-        _ask_against(asked, against)
-    elif sequence is not None:
-        _ask_sequence(asked, words(sequence))
-    elif composite is not None:
-        _ask_composite(asked, composite)
+        _ask_harness(asked, words(harness), others.against)
+    elif others.against is not None:
+        _ask_against(asked, others.against)
+    elif others.sequence is not None:
+        _ask_sequence(asked, words(others.sequence))
+    elif others.composite is not None:
+        _ask_composite(asked, others.composite)
     else:
         _ask_alone(asked)
 

@@ -1,55 +1,66 @@
 """Verbs on a run or a model: merge, verify."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from qd2mora.cli.app import AllowChanged, RunPath, app, numbers
+from qd2mora.cli.groups import grouped
 from qd2mora.disk.sealed import MANIFEST
 from qd2mora.errors import InputRefused
 from qd2mora.stopping import listening
 from qd2mora.terminal import Screen
 
-Strategy = Annotated[
-    str, typer.Option(help="From routed to static: auto, core_lsq, distill, mean_gate, per_task or sequential.")
-]
-ForTask = Annotated[str | None, typer.Option(help="Export for this task alone; all: one export for each.")]
-ForVector = Annotated[str | None, typer.Option(help="Export for rows with this vector: numbers with commas.")]
-To = Annotated[str, typer.Option(help="hf or gguf: weights; lora or gguf_lora: a LoRA; exact: the routed model.")]
-AddedTo = Annotated[str, typer.Option(help="Weights added to: dequantized (trained on) or original.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        help="hf: float16, bfloat16, float32; exact: these or nf4; LoRAs: float32, float16; gguf: float16, bfloat16, "
-        "q8_0, q6_k, q5_k_m, q4_k_m, q4_0."
-    ),
-]
-MaxShard = Annotated[str | None, typer.Option(help="hf and exact: size of one file of weights; 5GB where not given.")]
-NoVocabulary = Annotated[
-    bool, typer.Option("--no-vocabulary", help="GGUF for token ids alone, where llama.cpp lacks the tokenizer.")
-]
+
+@dataclass(frozen=True)
+class UpdateOptions:
+    """Which static update stands for the routed one."""
+
+    strategy: Annotated[
+        str, typer.Option(help="From routed to static: auto, core_lsq, distill, mean_gate, per_task or sequential.")
+    ] = "auto"
+    task: Annotated[str | None, typer.Option(help="Export for this task alone; all: one export for each.")] = None
+    vector: Annotated[str | None, typer.Option(help="Export for rows with this vector: numbers with commas.")] = None
 
 
-PlanOnly = Annotated[bool, typer.Option("--plan", help="Say how long it may take, and make nothing.")]
-Measure = Annotated[str | None, typer.Option(help="Held-out rows to measure on, or none; 512 where left out.")]
+@dataclass(frozen=True)
+class FormOptions:
+    """As what it is written."""
+
+    to: Annotated[
+        str, typer.Option(help="hf or gguf: weights; lora or gguf_lora: a LoRA; exact: the routed model.")
+    ] = "hf"
+    base: Annotated[str, typer.Option(help="Weights added to: dequantized (trained on) or original.")] = "dequantized"
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="hf: float16, bfloat16, float32; exact: these or nf4; LoRAs: float32, float16; gguf: float16, "
+            "bfloat16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0."
+        ),
+    ] = None
+    max_shard: Annotated[
+        str | None, typer.Option(help="hf and exact: size of one file of weights; 5GB where not given.")
+    ] = None
+    no_vocabulary: Annotated[
+        bool, typer.Option("--no-vocabulary", help="GGUF for token ids alone, where llama.cpp lacks the tokenizer.")
+    ] = False
 
 
 @app.command()
+@grouped
 def merge(
     run: RunPath,
     out: Annotated[Path | None, typer.Option(help="New folder for the export.", show_default=False)] = None,
-    strategy: Strategy = "auto",
-    task: ForTask = None,
-    vector: ForVector = None,
-    to: To = "hf",
-    base: AddedTo = "dequantized",
-    dtype: Dtype = None,
-    max_shard: MaxShard = None,
-    no_vocabulary: NoVocabulary = False,
-    measure: Measure = None,
-    plan: PlanOnly = False,
+    *,
+    update: UpdateOptions,
+    form: FormOptions,
+    measure: Annotated[
+        str | None, typer.Option(help="Held-out rows to measure on, or none; 512 where left out.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say how long it may take, and make nothing.")] = False,
     allow_changed: AllowChanged = None,
 ) -> None:
     """Export ordinary weights, a LoRA or the routed model itself, with a report of what the export keeps."""
@@ -58,14 +69,14 @@ def merge(
     from qd2mora.merging import ExportOptions
 
     options = ExportOptions(
-        strategy=strategy,
-        task=task,
-        vector=numbers(vector),
-        to=to,
-        base=base,
-        dtype=dtype,
-        max_shard=max_shard,
-        with_vocabulary=not no_vocabulary,
+        strategy=update.strategy,
+        task=update.task,
+        vector=numbers(update.vector),
+        to=form.to,
+        base=form.base,
+        dtype=form.dtype,
+        max_shard=form.max_shard,
+        with_vocabulary=not form.no_vocabulary,
         allow_changed=allow_changed or (),
         measured_rows=_rows_to_measure(measure),
     )

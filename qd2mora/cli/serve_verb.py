@@ -2,41 +2,57 @@
 
 import importlib.util
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qd2mora.cli.app import MOST, ModelPath, app
+from qd2mora.cli.groups import grouped
 from qd2mora.errors import InputRefused
 
 Adapters = Annotated[
     list[str] | None,
     typer.Option("--adapter", help="One more to choose by the model field; may be given often.", metavar="NAME=RUN"),
 ]
-Host = Annotated[str, typer.Option(help="Address to listen at; one that others reach needs --key.")]
-Key = Annotated[str | None, typer.Option(help="What clients must bring; else $QD2MORA_KEY.", show_default=False)]
-Wording = Annotated[str | None, typer.Option(help="Wording of messages: instruction, tokenizer, chatml, plain.")]
-RowsAtOnce = Annotated[int, typer.Option(help="Answers of a batch.", min=1, max=4096)]
-MaxWaiting = Annotated[int, typer.Option(help="Requests that may wait; more are told to come again.", min=1, max=MOST)]
-MaxTokens = Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1, max=MOST)]
-MaxBody = Annotated[int, typer.Option(help="Bytes of a request at most.", min=1024, max=MOST)]
-Timeout = Annotated[float, typer.Option(help="Seconds of a request at most.", min=1, max=MOST)]
+
+
+@dataclass(frozen=True)
+class AddressOptions:
+    """Where the server listens, and for whom."""
+
+    host: Annotated[str, typer.Option(help="Address to listen at; one that others reach needs --key.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000
+    key: Annotated[str | None, typer.Option(help="What clients must bring; else $QD2MORA_KEY.", show_default=False)] = (
+        None
+    )
+
+
+@dataclass(frozen=True)
+class LimitOptions:
+    """How much it takes on, and what one client may ask."""
+
+    rows_at_once: Annotated[int, typer.Option(help="Answers of a batch.", min=1, max=4096)] = 16
+    max_waiting: Annotated[
+        int, typer.Option(help="Requests that may wait; more are told to come again.", min=1, max=MOST)
+    ] = 64
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1, max=MOST)] = 2048
+    max_body: Annotated[int, typer.Option(help="Bytes of a request at most.", min=1024, max=MOST)] = 1 << 20
+    timeout: Annotated[float, typer.Option(help="Seconds of a request at most.", min=1, max=MOST)] = 300.0
 
 
 @app.command()
+@grouped
 def serve(
     model: ModelPath,
     adapter: Adapters = None,
-    host: Host = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    key: Key = None,
-    template: Wording = None,
-    rows_at_once: RowsAtOnce = 16,
-    max_waiting: MaxWaiting = 64,
-    max_tokens: MaxTokens = 2048,
-    max_body: MaxBody = 1 << 20,
-    timeout: Timeout = 300.0,
+    *,
+    address: AddressOptions,
+    template: Annotated[
+        str | None, typer.Option(help="Wording of messages: instruction, tokenizer, chatml, plain.")
+    ] = None,
+    limit: LimitOptions,
 ) -> None:
     """Serve runs, exports or a base as OpenAI's interface does, with a page to chat; routed adapters included."""
     adapters = dict(_named(each) for each in adapter or ())
@@ -49,9 +65,9 @@ def serve(
     from qd2mora.serving.running import ServerOptions
     from qd2mora.serving.running import serve as run_server
 
-    limits = Limits(max_tokens, max_body, timeout)
-    key = key or os.environ.get("QD2MORA_KEY") or None
-    options = ServerOptions(host, port, key, template, rows_at_once, max_waiting, limits)
+    limits = Limits(limit.max_tokens, limit.max_body, limit.timeout)
+    key = address.key or os.environ.get("QD2MORA_KEY") or None
+    options = ServerOptions(address.host, address.port, key, template, limit.rows_at_once, limit.max_waiting, limits)
     run_server(model, adapters, options, lambda line: typer.echo(line, err=True))
 
 
