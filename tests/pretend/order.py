@@ -15,12 +15,14 @@ from typing import Any
 import card
 import streams
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 card.add_paths()
 
 from qd2mora.base import Shape, random_base  # noqa: E402
 from qd2mora.memory import streaming  # noqa: E402
+from qd2mora.memory.by_layer import LayerByLayer  # noqa: E402
 from qd2mora.memory.checkpointing import Boundaries, decoder_layers, recompute_layers  # noqa: E402
 from qd2mora.memory.lean import make_lean  # noqa: E402
 from qd2mora.memory.loss import RowLoss  # noqa: E402
@@ -60,8 +62,8 @@ def host_memory_for_a_gpu() -> Iterator[None]:
         torch.empty, Tensor.to = empty, to
 
 
-def races(is_streamed: bool, recomputed: int, offload: bool, resident: int = 0) -> int:
-    """Run two passes; return how many accesses no event puts in order."""
+def races(is_streamed: bool, recomputed: int, offload: bool, resident: int = 0, in_turn: int = 1) -> int:
+    """Run two passes, `in_turn` batches in each layer by turns; return how many accesses no event puts in order."""
     streams.ORDER.start_anew()
     base = random_base(SHAPE, Base(model="random:tiny", compute_dtype="float32"), torch.device("cpu"))
     make_lean(base)
@@ -78,12 +80,27 @@ def races(is_streamed: bool, recomputed: int, offload: bool, resident: int = 0) 
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
         batch["task_index"] = batch["group"] = torch.zeros(2, dtype=torch.long)
         batch["attention_mask"][1, 20:] = 0
-        loss = RowLoss(model)
         with streams.Watch():
             for _ in range(2):
-                loss(batch).sum().backward()
+                _pass_over(model, [batch] * in_turn)
                 model.zero_grad()
     return len(streams.ORDER.races)
+
+
+def _pass_over(model: PeftModel, batches: list[dict[str, Tensor]]) -> None:
+    """Run batches forward and backward: alone, or in turn in each layer."""
+    loss = RowLoss(model)
+    if len(batches) == 1:
+        loss(batches[0]).sum().backward()
+        return
+    layers = LayerByLayer(model)
+    for batch in batches:
+        layers.read(batch)
+    layers.forward()
+    for number, batch in enumerate(batches):
+        with layers.last_states_of(number):
+            loss(batch).sum().backward()
+    layers.backward()
 
 
 @contextmanager
@@ -101,17 +118,18 @@ def without(owner: type, function: str, line: str) -> Iterator[None]:
         setattr(owner, function, whole)
 
 
-STREAMED, AWAY = (True, 0, False), (False, 4, True)
+STREAMED, AWAY, IN_TURN = (True, 0, False), (False, 4, True), (True, 5, True, 0, 3)
 WHOLE = {
     "streamed": STREAMED,
     "streamed and recomputed": (True, 3, False),
     "streamed, recomputed, inputs away": (True, 5, True),
     "streamed, two resident": (True, 3, False, 2),
     "inputs away": AWAY,
+    "streamed, inputs away, three in turn": IN_TURN,
 }
 _WAITS_FOR_DEVICE = "self._stream.wait_stream(torch.cuda.current_stream(self.device))"
 _WAITS_FOR_COPY = "torch.cuda.current_stream(self.device).wait_event(self._ready[index % len(self.slots)])"
-MUTANTS: dict[str, tuple[type, str, str, tuple[bool, int, bool]]] = {
+MUTANTS: dict[str, tuple[type, str, str, tuple[Any, ...]]] = {
     "a copy waits for nobody": (LayerStream, "_start", _WAITS_FOR_DEVICE, STREAMED),
     "a layer waits for no copy": (LayerStream, "bring", _WAITS_FOR_COPY, STREAMED),
     "an input leaves too early": (
@@ -121,6 +139,7 @@ MUTANTS: dict[str, tuple[type, str, str, tuple[bool, int, bool]]] = {
         AWAY,
     ),
     "an input is read too early": (Boundaries, "come_back", "stream.wait_event(left.arrived)", AWAY),
+    "an input is read too early, in turn": (Boundaries, "come_back", "stream.wait_event(left.arrived)", IN_TURN),
 }
 
 

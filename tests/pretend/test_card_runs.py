@@ -76,3 +76,14 @@ def test_masks_are_drawn_by_counters_and_are_those_of_the_rows_in_packed_lines_t
     padded, packed = found("dropout", place / "padded"), found("dropout, packed", place / "packed lines")
     assert not [name for name in padded["launched"] if "random" in name or "bernoulli" in name]
     assert packed["eval_loss"] == pytest.approx(padded["eval_loss"], rel=1e-4)
+
+
+def test_micro_batches_in_turn_fetch_each_layer_once_and_learn_the_same(place: Path) -> None:
+    turns, alone = found("in turn", place / "in turn"), found("one after the other", place / "alone")
+    assert turns["eval_loss"] == alone["eval_loss"]
+    # Two steps of four micro batches; of four layers the two in the slots stay where a pass turns.
+    assert alone["fetched"] - turns["fetched"] == 2 * (4 - 1) * 2 * (4 - 2)
+    layers, inputs = (turns["planned"][f"{name} (host)"] for name in ("streamed layers", "layer inputs"))
+    assert layers < turns["pinned"] <= layers + inputs
+    ours, theirs = ([wait for wait in run["waits"] if "micro_batches.py" in wait[1]] for run in (turns, alone))
+    assert ours == theirs == []
