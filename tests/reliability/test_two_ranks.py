@@ -41,6 +41,19 @@ def test_two_processes_train_the_adapter_of_one_bit_for_bit(alone: Path, paired:
     assert runs.result_of(paired.with_suffix("")) == runs.result_of(alone.with_suffix(""))
 
 
+@pytest.mark.long
+def test_two_processes_whose_micro_batches_take_turns_in_each_layer_train_it_too(made: Path, tmp_path: Path) -> None:
+    turns = ("memory.offload.weights=stream", "memory.accumulation=layer", "train.micro_batch=1")
+    recipe, plain = (
+        _recipe(made, tmp_path / name, *changes) for name, changes in (("turns", turns), ("plain", turns[2:]))
+    )
+    for each in (recipe, plain):
+        pair = pairs.start_pair(pairs.train_pair, each, log=each.with_suffix(".log"))
+        assert pairs.ended(pair) == [0, 0], each.with_suffix(".log").read_text()
+    assert "memory.accumulation: layer" in recipe.with_suffix(".log").read_text()
+    assert runs.result_of(recipe.with_suffix("")) == runs.result_of(plain.with_suffix(""))
+
+
 def test_losses_and_held_out_losses_are_those_of_one_process(alone: Path, paired: Path) -> None:
     one, two = _lines(alone), _lines(paired)
     assert [line["step"] for line in one] == [line["step"] for line in two]
