@@ -32,24 +32,29 @@ def run_in_turn(model: PeftModel, batches: list[dict[str, Tensor]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "in_turn", "dtype"),
+    ("shape", "in_turn", "dtype", "length"),
     [
-        (WIDE, 4, "float32"),
-        pytest.param(WORDY, 4, "float32", marks=pytest.mark.long),
-        pytest.param(WIDE, 8, "float32", marks=pytest.mark.long),
-        pytest.param(WIDE, 3, "bfloat16", marks=pytest.mark.long),
+        # Rows so short that what the decoder makes anew for each loss shows.
+        (WIDE, 6, "float32", 128),
+        pytest.param(WIDE, 2, "float32", 128, marks=pytest.mark.long),
+        pytest.param(WIDE, 4, "float32", 256, marks=pytest.mark.long),
+        pytest.param(WORDY, 4, "float32", 256, marks=pytest.mark.long),
+        pytest.param(WIDE, 8, "float32", 256, marks=pytest.mark.long),
+        pytest.param(WIDE, 3, "bfloat16", 256, marks=pytest.mark.long),
     ],
 )
-def test_the_planned_peak_of_micro_batches_in_turn_is_the_measured_one(shape: Shape, in_turn: int, dtype: str) -> None:
-    recipe = recipe_of(max_length=256, adapter={**PAPER, "targets": QKVUD, "penalty": 0.0})
+def test_the_planned_peak_of_micro_batches_in_turn_is_the_measured_one(
+    shape: Shape, in_turn: int, dtype: str, length: int
+) -> None:
+    recipe = recipe_of(max_length=length, adapter={**PAPER, "targets": QKVUD, "penalty": 0.0})
     model = adapted(shape, recipe, dtype, recomputed=True)
     for tensor in model.parameters():
         tensor.grad = torch.zeros_like(tensor) if tensor.requires_grad else None
-    batches = [padded_batch(2, 256, shape.vocab) for _ in range(in_turn)]
+    batches = [padded_batch(2, length, shape.vocab) for _ in range(in_turn)]
     measured = peak_bytes(lambda: run_in_turn(model, batches))
     written = cpu_ledger(shape, recipe, 2, True, getattr(torch, dtype), rows_by_layer=2 * in_turn)
     planned = sum(size for name, size in written.items.items() if name not in STATIC)
-    assert measured <= planned <= 1.05 * measured
+    assert measured <= planned <= 1.06 * measured
 
 
 def test_what_waits_on_the_host_is_planned_there_and_what_stays_on_the_device() -> None:
@@ -65,10 +70,10 @@ def test_what_waits_on_the_host_is_planned_there_and_what_stays_on_the_device() 
     measured = peak_bytes(lambda: run_in_turn(model, batches))
     written = ledger(read_shapes(WIDE.config(), adapter_of(recipe)), recipe, setting)
     planned = sum(size for name, size in written.items.items() if name not in STATIC)
-    assert measured <= planned <= 1.05 * measured
+    assert measured <= planned <= 1.06 * measured
     one = 2 * 256 * 256 * 4
     assert written.items["layer inputs (host)"] == 4 * 4 * one
-    assert written.items["states that wait their turn"] == 4 * one
+    assert written.items["states that wait their turn"] == (4 + 1) * one
 
 
 def test_weights_fetched_in_a_step_are_those_that_are_copied() -> None:
