@@ -172,6 +172,7 @@ print(tokens, peak[0] - before)
 """
 
 
+@pytest.mark.long
 def test_a_large_file_takes_little_memory_of_its_own(tmp_path: Path) -> None:
     """Pages of the mapped file are the system's to take back, so it is the process's own memory that is measured."""
     line = json.dumps({"prompt": "red", "completion": ("sun" * 70 + " ") * 400}) + "\n"

@@ -111,7 +111,7 @@ save_file(found, folder / "found.safetensors")
 assert "peft" not in sys.modules
 """)
     found = load_file(tmp_path / "found.safetensors")
-    assert found.keys() == wanted.keys() and len(found) >= 14
+    assert found.keys() == wanted.keys() and len(found) >= 6
     plain = load_base(base)
     for case, logits in wanted.items():
         # float32, in another order of sums; texts are token numbers

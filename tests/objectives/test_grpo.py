@@ -113,6 +113,7 @@ def test_rules_say_what_an_answer_is_worth(settings: dict[str, Any], written: st
     assert rule_of(told, None)("prompt", written, "blue sun") == reward
 
 
+@pytest.mark.long
 def test_a_planted_letter_is_learned_and_held_out_rows_tell(made: Path, tmp_path: Path) -> None:
     objective = "rule: regex, pattern: e, samples: 8, max_new_tokens: 3"
     changes = ("train.steps=12", "train.learning_rate=1e-2", "train.eval_every=12", "train.schedule=constant")
