@@ -39,7 +39,11 @@ class Processes:
     @classmethod
     def of(cls, accelerator: Accelerator) -> "Processes":
         """Return the processes that a launcher has started."""
-        return cls(accelerator.process_index, accelerator.num_processes, accelerator.device)
+        device = accelerator.device
+        if device.type == "cpu":
+            # Of several processes each has "cpu:0": what lies on "cpu" is not there to torch, and moves as a copy.
+            device = torch.device("cpu")
+        return cls(accelerator.process_index, accelerator.num_processes, device)
 
     @property
     def is_main(self) -> bool:
