@@ -62,12 +62,11 @@ def static_logits(folder: Path) -> Tensor:
     return logits_of(AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32))
 
 
-# Llama 3's positions, windows with four norms, fused linears, scaled blocks; the others resume in the long set.
+# Llama 3's positions, windows with four norms; in exact exports fused linears and scaled blocks too. Others are long.
 RESUMED = ("llama3.2", "gemma3", "phi3", "granite")
 
 
-TWO = [pytest.param(name, marks=[] if name in RESUMED[:2] else pytest.mark.long) for name in FAMILIES]
-SOME = [pytest.param(name, marks=[] if name in RESUMED else pytest.mark.long) for name in FAMILIES]
+SOME = [pytest.param(name, marks=[] if name in RESUMED[:2] else pytest.mark.long) for name in FAMILIES]
 
 
 @pytest.mark.long
@@ -80,7 +79,7 @@ def test_micro_batches_that_take_turns_in_each_layer_train_the_same_adapter(name
     assert all(torch.equal(tensor, ours[key]) for key, tensor in theirs.items())
 
 
-@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("name", SOME)
 def test_a_run_that_was_broken_off_ends_with_the_same_bytes(
     name: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 CHILD = "from qd2mora.base.host_memory import most_resident_bytes as most; print(most())"
 PARENT = f"""
 import subprocess, sys
@@ -11,6 +13,7 @@ print(subprocess.run([sys.executable, "-c", {CHILD!r}], check=True, capture_outp
 """
 
 
+@pytest.mark.long
 def test_what_a_large_parent_took_is_not_its_childs() -> None:
     done = subprocess.run([sys.executable, "-c", PARENT], check=True, capture_output=True, text=True)
     assert 0 < int(done.stdout) < 2 << 30
