@@ -57,6 +57,7 @@ def test_the_planned_peak_of_micro_batches_in_turn_is_the_measured_one(
     assert measured <= planned <= 1.06 * measured
 
 
+@pytest.mark.long
 def test_what_waits_on_the_host_is_planned_there_and_what_stays_on_the_device() -> None:
     recipe = recipe_of(max_length=256, adapter={**PAPER, "targets": QKVUD, "penalty": 0.0})
     setting = Layout(2, 4, torch.float32, False, offload_activations=True, rows_by_layer=8)

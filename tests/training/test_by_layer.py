@@ -219,7 +219,8 @@ def test_a_run_may_be_resumed_with_the_other_order(
     assert runs.bytes_of(tmp_path / "run") == runs.bytes_of(alone)
 
 
-@pytest.mark.parametrize("where", [pytest.param("forward", marks=LONG), "backward"])
+@LONG
+@pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_step_that_ran_out_of_memory_is_done_again_with_fewer_micro_batches_at_a_time(
     where: str,
     alone: Path,
